@@ -1,0 +1,320 @@
+"""Build the package together with its native CPU library.
+
+The metadata stands in pyproject.toml; this file only adds `build_native`, which every kind of install runs: plain
+compiler calls, once per instruction set, linked into one shared library with a C interface. It needs no torch header
+and is tied to no Python version, so the wheel is tagged py3-none-<platform>. Without a working compiler the install
+still succeeds, with a warning, and the package computes on its PyTorch path.
+
+    python setup.py build_native            build in place, skip what is up to date, warn on failure
+    python setup.py build_native --strict   the same, but fail with the compiler's message
+
+Environment: CXX (compiler, default c++ then g++ then clang++), DEBERTA_KERNELS_SKIP_NATIVE=1 (do not build).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+ROOT = Path(__file__).resolve().parent
+LIBRARY_NAME = "libdeberta_kernels_cpu.so"
+SKIP_VARIABLE = "DEBERTA_KERNELS_SKIP_NATIVE"
+
+AVX512_FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mavx2", "-mf16c")
+# Flags are named one by one and never -march=native: the library must run on machines other than the one it was
+# built on, and picks its variant when it is loaded.
+X86_VARIANTS = {
+    "avx2": ("-mavx2", "-mfma", "-mf16c"),
+    "avx512": AVX512_FLAGS,
+    "avx512_bf16": (*AVX512_FLAGS, "-mavx512bf16"),
+}
+COMMON_FLAGS = (
+    "-O2",
+    "-std=c++17",
+    "-fPIC",
+    "-fopenmp",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+)
+LINK_FLAGS = ("-shared", "-fopenmp")
+# A newer libstdc++ than the one torch brought along must not be needed, and ours must not be seen by others.
+STATIC_RUNTIME_FLAGS = ("-static-libstdc++", "-Wl,--exclude-libs,ALL")
+COMPILE_TIMEOUT_SECONDS = 600
+
+
+class BuildError(RuntimeError):
+    """Say why the native library could not be built."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Hold the folders of one build.
+
+    Attributes:
+        sources: folder with dispatch.cpp and kernel.cpp.
+        include: folder given to the compiler with -I.
+        library: path of the shared library to write.
+    """
+
+    sources: Path = ROOT / "csrc" / "cpu"
+    include: Path = ROOT / "csrc"
+    library: Path = ROOT / "deberta_kernels" / "lib" / LIBRARY_NAME
+
+    @property
+    def record(self) -> Path:
+        """Return the path of the file that says how the library beside it was built."""
+        return self.library.with_name("build.json")
+
+
+def variants_for(platform: str) -> dict[str, tuple[str, ...]]:
+    """Return the compiler flags of each variant to try on a platform such as "linux-x86_64", generic first."""
+    if platform.endswith(("x86_64", "amd64")):
+        return {"generic": (), **X86_VARIANTS}
+    return {"generic": ()}
+
+
+def find_compiler() -> list[str]:
+    """Return the C++ compiler as a command: CXX if set, else the first of c++, g++, clang++ on the PATH.
+
+    Raises:
+        BuildError: there is none, or CXX names something that is not there.
+    """
+    chosen = os.environ.get("CXX", "").strip()
+    if chosen:
+        command = shlex.split(chosen)
+        if shutil.which(command[0]) is None:
+            raise BuildError(f"CXX is {chosen!r}, which is not on the PATH; unset CXX or point it to a C++ compiler")
+        return command
+    for name in ("c++", "g++", "clang++"):
+        if shutil.which(name):
+            return [name]
+    raise BuildError("no C++ compiler on the PATH (looked for c++, g++, clang++); on Debian or Ubuntu: apt install g++")
+
+
+def run_compiler(command: list[str], what: str, stdin: str = "") -> str:
+    """Run one compiler call and return its output; `what` names it in the error."""
+    try:
+        done = subprocess.run(
+            command, input=stdin, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_SECONDS, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"{what}: {error}") from error
+    if done.returncode:
+        raise BuildError(f"{what} failed ({shlex.join(command)}):\n{done.stderr.strip()[-4000:]}")
+    return done.stdout
+
+
+def accepts(compiler: list[str], flags: tuple[str, ...]) -> bool:
+    """Return whether the compiler knows these flags."""
+    probe = [*compiler, *flags, "-Werror", "-x", "c++", "-fsyntax-only", "-"]
+    try:
+        run_compiler(probe, "probe", "int probe() { return 0; }\n")
+    except BuildError:
+        return False
+    return True
+
+
+def digest(layout: Layout, compiler: list[str], platform: str) -> str:
+    """Return a hash over everything the library depends on: sources, this file, compiler and platform."""
+    state = hashlib.sha256()
+    state.update(run_compiler([*compiler, "--version"], "asking the compiler for its version").encode())
+    state.update(json.dumps([compiler, platform]).encode())
+    sources = sorted(p for p in layout.include.rglob("*") if p.suffix in {".cpp", ".h", ".hpp", ".inc"})
+    for path in [Path(__file__).resolve(), *sources]:
+        state.update(str(path.name).encode() + b"\0" + path.read_bytes() + b"\0")
+    return state.hexdigest()
+
+
+def compile_variants(
+    layout: Layout, compiler: list[str], platform: str, folder: Path
+) -> tuple[dict[str, Path], dict[str, str]]:
+    """Compile kernel.cpp once per variant, in parallel.
+
+    Returns:
+        (object file per variant that compiled, reason per variant left out).
+
+    Raises:
+        BuildError: the generic variant, which every machine needs, did not compile.
+    """
+    objects: dict[str, Path] = {}
+    left_out: dict[str, str] = {}
+
+    def compile_one(name: str, flags: tuple[str, ...]) -> Path:
+        if flags and not accepts(compiler, flags):
+            raise BuildError(f"the compiler does not know {' '.join(flags)}")
+        target = folder / f"kernel_{name}.o"
+        command = [*compiler, *COMMON_FLAGS, *flags, f"-I{layout.include}", f"-DDK_VARIANT={name}"]
+        run_compiler([*command, "-c", str(layout.sources / "kernel.cpp"), "-o", str(target)], f"variant {name}")
+        return target
+
+    with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
+        running = {name: pool.submit(compile_one, name, f) for name, f in variants_for(platform).items()}
+    for name, future in running.items():
+        try:
+            objects[name] = future.result()
+        except BuildError as error:
+            if name == "generic":
+                raise
+            left_out[name] = str(error)
+    return objects, left_out
+
+
+def link(layout: Layout, compiler: list[str], objects: dict[str, Path], folder: Path) -> Path:
+    """Compile dispatch.cpp for the variants there are and link everything; return the library, still in `folder`."""
+    have = [f"-DDK_HAVE_{name.upper()}" for name in objects]
+    dispatch = folder / "dispatch.o"
+    source = layout.sources / "dispatch.cpp"
+    run_compiler(
+        [*compiler, *COMMON_FLAGS, f"-I{layout.include}", *have, "-c", str(source), "-o", str(dispatch)], "dispatch"
+    )
+    library = folder / LIBRARY_NAME
+    command = [*compiler, *LINK_FLAGS, "-o", str(library), str(dispatch), *map(str, objects.values())]
+    try:
+        run_compiler([*command, *STATIC_RUNTIME_FLAGS], "linking")
+    except BuildError:
+        run_compiler(command, "linking")
+    return library
+
+
+def build_library(layout: Layout | None = None, force: bool = False) -> dict[str, object]:
+    """Build the native library, unless the one in place was built from exactly these sources.
+
+    The library is written beside its final place and renamed, so a process that has the old one open keeps it.
+
+    Returns:
+        The record also written to build.json: digest, compiler, variants, left_out (variant -> reason).
+
+    Raises:
+        BuildError: no compiler, sources missing, or the compiler failed.
+    """
+    layout = layout or Layout()
+    platform = sysconfig.get_platform()
+    if platform.startswith("win"):
+        raise BuildError("the native library is not built on Windows")
+    for name in ("dispatch.cpp", "kernel.cpp"):
+        if not (layout.sources / name).is_file():
+            raise BuildError(f"{layout.sources / name} is missing; build from a complete checkout or source archive")
+    compiler = find_compiler()
+    wanted = digest(layout, compiler, platform)
+    if not force and layout.library.is_file() and layout.record.is_file():
+        record = json.loads(layout.record.read_text(encoding="utf-8"))
+        if record.get("digest") == wanted:
+            return dict(record)
+    layout.library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".build-", dir=layout.library.parent) as name:
+        folder = Path(name)
+        objects, left_out = compile_variants(layout, compiler, platform, folder)
+        finished = link(layout, compiler, objects, folder)
+        record = {"digest": wanted, "compiler": compiler, "variants": list(objects), "left_out": left_out}
+        (folder / "build.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        os.replace(finished, layout.library)
+        os.replace(folder / "build.json", layout.record)
+    return dict(record)
+
+
+def remove_library(layout: Layout | None = None) -> None:
+    """Delete an earlier library: one that does not match the sources is worse than none."""
+    layout = layout or Layout()
+    for path in (layout.library, layout.record):
+        path.unlink(missing_ok=True)
+
+
+def say(text: str) -> None:
+    """Write one line for the person installing; pip shows it with -v, and always when the build fails."""
+    print(f"deberta_kernels: {text}", file=sys.stderr, flush=True)
+
+
+def build_or_warn(force: bool = False, strict: bool = False) -> bool:
+    """Build the library in place and return whether there is one now; never raise unless `strict`."""
+    if os.environ.get(SKIP_VARIABLE, "") not in ("", "0"):
+        remove_library()
+        say(f"{SKIP_VARIABLE} is set: no native library, the package will use its PyTorch path")
+        return False
+    try:
+        record = build_library(force=force)
+    except BuildError as error:
+        remove_library()
+        if strict:
+            raise SystemExit(f"deberta_kernels: {error}") from error
+        say(f"WARNING: no native library: {error}")
+        say("WARNING: the package works without it, on its slower PyTorch path; build it later with `make build`")
+        return False
+    left_out = record["left_out"]
+    assert isinstance(left_out, dict)
+    for name, reason in left_out.items():
+        say(f"WARNING: variant {name} left out: {reason}")
+    if strict and left_out:
+        raise SystemExit("deberta_kernels: --strict builds every variant of this platform")
+    say(f"native library with variants {record['variants']}")
+    return True
+
+
+def main() -> None:
+    """Hand over to setuptools with the commands that know about the library."""
+    from setuptools import Command, Distribution, setup
+    from setuptools.command.bdist_wheel import bdist_wheel
+    from setuptools.command.build_py import build_py
+
+    class BuildNative(Command):
+        """Build the native library in place."""
+
+        description = "build the native CPU library in place"
+        user_options: ClassVar = [
+            ("force", "f", "build even when up to date"),
+            ("strict", None, "fail instead of warning"),
+        ]
+        boolean_options: ClassVar = ["force", "strict"]
+
+        def initialize_options(self) -> None:
+            self.force = False
+            self.strict = False
+
+        def finalize_options(self) -> None:
+            pass
+
+        def run(self) -> None:
+            build_or_warn(force=bool(self.force), strict=bool(self.strict))
+
+    class NativeDistribution(Distribution):
+        """Count as platform-specific exactly when the library is in the package."""
+
+        def has_ext_modules(self) -> bool:
+            return Layout().library.is_file()
+
+    class NativeBuildPy(build_py):
+        """Build the library before the package's files are collected."""
+
+        def run(self) -> None:
+            self.run_command("build_native")
+            super().run()
+
+    class NativeWheel(bdist_wheel):
+        """Tag the wheel for every Python: the library has a plain C interface."""
+
+        def finalize_options(self) -> None:
+            # The library decides whether the wheel is pure, so it comes first.
+            self.run_command("build_native")
+            super().finalize_options()
+
+        def get_tag(self) -> tuple[str, str, str]:
+            platform = super().get_tag()[2]
+            return "py3", "none", platform
+
+    commands = {"build_native": BuildNative, "build_py": NativeBuildPy, "bdist_wheel": NativeWheel}
+    setup(cmdclass=commands, distclass=NativeDistribution)
+
+
+if __name__ == "__main__":
+    main()
