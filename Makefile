@@ -1,0 +1,73 @@
+# Everything a checkout can do. The first target that needs it makes the virtual environment, installs torch and the
+# package, and builds the native library; later runs reuse them.
+#
+#   make demo                       measure a DeBERTa before and after patching
+#   make demo MODEL=path-or-hub-id ARGS="--quick"
+#   make test PYTHON=python3.12     another Python (3.10 to 3.13)
+#   make test TORCH=torch==2.9.1    another torch, used when the environment is made
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+VENV_TF4 ?= .venv-tf4
+MODEL ?=
+ARGS ?=
+
+ENVIRONMENT = $(PYTHON) tools/environment.py --torch "$(TORCH)"
+RUN = $(VENV)/bin/python
+TF4_PINS = --pin transformers==4.57.6 --pin adapters==1.3.0
+TF4_TESTS ?= tests/integrations tests/unit
+# The tests never ask the hub for anything.
+OFFLINE = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-tf4 lint format types build bench-cpu env-demo env-test env-tf4 clean
+MAKEFLAGS += --no-print-directory
+
+help: ## list these targets
+	@echo "Targets (each does its own set-up):"
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
+
+demo: env-demo ## run real text through a DeBERTa before and after patching; print a table, draw a picture
+	@$(RUN) -m deberta_kernels demo $(MODEL) $(ARGS)
+
+test: env-test ## run the test suite
+	@$(OFFLINE) $(RUN) -m pytest $(ARGS)
+
+test-tf4: env-tf4 ## run the integration tests against transformers 4.57.6 and adapters 1.3.0
+	@$(OFFLINE) $(VENV_TF4)/bin/python -m pytest $(TF4_TESTS) $(ARGS)
+
+lint: env-test ## check style and formatting
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+
+format: env-test ## rewrite the Python files in the house format
+	@$(RUN) -m ruff check --fix .
+	@$(RUN) -m ruff format .
+
+types: env-test ## check the type annotations
+	@$(RUN) -m mypy
+
+build: env-demo ## build the native library, and fail if that is not possible
+	@$(RUN) setup.py -q build_native --strict
+
+bench-cpu: env-test ## time the CPU kernel against PyTorch and Hugging Face
+	@$(RUN) benchmarks/bench_cpu.py $(ARGS)
+
+clean: ## delete the environments and everything built
+	rm -rf $(VENV) $(VENV_TF4) build dist deberta_kernels/lib deberta_kernels.egg-info demo-results
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The library is brought up to date on every run, since its sources may have changed; unchanged ones cost a hash.
+env-demo:
+	@$(ENVIRONMENT) --venv $(VENV) --extras demo
+	@$(RUN) -W ignore setup.py -q build_native
+
+env-test:
+	@$(ENVIRONMENT) --venv $(VENV) --extras demo,test,dev
+	@$(RUN) -W ignore setup.py -q build_native
+
+env-tf4:
+	@$(ENVIRONMENT) --venv $(VENV_TF4) --extras test $(TF4_PINS)
+	@$(RUN) -W ignore setup.py -q build_native

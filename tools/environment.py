@@ -1,0 +1,147 @@
+"""Make a virtual environment with the package in it, using nothing but a Python 3 and pip's own defaults.
+
+    python3 tools/environment.py --venv .venv --torch torch==2.13.0 --extras demo,test [--pin transformers==4.57.6 ...]
+
+Does nothing when the environment already holds what is asked for. torch is installed first and on its own, so that the
+version given here is the one that stays. Run by the Makefile; it must parse under any Python 3, to be able to say that
+an old one is too old.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+OLDEST = (3, 10)
+OLDEST_TORCH = (2, 9)
+NO_VENV = """\
+This Python ({python}) cannot make virtual environments: it has neither ensurepip, nor pip, nor virtualenv.
+On Debian or Ubuntu, install what is missing and run the same command again:
+
+    apt install python3-venv
+"""
+TORCH_VERSION = "import importlib.metadata as m; print(m.version('torch'))"
+
+
+def say(text):
+    """Write one line of progress."""
+    print("[environment] " + text, file=sys.stderr, flush=True)
+
+
+def works(command):
+    """Return whether a command succeeds, quietly."""
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
+    return done.returncode == 0
+
+
+def install_venv_package():
+    """Install Debian's python3-venv on a throw-away machine: root, apt-get, and CI set. Return whether it was tried."""
+    if os.geteuid() != 0 or not os.environ.get("CI") or shutil.which("apt-get") is None:
+        return False
+    say("apt-get install python3-venv (running as root with CI set)")
+    works(["apt-get", "update", "-q"])
+    return works(["apt-get", "install", "-y", "-q", "--no-install-recommends", "python3-venv"])
+
+
+def create(venv):
+    """Create the virtual environment, by the first way that this Python offers."""
+    inside = str(venv / "bin" / "python")
+    borrowed = ROOT / "build" / "bootstrap"
+    python = sys.executable
+
+    def venv_with_pip():
+        return works([python, "-m", "venv", str(venv)])
+
+    def venv_with_pip_from_outside():
+        # Debian without python3-venv has the venv module but not ensurepip.
+        made = works([python, "-m", "venv", "--without-pip", str(venv)])
+        return made and works([python, "-m", "pip", "--python", inside, "install", "-q", "pip"])
+
+    def virtualenv():
+        return works([python, "-m", "virtualenv", "-q", str(venv)])
+
+    def virtualenv_from_pip():
+        # --target touches neither the system's nor the user's packages.
+        if not works([python, "-m", "pip", "install", "-q", "--target", str(borrowed), "virtualenv"]):
+            return False
+        start = "import sys; sys.path.insert(0, {!r}); import virtualenv; virtualenv.cli_run([{!r}])"
+        return works([python, "-c", start.format(str(borrowed), str(venv))])
+
+    def venv_after_apt():
+        return install_venv_package() and venv_with_pip()
+
+    for way in (venv_with_pip, virtualenv, venv_with_pip_from_outside, virtualenv_from_pip, venv_after_apt):
+        shutil.rmtree(str(venv), ignore_errors=True)
+        if way() and works([inside, "-m", "pip", "--version"]):
+            say("created {} ({})".format(venv, way.__name__.replace("_", " ")))
+            return
+    shutil.rmtree(str(venv), ignore_errors=True)
+    sys.exit(NO_VENV.format(python=python))
+
+
+def torch_version(inside):
+    """Return the version of torch in the environment as (major, minor), or None."""
+    done = subprocess.run(
+        [inside, "-c", TORCH_VERSION], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, universal_newlines=True
+    )
+    if done.returncode:
+        return None
+    major, minor = done.stdout.strip().split(".")[:2]
+    return int(major), int(minor)
+
+
+def pip_install(inside, *arguments):
+    """Run pip install in the environment; leave with its status when it fails."""
+    say("pip install " + " ".join(arguments))
+    command = [inside, "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "-q"]
+    done = subprocess.run([*command, *arguments], cwd=str(ROOT), stdin=subprocess.DEVNULL)
+    if done.returncode:
+        sys.exit("[environment] pip failed; the messages above say why")
+
+
+def wanted_state(options):
+    """Return what identifies a finished environment: every input of the install."""
+    state = hashlib.sha256()
+    for name in ("pyproject.toml", "tools/environment.py"):
+        state.update((ROOT / name).read_bytes())
+    state.update(json.dumps([sys.version, str(ROOT), sorted(options.extras.split(",")), sorted(options.pin)]).encode())
+    return state.hexdigest()
+
+
+def main():
+    """Create or complete the environment named on the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--venv", required=True, type=Path)
+    parser.add_argument("--torch", default="torch", help="what to give to pip when no recent torch is there")
+    parser.add_argument("--extras", default="", help="comma-separated extras of the package")
+    parser.add_argument("--pin", action="append", default=[], help="a further requirement, such as transformers==4.57.6")
+    options = parser.parse_args()
+    if sys.version_info < OLDEST:
+        sys.exit("Python {}.{} or later is needed, this is {}; try `make PYTHON=python3.12 ...`".format(
+            *OLDEST, sys.version.split()[0]))  # fmt: skip
+    venv = (ROOT / options.venv).resolve()
+    inside = str(venv / "bin" / "python")
+    # One stamp per set of extras: `make demo` and `make test` share an environment.
+    name = "-".join(sorted(options.extras.split(","))) or "bare"
+    stamp = venv / ("installed-" + name)
+    if stamp.is_file() and stamp.read_text() == wanted_state(options) and works([inside, "-c", "import torch"]):
+        return
+    if not works([inside, "-m", "pip", "--version"]):
+        create(venv)
+    found = torch_version(inside)
+    if found is None or found < OLDEST_TORCH:
+        pip_install(inside, options.torch)
+    pip_install(inside, "setuptools>=77")
+    package = ".[{}]".format(options.extras) if options.extras else "."
+    pip_install(inside, "--no-build-isolation", "-e", package, *options.pin)
+    stamp.write_text(wanted_state(options))
+    say("ready: " + str(venv))
+
+
+if __name__ == "__main__":
+    main()
