@@ -1,0 +1,255 @@
+"""Choose the backend of a call: the ordered candidates per device, why each was refused, and what has run so far."""
+
+from __future__ import annotations
+
+import importlib
+import threading
+import warnings
+from dataclasses import dataclass
+from types import ModuleType
+
+from deberta_kernels import env
+from deberta_kernels.types import AttentionProblem
+
+__all__ = [
+    "BACKENDS",
+    "DebertaKernelsWarning",
+    "Explanation",
+    "check_backend",
+    "choose",
+    "count_call",
+    "explain",
+    "fallback",
+    "load",
+    "record_fallback",
+    "refusal",
+    "reset_stats",
+    "stats",
+]
+
+BACKENDS = ("reference", "torch", "cpu", "triton", "cuda")
+
+# A new backend is one line here; a name without a module is not part of this release.
+_MODULES = {
+    "reference": "deberta_kernels.impl.reference",
+    "torch": "deberta_kernels.impl.torch_tiled",
+    "cpu": "deberta_kernels.impl.cpu",
+}
+
+# What backend="auto" tries per device type, best first. The reference runs only when asked for by name.
+_ORDER = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
+_ORDER_ELSEWHERE = ("torch",)
+
+
+class DebertaKernelsWarning(UserWarning):
+    """Warn about something the user can change: a slower path than the machine could run, with cause and remedy."""
+
+
+_loaded: dict[str, ModuleType] = {}
+_lock = threading.Lock()
+_calls: dict[str, int] = dict.fromkeys(BACKENDS, 0)
+_fallbacks: dict[str, int] = {}
+_warned: set[str] = set()
+
+
+def check_backend(backend: str) -> None:
+    """Check that `backend` is a name this package knows.
+
+    Raises:
+        TypeError: backend is not a string.
+        ValueError: backend is neither "auto" nor one of `BACKENDS`.
+    """
+    if backend in BACKENDS or backend == "auto":
+        return
+    expected = ", ".join(("auto", *BACKENDS))
+    if not isinstance(backend, str):
+        raise TypeError(f"backend must be a string, one of {expected}, got {backend!r}; pass backend='auto'.")
+    raise ValueError(f"backend must be one of {expected}, got {backend!r}; check the spelling.")
+
+
+def load(name: str) -> ModuleType:
+    """Import the module of one backend (`forward`, `backward`, `refusal`, perhaps `prepare`).
+
+    Raises:
+        NotImplementedError: the backend is not part of this release.
+        RuntimeError: its module does not import.
+    """
+    module = _loaded.get(name)
+    if module is None:
+        path = _MODULES.get(name)
+        if path is None:
+            raise NotImplementedError(f"backend {name!r} is not part of this release")
+        try:
+            module = importlib.import_module(path)
+        except (ImportError, OSError) as error:
+            raise RuntimeError(f"the module of backend {name!r} does not load ({error})") from error
+        _loaded[name] = module
+    return module
+
+
+def refusal(name: str, problem: AttentionProblem) -> str | None:
+    """Return why backend `name` cannot run `problem`, or None when it can."""
+    try:
+        module = load(name)
+    except NotImplementedError:
+        return "not part of this release"
+    except RuntimeError as error:
+        return str(error)
+    reason: str | None = module.refusal(problem)
+    return reason
+
+
+def choose(problem: AttentionProblem, backend: str = "auto") -> str:
+    """Return the name of the backend that runs `problem`.
+
+    Args:
+        problem: the call; only shapes, dtypes and devices are looked at.
+        backend: "auto" takes the first of the device's order that can run it and warns once about a faster one that
+            was refused; a name takes that backend or raises.
+
+    Raises:
+        ValueError: `backend`, or the environment variable that forces one, is unknown.
+        NotImplementedError: the backend asked for cannot run this call; nothing else runs in its place.
+    """
+    asked_by = "backend"
+    if backend == "auto":
+        forced = env.forced_backend()
+        if forced is None:
+            return _automatic(problem)
+        backend, asked_by = forced, env.BACKEND
+        if backend not in BACKENDS:
+            raise ValueError(f"{env.BACKEND} must be one of {', '.join(BACKENDS)}, got {backend!r}; unset it.")
+    else:
+        check_backend(backend)
+    reason = refusal(backend, problem)
+    if reason is not None:
+        raise NotImplementedError(
+            f"{asked_by}={backend!r} cannot run this call: {reason}; "
+            f"{'unset it' if asked_by == env.BACKEND else 'pass backend=' + repr('auto')} for the best one that can."
+        )
+    return backend
+
+
+def _automatic(problem: AttentionProblem) -> str:
+    skipped = ""
+    device_type = problem.q.device.type
+    for name in _ORDER.get(device_type, _ORDER_ELSEWHERE):
+        reason = refusal(name, problem)
+        if reason is None:
+            if skipped:
+                _warn_once(
+                    f"disentangled attention on {device_type} runs backend {name!r}, a slower one, because {skipped}; "
+                    f"see `python -m deberta_kernels info` for what is active; backend={name!r} silences this."
+                )
+            return name
+        skipped += f"{', and ' if skipped else ''}backend {name!r}: {reason}"
+    raise NotImplementedError(f"no backend can run this call on {device_type}: {skipped}.")
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Say which backend would run a call, and why each other one would not.
+
+    Attributes:
+        chosen: name of the backend that would run; None when the call would raise NotImplementedError.
+        reasons: for every other backend, why it would not run.
+    """
+
+    chosen: str | None
+    reasons: dict[str, str]
+
+    def __str__(self) -> str:
+        head = f"{self.chosen} would run" if self.chosen else "no backend would run: this call raises"
+        return "\n".join([head, *(f"  not {name}: {reason}" for name, reason in self.reasons.items())])
+
+
+def explain(problem: AttentionProblem, backend: str = "auto") -> Explanation:
+    """Explain what `choose` would do with `problem`, without running, warning or counting anything.
+
+    Args:
+        problem: the call.
+        backend: as in `choose`.
+
+    Raises:
+        ValueError: `backend`, or the environment variable that forces one, is unknown.
+    """
+    refusals = {name: refusal(name, problem) for name in BACKENDS}
+    device_type = problem.q.device.type
+    order = _ORDER.get(device_type, _ORDER_ELSEWHERE)
+    forced = env.forced_backend() if backend == "auto" else backend
+    if forced is not None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                chosen: str | None = choose(problem, backend)
+            except NotImplementedError:
+                chosen = None
+        other = f"can run it, but {env.BACKEND + '=' if backend == 'auto' else 'backend='}{forced!r} was asked for"
+    else:
+        chosen = next((name for name in order if refusals[name] is None), None)
+        other = f"can run it, but {chosen!r} comes first on {device_type}"
+    reasons = {}
+    for name in BACKENDS:
+        if name != chosen:
+            idle = other if forced or name in order else f"runs on {device_type} only when asked for by name"
+            reasons[name] = refusals[name] or idle
+    return Explanation(chosen, reasons)
+
+
+def count_call(name: str) -> None:
+    """Count one forward call that backend `name` computed."""
+    with _lock:
+        _calls[name] += 1
+
+
+def record_fallback(reason: str) -> None:
+    """Count one call that ran the original code instead of a kernel, for `reason`."""
+    with _lock:
+        _fallbacks[reason] = _fallbacks.get(reason, 0) + 1
+
+
+def fallback(reason: str, remedy: str, strict: bool) -> None:
+    """Note that a call is about to run the original code: count it, and warn once per reason.
+
+    Args:
+        reason: why no kernel runs, a clause without a full stop.
+        remedy: what the user can change, a clause without a full stop.
+        strict: raise instead.
+
+    Raises:
+        NotImplementedError: strict is True; nothing is counted.
+    """
+    message = f"{reason}; {remedy}."
+    if strict:
+        raise NotImplementedError(message)
+    record_fallback(reason)
+    _warn_once(f"deberta_kernels runs the original attention code: {message}")
+
+
+def stats() -> dict[str, dict[str, int]]:
+    """Return what has run since import, or since `reset_stats`.
+
+    Returns:
+        {"calls": {backend: forward calls it computed}, "fallbacks": {reason: calls that ran the original code}}.
+        Calls are counted where they are computed: tracing a call counts nothing, recomputing one in a checkpoint does.
+    """
+    with _lock:
+        return {"calls": dict(_calls), "fallbacks": dict(_fallbacks)}
+
+
+def reset_stats() -> None:
+    """Set every count of `stats` back to zero; warnings already given stay given."""
+    with _lock:
+        for name in _calls:
+            _calls[name] = 0
+        _fallbacks.clear()
+
+
+def _warn_once(message: str) -> None:
+    if message in _warned:
+        return
+    with _lock:
+        if message in _warned:
+            return
+        _warned.add(message)
+    warnings.warn(message, DebertaKernelsWarning, stacklevel=4)

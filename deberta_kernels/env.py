@@ -1,0 +1,47 @@
+"""Own every environment variable of the package: its name, its meaning, and the one place that reads it."""
+
+from __future__ import annotations
+
+import os
+
+__all__ = ["BACKEND", "CPU_ISA", "LIBRARY", "VARIABLES", "cpu_isa", "forced_backend", "library_path", "variables_set"]
+
+BACKEND = "DEBERTA_KERNELS_BACKEND"
+CPU_ISA = "DEBERTA_KERNELS_CPU_ISA"
+LIBRARY = "DEBERTA_KERNELS_LIBRARY"
+
+CPU_ISAS = ("avx512_bf16", "avx512", "avx2", "generic")
+
+VARIABLES = {
+    BACKEND: "what backend='auto' means: reference, torch, cpu, triton or cuda; a backend that cannot run the call "
+    "raises, as if the call had named it",
+    CPU_ISA: f"instruction set of the native CPU library: {', '.join(CPU_ISAS)}; read when the library is first used",
+    LIBRARY: "path of the native CPU library to load instead of the installed one; read when it is first used",
+}
+
+
+def forced_backend() -> str | None:
+    """Return the backend that `backend="auto"` must mean, or None when the choice is free."""
+    return os.environ.get(BACKEND) or None
+
+
+def cpu_isa() -> str | None:
+    """Return the instruction set the native CPU library must use, or None for the best the processor has.
+
+    Raises:
+        ValueError: the variable holds a name that no variant of the library has.
+    """
+    isa = os.environ.get(CPU_ISA) or None
+    if isa is not None and isa not in CPU_ISAS:
+        raise ValueError(f"{CPU_ISA} must be one of {', '.join(CPU_ISAS)}, got {isa!r}; unset it for the best variant.")
+    return isa
+
+
+def library_path() -> str | None:
+    """Return the path of the native CPU library to load instead of the installed one, or None."""
+    return os.environ.get(LIBRARY) or None
+
+
+def variables_set() -> dict[str, str]:
+    """Return the package's environment variables that are set, with their values."""
+    return {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
