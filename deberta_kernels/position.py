@@ -130,8 +130,25 @@ def reachable_rows(nq: int, nk: int, spec: PositionSpec) -> tuple[int, int]:
         nq: number of queries, at positions 0 ... nq - 1.
         nk: number of keys that have a position, 0 ... nk - 1: leading prefix keys are not counted.
         spec: see `PositionSpec`; only the buckets and the maximum matter.
+
+    Returns:
+        the smallest such range; the whole table while torch.compile or torch.export traces with dynamic lengths.
     """
-    return _cached_rows(max(nq, 1), max(nk, 1), spec.position_buckets, spec.max_relative_positions)
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import has_static_value
+
+        if not (has_static_value(nq) and has_static_value(nk)):
+            return 0, 2 * attention_span(spec.position_buckets, spec.max_relative_positions)
+    return _constant_rows(nq, nk, spec.position_buckets, spec.max_relative_positions)
+
+
+def _constant_rows(nq: int, nk: int, position_buckets: int, max_relative_positions: int) -> tuple[int, int]:
+    """Look the rows up; torch.compile runs this while it traces, and keeps the two integers."""
+    return _cached_rows(max(nq, 1), max(nk, 1), position_buckets, max_relative_positions)
+
+
+# Marks the function and returns it; as a decorator it would hide the types.
+torch.compiler.assume_constant_result(_constant_rows)
 
 
 @contextmanager
