@@ -69,8 +69,10 @@ def create(venv):
         # --target touches neither the system's nor the user's packages.
         if not works([python, "-m", "pip", "install", "-q", "--target", str(borrowed), "virtualenv"]):
             return False
-        start = "import sys; sys.path.insert(0, {!r}); import virtualenv; virtualenv.cli_run([{!r}])"
-        return works([python, "-c", start.format(str(borrowed), str(venv))])
+        start = (
+            f"import sys; sys.path.insert(0, {str(borrowed)!r}); import virtualenv; virtualenv.cli_run([{str(venv)!r}])"
+        )
+        return works([python, "-c", start])
 
     def venv_after_apt():
         return install_venv_package() and venv_with_pip()
@@ -78,7 +80,7 @@ def create(venv):
     for way in (venv_with_pip, virtualenv, venv_with_pip_from_outside, virtualenv_from_pip, venv_after_apt):
         shutil.rmtree(str(venv), ignore_errors=True)
         if way() and works([inside, "-m", "pip", "--version"]):
-            say("created {} ({})".format(venv, way.__name__.replace("_", " ")))
+            say(f"created {venv} ({way.__name__.replace('_', ' ')})")
             return
     shutil.rmtree(str(venv), ignore_errors=True)
     sys.exit(NO_VENV.format(python=python))
@@ -86,9 +88,7 @@ def create(venv):
 
 def torch_version(inside):
     """Return the version of torch in the environment as (major, minor), or None."""
-    done = subprocess.run(
-        [inside, "-c", TORCH_VERSION], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, universal_newlines=True
-    )
+    done = subprocess.run([inside, "-c", TORCH_VERSION], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     if done.returncode:
         return None
     major, minor = done.stdout.strip().split(".")[:2]
@@ -119,11 +119,13 @@ def main():
     parser.add_argument("--venv", required=True, type=Path)
     parser.add_argument("--torch", default="torch", help="what to give to pip when no recent torch is there")
     parser.add_argument("--extras", default="", help="comma-separated extras of the package")
-    parser.add_argument("--pin", action="append", default=[], help="a further requirement, such as transformers==4.57.6")
+    parser.add_argument("--pin", action="append", default=[], help="one more requirement, as transformers==4.57.6")
     options = parser.parse_args()
     if sys.version_info < OLDEST:
-        sys.exit("Python {}.{} or later is needed, this is {}; try `make PYTHON=python3.12 ...`".format(
-            *OLDEST, sys.version.split()[0]))  # fmt: skip
+        found = sys.version.split()[0]
+        sys.exit(
+            f"Python {OLDEST[0]}.{OLDEST[1]} or later is needed, this is {found}; try `make PYTHON=python3.12 ...`"
+        )
     venv = (ROOT / options.venv).resolve()
     inside = str(venv / "bin" / "python")
     # One stamp per set of extras: `make demo` and `make test` share an environment.
@@ -137,7 +139,7 @@ def main():
     if found is None or found < OLDEST_TORCH:
         pip_install(inside, options.torch)
     pip_install(inside, "setuptools>=77")
-    package = ".[{}]".format(options.extras) if options.extras else "."
+    package = f".[{options.extras}]" if options.extras else "."
     pip_install(inside, "--no-build-isolation", "-e", package, *options.pin)
     stamp.write_text(wanted_state(options))
     say("ready: " + str(venv))

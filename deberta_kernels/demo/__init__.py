@@ -1,0 +1,1 @@
+"""Measure a DeBERTa on real text before and after patching: what `python -m deberta_kernels demo` runs."""

@@ -1,0 +1,139 @@
+"""Find a DeBERTa for the demo: a checkpoint when one can be had, else random weights in the geometry of v3-base."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .text import Encoder, hashing_encoder
+
+__all__ = ["DEFAULT_MODEL", "Loaded", "load", "shared_copy"]
+
+DEFAULT_MODEL = "microsoft/deberta-v3-base"
+HUB_TIMEOUT_SECONDS = 20
+
+# Of the checkpoint microsoft/deberta-v3-base.
+V3_BASE = {
+    "vocab_size": 128100,
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "max_position_embeddings": 512,
+    "type_vocab_size": 0,
+    "layer_norm_eps": 1e-7,
+    "relative_attention": True,
+    "position_buckets": 256,
+    "norm_rel_ebd": "layer_norm",
+    "share_att_key": True,
+    "pos_att_type": ["p2c", "c2p"],
+    "position_biased_input": False,
+}
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Hold what the demo runs.
+
+    Attributes:
+        model: Hugging Face DebertaV2Model in eval mode, on the CPU.
+        name: what to call it in the table.
+        encode: text to token ids.
+        remarks: what the user should know: random weights, stand-in tokenizer.
+    """
+
+    model: nn.Module
+    name: str
+    encode: Encoder
+    remarks: tuple[str, ...]
+
+
+def hub_reachable(name: str) -> bool:
+    """Return whether the checkpoint's configuration can be had from the hub or its cache within a few seconds.
+
+    Asked in a process of its own, since a hub client that retries cannot be given up any other way.
+    """
+    question = "import sys, transformers; transformers.AutoConfig.from_pretrained(sys.argv[1])"
+    environment = {**os.environ, "HF_HUB_ETAG_TIMEOUT": "5"}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", question, name],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=HUB_TIMEOUT_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return False
+    return done.returncode == 0
+
+
+def find_encoder(name: str, vocab_size: int) -> tuple[Encoder, str | None]:
+    """Return (text to ids, remark): the checkpoint's own tokenizer if it loads, else the hashing stand-in."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # whatever a checkpoint lacks or a tokenizer library raises
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        return hashing_encoder(vocab_size), f"no tokenizer in {name} ({reason[0][:120]}): words are hashed to token ids"
+    return lambda text: list(tokenizer(text, add_special_tokens=False)["input_ids"]), None
+
+
+def random_model(reason: str) -> Loaded:
+    """Return a model in the geometry of v3-base with random weights."""
+    from transformers import DebertaV2Config, DebertaV2Model
+
+    torch.manual_seed(0)
+    model = DebertaV2Model(DebertaV2Config(**V3_BASE))
+    remarks = (
+        f"{reason}: random weights in the geometry of {DEFAULT_MODEL}; the costs are those of the real model",
+        "no vocabulary without the checkpoint: words are hashed to token ids",
+    )
+    return Loaded(model, "v3-base geometry, random weights", hashing_encoder(V3_BASE["vocab_size"]), remarks)  # type: ignore[arg-type]
+
+
+def load(name: str | None, dtype: torch.dtype) -> Loaded:
+    """Load the model to measure.
+
+    Args:
+        name: hub id or local directory; None asks the hub for v3-base and falls back to random weights.
+        dtype: of the parameters.
+
+    Raises:
+        OSError: the named checkpoint cannot be loaded.
+    """
+    # Conversion runs in a background thread, and a process with threads should not be forked.
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    if name is None:
+        if not hub_reachable(DEFAULT_MODEL):
+            loaded = random_model(f"{DEFAULT_MODEL} cannot be had from the hub")
+            return Loaded(loaded.model.to(dtype).eval(), loaded.name, loaded.encode, loaded.remarks)
+        name = DEFAULT_MODEL
+    model = transformers.AutoModel.from_pretrained(name, dtype=dtype).eval()
+    encode, remark = find_encoder(name, model.config.vocab_size)
+    shown = Path(name).name if Path(name).is_dir() else name
+    return Loaded(model, shown, encode, (remark,) if remark else ())
+
+
+def shared_copy(model: nn.Module) -> nn.Module:
+    """Return a copy of the model whose parameters and buffers are the same tensors, so that two fit in memory."""
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    return copy.deepcopy(model, shared)

@@ -1,0 +1,167 @@
+"""Run the demo: load, patch, measure each input before and after, show the results."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import deberta_kernels as dk
+
+from .measure import MEMORY_METHOD, Case, MeasurementError, difference_and_times, in_child, peak_memory
+from .model import DEFAULT_MODEL, Loaded, load, shared_copy
+from .report import Row, conditions, draw, format_table, write_numbers
+from .text import ragged_batch, single
+
+__all__ = ["add_arguments", "run"]
+
+LENGTHS = (64, 128, 256, 512, 1024, 2048)
+QUICK_LENGTHS = (64, 128, 256)
+RAGGED_SENTENCES = 8
+RAGGED_LONGEST = 256
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of the demo."""
+    parser.add_argument(
+        "model",
+        nargs="?",
+        help=f"hub id or local directory of a DeBERTa-v2 or v3 (default: {DEFAULT_MODEL}, or random weights offline)",
+    )
+    parser.add_argument("--lengths", type=_lengths, help=f"tokens, comma-separated (default: {_join(LENGTHS)})")
+    parser.add_argument("--max-length", type=int, help="leave out longer inputs; a longer one than the list adds it")
+    parser.add_argument("--quick", action="store_true", help=f"lengths {_join(QUICK_LENGTHS)}, fewer repetitions")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
+    parser.add_argument("--threads", type=int, help="threads to compute with (default: torch's choice)")
+    parser.add_argument("--backend", default="auto", help="backend of the patched model (default: auto)")
+    parser.add_argument("--output", type=Path, default=Path("demo-results"), help="folder for picture and numbers")
+    parser.add_argument("--name", default="demo", help="file name, without ending, of picture and numbers")
+
+
+def _join(lengths: tuple[int, ...]) -> str:
+    return ",".join(map(str, lengths))
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    lengths = tuple(int(part) for part in text.split(","))
+    if min(lengths) < 3:
+        raise argparse.ArgumentTypeError("lengths start at 3 tokens: [CLS], one of text, [SEP]")
+    return lengths
+
+
+def _chosen_lengths(options: argparse.Namespace) -> list[int]:
+    lengths = set(options.lengths or (QUICK_LENGTHS if options.quick else LENGTHS))
+    longest = options.max_length
+    if longest is not None:
+        lengths = {n for n in lengths if n <= longest}
+        if not options.lengths and not options.quick:
+            lengths.add(longest)
+    return sorted(lengths)
+
+
+def _say(text: str) -> None:
+    print(f"[demo] {text}", file=sys.stderr, flush=True)
+
+
+def _cases(loaded: Loaded, options: argparse.Namespace) -> list[Case]:
+    lengths = _chosen_lengths(options)
+    if not lengths:
+        raise ValueError(f"--max-length {options.max_length} leaves no length to run")
+    cases = [Case(f"1 x {n}", *single(loaded.encode, n)) for n in lengths]
+    sentences = 4 if options.quick else RAGGED_SENTENCES
+    ids, mask = ragged_batch(loaded.encode, sentences, min(RAGGED_LONGEST, lengths[-1]))
+    filled = mask.float().mean().item()
+    cases.append(Case(f"{sentences} x {ids.shape[1]}, ragged ({filled:.0%} real)", ids, mask))
+    return cases
+
+
+def _measure(before: nn.Module, after: nn.Module, case: Case, threads: int, quick: bool) -> tuple[Row, dict[str, Any]]:
+    memory: dict[str, int | None] = {}
+    for name, model in (("before", before), ("after", after)):
+        _say(f"{case.label}: memory {name}")
+        memory[name] = in_child(lambda model=model: peak_memory(model, case), threads)["bytes"]  # type: ignore[misc]
+    _say(f"{case.label}: time before and after")
+    pairs, seconds = (3, 2.0) if quick else (15, 8.0)
+    timed = in_child(lambda: difference_and_times(before, after, case, pairs, seconds), threads)
+    row = Row(
+        label=case.label,
+        batch=case.input_ids.shape[0],
+        tokens=case.tokens,
+        seconds_before=timed["before"],
+        seconds_after=timed["after"],
+        bytes_before=memory["before"],
+        bytes_after=memory["after"],
+        difference=timed["difference"],
+        scale=timed["scale"],
+        backend="+".join(name for name, count in timed["calls"].items() if count) or "original code",
+    )
+    _say(f"{case.label}: {row.speed_up:.2f}x, difference {row.difference:.1e}")
+    return row, timed
+
+
+def _show(options: argparse.Namespace, about: dict[str, Any], rows: list[Row], fallbacks: dict[str, int]) -> None:
+    print()
+    print(format_table(rows))
+    print()
+    print(f"model: {about['model']}, {about['dtype']}; {about['threads']} thread(s) on {about['processor']}")
+    print(f"torch {about['torch']}, transformers {about['transformers']}, deberta_kernels {about['deberta_kernels']}")
+    print("time: median of one forward pass, the two models taking turns in one process")
+    print(f"memory: {about['memory']}")
+    largest = max(row.scale for row in rows)
+    print(f"difference: largest over real tokens of the last hidden state, whose values reach {largest:.1f}")
+    for reason, count in fallbacks.items():
+        print(f"original code was used {count} times: {reason}")
+    written = write_numbers(options.output, options.name, about, rows)
+    picture = options.output / f"{options.name}.png"
+    try:
+        draw(picture, about, rows)
+        written.insert(0, picture)
+    except ImportError:
+        print("no picture: matplotlib is not installed (pip install matplotlib)")
+    print("written: " + ", ".join(map(str, written)))
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the demo and return the process's exit status."""
+    if not hasattr(os, "fork") or not Path("/proc/self/status").exists():
+        print("The demo measures memory through /proc and needs Linux.", file=sys.stderr)
+        return 1
+    started = time.perf_counter()
+    threads = options.threads or torch.get_num_threads()
+    torch.set_num_threads(1)  # measure.py: this process must stay free of threads
+    dtype: torch.dtype = getattr(torch, options.dtype)
+    _say(f"loading {options.model or DEFAULT_MODEL}")
+    try:
+        loaded = load(options.model, dtype)
+        after = shared_copy(loaded.model)
+        report = dk.patch(after, backend=options.backend)
+        cases = _cases(loaded, options)
+    except (ImportError, OSError, ValueError) as error:
+        print(f"deberta-kernels demo: {error}", file=sys.stderr)
+        return 1
+    for remark in loaded.remarks:
+        _say(remark)
+    _say(f"patched: {str(report).splitlines()[0]}")
+    about = conditions(loaded.name, dtype, threads) | {"remarks": list(loaded.remarks), "memory": MEMORY_METHOD}
+    rows: list[Row] = []
+    fallbacks: dict[str, int] = {}
+    failed = False
+    for case in cases:
+        try:
+            row, timed = _measure(loaded.model, after, case, threads, options.quick)
+        except MeasurementError as error:
+            _say(f"{case.label}: not measured: {error}")
+            failed = True
+            continue
+        rows.append(row)
+        fallbacks.update(timed["fallbacks"])
+    if rows:
+        _show(options, about, rows, fallbacks)
+    _say(f"done in {time.perf_counter() - started:.0f} s")
+    return 1 if failed or not rows else 0

@@ -1,0 +1,230 @@
+"""The build of the native library: what it compiles and leaves out, and how an install fares without a compiler."""
+
+import ctypes
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+KERNEL = """
+#define JOIN2(a, b) a##b
+#define JOIN(a, b) JOIN2(a, b)
+#include "value.h"
+extern "C" int JOIN(value_, DK_VARIANT)() { return VALUE; }
+"""
+DISPATCH = """
+extern "C" __attribute__((visibility("default"))) int variants() {
+  int found = 0;
+#ifdef DK_HAVE_GENERIC
+  found |= 1;
+#endif
+#ifdef DK_HAVE_AVX2
+  found |= 2;
+#endif
+#ifdef DK_HAVE_AVX512
+  found |= 4;
+#endif
+#ifdef DK_HAVE_AVX512_BF16
+  found |= 8;
+#endif
+  return found;
+}
+"""
+BITS = {"generic": 1, "avx2": 2, "avx512": 4, "avx512_bf16": 8}
+
+
+def load_setup():
+    spec = importlib.util.spec_from_file_location("dk_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+build = load_setup()
+HAS_COMPILER = any(map(shutil.which, ("c++", "g++", "clang++")))
+needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler on the PATH")
+needs_setuptools = pytest.mark.skipif(importlib.util.find_spec("setuptools") is None, reason="setuptools is missing")
+
+
+def write_sources(folder: Path) -> None:
+    (folder / "cpu").mkdir(parents=True)
+    (folder / "cpu" / "kernel.cpp").write_text(KERNEL)
+    (folder / "cpu" / "dispatch.cpp").write_text(DISPATCH)
+    (folder / "value.h").write_text("#define VALUE 7\n")
+
+
+@pytest.fixture
+def layout(tmp_path, monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    write_sources(tmp_path / "csrc")
+    return build.Layout(tmp_path / "csrc" / "cpu", tmp_path / "csrc", tmp_path / "lib" / build.LIBRARY_NAME)
+
+
+def fake_compiler(folder: Path, refuse: str) -> str:
+    """Write a compiler that fails when one of its arguments matches `refuse` and is the real one otherwise."""
+    script = folder / "fake-c++"
+    real = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    script.write_text(
+        f'#!/bin/sh\ncase " $* " in *{refuse}*) echo "refused on purpose" >&2; exit 1;; esac\nexec {real} "$@"\n'
+    )
+    script.chmod(0o755)
+    return str(script)
+
+
+@needs_compiler
+def test_library_holds_the_variants_it_reports_and_nothing_is_left_behind(layout):
+    record = build.build_library(layout)
+    library = ctypes.CDLL(str(layout.library))
+    assert library.variants() == sum(BITS[name] for name in record["variants"])
+    assert record["variants"][0] == "generic"
+    assert sorted(path.name for path in layout.library.parent.iterdir()) == ["build.json", build.LIBRARY_NAME]
+
+
+@needs_compiler
+def test_library_is_rebuilt_only_when_a_source_changed(layout):
+    build.build_library(layout)
+    first = layout.library.stat().st_ino
+    build.build_library(layout)
+    assert layout.library.stat().st_ino == first
+    (layout.include / "value.h").write_text("#define VALUE 8\n")
+    build.build_library(layout)
+    assert layout.library.stat().st_ino != first
+
+
+@needs_compiler
+def test_variant_whose_flags_are_unknown_is_left_out(layout, tmp_path, monkeypatch):
+    if len(build.variants_for(build.sysconfig.get_platform())) == 1:
+        pytest.skip("this platform has the generic variant only")
+    monkeypatch.setenv("CXX", fake_compiler(tmp_path, "-mavx512bf16"))
+    record = build.build_library(layout)
+    assert "avx512_bf16" not in record["variants"]
+    assert "avx2" in record["variants"]
+    assert "-mavx512bf16" in record["left_out"]["avx512_bf16"]
+    assert ctypes.CDLL(str(layout.library)).variants() & BITS["avx512_bf16"] == 0
+
+
+@needs_compiler
+def test_failing_compiler_is_quoted(layout, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", fake_compiler(tmp_path, "DK_VARIANT=generic"))
+    with pytest.raises(build.BuildError, match=r"variant generic failed .*\n*refused on purpose"):
+        build.build_library(layout)
+    assert not layout.library.exists()
+
+
+@needs_compiler
+def test_linker_that_refuses_the_static_runtime_is_asked_again_without(layout, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", fake_compiler(tmp_path, "-static-libstdc++"))
+    build.build_library(layout)
+    assert ctypes.CDLL(str(layout.library)).variants()
+
+
+def test_missing_compiler_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    with pytest.raises(build.BuildError, match="CXX is '/nowhere/c\\+\\+', which is not on the PATH"):
+        build.find_compiler()
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(build.BuildError, match=r"no C\+\+ compiler on the PATH .*apt install g\+\+"):
+        build.find_compiler()
+
+
+def test_cxx_may_carry_arguments(monkeypatch):
+    monkeypatch.setenv("CXX", f"{sys.executable} -E")
+    assert build.find_compiler() == [sys.executable, "-E"]
+
+
+def test_missing_sources_are_named(tmp_path):
+    layout = build.Layout(tmp_path, tmp_path, tmp_path / "lib" / "x.so")
+    with pytest.raises(build.BuildError, match=r"dispatch\.cpp is missing"):
+        build.build_library(layout)
+
+
+@pytest.mark.parametrize(
+    ("platform", "expected"),
+    [
+        ("linux-x86_64", ["generic", "avx2", "avx512", "avx512_bf16"]),
+        ("linux-aarch64", ["generic"]),
+        ("macosx-14.0-arm64", ["generic"]),
+        ("linux-riscv64", ["generic"]),
+    ],
+)
+def test_variants_per_platform(platform, expected):
+    assert list(build.variants_for(platform)) == expected
+    assert build.variants_for(platform)["generic"] == ()
+
+
+def test_no_flag_ties_the_library_to_the_building_machine():
+    for flags in (build.COMMON_FLAGS, build.LINK_FLAGS, *build.variants_for("linux-x86_64").values()):
+        assert not [flag for flag in flags if flag.startswith(("-march", "-mtune", "-mcpu")) or "fast-math" in flag]
+
+
+def small_checkout(folder: Path) -> Path:
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
+        shutil.copy(ROOT / name, folder / name)
+    shutil.copytree(
+        ROOT / "deberta_kernels", folder / "deberta_kernels", ignore=shutil.ignore_patterns("lib", "__pycache__")
+    )
+    write_sources(folder / "csrc")
+    return folder
+
+
+def wheel(folder: Path, **environment: str) -> tuple[Path, str]:
+    """Build a wheel in `folder` and return it with what the build said."""
+    state = {name: value for name, value in os.environ.items() if name not in ("CXX", build.SKIP_VARIABLE)}
+    command = [sys.executable, "-W", "ignore", "setup.py", "-q", "bdist_wheel"]
+    done = subprocess.run(
+        command, cwd=folder, env={**state, **environment}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    (path,) = (folder / "dist").glob("*.whl")
+    return path, done.stderr
+
+
+@needs_setuptools
+@needs_compiler
+def test_wheel_with_the_library_fits_every_python(tmp_path):
+    path, said = wheel(small_checkout(tmp_path))
+    assert re.fullmatch(r"deberta_kernels-[\d.]+-py3-none-(?!any)\w+\.whl", path.name)
+    names = zipfile.ZipFile(path).namelist()
+    assert f"deberta_kernels/lib/{build.LIBRARY_NAME}" in names
+    assert {"deberta_kernels/py.typed", "deberta_kernels/demo/text.txt", "deberta_kernels/lib/build.json"} <= set(names)
+    assert "WARNING" not in said
+
+
+@needs_setuptools
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"CXX": "/nowhere/c++"}, "WARNING: no native library: CXX is '/nowhere/c++'"),
+        ({"CXX": "false"}, "WARNING: no native library: asking the compiler for its version failed"),
+        ({"DEBERTA_KERNELS_SKIP_NATIVE": "1"}, "DEBERTA_KERNELS_SKIP_NATIVE is set: no native library"),
+    ],
+    ids=["no compiler", "broken compiler", "not wanted"],
+)
+def test_wheel_without_the_library_fits_everywhere_and_says_why(tmp_path, environment, message):
+    folder = small_checkout(tmp_path)
+    stale = folder / "deberta_kernels" / "lib" / build.LIBRARY_NAME
+    stale.parent.mkdir()
+    stale.write_text("left from an earlier build")
+    path, said = wheel(folder, **environment)
+    assert path.name.endswith("-py3-none-any.whl")
+    assert not [name for name in zipfile.ZipFile(path).namelist() if name.endswith(".so")]
+    assert message in said
+
+
+@needs_setuptools
+def test_strict_build_fails_with_the_reason(tmp_path):
+    folder = small_checkout(tmp_path)
+    command = [sys.executable, "-W", "ignore", "setup.py", "-q", "build_native", "--strict"]
+    environment = {**os.environ, "CXX": "/nowhere/c++"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    assert "CXX is '/nowhere/c++'" in done.stderr
