@@ -25,6 +25,7 @@ On Debian or Ubuntu, install what is missing and run the same command again:
 
     apt install python3-venv
 """
+PYTHON_VERSION = "import sys; print(sys.version)"
 TORCH_VERSION = "import importlib.metadata as m; print(m.version('torch'))"
 
 
@@ -35,7 +36,10 @@ def say(text):
 
 def works(command):
     """Return whether a command succeeds, quietly."""
-    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
+    try:
+        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
+    except OSError:
+        return False
     return done.returncode == 0
 
 
@@ -133,7 +137,8 @@ def main():
     stamp = venv / ("installed-" + name)
     if stamp.is_file() and stamp.read_text() == wanted_state(options) and works([inside, "-c", "import torch"]):
         return
-    if not works([inside, "-m", "pip", "--version"]):
+    same_python = answer(inside, PYTHON_VERSION) == answer(sys.executable, PYTHON_VERSION)
+    if not same_python or not works([inside, "-m", "pip", "--version"]):
         create(venv)
     found = torch_version(inside)
     if found is None or found < OLDEST_TORCH:
