@@ -90,13 +90,19 @@ def create(venv):
     sys.exit(NO_VENV.format(python=python))
 
 
+def answer(inside, question):
+    """Return what a line of Python prints in the environment, or None when it fails."""
+    try:
+        done = subprocess.run([inside, "-c", question], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
 def torch_version(inside):
     """Return the version of torch in the environment as (major, minor), or None."""
-    done = subprocess.run([inside, "-c", TORCH_VERSION], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    if done.returncode:
-        return None
-    major, minor = done.stdout.strip().split(".")[:2]
-    return int(major), int(minor)
+    version = answer(inside, TORCH_VERSION)
+    return version and tuple(map(int, version.split(".")[:2]))
 
 
 def pip_install(inside, *arguments):
