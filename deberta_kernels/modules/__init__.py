@@ -1,0 +1,1 @@
+"""Modules with Hugging Face's parameter names that compute attention through the kernels."""

@@ -1,0 +1,223 @@
+"""Project the relative embeddings of one attention module: only the rows a call can reach, cached in eval.
+
+The projections are called as modules, never by their weights, so that whatever wraps them (LoRA, hooks, quantised
+layers) takes part. In eval the projected tables of a module are kept. `_validity` is the one place that decides
+whether they may be kept, and what they depend on; kept tables whose dependencies changed are never used.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as _module_internals
+
+from deberta_kernels.position import attention_span, reachable_rows
+from deberta_kernels.types import PositionSpec
+
+__all__ = ["PositionTables", "content_key", "position_spec", "projected_tables", "scale_factor"]
+
+# A kept table covers at least this many tokens: with the usual 256 buckets that is every row but one, so that calls
+# of growing length do not project again and again.
+_KEPT_LENGTH = 512
+_SAMPLES = 256
+
+
+class PositionTables(NamedTuple):
+    """Hold what one attention call needs to know about positions.
+
+    Attributes:
+        pos_key: (H, rows, D) or None; K_r of the paper, rows `position.first_row ...` of the full table.
+        pos_query: (H, rows, D) or None; Q_r of the paper.
+        position: how distances index these rows.
+        prepared: the backend's own layout of exactly these tables, or None.
+    """
+
+    pos_key: Tensor | None
+    pos_query: Tensor | None
+    position: PositionSpec
+    prepared: Tensor | None = None
+
+
+class _Kept(NamedTuple):
+    """Hold the tables of one module in eval, and everything they were computed from."""
+
+    validity: tuple[Any, ...]
+    start: int
+    stop: int
+    tables: PositionTables
+
+
+_kept: weakref.WeakKeyDictionary[nn.Module, _Kept] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+def scale_factor(module: nn.Module) -> int:
+    """Return 1 + the number of position terms the module's pos_att_type names.
+
+    Hugging Face counts them even where relative attention is off, and does not split "c2p|p2c" inside a list.
+    """
+    return 1 + ("c2p" in module.pos_att_type) + ("p2c" in module.pos_att_type)
+
+
+def position_spec(module: nn.Module) -> PositionSpec:
+    """Return how `module` turns distances into rows; the default where relative attention is off."""
+    if not module.relative_attention:
+        return PositionSpec()
+    return PositionSpec(module.position_buckets, module.max_relative_positions)
+
+
+def projected_tables(
+    module: nn.Module,
+    rel_embeddings: Tensor | None,
+    length: int,
+    *,
+    prepare: Callable[[PositionTables], Tensor | None] | None = None,
+    rel_key: Callable[[Tensor], tuple[Any, ...] | None] | None = None,
+) -> PositionTables:
+    """Project the relative embeddings into the position tables of one call.
+
+    Args:
+        module: attention module with Hugging Face's attributes.
+        rel_embeddings: (at least 2 * att_span, hidden size); None is right only where no position term is on.
+        length: number of queries and of keys, in tokens.
+        prepare: makes a backend's own layout of tables that will be kept.
+        rel_key: returns `content_key` of rel_embeddings; lets all layers of one forward share the reading.
+
+    Raises:
+        ValueError: rel_embeddings is missing or has too few rows.
+    """
+    spec = position_spec(module)
+    projections = _projections(module)
+    if not projections:
+        return PositionTables(None, None, spec)
+    rel = _checked(rel_embeddings, spec)
+    validity = _validity(module, projections, rel, rel_key or content_key)
+    if validity is None:
+        start, stop = _rows(length, spec)
+        return _project(module, projections, rel, start, stop, spec)
+    start, stop = reachable_rows(length, length, spec)
+    kept = _kept.get(module)
+    if kept is None or kept.validity != validity or start < kept.start or stop > kept.stop:
+        covered = max(_KEPT_LENGTH, 1 << max(length - 1, 0).bit_length())
+        start, stop = reachable_rows(covered, covered, spec)
+        # Tables made under inference_mode could not take part in a later differentiable call.
+        with torch.inference_mode(False), torch.no_grad():
+            tables = _project(module, projections, rel, start, stop, spec)
+            if prepare is not None:
+                tables = tables._replace(prepared=prepare(tables))
+        kept = _Kept(validity, start, stop, tables)
+        with _lock:
+            _kept[module] = kept
+    return kept.tables
+
+
+def content_key(tensor: Tensor) -> tuple[Any, ...] | None:
+    """Return a value that differs whenever the tensor's content does; None where that cannot be told cheaply.
+
+    Version counters alone do not do: an edit through `.data`, such as the merge of a LoRA, leaves them as they were.
+    So the bits are read: their sum as integers, which every change of a single element changes, and a sample of
+    elements in their order, which sees permutations. Reading a weight costs about a twentieth of projecting the rows
+    of a short text with it.
+    """
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.device.type != "cpu":
+        return None
+    if tensor.layout != torch.strided or not tensor.is_contiguous():
+        return None
+    plain = tensor.detach().view(-1)
+    version = None if tensor.is_inference() else tensor._version
+    words = plain
+    for dtype, size in ((torch.int64, 8), (torch.int32, 4), (torch.int16, 2), (torch.int8, 1)):
+        ratio = max(size // plain.element_size(), 1)
+        if size >= plain.element_size() and not (plain.numel() % ratio or plain.storage_offset() % ratio):
+            words = plain.view(dtype)
+            break
+    total = int(words.sum(dtype=torch.int64))
+    sample = tuple(words[:: max(1, words.numel() // _SAMPLES)].tolist())
+    return (version, tensor.dtype, tuple(tensor.shape), total, sample)
+
+
+def _projections(module: nn.Module) -> dict[str, nn.Module]:
+    """Return the projection module of each position term that is on."""
+    projections: dict[str, nn.Module] = {}
+    if module.relative_attention:
+        if "c2p" in module.pos_att_type:
+            projections["pos_key"] = module.key_proj if module.share_att_key else module.pos_key_proj
+        if "p2c" in module.pos_att_type:
+            projections["pos_query"] = module.query_proj if module.share_att_key else module.pos_query_proj
+    return projections
+
+
+def _checked(rel_embeddings: Tensor | None, spec: PositionSpec) -> Tensor:
+    rows = 2 * attention_span(spec.position_buckets, spec.max_relative_positions)
+    if rel_embeddings is None or rel_embeddings.dim() != 2 or rel_embeddings.shape[0] < rows:
+        got = "None" if rel_embeddings is None else str(tuple(rel_embeddings.shape))
+        raise ValueError(
+            f"rel_embeddings must have shape (2 * att_span, hidden size) with 2 * att_span = {rows}, got {got}; "
+            "pass the encoder's get_rel_embedding()."
+        )
+    return rel_embeddings
+
+
+def _rows(length: int, spec: PositionSpec) -> tuple[int, int]:
+    """Return [start, stop) of the rows to project; while compiling, bounds that stay symbolic in the length."""
+    if not torch.compiler.is_compiling():
+        return reachable_rows(length, length, spec)
+    span = attention_span(spec.position_buckets, spec.max_relative_positions)
+    middle = max(spec.position_buckets // 2, 1)
+    # From here on the log bucket never exceeds the distance, so length - 1 rows on each side are enough.
+    if spec.position_buckets <= 0 or (spec.max_relative_positions - 1) / middle >= math.e:
+        return torch.sym_max(span - length + 1, 0), torch.sym_min(span + length, 2 * span)
+    return 0, 2 * span
+
+
+def _project(
+    module: nn.Module, projections: dict[str, nn.Module], rel: Tensor, start: int, stop: int, spec: PositionSpec
+) -> PositionTables:
+    # (1, rows, hidden): wrapped projections see the three dimensions that Hugging Face gives them.
+    rows = module.pos_dropout(rel[start:stop]).unsqueeze(0)
+    tables = {
+        name: projection(rows).squeeze(0).unflatten(-1, (module.num_attention_heads, -1)).transpose(0, 1)
+        for name, projection in projections.items()
+    }
+    return PositionTables(tables.get("pos_key"), tables.get("pos_query"), replace(spec, first_row=start))
+
+
+def _validity(
+    module: nn.Module,
+    projections: dict[str, nn.Module],
+    rel: Tensor,
+    rel_key: Callable[[Tensor], tuple[Any, ...] | None],
+) -> tuple[Any, ...] | None:
+    """Return everything the projected tables depend on, or None when they may not be kept.
+
+    They may be kept only in eval, on the CPU, without gradients to anything they come from, and when each projection
+    is exactly `nn.Linear` without hooks: then rows, weights, biases and the autocast state are all there is. Anything
+    else (a LoRA of any make, a quantised layer, a parametrisation) is projected anew each call, so that no switch it
+    has can be missed.
+    """
+    if torch.compiler.is_compiling() or module.training or module.pos_dropout.training:
+        return None
+    linears = list(projections.values())
+    if type(module.pos_dropout) is not nn.Dropout or any(type(linear) is not nn.Linear for linear in linears):
+        return None
+    if any(_is_hooked(part) for part in (module.pos_dropout, *linears)) or _module_internals._has_any_global_hook():
+        return None
+    sources = [tensor for linear in linears for tensor in (linear.weight, linear.bias) if tensor is not None]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (rel, *sources)):
+        return None
+    keys = [rel_key(rel), *(content_key(tensor) for tensor in sources)]
+    if any(key is None for key in keys):
+        return None
+    autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+    return (tuple(projections), position_spec(module), module.num_attention_heads, autocast, *keys)
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)

@@ -1,0 +1,302 @@
+"""Compute Hugging Face's disentangled self-attention through the kernels.
+
+`attend` is the one implementation: the stand-alone module below and patched Hugging Face modules both call it. It
+decides by an allow-list; a call outside it goes to the original code, where there is one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deberta_kernels import dispatch
+from deberta_kernels.api import run_attention
+from deberta_kernels.masks import parse_huggingface_mask
+from deberta_kernels.modules.positions import PositionTables, content_key, projected_tables, scale_factor
+from deberta_kernels.types import AttentionProblem, Masks
+
+__all__ = ["AttentionOptions", "DisentangledSelfAttention", "EncoderMask", "attend", "runs_original_code"]
+
+
+@dataclass(frozen=True)
+class AttentionOptions:
+    """Hold what a user chose for a patched model.
+
+    Attributes:
+        backend: "auto" or the name of a backend, which then never falls back to another one.
+        strict: raise NotImplementedError where the original code would run.
+    """
+
+    backend: str = "auto"
+    strict: bool = False
+
+
+class EncoderMask:
+    """Carry one forward's mask from a patched encoder to its attention modules, in place of a (B, 1, N, N) tensor.
+
+    Not a dataclass on purpose: wrappers that rebuild dataclasses and containers (FSDP, accelerate) leave it whole.
+
+    Args:
+        source: the mask the encoder was given: (B, N), (B, N, N) or (B, 1 or H, N, N); not 0 = keep.
+        masks: what it means, parsed once for all layers.
+    """
+
+    def __init__(self, source: Tensor, masks: Masks) -> None:
+        self.source = source
+        self.masks = masks
+        self._read: tuple[Tensor, tuple[Any, ...] | None] | None = None
+
+    def dense(self) -> Tensor:
+        """Return the (B, 1 or H, N, N) mask that Hugging Face's encoder builds, in the dtype of the source."""
+        if self.source.dim() == 2:
+            return self.source[:, None, None, :] * self.source[:, None, :, None]
+        return self.source.unsqueeze(1) if self.source.dim() == 3 else self.source
+
+    def to(self, device: Any, **unused: Any) -> EncoderMask:
+        """Return this mask on another device, as hooks of models spread over devices ask for."""
+        masks = (None if mask is None else mask.to(device) for mask in (self.masks.key, self.masks.query, self.masks.pair))
+        return EncoderMask(self.source.to(device), Masks(*masks))
+
+    def rel_key(self, rel_embeddings: Tensor) -> tuple[Any, ...] | None:
+        """Return `content_key(rel_embeddings)`, read once for all layers that get the same tensor."""
+        if self._read is None or self._read[0] is not rel_embeddings:
+            self._read = (rel_embeddings, content_key(rel_embeddings))
+        return self._read[1]
+
+
+def runs_original_code() -> bool:
+    """Tell whether a tracer or a function transform is at work that wants plain PyTorch operations.
+
+    That is torch.jit tracing, torch.export, the transforms of torch.func, and forward-mode differentiation. The
+    original code is what was asked for then, so nobody is warned.
+    """
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def attend(
+    module: nn.Module,
+    options: AttentionOptions,
+    original: Callable[..., tuple[Tensor, Tensor | None]] | None,
+    hidden_states: Tensor,
+    attention_mask: Tensor | EncoderMask | None,
+    output_attentions: bool = False,
+    query_states: Tensor | None = None,
+    relative_pos: Tensor | None = None,
+    rel_embeddings: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Run one attention call: through the kernels where it is on the allow-list, else through `original`.
+
+    Args:
+        module: attention module with Hugging Face's attributes.
+        options: see `AttentionOptions`.
+        original: the original forward, an unbound function; None where there is none.
+        hidden_states: (B, N, hidden size); keys and values.
+        attention_mask: what a patched encoder hands over; or Hugging Face's mask, broadcastable to (B, H, N, N), not
+            0 = keep; None masks nothing.
+        output_attentions: also return the probabilities; outside the allow-list.
+        query_states: (B, N, hidden size) or None for hidden_states; another length is outside the allow-list.
+        relative_pos: None for ordinary distances; a tensor is outside the allow-list.
+        rel_embeddings: (2 * att_span, hidden size); None is right only without relative attention.
+
+    Returns:
+        (context, None): context is (B, N, H * D). `original` may return the probabilities in place of None.
+
+    Raises:
+        NotImplementedError: the call is outside the allow-list, and options.strict is set or there is no original.
+    """
+    queries = hidden_states if query_states is None else query_states
+    refused = _refusal(module, hidden_states, queries, output_attentions, relative_pos)
+    if original is None and refused is not None:
+        raise NotImplementedError(f"{refused[0]}; {refused[1]}.")
+    if original is not None and (refused is not None or runs_original_code()):
+        if refused is not None and not runs_original_code():
+            _note(refused, options.strict)
+        mask = attention_mask.dense() if isinstance(attention_mask, EncoderMask) else attention_mask
+        return original(
+            module, hidden_states, mask, output_attentions,
+            query_states=query_states, relative_pos=relative_pos, rel_embeddings=rel_embeddings,
+        )  # fmt: skip
+    return _fused(module, options, hidden_states, queries, attention_mask, rel_embeddings), None
+
+
+def _fused(
+    module: nn.Module,
+    options: AttentionOptions,
+    hidden_states: Tensor,
+    queries: Tensor,
+    attention_mask: Tensor | EncoderMask | None,
+    rel_embeddings: Tensor | None,
+) -> Tensor:
+    q = _heads(module, module.query_proj(queries))
+    k = _heads(module, module.key_proj(hidden_states))
+    v = _heads(module, module.value_proj(hidden_states))
+    batch, _, length, head_dim = q.shape
+    scale = 1.0 / math.sqrt(head_dim * scale_factor(module))
+    if isinstance(attention_mask, EncoderMask):
+        carried = attention_mask if attention_mask.source.device == q.device else attention_mask.to(q.device)
+        masks, rel_key = carried.masks, carried.rel_key
+    else:
+        masks, rel_key = _parse_direct(attention_mask, batch, length), content_key
+
+    def prepare(tables: PositionTables) -> Tensor | None:
+        return _prepared(q, k, v, masks, tables, scale, options.backend)
+
+    tables = projected_tables(module, rel_embeddings, length, prepare=prepare, rel_key=rel_key)
+    dropout_p = module.dropout.p if module.dropout.training else 0.0
+    context = run_attention(
+        q, k, v, _cast(tables.pos_key), _cast(tables.pos_query), masks=masks, position=tables.position, scale=scale,
+        dropout_p=dropout_p, backend=options.backend, prepared=tables.prepared,
+    )  # fmt: skip
+    return context.transpose(1, 2).flatten(2)
+
+
+def _heads(module: nn.Module, projected: Tensor) -> Tensor:
+    """View (B, N, H * D) as (B, H, N, D)."""
+    return _cast(projected).unflatten(-1, (module.num_attention_heads, -1)).transpose(1, 2)
+
+
+def _cast(tensor: Any) -> Any:
+    """Cast as autocast casts the operands of a matmul; a projection that ignores autocast may have left float32."""
+    if tensor is None or not torch.is_autocast_enabled(tensor.device.type) or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
+
+
+def _parse_direct(attention_mask: Tensor | None, batch: int, length: int) -> Masks:
+    """Parse a mask given to an attention module itself, which Hugging Face broadcasts to (B, H, N, N)."""
+    if attention_mask is not None:
+        while attention_mask.dim() < 4:
+            attention_mask = attention_mask.unsqueeze(0)
+    return parse_huggingface_mask(attention_mask, batch=batch, nq=length, nk=length)
+
+
+def _prepared(
+    q: Tensor, k: Tensor, v: Tensor, masks: Masks, tables: PositionTables, scale: float, backend: str
+) -> Tensor | None:
+    """Let the backend that will run the call lay out tables that are kept for later calls."""
+    pos_key, pos_query = _cast(tables.pos_key), _cast(tables.pos_query)
+    problem = AttentionProblem(q, k, v, pos_key, pos_query, masks, tables.position, scale, max_seqlen=q.shape[2])
+    prepare = getattr(dispatch.load(dispatch.choose(problem, backend)), "prepare", None)
+    return None if prepare is None else prepare(pos_key, pos_query, tables.position)
+
+
+def _note(refused: tuple[str, str], strict: bool) -> None:
+    if not torch.compiler.is_compiling():
+        dispatch.fallback(*refused, strict)
+    elif strict:
+        raise NotImplementedError(f"{refused[0]}; {refused[1]}.")
+
+
+def _refusal(
+    module: nn.Module, hidden_states: Tensor, queries: Tensor, output_attentions: bool, relative_pos: Tensor | None
+) -> tuple[str, str] | None:
+    """Return why no kernel may run a call, and what the user can change; None when one may."""
+    if output_attentions:
+        return ("attention probabilities were asked for", "leave output_attentions=False where they are not needed")
+    if hidden_states.dim() != 3 or queries.shape != hidden_states.shape:
+        return (
+            "query_states and hidden_states differ in shape",
+            "pass query_states of the shape of hidden_states, or none",
+        )
+    positioned = module.relative_attention and scale_factor(module) > 1
+    if positioned and relative_pos is not None:
+        return ("a relative_pos tensor was given", "pass relative_pos=None where it holds ordinary distances")
+    if positioned and module.position_buckets == 1:
+        return ("the model has one position bucket", "train it with at least two")
+    dropout = module.dropout
+    if type(dropout) is not nn.Dropout or dropout.p >= 1.0:
+        return (
+            f"the attention dropout is {dropout}",
+            "make it an nn.Dropout with a probability below 1",
+        )
+    if dropout._forward_hooks or dropout._forward_pre_hooks or "forward" in dropout.__dict__:
+        return (
+            "a hook on the attention dropout wants the attention probabilities",
+            "remove the hook where they are not needed",
+        )
+    return None
+
+
+class DisentangledSelfAttention(nn.Module):
+    """Compute DeBERTa-v2's disentangled self-attention; a drop-in for Hugging Face's module of this name.
+
+    Parameter names, state-dict keys and the signature of `forward` are Hugging Face's. What no kernel computes raises
+    NotImplementedError, since there is no original code to run here.
+
+    Args:
+        config: `DebertaV2Config`, or any object with its attributes.
+        backend: "auto" or the name of a backend.
+
+    Raises:
+        ValueError: hidden_size is not a multiple of num_attention_heads, or the backend is unknown.
+
+    Source:
+        transformers v5.23.0, models/deberta_v2/modeling_deberta_v2.py.
+    """
+
+    def __init__(self, config: Any, backend: str = "auto") -> None:
+        super().__init__()
+        dispatch.check_backend(backend)
+        if config.hidden_size % config.num_attention_heads != 0:
+            raise ValueError(
+                f"hidden_size must be a multiple of num_attention_heads = {config.num_attention_heads}, got "
+                f"{config.hidden_size}; change one of them in the config."
+            )
+        self.options = AttentionOptions(backend=backend)
+        self.num_attention_heads = config.num_attention_heads
+        default_size = config.hidden_size // config.num_attention_heads
+        self.attention_head_size = getattr(config, "attention_head_size", default_size)
+        self.all_head_size = self.num_attention_heads * self.attention_head_size
+        self.query_proj = nn.Linear(config.hidden_size, self.all_head_size)
+        self.key_proj = nn.Linear(config.hidden_size, self.all_head_size)
+        self.value_proj = nn.Linear(config.hidden_size, self.all_head_size)
+        self.share_att_key = getattr(config, "share_att_key", False)
+        self.pos_att_type = config.pos_att_type if config.pos_att_type is not None else []
+        self.relative_attention = getattr(config, "relative_attention", False)
+        if self.relative_attention:
+            self._init_positions(config)
+        self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
+
+    def _init_positions(self, config: Any) -> None:
+        self.position_buckets = getattr(config, "position_buckets", -1)
+        self.max_relative_positions = getattr(config, "max_relative_positions", -1)
+        if self.max_relative_positions < 1:
+            self.max_relative_positions = config.max_position_embeddings
+        self.pos_ebd_size = self.position_buckets if self.position_buckets > 0 else self.max_relative_positions
+        self.pos_dropout = nn.Dropout(config.hidden_dropout_prob)
+        if not self.share_att_key:
+            if "c2p" in self.pos_att_type:
+                self.pos_key_proj = nn.Linear(config.hidden_size, self.all_head_size)
+            if "p2c" in self.pos_att_type:
+                self.pos_query_proj = nn.Linear(config.hidden_size, self.all_head_size)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        output_attentions: bool = False,
+        query_states: Tensor | None = None,
+        relative_pos: Tensor | None = None,
+        rel_embeddings: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend; see `attend` for the arguments.
+
+        Returns:
+            (context, None): context is (B, N, H * D).
+
+        Raises:
+            NotImplementedError: probabilities, a relative_pos tensor or query_states of another shape are asked for.
+        """
+        return attend(
+            self, self.options, None, hidden_states, attention_mask, output_attentions, query_states, relative_pos,
+            rel_embeddings,
+        )  # fmt: skip

@@ -1,0 +1,142 @@
+"""Patch DeBERTa-v2 and v3 models to run fused attention, and undo it: one model, or all of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from . import dispatch
+from .integrations.huggingface import FusedAttention, FusedEncoder, install, plan, uninstall
+from .integrations.swap import is_swapped, swap, undo
+from .modules.self_attention import AttentionOptions
+
+__all__ = ["PatchReport", "patch", "patch_all", "unpatch", "unpatch_all"]
+
+
+@dataclass(frozen=True)
+class PatchReport:
+    """Say what `patch` did.
+
+    Attributes:
+        patched: number of attention modules that now run through the kernels.
+        left_alone: name of each DeBERTa module that still runs its own code -> reason.
+        encoders: number of encoders that no longer build N x N tensors.
+    """
+
+    patched: int
+    left_alone: dict[str, str] = field(default_factory=dict)
+    encoders: int = 0
+
+    def __str__(self) -> str:
+        head = f"patched {self.patched} attention modules in {self.encoders} encoders"
+        names: dict[str, list[str]] = {}
+        for name, reason in self.left_alone.items():
+            names.setdefault(reason, []).append(name or "the model itself")
+        lines = [
+            f"  left alone: {found[0]}{f' and {len(found) - 1} more' if len(found) > 1 else ''}: {reason}"
+            for reason, found in names.items()
+        ]
+        return "\n".join([head, *lines])
+
+
+def patch(
+    model: nn.Module, *, backend: str = "auto", unpad: str | bool = "auto", strict: bool = False
+) -> PatchReport:
+    """Make every DeBERTa-v2 or v3 inside a model run fused attention, in place.
+
+    Encoder and attention modules get a subclass of their own class; nothing else changes, and `unpatch` undoes it.
+    Patching again only changes the options. A model pickled while patched needs this package to be loaded.
+
+    Args:
+        model: a Hugging Face model with any head, a model inside PEFT, or any module with DeBERTa somewhere inside.
+        backend: "auto" or the name of a backend, which then never falls back to another one.
+        unpad: "auto" or False: run batches padded. True is not part of this release.
+        strict: raise NotImplementedError where a call, or the model, would run the original code; without it that
+            is one warning per reason.
+
+    Returns:
+        What was patched, and what was left alone and why.
+
+    Raises:
+        TypeError: model is not a module, or strict is not a bool.
+        ValueError: no DeBERTa inside, or an unknown backend or unpad.
+        NotImplementedError: unpad=True; or strict, and something was left alone.
+    """
+    options = _options(backend, unpad, strict)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}; pass the model itself.")
+    encoders, attentions, left_alone = plan(model)
+    if not attentions and not left_alone:
+        raise ValueError(
+            f"model must contain a DeBERTa-v2 or v3 of transformers, got {type(model).__name__} without one; "
+            "patch it after it is built or loaded."
+        )
+    if left_alone and (strict or not attentions):
+        name, reason = next(iter(left_alone.items()))
+        dispatch.fallback(
+            f"{name or type(model).__name__} was left alone: {reason}", "unpatched models run as before", strict
+        )
+    for module in encoders:
+        swap(module, FusedEncoder, options)
+    for module in attentions:
+        swap(module, FusedAttention, options)
+    return PatchReport(len(attentions), left_alone, len(encoders))
+
+
+def unpatch(model: nn.Module) -> int:
+    """Give every module that `patch` changed inside a model its own class back.
+
+    Args:
+        model: the model given to `patch`, or any module that contains it; one that is not patched stays as it is.
+
+    Returns:
+        Number of modules that changed.
+
+    Raises:
+        TypeError: model is not a module.
+        RuntimeError: something made subclasses of the patched classes since; nothing was changed.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}; pass the model itself.")
+    modules = list(model.modules())
+    for module in modules:
+        if isinstance(module, (FusedAttention, FusedEncoder)) and not is_swapped(module):
+            undo(module)  # raises, before anything changed
+    return sum(undo(module) for module in modules)
+
+
+def patch_all(*, backend: str = "auto", unpad: str | bool = "auto", strict: bool = False) -> None:
+    """Make every DeBERTa-v2 and v3 of transformers run fused attention: those in memory and all made from now on.
+
+    The forwards of two classes are replaced, so models keep their classes. A model that was given to `patch` keeps
+    its own options. Models whose attention is not Hugging Face's own run their own code, with one warning.
+
+    Args:
+        backend: as in `patch`.
+        unpad: as in `patch`.
+        strict: as in `patch`.
+
+    Raises:
+        ValueError: an unknown backend or unpad.
+        NotImplementedError: unpad=True, or a transformers whose classes this release does not know.
+    """
+    install(_options(backend, unpad, strict))
+
+
+def unpatch_all() -> None:
+    """Undo `patch_all`; models given to `patch` stay patched."""
+    uninstall()
+
+
+def _options(backend: str, unpad: str | bool, strict: bool) -> AttentionOptions:
+    dispatch.check_backend(backend)
+    if unpad is True:
+        raise NotImplementedError(
+            "unpad=True (packing the tokens of the whole encoder) is not part of this release; pass unpad='auto'."
+        )
+    if unpad is not False and unpad != "auto":
+        raise ValueError(f"unpad must be 'auto', True or False, got {unpad!r}; pass unpad='auto'.")
+    if not isinstance(strict, bool):
+        raise TypeError(f"strict must be a bool, got {strict!r}; pass True or False.")
+    return AttentionOptions(backend, strict)
