@@ -40,9 +40,7 @@ class PatchReport:
         return "\n".join([head, *lines])
 
 
-def patch(
-    model: nn.Module, *, backend: str = "auto", unpad: str | bool = "auto", strict: bool = False
-) -> PatchReport:
+def patch(model: nn.Module, *, backend: str = "auto", unpad: str | bool = "auto", strict: bool = False) -> PatchReport:
     """Make every DeBERTa-v2 or v3 inside a model run fused attention, in place.
 
     Encoder and attention modules get a subclass of their own class; nothing else changes, and `unpatch` undoes it.

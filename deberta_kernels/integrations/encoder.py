@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from deberta_kernels.masks import parse_huggingface_mask
 from deberta_kernels.modules.self_attention import EncoderMask, runs_original_code
@@ -18,7 +18,7 @@ __all__ = ["encode"]
 
 
 def encode(
-    module: nn.Module,
+    module: Any,
     original: Callable[..., Any],
     hidden_states: Tensor,
     attention_mask: Tensor,
@@ -67,7 +67,7 @@ def encode(
 
 
 def _run_layers(
-    module: nn.Module, hidden_states: Tensor, mask: EncoderMask, query_states: Tensor | None, keep_states: bool
+    module: Any, hidden_states: Tensor, mask: EncoderMask, query_states: Tensor | None, keep_states: bool
 ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
     rel_embeddings = module.get_rel_embedding()
     states = [hidden_states]
@@ -86,12 +86,16 @@ def _run_layers(
 
 
 def _run_layer(
-    layer: nn.Module, keys: Tensor, mask: EncoderMask, query_states: Tensor | None, rel_embeddings: Tensor | None
+    layer: Any, keys: Tensor, mask: EncoderMask, query_states: Tensor | None, rel_embeddings: Tensor | None
 ) -> Tensor:
     if getattr(layer, "gradient_checkpointing", False) and layer.training:
         # A reentrant checkpoint differentiates positional arguments only, each layer on its own. By keyword, the
         # normalised relative embeddings would be one graph that every layer's backward runs through again.
-        return layer(keys, mask, query_states, None, rel_embeddings, False)[0]
-    return layer(
-        keys, mask, query_states=query_states, relative_pos=None, rel_embeddings=rel_embeddings, output_attentions=False
-    )[0]
+        result = layer(keys, mask, query_states, None, rel_embeddings, False)
+    else:
+        result = layer(
+            keys, mask, query_states=query_states, relative_pos=None, rel_embeddings=rel_embeddings,
+            output_attentions=False,
+        )  # fmt: skip
+    output: Tensor = result[0]
+    return output

@@ -7,6 +7,7 @@ the same name, and DeBERTa v1 are left alone, each for a reason that is reported
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import sys
 from collections.abc import Callable, Iterator
@@ -114,7 +115,7 @@ def _encoder_forward(
     )  # fmt: skip
 
 
-def _encode_if_fused(module: nn.Module, options: AttentionOptions, original: Any, *arguments: Any) -> Any:
+def _encode_if_fused(module: Any, options: AttentionOptions, original: Any, *arguments: Any) -> Any:
     """Run the encoder without N x N tensors, unless one of its attention modules would not understand that.
 
     Attention modules may have been given another class since patching, as `adapters.init` does.
@@ -139,12 +140,12 @@ def install(options: AttentionOptions) -> None:
         NotImplementedError: the forwards in this transformers are not the ones this package knows.
     """
     global _installed, _attention_original, _encoder_original
-    hf = _modeling(load=True)
-    assert hf is not None
-    for cls, arguments in ((hf.DisentangledSelfAttention, _ATTENTION_ARGUMENTS), (hf.DebertaV2Encoder, _ENCODER_ARGUMENTS)):
+    hf: Any = importlib.import_module(_MODELING)
+    for name, arguments in ((_ATTENTION, _ATTENTION_ARGUMENTS), (_ENCODER, _ENCODER_ARGUMENTS)):
+        cls = getattr(hf, name)
         reason = _unknown_code(cls, arguments)
         if reason is not None:
-            raise NotImplementedError(f"patch_all() cannot patch {cls.__name__}: {reason}.")
+            raise NotImplementedError(f"patch_all() cannot patch {name}: {reason}.")
     _installed = options
     _attention_original = original_forward(hf.DisentangledSelfAttention)
     _encoder_original = original_forward(hf.DebertaV2Encoder)
@@ -156,12 +157,12 @@ def install(options: AttentionOptions) -> None:
 
 def uninstall() -> bool:
     """Put the classes' own forwards back; return whether they had been replaced."""
-    hf = _modeling()
-    if hf is None or hf.DisentangledSelfAttention.forward is not _attention_forward:
-        return False
-    hf.DisentangledSelfAttention.forward = original_forward(hf.DisentangledSelfAttention)
-    hf.DebertaV2Encoder.forward = original_forward(hf.DebertaV2Encoder)
-    return True
+    hf: Any = _modeling()
+    classes = () if hf is None else (hf.DisentangledSelfAttention, hf.DebertaV2Encoder)
+    replaced = [cls for cls in classes if cls.forward in (_attention_forward, _encoder_forward)]
+    for cls in replaced:
+        cls.forward = original_forward(cls)
+    return bool(replaced)
 
 
 def plan(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module], dict[str, str]]:
@@ -250,10 +251,6 @@ def _unknown_code(cls: type[nn.Module], arguments: list[str]) -> str | None:
     return None
 
 
-def _modeling(load: bool = False) -> ModuleType | None:
-    """Return Hugging Face's modeling module; without `load`, None unless somebody imported it: no model needs it then."""
-    if load:
-        import transformers.models.deberta_v2.modeling_deberta_v2 as loaded
-
-        return loaded
+def _modeling() -> ModuleType | None:
+    """Return Hugging Face's modeling module; None unless somebody imported it, since no model needs it then."""
     return sys.modules.get(_MODELING)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any, ClassVar
 
 from torch import nn
@@ -18,6 +17,10 @@ __all__ = ["ORIGINAL", "Swapped", "base_class", "forward_of", "is_swapped", "ori
 
 # On a function that stands in for a class's forward: the function it replaced.
 ORIGINAL = "__deberta_kernels_original__"
+
+
+# One class for each (mixin, class from before, options), so that equal modules have equal types.
+_classes: dict[tuple[Any, ...], type[nn.Module]] = {}
 
 
 class Swapped:
@@ -50,7 +53,8 @@ def is_swapped(module: Any) -> bool:
 def base_class(module: nn.Module) -> type[nn.Module]:
     """Return the module's class, or the one from before if it was swapped."""
     cls = type(module)
-    return vars(cls).get("swap_base", cls)
+    before: type[nn.Module] = vars(cls).get("swap_base", cls)
+    return before
 
 
 def original_forward(cls: type[nn.Module]) -> Callable[..., Any]:
@@ -86,9 +90,8 @@ def undo(module: nn.Module) -> bool:
     if not isinstance(module, Swapped):
         return False
     if not is_swapped(module):
-        raise RuntimeError(
-            f"{type(module).__name__} is a subclass of a patched class, made after patching; undo that before unpatch()."
-        )
+        name = type(module).__name__
+        raise RuntimeError(f"{name} is a subclass of a patched class, made after patching; undo that before unpatch().")
     _assign(module, base_class(module))
     return True
 
@@ -101,8 +104,10 @@ def _assign(module: nn.Module, cls: type[nn.Module]) -> None:
         module.__dict__["_old_forward"] = types.MethodType(cls.forward, module)
 
 
-@lru_cache(maxsize=None)
 def _swapped_class(mixin: type[Swapped], base: type[nn.Module], options: Any) -> type[nn.Module]:
+    made = _classes.get((mixin, base, options))
+    if made is not None:
+        return made
     body = {
         "__doc__": base.__doc__,
         "__module__": base.__module__,
@@ -111,7 +116,7 @@ def _swapped_class(mixin: type[Swapped], base: type[nn.Module], options: Any) ->
         "swap_options": options,
         "swap_original": staticmethod(original_forward(base)),
     }
-    return type(base.__name__, (mixin, base), body)
+    return _classes.setdefault((mixin, base, options), type(base.__name__, (mixin, base), body))
 
 
 def _rebuild(mixin: type[Swapped], base: type[nn.Module], options: Any) -> nn.Module:

@@ -12,16 +12,19 @@ import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as _module_internals
+from torch.nn.modules.module import _has_any_global_hook
 
 from deberta_kernels.position import attention_span, reachable_rows
 from deberta_kernels.types import PositionSpec
 
-__all__ = ["PositionTables", "content_key", "position_spec", "projected_tables", "scale_factor"]
+__all__ = ["AttentionModule", "PositionTables", "content_key", "position_spec", "projected_tables", "scale_factor"]
+
+# An nn.Module with the attributes of Hugging Face's DisentangledSelfAttention.
+AttentionModule: TypeAlias = Any
 
 # A kept table covers at least this many tokens: with the usual 256 buckets that is every row but one, so that calls
 # of growing length do not project again and again.
@@ -58,7 +61,7 @@ _kept: weakref.WeakKeyDictionary[nn.Module, _Kept] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 
 
-def scale_factor(module: nn.Module) -> int:
+def scale_factor(module: AttentionModule) -> int:
     """Return 1 + the number of position terms the module's pos_att_type names.
 
     Hugging Face counts them even where relative attention is off, and does not split "c2p|p2c" inside a list.
@@ -66,7 +69,7 @@ def scale_factor(module: nn.Module) -> int:
     return 1 + ("c2p" in module.pos_att_type) + ("p2c" in module.pos_att_type)
 
 
-def position_spec(module: nn.Module) -> PositionSpec:
+def position_spec(module: AttentionModule) -> PositionSpec:
     """Return how `module` turns distances into rows; the default where relative attention is off."""
     if not module.relative_attention:
         return PositionSpec()
@@ -74,7 +77,7 @@ def position_spec(module: nn.Module) -> PositionSpec:
 
 
 def projected_tables(
-    module: nn.Module,
+    module: AttentionModule,
     rel_embeddings: Tensor | None,
     length: int,
     *,
@@ -143,7 +146,7 @@ def content_key(tensor: Tensor) -> tuple[Any, ...] | None:
     return (version, tensor.dtype, tuple(tensor.shape), total, sample)
 
 
-def _projections(module: nn.Module) -> dict[str, nn.Module]:
+def _projections(module: AttentionModule) -> dict[str, nn.Module]:
     """Return the projection module of each position term that is on."""
     projections: dict[str, nn.Module] = {}
     if module.relative_attention:
@@ -173,12 +176,14 @@ def _rows(length: int, spec: PositionSpec) -> tuple[int, int]:
     middle = max(spec.position_buckets // 2, 1)
     # From here on the log bucket never exceeds the distance, so length - 1 rows on each side are enough.
     if spec.position_buckets <= 0 or (spec.max_relative_positions - 1) / middle >= math.e:
-        return torch.sym_max(span - length + 1, 0), torch.sym_min(span + length, 2 * span)
+        start: int = torch.sym_max(span - length + 1, 0)  # type: ignore[no-untyped-call]
+        stop: int = torch.sym_min(span + length, 2 * span)  # type: ignore[no-untyped-call]
+        return start, stop
     return 0, 2 * span
 
 
 def _project(
-    module: nn.Module, projections: dict[str, nn.Module], rel: Tensor, start: int, stop: int, spec: PositionSpec
+    module: AttentionModule, projections: dict[str, nn.Module], rel: Tensor, start: int, stop: int, spec: PositionSpec
 ) -> PositionTables:
     # (1, rows, hidden): wrapped projections see the three dimensions that Hugging Face gives them.
     rows = module.pos_dropout(rel[start:stop]).unsqueeze(0)
@@ -190,7 +195,7 @@ def _project(
 
 
 def _validity(
-    module: nn.Module,
+    module: AttentionModule,
     projections: dict[str, nn.Module],
     rel: Tensor,
     rel_key: Callable[[Tensor], tuple[Any, ...] | None],
@@ -204,10 +209,10 @@ def _validity(
     """
     if torch.compiler.is_compiling() or module.training or module.pos_dropout.training:
         return None
-    linears = list(projections.values())
+    linears: list[Any] = list(projections.values())
     if type(module.pos_dropout) is not nn.Dropout or any(type(linear) is not nn.Linear for linear in linears):
         return None
-    if any(_is_hooked(part) for part in (module.pos_dropout, *linears)) or _module_internals._has_any_global_hook():
+    if any(_is_hooked(part) for part in (module.pos_dropout, *linears)) or _has_any_global_hook():
         return None
     sources = [tensor for linear in linears for tensor in (linear.weight, linear.bias) if tensor is not None]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (rel, *sources)):

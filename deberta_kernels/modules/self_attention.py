@@ -17,7 +17,13 @@ from torch import Tensor, nn
 from deberta_kernels import dispatch
 from deberta_kernels.api import run_attention
 from deberta_kernels.masks import parse_huggingface_mask
-from deberta_kernels.modules.positions import PositionTables, content_key, projected_tables, scale_factor
+from deberta_kernels.modules.positions import (
+    AttentionModule,
+    PositionTables,
+    content_key,
+    projected_tables,
+    scale_factor,
+)
 from deberta_kernels.types import AttentionProblem, Masks
 
 __all__ = ["AttentionOptions", "DisentangledSelfAttention", "EncoderMask", "attend", "runs_original_code"]
@@ -59,8 +65,10 @@ class EncoderMask:
 
     def to(self, device: Any, **unused: Any) -> EncoderMask:
         """Return this mask on another device, as hooks of models spread over devices ask for."""
-        masks = (None if mask is None else mask.to(device) for mask in (self.masks.key, self.masks.query, self.masks.pair))
-        return EncoderMask(self.source.to(device), Masks(*masks))
+        parts = (self.masks.key, self.masks.query, self.masks.pair)
+        return EncoderMask(
+            self.source.to(device), Masks(*(None if mask is None else mask.to(device) for mask in parts))
+        )
 
     def rel_key(self, rel_embeddings: Tensor) -> tuple[Any, ...] | None:
         """Return `content_key(rel_embeddings)`, read once for all layers that get the same tensor."""
@@ -75,15 +83,15 @@ def runs_original_code() -> bool:
     That is torch.jit tracing, torch.export, the transforms of torch.func, and forward-mode differentiation. The
     original code is what was asked for then, so nobody is warned.
     """
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return True
     if torch.compiler.is_compiling():
         return False
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    return bool(torch._C._are_functorch_transforms_active()) or torch.autograd.forward_ad._current_level >= 0
 
 
 def attend(
-    module: nn.Module,
+    module: AttentionModule,
     options: AttentionOptions,
     original: Callable[..., tuple[Tensor, Tensor | None]] | None,
     hidden_states: Tensor,
@@ -129,7 +137,7 @@ def attend(
 
 
 def _fused(
-    module: nn.Module,
+    module: AttentionModule,
     options: AttentionOptions,
     hidden_states: Tensor,
     queries: Tensor,
@@ -143,7 +151,8 @@ def _fused(
     scale = 1.0 / math.sqrt(head_dim * scale_factor(module))
     if isinstance(attention_mask, EncoderMask):
         carried = attention_mask if attention_mask.source.device == q.device else attention_mask.to(q.device)
-        masks, rel_key = carried.masks, carried.rel_key
+        masks = carried.masks
+        rel_key: Callable[[Tensor], Any] = carried.rel_key
     else:
         masks, rel_key = _parse_direct(attention_mask, batch, length), content_key
 
@@ -152,16 +161,18 @@ def _fused(
 
     tables = projected_tables(module, rel_embeddings, length, prepare=prepare, rel_key=rel_key)
     dropout_p = module.dropout.p if module.dropout.training else 0.0
-    context = run_attention(
+    context: Any = run_attention(
         q, k, v, _cast(tables.pos_key), _cast(tables.pos_query), masks=masks, position=tables.position, scale=scale,
         dropout_p=dropout_p, backend=options.backend, prepared=tables.prepared,
     )  # fmt: skip
-    return context.transpose(1, 2).flatten(2)
+    merged: Tensor = context.transpose(1, 2).flatten(2)
+    return merged
 
 
-def _heads(module: nn.Module, projected: Tensor) -> Tensor:
+def _heads(module: AttentionModule, projected: Tensor) -> Tensor:
     """View (B, N, H * D) as (B, H, N, D)."""
-    return _cast(projected).unflatten(-1, (module.num_attention_heads, -1)).transpose(1, 2)
+    heads: Tensor = _cast(projected).unflatten(-1, (module.num_attention_heads, -1)).transpose(1, 2)
+    return heads
 
 
 def _cast(tensor: Any) -> Any:
@@ -197,7 +208,11 @@ def _note(refused: tuple[str, str], strict: bool) -> None:
 
 
 def _refusal(
-    module: nn.Module, hidden_states: Tensor, queries: Tensor, output_attentions: bool, relative_pos: Tensor | None
+    module: AttentionModule,
+    hidden_states: Tensor,
+    queries: Tensor,
+    output_attentions: bool,
+    relative_pos: Tensor | None,
 ) -> tuple[str, str] | None:
     """Return why no kernel may run a call, and what the user can change; None when one may."""
     if output_attentions:
