@@ -1,0 +1,102 @@
+// The C ABI of the library and the choice among the compiled instruction-set variants. Compiled for the baseline.
+#include <cstring>
+#include <exception>
+
+#include "params.h"
+
+namespace dk {
+extern const Variant kVariant_generic;
+extern const Variant kVariant_avx2;
+extern const Variant kVariant_avx512;
+extern const Variant kVariant_avx512_bf16;
+}  // namespace dk
+
+namespace {
+
+using namespace dk;
+
+bool runs_here(const Variant* variant) {
+  const char* name = variant->name;
+  if (!std::strcmp(name, "generic")) return true;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (!std::strcmp(name, "avx2"))
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (!std::strcmp(name, "avx512")) return avx512;
+  if (!std::strcmp(name, "avx512_bf16")) return avx512 && __builtin_cpu_supports("avx512bf16");
+#endif
+  return false;
+}
+
+// Fastest first.
+const Variant* const kCompiled[] = {
+#ifdef DK_HAVE_AVX512_BF16
+    &kVariant_avx512_bf16,
+#endif
+#ifdef DK_HAVE_AVX512
+    &kVariant_avx512,
+#endif
+#ifdef DK_HAVE_AVX2
+    &kVariant_avx2,
+#endif
+    &kVariant_generic,
+};
+constexpr int64_t kCount = sizeof(kCompiled) / sizeof(kCompiled[0]);
+
+const Variant* at(int64_t i) { return i >= 0 && i < kCount && runs_here(kCompiled[i]) ? kCompiled[i] : nullptr; }
+
+}  // namespace
+
+#define DK_EXPORT extern "C" __attribute__((visibility("default")))
+
+DK_EXPORT int64_t dk_abi_version() { return kAbiVersion; }
+DK_EXPORT int64_t dk_params_size() { return sizeof(AttentionParams); }
+
+// Compiled variants, fastest first; `dk_variant_runs` says whether this processor can run one.
+DK_EXPORT int64_t dk_variant_count() { return kCount; }
+DK_EXPORT const char* dk_variant_name(int64_t i) { return i >= 0 && i < kCount ? kCompiled[i]->name : nullptr; }
+DK_EXPORT int dk_variant_runs(int64_t i) { return at(i) != nullptr; }
+
+namespace {
+
+template <class Run>
+int guarded(const AttentionParams* p, int64_t variant, const Run& run) {
+  if (!p || p->abi_version != kAbiVersion) return kBadAbi;
+  const Variant* chosen = at(variant);
+  if (!chosen) return kUnsupported;
+  try {
+    return run(*chosen);
+  } catch (const std::exception&) {  // only allocations can fail
+    return kOutOfMemory;
+  }
+}
+
+}  // namespace
+
+DK_EXPORT int dk_cpu_forward(const AttentionParams* p, int64_t variant) {
+  return guarded(p, variant, [&](const Variant& v) { return v.forward(*p); });
+}
+DK_EXPORT int dk_cpu_backward(const AttentionParams* p, int64_t variant) {
+  return guarded(p, variant, [&](const Variant& v) { return v.backward(*p); });
+}
+DK_EXPORT int dk_cpu_prepare(const AttentionParams* p, int64_t variant, void* packed) {
+  return guarded(p, variant, [&](const Variant& v) {
+    v.prepare(*p, packed);
+    return kOk;
+  });
+}
+DK_EXPORT int64_t dk_cpu_prepared_bytes(const AttentionParams* p, int64_t variant) {
+  int64_t bytes = -1;
+  guarded(p, variant, [&](const Variant& v) {
+    bytes = v.prepared_bytes(*p);
+    return kOk;
+  });
+  return bytes;
+}
+DK_EXPORT double dk_cpu_gemm_rate(int64_t dtype, int64_t repeats, int64_t variant) {
+  const Variant* chosen = at(variant);
+  return chosen ? chosen->gemm_rate(dtype, repeats) : -1.0;
+}

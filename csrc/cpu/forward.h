@@ -1,0 +1,236 @@
+// Forward pass: softmax over key blocks with a running maximum, one row block at a time.
+#pragma once
+#include <algorithm>
+
+#include "dropout.h"
+#include "parallel.h"
+#include "score.h"
+
+namespace {
+
+constexpr int kForwardRows = 128;  // rows per block: a p2c band of 128 rows wastes 1/8 of its columns, 64 rows 1/4
+constexpr int kValueWords = 128;   // summed words per step of P . V: that slice of V stays in L1
+
+template <class Word>
+class Forward {
+ public:
+  Forward(const AttentionParams& p, const PositionIndex& index, const float* packed)
+      : p_(p), index_(index), packed_(packed), head_dim_((int)p.head_dim), words_(words_of<Word>(head_dim_)),
+        padded_words_(padded_words<Word>(head_dim_)), padded_((int)round_to_vector(head_dim_)),
+        dropout_{(uint32_t)p.dropout_threshold, (float)p.dropout_scale, (uint64_t)p.seed} {}
+
+  bool run() {
+    const int64_t heads = p_.batch * p_.heads, blocks = (p_.nq + kForwardRows - 1) / kForwardRows;
+    // Rows are independent, so how they are shared out changes no result.
+    chunks_ = std::max<int64_t>(1, std::min(blocks, (4 * p_.threads + heads - 1) / heads));
+    if (p_.threads <= 1) chunks_ = 1;
+    Scratch sizes(*this, Arena(nullptr));
+    return run_tasks(heads * chunks_, p_.threads, sizes.bytes, [&](int64_t task, char* block) {
+      Scratch scratch(*this, Arena(block));
+      const int64_t head = task / chunks_;
+      this->head(sample_of(p_, head / p_.heads), head % p_.heads, task % chunks_, scratch);
+    });
+  }
+
+ private:
+  struct Scratch {
+    KeyPanel* key_panels;
+    RowPanel* row_panels;
+    float *key_columns, *far, *values, *mean;
+    float *queries, *c2p, *p2c, *scores, *maxima, *row_max, *row_sum, *output;
+    uint16_t* draws;
+    float* probabilities;  // as words; null where scores are used in place
+    int64_t bytes;
+    bool mean_ready = false;  // `mean` holds the mean value of the current head
+
+    Scratch(const Forward& f, Arena a) {
+      const int64_t panels = max_key_panels(f.p_.nk, f.p_.prefix_length);
+      key_panels = a.take<KeyPanel>(panels);
+      row_panels = a.take<RowPanel>(round_to_vector(f.p_.nq) / kV);
+      key_columns = a.take<float>(panels * kV * f.words_);
+      far = a.take<float>(2 * panels * kV);
+      values = a.take<float>(panels * kV / Word::kPerWord * f.padded_);
+      mean = a.take<float>(f.padded_);
+      queries = a.take<float>(kForwardRows * f.padded_words_);
+      c2p = a.take<float>(f.p_.has_pos_key ? kForwardRows * ScoreBlock<Word>::c2p_stride(f.index_) : 0);
+      p2c = a.take<float>(f.p_.has_pos_query ? kV * (f.index_.columns + kV) : 0);
+      scores = a.take<float>(kForwardRows * kBlockKeys);
+      maxima = a.take<float>(kForwardRows * kV);
+      row_max = a.take<float>(kForwardRows);
+      row_sum = a.take<float>(kForwardRows);
+      output = a.take<float>(kForwardRows * f.padded_);
+      draws = a.take<uint16_t>(kV * kDrawsPerRow);
+      probabilities = a.take<float>(Word::kPerWord == 1 ? 0 : kForwardRows * kBlockKeys / Word::kPerWord);
+      bytes = a.used();
+    }
+  };
+
+  void head(const Sample& s, int64_t h, int64_t chunk, Scratch& scratch) const {
+    if (s.nq == 0) return;
+    const int64_t rows = find_row_panels(p_, s, scratch.row_panels);
+    const int64_t per_block = kForwardRows / kV, blocks = (rows + per_block - 1) / per_block;
+    const int64_t first = blocks * chunk / chunks_, last = blocks * (chunk + 1) / chunks_;
+    const Rows v = head_of(p_, p_.v, s, h, p_.dtype);
+    scratch.mean_ready = false;
+    if (chunk == 0) padding_rows(s, h, v, scratch);
+    if (first == last) return;
+
+    const PackedTables<Word> tables(p_, packed_, h);
+    const int64_t count = find_key_panels(p_, s, scratch.key_panels);
+    const HeadKeys keys = pack_keys<Word>(p_, index_, tables, s, head_of(p_, p_.k, s, h, p_.dtype), scratch.key_panels,
+                                          count, scratch.key_columns, scratch.far);
+    for (int64_t i = 0; i < count; i++) {
+      const KeyPanel& panel = keys.panels[i];
+      pack_values(Word(), v, panel.key, panel.allowed, head_dim_, padded_,
+                  scratch.values + i * kV / Word::kPerWord * padded_);
+    }
+    for (int64_t b = first; b < last; b++) {
+      const BlockRows block{scratch.row_panels + b * per_block, (int)std::min(per_block, rows - b * per_block),
+                            scratch.queries};
+      row_block(s, h, keys, tables, block, v, scratch);
+    }
+  }
+
+  void row_block(const Sample& s, int64_t h, const HeadKeys& keys, const PackedTables<Word>& tables,
+                 const BlockRows& rows, const Rows& v, Scratch& scratch) const {
+    const Rows q = head_of(p_, p_.q, s, h, p_.dtype);
+    const int count = rows.count * kV;
+    for (int r = 0; r < count; r++) {
+      const RowPanel& panel = rows.panels[r / kV];
+      float* to = scratch.queries + r * padded_words_;
+      if (r % kV < panel.count) read_words(Word(), q, panel.row + r % kV, head_dim_, to);
+      else std::memset(to, 0, (size_t)padded_words_ * sizeof(float));
+    }
+    const uint8_t* pair = p_.pair_mask;
+    if (pair) pair += s.index * p_.pair_mask_stride_b + h * p_.pair_mask_stride_h;
+    const ScoreBlock<Word> score{p_, index_, tables, keys, rows, pair, scratch.c2p, scratch.p2c, words_, padded_words_,
+                                 (float)(p_.scale * kLog2E)};
+    score.start_rows();
+    std::fill(scratch.row_max, scratch.row_max + count, -INFINITY);
+    std::fill(scratch.row_sum, scratch.row_sum + count, 0.0f);
+    bool started = false;
+    for (int64_t k = 0; k < keys.count; k += kBlockKeys / kV) {
+      const int panels = (int)std::min<int64_t>(kBlockKeys / kV, keys.count - k);
+      if (!score.any_allowed(k, panels)) continue;
+      for (int i = 0; i < count; i++) store(scratch.maxima + i * kV, set1(-INFINITY));
+      score.scores(k, panels, scratch.scores, scratch.maxima);
+      softmax(count, panels, started, scratch);
+      if (dropout_.on()) drop(s, h, rows, keys.panels + k, panels, scratch);
+      accumulate(count, k, panels, started, scratch);
+      started = true;
+    }
+    finish_rows(s, h, rows, v, scratch);
+  }
+
+  // Turn scores into exp2(score - running maximum) and rescale what was summed under the old maximum.
+  void softmax(int count, int panels, bool started, Scratch& scratch) const {
+    const int columns = panels * kV;
+    for (int r = 0; r < count; r++) {
+      float* score = scratch.scores + r * kBlockKeys;
+      const float old = scratch.row_max[r], block_max = reduce_max(load(scratch.maxima + r * kV));
+      const float now = block_max > old ? block_max : old;
+      const float shift = now == -INFINITY ? 0.0f : now;  // a row with nothing allowed yet
+      const vf vshift = set1(shift);
+      vf sum = zero();
+#ifdef DK_HAS_BF16_DOT
+      if (Word::kPerWord == 2 && !dropout_.on()) {
+        uint16_t* to = reinterpret_cast<uint16_t*>(scratch.probabilities) + r * kBlockKeys;
+        for (int c = 0; c < columns; c += kV) {
+          const vf e = exp2_nonpositive(load(score + c) - vshift);
+          sum = sum + e;
+          store_bf16(to + c, e);
+        }
+      } else
+#endif
+        for (int c = 0; c < columns; c += kV) {
+          const vf e = exp2_nonpositive(load(score + c) - vshift);
+          sum = sum + e;
+          store(score + c, e);
+        }
+      const float factor = old == shift ? 1.0f : std::exp2(old - shift);
+      scratch.row_sum[r] = scratch.row_sum[r] * factor + reduce_add(sum);
+      scratch.row_max[r] = now;
+      if (started && factor != 1.0f)
+        for (int d = 0; d < padded_; d += kV) {
+          float* o = scratch.output + r * padded_ + d;
+          store(o, load(o) * set1(factor));
+        }
+    }
+  }
+
+  // Apply dropout to the block's probabilities.
+  void drop(const Sample& s, int64_t h, const BlockRows& rows, const KeyPanel* panels, int count,
+            Scratch& scratch) const {
+    const uint64_t stream = (uint64_t)(s.index * p_.heads + h);
+    for (int r = 0; r < rows.count; r++)
+      for (int i = 0; i < count; i++) {
+        draw_tile(dropout_, stream, rows.panels[r].row, panels[i].key, scratch.draws);
+        for (int lane = 0; lane < kV; lane++) {
+          float* e = scratch.scores + (r * kV + lane) * kBlockKeys + i * kV;
+          const uint16_t* draws = scratch.draws + lane * kDrawsPerRow + (panels[i].key & 7);
+          store(e, load(e) * keep_factor(draws, dropout_.threshold, dropout_.scale));
+#ifdef DK_HAS_BF16_DOT
+          if (Word::kPerWord == 2)
+            store_bf16(reinterpret_cast<uint16_t*>(scratch.probabilities) + (r * kV + lane) * kBlockKeys + i * kV,
+                       load(e));
+#endif
+        }
+      }
+  }
+
+  // output += probabilities . values.
+  void accumulate(int count, int64_t first, int panels, bool started, Scratch& scratch) const {
+    const int words = panels * kV / Word::kPerWord, stride = kBlockKeys / Word::kPerWord;
+    const float* probabilities = Word::kPerWord == 1 ? scratch.scores : scratch.probabilities;
+    const float* values = scratch.values + first * kV / Word::kPerWord * padded_;
+    for (int w = 0; w < words; w += kValueWords)
+      gemm<Word>(count, padded_ / kV, std::min(kValueWords, words - w), {probabilities + w, stride, 1},
+                 {values + w * padded_, kV, padded_}, scratch.output, padded_, started || w > 0);
+  }
+
+  void finish_rows(const Sample& s, int64_t h, const BlockRows& rows, const Rows& v, Scratch& scratch) const {
+    const Rows out = head_of(p_, p_.out, s, h, p_.dtype);
+    float* lse = statistics_of(p_, p_.lse, s, h);
+    for (int r = 0; r < rows.count * kV; r++) {
+      const RowPanel& panel = rows.panels[r / kV];
+      if (r % kV >= panel.count || !(panel.active >> (r % kV) & 1)) continue;
+      const int64_t row = panel.row + r % kV;
+      const float sum = scratch.row_sum[r];
+      if (sum == 0.0f) {
+        empty_row(s, row, out, lse, v, scratch);
+        continue;
+      }
+      float* o = scratch.output + r * padded_;
+      const vf inverse = set1(1.0f / sum);
+      for (int d = 0; d < padded_; d += kV) store(o + d, load(o + d) * inverse);
+      write_row(o, head_dim_, out, row);
+      lse[row] = (float)(((double)scratch.row_max[r] + std::log2((double)sum)) * kLn2);
+    }
+  }
+
+  // A query with nothing to attend to gets the mean of v; see docs/math.md.
+  void empty_row(const Sample& s, int64_t row, const Rows& out, float* lse, const Rows& v, Scratch& scratch) const {
+    if (!scratch.mean_ready) mean_value(v, s.nk, head_dim_, scratch.mean);
+    scratch.mean_ready = true;
+    write_row(scratch.mean, head_dim_, out, row);
+    lse[row] = -INFINITY;
+  }
+
+  void padding_rows(const Sample& s, int64_t h, const Rows& v, Scratch& scratch) const {
+    if (!p_.query_mask) return;
+    const uint8_t* mask = p_.query_mask + s.index * p_.query_mask_stride_b;
+    const Rows out = head_of(p_, p_.out, s, h, p_.dtype);
+    float* lse = statistics_of(p_, p_.lse, s, h);
+    for (int64_t row = 0; row < s.nq; row++)
+      if (!mask[row]) empty_row(s, row, out, lse, v, scratch);
+  }
+
+  const AttentionParams& p_;
+  const PositionIndex& index_;
+  const float* packed_;
+  const int head_dim_, words_, padded_words_, padded_;
+  const Dropout dropout_;
+  int64_t chunks_ = 1;
+};
+
+}  // namespace

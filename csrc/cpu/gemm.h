@@ -1,0 +1,96 @@
+// Small matrix products C (+)= A * B on packed operands, all in cache: the only place with a GEMM loop.
+//
+// A "word" is one float, or one pair of bfloat16 neighbours along the summed dimension (float32 accumulation). B is
+// read a vector of kV columns at a time; its vectors lie `panel` floats apart for the next kV columns and `step`
+// floats apart for the next word of the summed dimension, which describes both column panels [columns/kV][K][kV]
+// (panel = K * kV, step = kV) and plain rows [K][columns] (panel = kV, step = row length).
+#pragma once
+#include <cstddef>
+
+#include "simd.h"
+
+namespace {
+
+struct FloatWord {
+  using Element = float;  // what one word of A holds, as stored
+  static constexpr int kPerWord = 1;
+  DK_INLINE vf multiply_add(const float* a, vf b, vf c) { return fma(set1(*a), b, c); }
+};
+
+#ifdef DK_HAS_BF16_DOT
+struct BFloat16Word {
+  using Element = uint16_t;
+  static constexpr int kPerWord = 2;
+  DK_INLINE vf multiply_add(const float* a, vf b, vf c) {
+    uint32_t pair;
+    std::memcpy(&pair, a, sizeof pair);
+    return dot_bf16_pairs(pair, b, c);
+  }
+};
+#endif
+
+struct ColumnSource {  // the B operand
+  const float* data;
+  ptrdiff_t panel, step;
+};
+
+struct RowSource {  // the A operand, in words
+  const float* data;
+  ptrdiff_t row, step;
+};
+
+template <class Word, int kRows, int kVectors>
+DK_INLINE void micro_kernel(RowSource a, ColumnSource b, float* c, ptrdiff_t ldc, int words, bool accumulate) {
+  vf sum[kRows][kVectors];
+  DK_UNROLL
+  for (int r = 0; r < kRows; r++) {
+    DK_UNROLL
+    for (int n = 0; n < kVectors; n++) sum[r][n] = accumulate ? load(c + r * ldc + n * kV) : zero();
+  }
+  for (int w = 0; w < words; w++) {
+    vf column[kVectors];
+    DK_UNROLL
+    for (int n = 0; n < kVectors; n++) column[n] = load(b.data + w * b.step + n * b.panel);
+    DK_UNROLL
+    for (int r = 0; r < kRows; r++) {
+      DK_UNROLL
+      for (int n = 0; n < kVectors; n++)
+        sum[r][n] = Word::multiply_add(a.data + r * a.row + w * a.step, column[n], sum[r][n]);
+    }
+  }
+  DK_UNROLL
+  for (int r = 0; r < kRows; r++) {
+    DK_UNROLL
+    for (int n = 0; n < kVectors; n++) store(c + r * ldc + n * kV, sum[r][n]);
+  }
+}
+
+// All rows of A against kVectors vectors of B. Row counts are multiples of kMicroRows except for single rows.
+template <class Word, int kVectors>
+static void gemm_rows(int rows, RowSource a, ColumnSource b, float* c, ptrdiff_t ldc, int words, bool accumulate) {
+  int r = 0;
+  for (; r + kMicroRows <= rows; r += kMicroRows)
+    micro_kernel<Word, kMicroRows, kVectors>({a.data + r * a.row, a.row, a.step}, b, c + r * ldc, ldc, words,
+                                             accumulate);
+  for (; r < rows; r++)
+    micro_kernel<Word, 1, kVectors>({a.data + r * a.row, a.row, a.step}, b, c + r * ldc, ldc, words, accumulate);
+}
+
+// C[rows][vectors * kV] (+)= A[rows][words] * B[words][vectors * kV].
+template <class Word>
+static void gemm(int rows, int vectors, int words, RowSource a, ColumnSource b, float* c, ptrdiff_t ldc,
+                 bool accumulate) {
+  int n = 0;
+  while (n < vectors) {
+    const int left = vectors - n;
+    // 3 + 1 leaves a thin last step; 2 + 2 keeps enough independent sums in flight.
+    const int take = left == 4 || left == 2 ? 2 : (left < kMicroVectors ? left : kMicroVectors);
+    const ColumnSource columns{b.data + n * b.panel, b.panel, b.step};
+    if (take == 3) gemm_rows<Word, 3>(rows, a, columns, c + n * kV, ldc, words, accumulate);
+    else if (take == 2) gemm_rows<Word, 2>(rows, a, columns, c + n * kV, ldc, words, accumulate);
+    else gemm_rows<Word, 1>(rows, a, columns, c + n * kV, ldc, words, accumulate);
+    n += take;
+  }
+}
+
+}  // namespace

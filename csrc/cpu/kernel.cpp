@@ -1,0 +1,93 @@
+// One instruction-set variant of the kernels. Compiled once per variant with that variant's -m flags and
+// -DDK_VARIANT=<name>; everything it includes lives in anonymous namespaces, so variants cannot mix at link time.
+#include <algorithm>
+#include <chrono>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "backward.h"
+#include "forward.h"
+
+#define DK_CONCAT_(a, b) a##b
+#define DK_CONCAT(a, b) DK_CONCAT_(a, b)
+#define DK_STRING_(a) #a
+#define DK_STRING(a) DK_STRING_(a)
+
+namespace {
+
+using namespace dk;
+
+// Call run(word) with the words that this variant multiplies in the forward pass for a data type.
+template <class Run>
+auto with_word(int64_t dtype, const Run& run) {
+#ifdef DK_HAS_BF16_DOT
+  if (dtype == kBFloat16) return run(BFloat16Word());
+#endif
+  (void)dtype;
+  return run(FloatWord());
+}
+
+int64_t prepared_bytes(const AttentionParams& p) {
+  return with_word(p.dtype, [&](auto word) {
+    return PackedTables<decltype(word)>::floats_per_head(p) * p.heads * (int64_t)sizeof(float);
+  });
+}
+
+void prepare(const AttentionParams& p, void* packed) {
+  with_word(p.dtype, [&](auto word) {
+    run_tasks(p.heads, p.threads, 64, [&](int64_t h, char*) {
+      PackedTables<decltype(word)>::pack(p, h, static_cast<float*>(packed));
+    });
+    return 0;
+  });
+}
+
+int forward(const AttentionParams& p) {
+  const PositionIndex index(p);
+  std::vector<float> own;
+  const float* packed = static_cast<const float*>(p.prepared);
+  if (!packed && (p.has_pos_key || p.has_pos_query)) {
+    own.resize(prepared_bytes(p) / sizeof(float));
+    prepare(p, own.data());
+    packed = own.data();
+  }
+  const bool done = with_word(p.dtype, [&](auto word) {
+    return Forward<decltype(word)>(p, index, packed).run();
+  });
+  return done ? kOk : kOutOfMemory;
+}
+
+int backward(const AttentionParams& p) {
+  const PositionIndex index(p);
+  return Backward(p, index).run() ? kOk : kOutOfMemory;
+}
+
+// GFLOP/s of the micro-kernel on a problem that stays in the first-level cache: the peak the kernels are held against.
+double gemm_rate(int64_t dtype, int64_t repeats) {
+  return with_word(dtype, [&](auto word) {
+    using Word = decltype(word);
+    constexpr int kRows = 2 * kMicroRows, kColumns = kMicroVectors * kV, kWords = 64;
+    std::vector<float> a(kRows * kWords, 0.0f), b(kColumns * kWords, 0.0f), c(kRows * kColumns);
+    double best = 0.0;
+    for (int attempt = 0; attempt < 5; attempt++) {
+      const auto start = std::chrono::steady_clock::now();
+      for (int64_t i = 0; i < repeats; i++)
+        gemm<Word>(kRows, kMicroVectors, kWords, {a.data(), kWords, 1}, {b.data(), kWords * kV, kV}, c.data(), kColumns,
+                   false);
+      const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+      best = std::max(best, 2.0 * kRows * kColumns * kWords * Word::kPerWord * repeats / seconds.count() * 1e-9);
+    }
+    return best;
+  });
+}
+
+}  // namespace
+
+namespace dk {
+
+extern const Variant DK_CONCAT(kVariant_, DK_VARIANT);
+const Variant DK_CONCAT(kVariant_, DK_VARIANT) = {DK_STRING(DK_VARIANT), kV,      forward,  backward,
+                                                  prepared_bytes,        prepare, gemm_rate};
+
+}  // namespace dk

@@ -1,0 +1,79 @@
+// Copies of tensor rows in the two layouts that gemm.h reads, converted to the words the products are made of.
+#pragma once
+#include "gemm.h"
+#include "panels.h"
+
+namespace {
+
+// Words that hold head_dim elements, and that number rounded up to whole vectors.
+template <class Word>
+DK_INLINE int words_of(int head_dim) {
+  return (head_dim + Word::kPerWord - 1) / Word::kPerWord;
+}
+template <class Word>
+DK_INLINE int padded_words(int head_dim) {
+  return (int)round_to_vector(words_of<Word>(head_dim));
+}
+
+// Row i as words, zero-filled to padded_words.
+DK_INLINE void read_words(FloatWord, const Rows& rows, int64_t i, int head_dim, float* to) {
+  read_row(rows, i, head_dim, padded_words<FloatWord>(head_dim), to);
+}
+#ifdef DK_HAS_BF16_DOT
+DK_INLINE void read_words(BFloat16Word, const Rows& rows, int64_t i, int head_dim, float* to) {
+  const size_t used = (size_t)head_dim * 2, bytes = (size_t)padded_words<BFloat16Word>(head_dim) * sizeof(float);
+  std::memcpy(to, rows.row(i), used);
+  std::memset(reinterpret_cast<char*>(to) + used, 0, bytes - used);
+}
+#endif
+
+// Rows first ... first + kV - 1 (those with a bit in `present`; others are zero) as one column panel [word][kV]:
+// lane c of vector w is word w of row first + c.
+template <class Word>
+static void pack_panel(const Rows& rows, int64_t first, LaneBits present, int head_dim, float* panel) {
+  const int padded = padded_words<Word>(head_dim), words = words_of<Word>(head_dim);
+  const bool in_place = bytes_of(rows.type) * Word::kPerWord == sizeof(float) && head_dim % (kV * Word::kPerWord) == 0;
+  float copy[kV * kMaxHeadDim];
+  const float* source[kV];
+  for (int c = 0; c < kV; c++) {
+    float* to = copy + c * kMaxHeadDim;
+    source[c] = to;
+    if (!(present >> c & 1)) std::memset(to, 0, (size_t)padded * sizeof(float));
+    else if (in_place) source[c] = reinterpret_cast<const float*>(rows.row(first + c));
+    else read_words(Word(), rows, first + c, head_dim, to);
+  }
+  for (int w = 0; w < words; w += kV) {
+    vf block[kV];
+    DK_UNROLL
+    for (int c = 0; c < kV; c++) block[c] = load(source[c] + w);
+    transpose(block);
+    const int count = words - w < kV ? words - w : kV;
+    for (int i = 0; i < count; i++) store(panel + (w + i) * kV, block[i]);
+  }
+}
+
+// kV value rows as words along the summed (key) dimension: rows [kV / kPerWord][padded head_dim], absent rows zero.
+DK_INLINE void pack_values(FloatWord, const Rows& rows, int64_t first, LaneBits present, int head_dim, int padded,
+                           float* to) {
+  for (int c = 0; c < kV; c++) {
+    if (present >> c & 1) read_row(rows, first + c, head_dim, padded, to + c * padded);
+    else std::memset(to + c * padded, 0, (size_t)padded * sizeof(float));
+  }
+}
+#ifdef DK_HAS_BF16_DOT
+DK_INLINE void pack_values(BFloat16Word, const Rows& rows, int64_t first, LaneBits present, int head_dim, int padded,
+                           float* to) {
+  static const uint16_t kZeros[kMaxHeadDim] = {};
+  for (int c = 0; c < kV; c += 2) {
+    const auto row = [&](int lane) {
+      return present >> lane & 1 ? reinterpret_cast<const uint16_t*>(rows.row(first + lane)) : kZeros;
+    };
+    const uint16_t *even = row(c), *odd = row(c + 1);
+    uint32_t* pair = reinterpret_cast<uint32_t*>(to) + c / 2 * padded;
+    for (int d = 0; d < head_dim; d++) pair[d] = even[d] | (uint32_t)odd[d] << 16;
+    for (int d = head_dim; d < padded; d++) pair[d] = 0;
+  }
+}
+#endif
+
+}  // namespace

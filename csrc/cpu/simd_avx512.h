@@ -1,0 +1,93 @@
+// AVX-512 (F, BW, VL, DQ): 16 floats a vector. With AVX512_BF16 also dot products of bfloat16 pairs.
+#pragma once
+#include <immintrin.h>
+
+namespace {
+
+using vf = __m512;
+constexpr int kV = 16;
+constexpr int kMicroRows = 8, kMicroVectors = 3;  // 24 accumulators + 3 columns + 1 row value of 32 registers
+
+DK_INLINE vf load(const float* p) { return _mm512_loadu_ps(p); }
+DK_INLINE void store(float* p, vf x) { _mm512_storeu_ps(p, x); }
+DK_INLINE vf set1(float x) { return _mm512_set1_ps(x); }
+DK_INLINE vf zero() { return _mm512_setzero_ps(); }
+DK_INLINE vf fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+DK_INLINE vf max_keep_nan(vf a, vf b) { return _mm512_max_ps(a, b); }  // NaN in b is kept
+DK_INLINE float reduce_add(vf x) { return _mm512_reduce_add_ps(x); }
+DK_INLINE float reduce_max(vf x) { return _mm512_reduce_max_ps(x); }
+DK_INLINE vf round_nearest(vf x) { return _mm512_roundscale_ps(x, 0); }
+DK_INLINE vf power_of_two(vf n) {  // 2^n for whole n in [-127, 0]; 0 for n = -127
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
+}
+DK_INLINE vf select(uint32_t bits, vf yes, vf no) { return _mm512_mask_mov_ps(no, (__mmask16)bits, yes); }
+
+// values[index[c] - index[0]] for index rising by 0 or 1 a lane.
+DK_INLINE vf lookup(const float* values, const int32_t* index) {
+  const __m512i i = _mm512_loadu_si512(index);
+  return _mm512_permutexvar_ps(_mm512_sub_epi32(i, _mm512_set1_epi32(index[0])), load(values));
+}
+
+DK_INLINE uint32_t bits_from_bytes(const uint8_t* p, int count) {
+  const __mmask16 inside = (__mmask16)((1u << count) - 1);
+  return _mm_test_epi8_mask(_mm_maskz_loadu_epi8(inside, p), _mm_set1_epi8(-1));
+}
+
+// scale where the 16-bit draw reaches the threshold, else 0.
+DK_INLINE vf keep_factor(const uint16_t* draws, uint32_t threshold, float scale) {
+  const __m256i d = _mm256_loadu_si256((const __m256i*)draws);
+  return _mm512_maskz_mov_ps(_mm256_cmpge_epu16_mask(d, _mm256_set1_epi16((int16_t)threshold)), set1(scale));
+}
+
+DK_INLINE void transpose(vf* r) {  // in place, kV x kV
+  vf t[16];
+  DK_UNROLL
+  for (int i = 0; i < 8; i++) {
+    t[2 * i] = _mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+  }
+  DK_UNROLL
+  for (int i = 0; i < 4; i++) {
+    const __m512d a = (__m512d)t[4 * i], b = (__m512d)t[4 * i + 1], c = (__m512d)t[4 * i + 2], d = (__m512d)t[4 * i + 3];
+    r[4 * i] = (vf)_mm512_unpacklo_pd(a, c);
+    r[4 * i + 1] = (vf)_mm512_unpackhi_pd(a, c);
+    r[4 * i + 2] = (vf)_mm512_unpacklo_pd(b, d);
+    r[4 * i + 3] = (vf)_mm512_unpackhi_pd(b, d);
+  }
+  DK_UNROLL
+  for (int i = 0; i < 4; i++) {
+    t[i] = _mm512_shuffle_f32x4(r[i], r[4 + i], 0x88);
+    t[4 + i] = _mm512_shuffle_f32x4(r[i], r[4 + i], 0xdd);
+    t[8 + i] = _mm512_shuffle_f32x4(r[8 + i], r[12 + i], 0x88);
+    t[12 + i] = _mm512_shuffle_f32x4(r[8 + i], r[12 + i], 0xdd);
+  }
+  DK_UNROLL
+  for (int i = 0; i < 4; i++) {
+    r[i] = _mm512_shuffle_f32x4(t[i], t[8 + i], 0x88);
+    r[8 + i] = _mm512_shuffle_f32x4(t[i], t[8 + i], 0xdd);
+    r[4 + i] = _mm512_shuffle_f32x4(t[4 + i], t[12 + i], 0x88);
+    r[12 + i] = _mm512_shuffle_f32x4(t[4 + i], t[12 + i], 0xdd);
+  }
+}
+
+// Eight 64-bit lanes, for the dropout generator.
+using vu64 = __m512i;
+constexpr int kV64 = 8;
+DK_INLINE vu64 u64_set1(uint64_t x) { return _mm512_set1_epi64((int64_t)x); }
+DK_INLINE vu64 u64_iota(uint64_t first) {
+  return _mm512_add_epi64(u64_set1(first), _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7));
+}
+DK_INLINE vu64 u64_mul_low32(vu64 a, vu64 b) { return _mm512_mul_epu32(a, b); }  // low halves only
+DK_INLINE vu64 u64_xor(vu64 a, vu64 b) { return _mm512_xor_si512(a, b); }
+DK_INLINE vu64 u64_high(vu64 a) { return _mm512_srli_epi64(a, 32); }
+DK_INLINE void u64_store(uint64_t* p, vu64 a) { _mm512_storeu_si512(p, a); }
+
+#ifdef __AVX512BF16__
+#define DK_HAS_BF16_DOT 1
+DK_INLINE vf dot_bf16_pairs(uint32_t a, vf b, vf c) {
+  return _mm512_dpbf16_ps(c, (__m512bh)_mm512_set1_epi32((int)a), (__m512bh)_mm512_castps_si512(b));
+}
+DK_INLINE void store_bf16(uint16_t* p, vf x) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(x)); }
+#endif
+
+}  // namespace

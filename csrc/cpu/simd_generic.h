@@ -1,0 +1,80 @@
+// Plain C++ on the compiler's own 16-byte vectors: SSE2 on x86-64, NEON on ARM.
+#pragma once
+#include <cmath>
+
+namespace {
+
+using vf = float __attribute__((vector_size(16)));
+constexpr int kV = 4;
+constexpr int kMicroRows = 4, kMicroVectors = 2;  // 8 accumulators + 2 columns + 1 row value of 16 registers
+
+DK_INLINE vf load(const float* p) {
+  vf x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+DK_INLINE void store(float* p, vf x) { std::memcpy(p, &x, sizeof x); }
+DK_INLINE vf set1(float x) { return vf{x, x, x, x}; }
+DK_INLINE vf zero() { return set1(0.0f); }
+DK_INLINE vf fma(vf a, vf b, vf c) { return a * b + c; }
+DK_INLINE vf max_keep_nan(vf a, vf b) { return a > b ? a : b; }  // NaN in b is kept
+DK_INLINE float reduce_add(vf x) { return (x[0] + x[2]) + (x[1] + x[3]); }
+DK_INLINE float reduce_max(vf x) {
+  const float a = x[0] > x[1] ? x[0] : x[1], b = x[2] > x[3] ? x[2] : x[3];
+  return a > b ? a : b;
+}
+DK_INLINE vf round_nearest(vf x) {  // |x| < 2^22
+  const vf shift = set1(12582912.0f);
+  return (x + shift) - shift;
+}
+DK_INLINE vf power_of_two(vf n) {  // 2^n for whole n in [-127, 0]; 0 for n = -127
+  uint32_t bits[kV];
+  for (int c = 0; c < kV; c++) bits[c] = (n[c] == n[c]) ? (uint32_t)((int32_t)n[c] + 127) << 23 : 0x7fc00000u;
+  vf x;
+  std::memcpy(&x, bits, sizeof x);
+  return x;
+}
+DK_INLINE vf select(uint32_t bits, vf yes, vf no) {
+  vf x;
+  for (int c = 0; c < kV; c++) x[c] = (bits >> c & 1) ? yes[c] : no[c];
+  return x;
+}
+
+// values[index[c] - index[0]] for index rising by 0 or 1 a lane.
+DK_INLINE vf lookup(const float* values, const int32_t* index) {
+  vf x;
+  for (int c = 0; c < kV; c++) x[c] = values[index[c] - index[0]];
+  return x;
+}
+
+DK_INLINE uint32_t bits_from_bytes(const uint8_t* p, int count) {
+  uint32_t bits = 0;
+  for (int c = 0; c < count; c++) bits |= (uint32_t)(p[c] != 0) << c;
+  return bits;
+}
+
+// scale where the 16-bit draw reaches the threshold, else 0.
+DK_INLINE vf keep_factor(const uint16_t* draws, uint32_t threshold, float scale) {
+  vf x;
+  for (int c = 0; c < kV; c++) x[c] = draws[c] >= threshold ? scale : 0.0f;
+  return x;
+}
+
+DK_INLINE void transpose(vf* r) {  // in place, kV x kV
+  vf t[kV];
+  for (int i = 0; i < kV; i++)
+    for (int c = 0; c < kV; c++) t[i][c] = r[c][i];
+  for (int i = 0; i < kV; i++) r[i] = t[i];
+}
+
+// Two 64-bit lanes, for the dropout generator.
+using vu64 = uint64_t __attribute__((vector_size(16)));
+constexpr int kV64 = 2;
+DK_INLINE vu64 u64_set1(uint64_t x) { return vu64{x, x}; }
+DK_INLINE vu64 u64_iota(uint64_t first) { return vu64{first, first + 1}; }
+DK_INLINE vu64 u64_mul_low32(vu64 a, vu64 b) { return (a & 0xffffffffu) * (b & 0xffffffffu); }  // low halves only
+DK_INLINE vu64 u64_xor(vu64 a, vu64 b) { return a ^ b; }
+DK_INLINE vu64 u64_high(vu64 a) { return a >> 32; }
+DK_INLINE void u64_store(uint64_t* p, vu64 a) { std::memcpy(p, &a, sizeof a); }
+
+}  // namespace

@@ -1,0 +1,53 @@
+// Scratch memory: one block per thread, kept between calls while it is small.
+#pragma once
+#include <cstdlib>
+#include <new>
+
+#include "simd.h"
+
+namespace {
+
+// Hands out 64-byte aligned arrays from a block; constructed with a null block it only adds up what would be needed.
+class Arena {
+ public:
+  explicit Arena(char* block) : block_(block) {}
+  template <class T>
+  T* take(int64_t count) {
+    T* p = block_ ? reinterpret_cast<T*>(block_ + used_) : nullptr;
+    used_ += (count * (int64_t)sizeof(T) + 127) / 64 * 64;  // at least a vector of slack for reads past the end
+    return p;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* block_;
+  int64_t used_ = 0;
+};
+
+// A fresh mapping for every call would cost a page fault per 4 KiB; 8 MiB holds a 2,048-token head.
+constexpr int64_t kKeptBytes = 8 << 20;
+
+class ThreadBlock {
+ public:
+  ~ThreadBlock() { std::free(block_); }
+  char* get(int64_t bytes) {
+    if (bytes > size_) {
+      std::free(block_);
+      block_ = static_cast<char*>(std::aligned_alloc(4096, (size_t)((bytes + 4095) / 4096 * 4096)));
+      size_ = block_ ? bytes : 0;
+    }
+    return block_;
+  }
+  void trim() {
+    if (size_ <= kKeptBytes) return;
+    std::free(block_);
+    block_ = nullptr;
+    size_ = 0;
+  }
+
+ private:
+  char* block_ = nullptr;
+  int64_t size_ = 0;
+};
+
+}  // namespace

@@ -1,0 +1,361 @@
+"""Run attention in the native CPU library: find it, open it, and hand it tensors. The kernels are in csrc/cpu."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deberta_kernels import dropout, env
+from deberta_kernels.position import PositionIndex, position_index, reachable_rows
+from deberta_kernels.types import AttentionProblem, Gradients, Masks, PositionSpec
+
+__all__ = ["NAME", "backward", "forward", "gemm_rate", "library_status", "prepare", "refusal", "use_isa"]
+
+NAME = "cpu"
+
+# csrc/cpu/params.h in its order: q = 8-byte integer or address, d = double.
+_ABI_VERSION = 1
+_PARAMS = struct.Struct("=73q d q d q")
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_MAX_HEAD_DIM = 256
+_INSTALLED = Path(__file__).resolve().parent.parent / "lib" / "libdeberta_kernels_cpu.so"
+_STATUS = {1: "out of memory", 2: "library and package do not match", 3: "unknown instruction set"}
+
+
+class _Library:
+    """The open library and the instruction-set variant in use."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        handle = ctypes.CDLL(path)
+        for name in ("dk_abi_version", "dk_params_size", "dk_variant_count"):
+            getattr(handle, name).restype = ctypes.c_int64
+        if handle.dk_abi_version() != _ABI_VERSION or handle.dk_params_size() != _PARAMS.size:
+            raise OSError("it was built from another version of the package; rebuild it")
+        handle.dk_variant_name.restype = ctypes.c_char_p
+        handle.dk_variant_name.argtypes = handle.dk_variant_runs.argtypes = [ctypes.c_int64]
+        for name in ("dk_cpu_forward", "dk_cpu_backward", "dk_cpu_prepared_bytes"):
+            getattr(handle, name).argtypes = [ctypes.c_char_p, ctypes.c_int64]
+        handle.dk_cpu_prepared_bytes.restype = ctypes.c_int64
+        handle.dk_cpu_prepare.argtypes = [ctypes.c_char_p, ctypes.c_int64, ctypes.c_void_p]
+        handle.dk_cpu_gemm_rate.restype = ctypes.c_double
+        handle.dk_cpu_gemm_rate.argtypes = [ctypes.c_int64] * 3
+        self.handle = handle
+        compiled = [handle.dk_variant_name(i).decode() for i in range(handle.dk_variant_count())]
+        self.compiled = compiled
+        self.variants = {name: i for i, name in enumerate(compiled) if handle.dk_variant_runs(i)}
+        self.isa = env.cpu_isa() or next(iter(self.variants))
+        if self.isa not in self.variants:
+            usable = ", ".join(self.variants)
+            raise OSError(f"{env.CPU_ISA}={self.isa} is not among what it has for this processor ({usable})")
+
+    def call(self, name: str, params: bytes, *more: Any) -> None:
+        status = getattr(self.handle, name)(params, self.variants[self.isa], *more)
+        if status:
+            raise (MemoryError if status == 1 else RuntimeError)(f"{name}: {_STATUS.get(status, status)}")
+
+
+_lock = threading.Lock()
+_library: _Library | None = None
+_problem: str | None = None  # why there is no library
+
+
+def _open() -> _Library | None:
+    """Open the library at the first use; remember the reason when that fails."""
+    global _library, _problem
+    if _library is not None or _problem is not None:
+        return _library
+    with _lock:
+        if _library is None and _problem is None:
+            path = env.library_path() or str(_INSTALLED)
+            if not os.path.exists(path):
+                _problem = f"the native library is not built ({path} does not exist); install a C++ compiler and reinstall"
+            else:
+                try:
+                    _library = _Library(path)
+                except (OSError, ValueError, AttributeError) as error:
+                    _problem = f"the native library {path} cannot be used: {error}"
+    return _library
+
+
+def _need() -> _Library:
+    library = _open()
+    if library is None:
+        raise RuntimeError(_problem)
+    return library
+
+
+def library_status() -> dict[str, Any]:
+    """Describe the native library.
+
+    Returns:
+        loaded: bool; path: str or None; reason: why it is not loaded, or None; isa: variant in use, or None;
+        variants: names that run on this processor, fastest first; compiled: all names in the library.
+    """
+    library = _open()
+    if library is None:
+        return {"loaded": False, "path": None, "reason": _problem, "isa": None, "variants": [], "compiled": []}
+    return {
+        "loaded": True, "path": library.path, "reason": None, "isa": library.isa, "variants": list(library.variants),
+        "compiled": library.compiled,
+    }  # fmt: skip
+
+
+@contextmanager
+def use_isa(isa: str) -> Iterator[None]:
+    """Run another instruction-set variant inside a `with` block; for tests and benchmarks, not thread-safe.
+
+    Tables prepared outside the block do not fit inside it.
+
+    Raises:
+        ValueError: the library has no such variant for this processor.
+    """
+    library = _need()
+    if isa not in library.variants:
+        raise ValueError(f"isa must be one of {', '.join(library.variants)}, got {isa!r}")
+    before = library.isa
+    library.isa = isa
+    try:
+        yield
+    finally:
+        library.isa = before
+
+
+def gemm_rate(dtype: torch.dtype = torch.float32) -> float:
+    """Measure the GFLOP/s of one core's micro-kernel on data in the first-level cache: the kernels' ceiling.
+
+    Args:
+        dtype: float32 or bfloat16.
+    """
+    library = _need()
+    rate: float = library.handle.dk_cpu_gemm_rate(_DTYPES[dtype], 20_000, library.variants[library.isa])
+    return rate
+
+
+def refusal(problem: AttentionProblem) -> str | None:
+    """Return why the native library cannot run `problem`, or None when it can."""
+    q = problem.q
+    if q.device.type != "cpu":
+        return f"it runs on cpu tensors, not {q.device.type}"
+    if q.dtype not in _DTYPES:
+        return f"it computes float32, bfloat16 and float16, not {str(q.dtype).removeprefix('torch.')}"
+    if q.shape[-1] > _MAX_HEAD_DIM:
+        return f"head_dim {q.shape[-1]} is more than {_MAX_HEAD_DIM}"
+    return None if _open() is not None else _problem
+
+
+def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
+    """Compute attention; see `AttentionProblem`.
+
+    Returns:
+        out: (B, H, Nq, D) view of memory laid out (B, Nq, H, D), dtype of q.
+        lse: (B, H, Nq) float32, natural log.
+    """
+    library = _need()
+    problem = _reachable(problem)
+    q = problem.q
+    batch, heads, nq, head_dim = q.shape
+    out = torch.empty(batch, nq, heads, head_dim, dtype=q.dtype).transpose(1, 2)
+    lse = torch.empty(batch, heads, nq, dtype=torch.float32)
+    if out.numel():
+        call = _Call(problem, library, out=out, lse=lse)
+        library.call("dk_cpu_forward", call.pack())
+    return out, lse
+
+
+def backward(
+    problem: AttentionProblem, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor,
+    needs: tuple[bool, bool, bool, bool, bool],
+) -> Gradients:  # fmt: skip
+    """Compute the gradients asked for.
+
+    Args:
+        problem: what forward got.
+        dout: (B, H, Nq, D) dtype of q, any strides.
+        dlse: (B, H, Nq) float32 or None.
+        out: what forward returned.
+        lse: what forward returned.
+        needs: whether dq, dk, dv, dpos_key, dpos_query are wanted.
+    """
+    library = _need()
+    whole = problem
+    problem = _reachable(replace(problem, prepared=None))
+    if not problem.q.numel():
+        tensors = (whole.q, whole.k, whole.v, whole.pos_key, whole.pos_query)
+        return Gradients(*(torch.zeros_like(x) if n and x is not None else None for n, x in zip(needs, tensors)))
+    tokens = []
+    for need, x in zip(needs, (problem.q, problem.k, problem.v)):
+        batch, heads, length, head_dim = x.shape
+        tokens.append(torch.empty(batch, length, heads, head_dim).transpose(1, 2) if need else None)
+    tables, windows = _table_gradients(whole, problem, needs[3:])
+    dlse = None if dlse is None else dlse.contiguous()
+    call = _Call(problem, library, out=out, lse=lse, dout=dout, dlse=dlse, tokens=tokens, tables=windows)
+    library.call("dk_cpu_backward", call.pack())
+    dtype = problem.q.dtype
+    return Gradients(*(None if g is None else g.to(dtype) for g in (*tokens, *tables)))
+
+
+def prepare(pos_key: Tensor | None, pos_query: Tensor | None, position: PositionSpec) -> Tensor | None:
+    """Pack the tables as the kernel reads them, for reuse while they do not change.
+
+    Args:
+        pos_key: (H, rows, D) or None.
+        pos_query: (H, rows, D) or None.
+        position: see `PositionSpec`.
+
+    Returns:
+        (bytes,) uint8, valid for this instruction set only; None when there is nothing to pack.
+    """
+    table = pos_key if pos_key is not None else pos_query
+    if table is None or table.dtype not in _DTYPES or table.device.type != "cpu" or table.shape[-1] > _MAX_HEAD_DIM:
+        return None
+    library = _open()
+    if library is None:
+        return None
+    tokens = table.new_empty(1, table.shape[0], 0, table.shape[2])
+    problem = AttentionProblem(tokens, tokens, tokens, pos_key, pos_query, Masks(), position, 1.0)
+    call = _Call(problem, library)
+    params = call.pack()
+    packed = torch.empty(library.handle.dk_cpu_prepared_bytes(params, library.variants[library.isa]), dtype=torch.uint8)
+    library.call("dk_cpu_prepare", params, packed.data_ptr())
+    return packed
+
+
+def _reachable(problem: AttentionProblem) -> AttentionProblem:
+    """Cut the tables to the rows that this length can reach; packing the others would be wasted."""
+    table = problem.pos_key if problem.pos_key is not None else problem.pos_query
+    if table is None or problem.prepared is not None:
+        return problem
+    position = problem.position
+    if problem.cu_seqlens is None:
+        nq, nk = problem.q.shape[2], problem.k.shape[2] - position.prefix_length
+    else:
+        nq = nk = problem.max_seqlen
+    start, stop = reachable_rows(nq, nk, position)
+    if stop - start >= table.shape[1]:
+        return problem
+    rows = slice(start - position.first_row, stop - position.first_row)
+    cut = [None if x is None else x[:, rows] for x in (problem.pos_key, problem.pos_query)]
+    return replace(problem, pos_key=cut[0], pos_query=cut[1], position=replace(position, first_row=start))
+
+
+def _table_gradients(
+    whole: AttentionProblem, problem: AttentionProblem, needs: tuple[bool, ...]
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """Make the gradients of the whole tables, and views of the rows in use, which the kernel fills."""
+    start = problem.position.first_row - whole.position.first_row
+    gradients: list[Tensor | None] = []
+    windows: list[Tensor | None] = []
+    tables = ((whole.pos_key, problem.pos_key), (whole.pos_query, problem.pos_query))
+    for need, (table, used) in zip(needs, tables):
+        gradient = torch.zeros(table.shape) if need and table is not None else None
+        gradients.append(gradient)
+        windows.append(gradient[:, start : start + used.shape[1]] if gradient is not None and used is not None else None)
+    return gradients, windows
+
+
+class _Call:
+    """The arguments of one call; keeps every tensor alive whose address it holds."""
+
+    def __init__(
+        self, problem: AttentionProblem, library: _Library, *, out: Tensor | None = None, lse: Tensor | None = None,
+        dout: Tensor | None = None, dlse: Tensor | None = None, tokens: list[Tensor | None] | None = None,
+        tables: list[Tensor | None] | None = None,
+    ) -> None:  # fmt: skip
+        self.problem, self.library = problem, library
+        self.out, self.lse, self.dout, self.dlse = out, lse, dout, dlse
+        self.tokens = tokens or [None, None, None]
+        self.tables = tables or [None, None]
+        self.alive: list[Any] = []
+
+    def pack(self) -> bytes:
+        p = self.problem
+        batch, heads, nq, head_dim = p.q.shape
+        nk = p.k.shape[2]
+        if p.cu_seqlens is not None:
+            batch, nq, nk = p.cu_seqlens.numel() - 1, p.max_seqlen, p.max_seqlen
+        dropping = p.dropout_p > 0 and p.seed is not None
+        return _PARAMS.pack(
+            _ABI_VERSION, batch, heads, nq, nk, head_dim, _DTYPES[p.q.dtype], torch.get_num_threads(),
+            *self._tokens(p.q), *self._tokens(p.k), *self._tokens(p.v), *self._tokens(self.out),
+            *self._tokens(self.dout), *self._tokens(self.tokens[0]), *self._tokens(self.tokens[1]),
+            *self._tokens(self.tokens[2]),
+            *self._statistics(),
+            *self._position(nq, nk),
+            *self._masks(),
+            p.scale,
+            dropout.threshold(p.dropout_p) if dropping else 0,
+            dropout.keep_scale(p.dropout_p) if dropping else 1.0,
+            int(p.seed) if dropping and p.seed is not None else 0,
+        )  # fmt: skip
+
+    def _address(self, x: Tensor | None) -> int:
+        if x is None:
+            return 0
+        self.alive.append(x)
+        return x.data_ptr()
+
+    def _tokens(self, x: Tensor | None) -> tuple[int, int, int, int]:
+        if x is None:
+            return 0, 0, 0, 0
+        if x.stride(3) != 1:
+            x = x.contiguous()
+        b, h, n, _ = x.stride()
+        return self._address(x), b, h, n
+
+    def _statistics(self) -> tuple[int, int, int, int]:
+        if self.lse is None:
+            return 0, 0, 0, 0
+        b, h, _ = self.lse.stride()
+        return self._address(self.lse), self._address(self.dlse), b, h
+
+    def _position(self, nq: int, nk: int) -> tuple[int, ...]:
+        p, spec = self.problem, self.problem.position
+        pos_key, pos_query = (x if x is None or x.stride(2) == 1 else x.contiguous() for x in (p.pos_key, p.pos_query))
+        table = pos_key if pos_key is not None else pos_query
+        gradient = next((x for x in self.tables if x is not None), None)
+        index: PositionIndex | None = position_index(max(nq, nk), spec) if table is not None else None
+        return (
+            self._address(pos_key), self._address(pos_query),
+            *(pos_key.stride()[:2] if pos_key is not None else (0, 0)),
+            *(pos_query.stride()[:2] if pos_query is not None else (0, 0)),
+            self._prepared(), self._address(self.tables[0]), self._address(self.tables[1]),
+            gradient.stride(0) if gradient is not None else 0,
+            int(pos_key is not None), int(pos_query is not None), table.shape[1] if table is not None else 0,
+            spec.first_row, spec.prefix_length,
+            *((self._address(index.delta), index.reach, index.low_end, index.high_start, int(index.smooth))
+              if index is not None else (self._address(_NO_DELTA), 0, 0, 0, 1)),
+        )  # fmt: skip
+
+    def _prepared(self) -> int:
+        prepared = self.problem.prepared
+        if prepared is not None and prepared.device.type != "cpu":
+            raise ValueError(f"prepared must be a tensor on cpu, got {prepared.device}; prepare the tables again.")
+        return self._address(prepared)
+
+    def _masks(self) -> tuple[int, ...]:
+        masks = self.problem.masks
+        key, query, pair = (x if x is None or x.stride(-1) == 1 else x.contiguous()
+                            for x in (masks.key, masks.query, masks.pair))  # fmt: skip
+        pair_strides = (0, 0, 0)
+        if pair is not None:
+            pair_strides = pair.stride(0), pair.stride(1) if pair.shape[1] > 1 else 0, pair.stride(2)
+        cu_seqlens = self.problem.cu_seqlens
+        return (
+            self._address(key), self._address(query), self._address(pair),
+            key.stride(0) if key is not None else 0, query.stride(0) if query is not None else 0, *pair_strides,
+            self._address(cu_seqlens.contiguous() if cu_seqlens is not None else None),
+        )  # fmt: skip
+
+
+_NO_DELTA = torch.zeros(1, dtype=torch.int32)
