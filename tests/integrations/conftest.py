@@ -1,0 +1,105 @@
+"""Small DeBERTa models, ragged batches, and the error budget that a patched model is held to."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import deberta_kernels as dk
+from deberta_kernels import dispatch
+
+transformers = pytest.importorskip("transformers", reason="the integration tests need transformers")
+
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+    "relative_attention": True,
+    "position_buckets": 16,
+    "max_relative_positions": -1,
+    "pos_att_type": ["p2c", "c2p"],
+    "share_att_key": True,
+    "norm_rel_ebd": "layer_norm",
+    "position_biased_input": False,
+    "type_vocab_size": 0,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+    "initializer_range": 0.2,
+}
+
+
+@pytest.fixture(autouse=True)
+def clean_slate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(dispatch, "_warned", set())
+    dk.reset_stats()
+    yield
+    dk.unpatch_all()
+
+
+@pytest.fixture
+def build() -> Callable[..., Any]:
+    """Build a small random model: build(head="DebertaV2Model", **config)."""
+
+    def build(head: str = "DebertaV2Model", **settings: Any) -> Any:
+        torch.manual_seed(0)
+        config = transformers.DebertaV2Config(**{**SMALL, **settings})
+        return getattr(transformers, head)(config).eval()
+
+    return build
+
+
+@pytest.fixture
+def batch() -> Callable[..., dict[str, torch.Tensor]]:
+    """Draw token ids and a mask: batch(size, length, padding="none" | "right" | "left" | "holes" | "sample")."""
+
+    def batch(size: int = 3, length: int = 37, padding: str = "right") -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(size * 1000 + length)
+        mask = torch.ones(size, length, dtype=torch.long)
+        if padding in ("right", "left"):
+            for row in range(1, size):
+                cut = max(1, length - row * (length // (size + 1)))
+                mask[row, cut:] = 0
+        if padding == "left":
+            mask = mask.flip(1)
+        if padding == "holes":
+            mask = (torch.rand(size, length, generator=generator) > 0.3).long()
+            mask[:, length // 2] = 1
+        if padding == "sample":
+            mask[-1] = 0
+        ids = torch.randint(3, SMALL["vocab_size"], (size, length), generator=generator)
+        return {"input_ids": ids, "attention_mask": mask}
+
+    return batch
+
+
+@pytest.fixture
+def assert_within_budget() -> Callable[..., None]:
+    """Hold a fused tensor to three times the eager one's error against float64, and a floor of last bits."""
+
+    def check(name: str, fused: torch.Tensor, eager: torch.Tensor, truth: torch.Tensor) -> None:
+        assert fused.dtype == eager.dtype, name
+        assert fused.shape == eager.shape, name
+        floor = 1e-6 if eager.dtype == torch.float32 else 1e-5
+        floor *= max(1.0, truth.abs().max().item())
+        eager_error = (eager.double() - truth).abs().max().item()
+        error = (fused.double() - truth).abs().max().item()
+        assert error <= 3 * (eager_error + floor), f"{name}: error {error:.3g}, eager's {eager_error:.3g}"
+
+    return check
+
+
+@pytest.fixture
+def in_double() -> Callable[[Any], Any]:
+    """Return a float64 copy of a model: the truth that both are measured against."""
+
+    def in_double(model: Any) -> Any:
+        return copy.deepcopy(model).double()
+
+    return in_double
