@@ -8,6 +8,7 @@ autograd costs about 100 microseconds a call, this one about 10.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from deberta_kernels import dispatch
-from deberta_kernels.position import reachable_rows
+from deberta_kernels.position import attention_span, reachable_rows
 from deberta_kernels.types import AttentionProblem, Gradients, Masks, PositionSpec
 
 __all__ = ["attention"]
@@ -28,7 +29,21 @@ _PROBLEM = (
 _TENSORS = 11  # leading arguments of _PROBLEM that are tensors
 _ARGUMENTS = 19
 _DIFFERENTIABLE = 5  # q, k, v, pos_key, pos_query
+_VIEW_TRACKING = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+_AUTOGRAD = _VIEW_TRACKING | torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradFunctionality)
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+_NO_SECOND_DERIVATIVE = (
+    "the second derivative of disentangled attention is supported by backend='reference' only; pass "
+    "backend='reference' for double backward (gradient penalties, Hessians)."
+)
+_NO_TANGENTS = (
+    "forward-mode differentiation of disentangled attention (torch.func.jvp, forward_ad) is supported by "
+    "backend='reference' only; pass backend='reference', or use reverse mode."
+)
+_NO_VMAP = (
+    "torch.vmap over disentangled attention is supported by backend='reference' only; fold the mapped dimension into "
+    "the batch, or pass backend='reference'."
+)
 
 torch.library.define(
     "deberta_kernels::attention", f"({_PROBLEM}) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,)
@@ -62,6 +77,8 @@ def attention(problem: AttentionProblem, backend: str) -> tuple[Tensor, Tensor]:
         if backend == "reference" and not _traced():
             return _run_forward(problem, backend)
         _refuse_tangents(arguments)
+        if torch._C._functorch.peek_interpreter_stack() is not None and not _traced():
+            return _FunctionalAttention.apply(*arguments)  # type: ignore[no-any-return]
         return torch.ops.deberta_kernels.attention(*arguments)  # type: ignore[no-any-return]
     if backend == "reference":
         return _run_forward(problem, backend)
@@ -131,19 +148,15 @@ def _refuse_tangents(arguments: tuple[Any, ...]) -> None:
         return
     for x in arguments[:_DIFFERENTIABLE]:
         if x is not None and forward_ad.unpack_dual(x).tangent is not None:
-            raise NotImplementedError(
-                "forward-mode differentiation (torch.func.jvp, forward_ad) of disentangled attention is supported by "
-                f"backend='reference' only, got backend={arguments[-1]!r}; pass backend='reference' or use "
-                "reverse mode."
-            )
+            raise NotImplementedError(_NO_TANGENTS)
 
 
 def _check_rows(problem: AttentionProblem) -> None:
     """Check that sliced tables hold every row the call can reach: a kernel would read past their end."""
     rows = next((x.shape[1] for x in (problem.pos_key, problem.pos_query) if x is not None), None)
-    if rows is None:
-        return
     position = problem.position
+    if rows is None or rows == 2 * attention_span(position.position_buckets, position.max_relative_positions):
+        return
     if problem.cu_seqlens is None:
         nq, nk = problem.q.shape[2], problem.k.shape[2] - position.prefix_length
     else:
@@ -183,9 +196,9 @@ def _call_forward(problem: AttentionProblem, backend: str) -> tuple[Tensor, Tens
 
 
 def _below_autograd(problem: AttentionProblem, backend: str) -> tuple[Tensor, Tensor]:
-    # Below autograd, as the operator runs: `out` is then a plain result that may be modified in place, not a view
-    # that autograd remembers as made in no_grad mode.
-    with torch._C._AutoDispatchBelowAutograd():
+    # Below autograd and view tracking: `out` is then a plain result that may be modified in place like that of any
+    # operator, not a view that autograd remembers as made in no_grad mode.
+    with torch._C._AutoDispatchBelowAutograd(), torch._C._ExcludeDispatchKeyGuard(_VIEW_TRACKING):
         return _run_forward(problem, backend)
 
 
@@ -205,11 +218,15 @@ def _run_backward(
         return Gradients(*(torch.zeros_like(x) if need and x is not None else None for x, need in pairs))
     if backend == "auto":
         backend = dispatch.choose(problem)
-    module = dispatch.load(backend)
-    if torch._C._is_any_autocast_enabled():
-        with torch.autocast(problem.q.device.type, enabled=False):
-            return module.backward(problem, dout, dlse, out, lse, needs)  # type: ignore[no-any-return]
-    return module.backward(problem, dout, dlse, out, lse, needs)  # type: ignore[no-any-return]
+    backward = dispatch.load(backend).backward
+    with ExitStack() as stack:
+        if torch._C._is_any_autocast_enabled():
+            stack.enter_context(torch.autocast(problem.q.device.type, enabled=False))
+        if backend == "reference":
+            # Its backward is autograd's, and an operator runs with autograd taken out of the dispatch.
+            excluded = torch._C._dispatch_tls_local_exclude_set() - _AUTOGRAD
+            stack.enter_context(torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded))
+        return backward(problem, dout, dlse, out, lse, needs)  # type: ignore[no-any-return]
 
 
 def _empty_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
@@ -222,8 +239,9 @@ def _empty_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
 def _op_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     problem = _unflatten(arguments)
     # Compiled code comes here with the name the caller gave: what refuses, refuses now.
-    out, lse = _run_forward(problem, dispatch.choose(problem, arguments[-1]))
-    return _heads_inside(out), lse.contiguous()
+    with torch._C._ExcludeDispatchKeyGuard(_VIEW_TRACKING):
+        out, lse = _run_forward(problem, dispatch.choose(problem, arguments[-1]))
+        return _heads_inside(out), lse.contiguous()
 
 
 def _op_backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -280,12 +298,19 @@ def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[
         dout = torch.zeros_like(out)
     # With create_graph the operator is needed: its own autograd refuses a second derivative by name.
     watched = torch.compiler.is_compiling() or torch.is_grad_enabled() or not _unwatched(arguments)
-    if watched or type(dout) is not Tensor or (dlse is not None and type(dlse) is not Tensor):
-        gradients = torch.ops.deberta_kernels.attention_backward(dout, dlse, out, lse, *arguments, needs)
+    if watched or not _plain_gradient(dout) or not _plain_gradient(dlse):
+        functional = torch._C._functorch.peek_interpreter_stack() is not None and not _traced()
+        compute = _FunctionalBackward.apply if functional else torch.ops.deberta_kernels.attention_backward
+        gradients = compute(dout, dlse, out, lse, *arguments, needs)
         return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *nothing
     with torch._C._AutoDispatchBelowAutograd():
         found = _run_backward(_unflatten(arguments), dout, dlse, out, lse, arguments[-1], tuple(needs))
     return *found, *nothing
+
+
+def _plain_gradient(x: Tensor | None) -> bool:
+    # torch.autograd.grad(is_grads_batched=True) passes tensors that only look plain.
+    return x is None or (type(x) is Tensor and not torch._C._functorch.is_legacy_batchedtensor(x))
 
 
 class _EagerAttention(torch.autograd.Function):
@@ -302,18 +327,60 @@ class _EagerAttention(torch.autograd.Function):
         return _differentiate(ctx, dout, dlse)
 
 
+class _FunctionalAttention(torch.autograd.Function):
+    """Differentiate calls inside torch.func transforms, which accept no operator with Python autograd."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+        return _below_autograd(_unflatten(arguments), arguments[-1])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _save(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+        return _differentiate(ctx, dout, dlse)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> None:
+        raise NotImplementedError(_NO_TANGENTS)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *arguments: Any) -> None:
+        raise NotImplementedError(_NO_VMAP)
+
+
+class _FunctionalBackward(torch.autograd.Function):
+    """Compute gradients inside torch.func transforms; refuses to be transformed again."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        return torch.ops.deberta_kernels.attention_backward(*arguments)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> None:
+        raise NotImplementedError(_NO_SECOND_DERIVATIVE)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> None:
+        raise NotImplementedError(_NO_TANGENTS)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *arguments: Any) -> None:
+        raise NotImplementedError(_NO_VMAP)
+
+
 def _refuse_second_derivative(ctx: Any, *gradients: Any) -> None:
-    raise NotImplementedError(
-        "the second derivative of disentangled attention is supported by backend='reference' only; pass "
-        "backend='reference' for double backward (gradient penalties, Hessians)."
-    )
+    raise NotImplementedError(_NO_SECOND_DERIVATIVE)
 
 
 def _refuse_vmap(info: Any, in_dims: Any, *arguments: Any) -> None:
-    raise NotImplementedError(
-        "torch.vmap over disentangled attention is supported by backend='reference' only; fold the mapped dimension "
-        "into the batch, or pass backend='reference'."
-    )
+    raise NotImplementedError(_NO_VMAP)
 
 
 torch.library.impl("deberta_kernels::attention", "CompositeExplicitAutograd", _op_forward)
