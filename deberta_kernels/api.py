@@ -12,6 +12,7 @@ from deberta_kernels import dispatch, ops
 from deberta_kernels.checks import (
     check_cu_seqlens,
     check_dropout,
+    check_masks,
     check_max_seqlen,
     check_position,
     check_qkv,
@@ -140,7 +141,7 @@ def disentangled_attention_varlen(
     check_position(position, tokens)
     check_tables(pos_key, pos_query, q, heads, 2 * attention_span(position_buckets, max_relative_positions))
     check_max_seqlen(max_seqlen)
-    check_cu_seqlens(cu_seqlens, q, tokens, max_seqlen, values=True)
+    check_cu_seqlens(cu_seqlens, q, tokens, max_seqlen)
     problem = AttentionProblem(
         _heads_first(q), _heads_first(k), _heads_first(v), pos_key, pos_query, _NO_MASKS, position,
         _scale(scale, q, pos_key, pos_query), check_dropout(dropout_p), None, cu_seqlens, max_seqlen,
@@ -214,7 +215,7 @@ def run_attention(
     backend: str = "auto",
     prepared: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attend with parsed masks and, perhaps, sliced tables: the door for modules, which checks shapes only.
+    """Attend with parsed masks and, perhaps, sliced tables: the door for modules.
 
     Args:
         q: (B, H, Nq, D); (1, H, T, D) with cu_seqlens.
@@ -226,7 +227,7 @@ def run_attention(
         position: how distances become rows.
         scale: as in `disentangled_attention`.
         dropout_p: as in `disentangled_attention`.
-        cu_seqlens: (S + 1,) int32, or None; its values are trusted.
+        cu_seqlens: (S + 1,) int32, or None; then B = 1 and Nq = Nk = T.
         max_seqlen: upper bound of the sequence lengths, in tokens; needed with cu_seqlens only.
         return_lse: also return lse, (B, H, Nq).
         backend: as in `disentangled_attention`.
@@ -246,12 +247,18 @@ def run_attention(
     check_position(position, keys)
     span = attention_span(position.position_buckets, position.max_relative_positions)
     check_tables(pos_key, pos_query, q, q.shape[1], None)
+    check_masks(masks, q, keys, cu_seqlens is not None)
     check_table_rows(pos_key if pos_key is not None else pos_query, position, span)
     if cu_seqlens is None:
         max_seqlen = max(q.shape[2], keys)
     else:
+        if q.shape[0] != 1 or q.shape[2] != keys:
+            raise ValueError(
+                "q and k must have shape (1, H, T, D) with cu_seqlens, "
+                f"got {tuple(q.shape)} and {tuple(k.shape)}; pack the sequences."
+            )
         check_max_seqlen(max_seqlen)
-        check_cu_seqlens(cu_seqlens, q, q.shape[2], max_seqlen or 0, values=False)
+        check_cu_seqlens(cu_seqlens, q, keys, max_seqlen or 0)
     problem = AttentionProblem(
         q, k, v, pos_key, pos_query, masks, position, _scale(scale, q, pos_key, pos_query), check_dropout(dropout_p),
         None, cu_seqlens, max_seqlen or 0, prepared,

@@ -10,33 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deberta_kernels.types import PositionSpec
+from deberta_kernels.types import Masks, PositionSpec
 
 __all__ = [
     "check_cu_seqlens",
     "check_dropout",
+    "check_masks",
     "check_max_seqlen",
     "check_position",
     "check_qkv",
     "check_scale",
     "check_table_rows",
     "check_tables",
-    "host_readable",
 ]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _DTYPE_NAMES = "float32, float16, bfloat16 or float64"
-
-
-def host_readable(x: Tensor) -> bool:
-    """Whether the values of `x` can be read now, at no cost: a real CPU tensor outside any tracing."""
-    return (
-        not torch.compiler.is_compiling()
-        and x.device.type == "cpu"
-        and type(x) is Tensor
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-    )
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor, packed: bool = False) -> None:
@@ -155,6 +144,41 @@ def check_table_rows(table: Tensor | None, position: PositionSpec, span: int) ->
         )
 
 
+def check_masks(masks: Masks, q: Tensor, keys: int, packed: bool) -> None:
+    """Check the shapes of parsed masks: a kernel would read past the end of a smaller one.
+
+    Args:
+        masks: the parsed masks.
+        q: (B, H, Nq, D), whose device the masks share.
+        keys: Nk.
+        packed: sequences are packed; there can be no mask then.
+
+    Raises:
+        TypeError: a mask is not a bool tensor.
+        ValueError: a shape or device does not fit.
+    """
+    batch, heads, queries, _ = q.shape
+    for name, x, shapes in (
+        ("masks.key", masks.key, ((batch, keys),)),
+        ("masks.query", masks.query, ((batch, queries),)),
+        ("masks.pair", masks.pair, ((batch, 1, queries, keys), (batch, heads, queries, keys))),
+    ):
+        if x is None:
+            continue
+        _check_tensor(name, x)
+        if packed:
+            raise ValueError(f"{name} must be None with cu_seqlens, got shape {_shape(x)}; pack only real tokens.")
+        if x.dtype != torch.bool:
+            raise TypeError(f"{name} must have dtype bool, got {_name(x.dtype)}; parse masks with masks.py.")
+        if tuple(x.shape) not in shapes:
+            expected = " or ".join(map(str, shapes))
+            raise ValueError(
+                f"{name} must have shape {expected}, got {_shape(x)}; check that it belongs to this batch."
+            )
+        if x.device != q.device:
+            raise ValueError(f"{name} must be on the device of q, {q.device}, got {x.device}; move it there.")
+
+
 def check_scale(scale: Any) -> float:
     """Return `scale` as a float.
 
@@ -196,7 +220,7 @@ def check_max_seqlen(max_seqlen: Any) -> None:
         raise ValueError(f"max_seqlen must not be negative, got {max_seqlen}; pass the length of the longest sequence.")
 
 
-def check_cu_seqlens(cu_seqlens: Tensor, q: Tensor, tokens: int, max_seqlen: int, values: bool) -> None:
+def check_cu_seqlens(cu_seqlens: Tensor, q: Tensor, tokens: int, max_seqlen: int) -> None:
     """Check the bounds of packed sequences.
 
     Args:
@@ -204,11 +228,10 @@ def check_cu_seqlens(cu_seqlens: Tensor, q: Tensor, tokens: int, max_seqlen: int
         q: the queries, whose device it shares.
         tokens: T, tokens of all sequences.
         max_seqlen: upper bound of the lengths, in tokens.
-        values: also check the values, where they can be read without waiting for a device.
 
     Raises:
         TypeError: cu_seqlens is not an int32 tensor.
-        ValueError: its shape, device or values do not fit.
+        ValueError: its shape or device does not fit, or its values where they can be read without waiting for a device.
     """
     _check_tensor("cu_seqlens", cu_seqlens)
     if cu_seqlens.dtype != torch.int32:
@@ -220,7 +243,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, q: Tensor, tokens: int, max_seqlen: int
         )
     if cu_seqlens.device != q.device:
         raise ValueError(f"cu_seqlens must be on the device of q, {q.device}, got {cu_seqlens.device}; move it there.")
-    if not values or not host_readable(cu_seqlens):
+    if not _host_readable(cu_seqlens):
         return
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0:
@@ -242,6 +265,17 @@ def check_cu_seqlens(cu_seqlens: Tensor, q: Tensor, tokens: int, max_seqlen: int
             f"max_seqlen must be at least {max(lengths)}, the longest sequence of cu_seqlens, got {max_seqlen}; "
             "pass the length of the longest sequence."
         )
+
+
+def _host_readable(x: Tensor) -> bool:
+    """Whether the values of `x` can be read now, at no cost: a real CPU tensor outside any tracing."""
+    return (
+        not torch.compiler.is_compiling()
+        and x.device.type == "cpu"
+        and type(x) is Tensor
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
 
 
 def _check_tensor(name: str, x: Any) -> None:

@@ -65,9 +65,7 @@ def format_info() -> str:
         chosen = " (backend='auto' takes this one)" if name == found["auto"] else ""
         lines.append(f"    {name:<10} {'can run' + chosen if reason is None else 'cannot run: ' + reason}")
     settings = [f"    {name}={value}" for name, value in found["environment"].items()]
-    return "\n".join(
-        [*lines, "  environment  " + ("" if settings else "none set"), *settings]
-    )
+    return "\n".join([*lines, "  environment  " + ("" if settings else "none set"), *settings])
 
 
 def _installed(package: str) -> str | None:
