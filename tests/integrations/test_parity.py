@@ -171,7 +171,14 @@ def test_every_head_class_gives_the_same_loss_and_logits(head, legacy, build, ba
         inputs = {name: value.view(2, 2, -1) for name, value in inputs.items()}
     plain = copy.deepcopy(model)
     dk.patch(model, strict=True)
-    expected, actual = plain(**inputs, **labels), model(**inputs, **labels)
+    try:
+        expected = plain(**inputs, **labels)
+    except RuntimeError as error:  # transformers 4.57: the new masked-LM head does not run
+        with pytest.raises(RuntimeError) as caught:
+            model(**inputs, **labels)
+        assert str(caught.value) == str(error)
+        return
+    actual = model(**inputs, **labels)
     assert type(actual) is type(expected)
     for before, after in zip(expected.to_tuple(), actual.to_tuple(), strict=True):
         torch.testing.assert_close(after, before, atol=2e-5, rtol=1e-4)
