@@ -47,9 +47,9 @@ def parser() -> argparse.ArgumentParser:
 
 def show_info() -> int:
     """Print the state of the installation."""
-    from .info import report
+    from .info import format_info
 
-    print(report())
+    print(format_info())
     return 0
 
 

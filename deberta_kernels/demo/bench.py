@@ -11,8 +11,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 import deberta_kernels as dk
-
-from .report import processor
+from deberta_kernels.info import info
 
 __all__ = ["run"]
 
@@ -41,7 +40,7 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--seconds", type=float, default=2.0, help="per length")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    print(f"forward, float32, B1 H{HEADS} D{HEAD_DIM}, {options.threads} thread(s), {processor()}")
+    print(f"forward, float32, B1 H{HEADS} D{HEAD_DIM}, {options.threads} thread(s), {info()['cpu']['model']}")
     print("ms, medians, calls taking turns; SDPA computes no position terms and is shown as the floor")
     print(f"{'N':>6} {'reference':>11} {'SDPA':>9} {'this':>9}   backend")
     for length in map(int, options.lengths.split(",")):

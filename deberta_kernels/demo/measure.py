@@ -74,7 +74,7 @@ def in_child(work: Callable[[], dict[str, Any]], threads: int) -> dict[str, Any]
         os.close(receive)
         try:
             torch.set_num_threads(threads)
-            answer = {"result": work()}
+            answer: dict[str, Any] = {"result": work()}
         except BaseException:
             answer = {"error": traceback.format_exc()}
         with os.fdopen(send, "w") as pipe:

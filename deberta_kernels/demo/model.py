@@ -14,15 +14,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from .text import Encoder, hashing_encoder
+from .text import Encoder, hashing_encoder, paragraphs
 
 __all__ = ["DEFAULT_MODEL", "Loaded", "load", "shared_copy"]
 
 DEFAULT_MODEL = "microsoft/deberta-v3-base"
 HUB_TIMEOUT_SECONDS = 20
+FEWEST_DISTINCT_TOKENS = 10
 
 # Of the checkpoint microsoft/deberta-v3-base.
-V3_BASE = {
+V3_BASE: dict[str, Any] = {
     "vocab_size": 128100,
     "hidden_size": 768,
     "num_hidden_layers": 12,
@@ -85,12 +86,21 @@ def find_encoder(name: str, vocab_size: int) -> tuple[Encoder, str | None]:
     """Return (text to ids, remark): the checkpoint's own tokenizer if it loads, else the hashing stand-in."""
     from transformers import AutoTokenizer
 
+    def encode(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(name)
+        ids = encode(paragraphs()[0])
+        problem = None
+        # Without tokenizer files, some versions of transformers return a tokenizer that knows no word.
+        if len(set(ids)) < FEWEST_DISTINCT_TOKENS or max(ids) >= vocab_size:
+            problem = "what is there does not fit the text or the model"
     except Exception as error:  # whatever a checkpoint lacks or a tokenizer library raises
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        return hashing_encoder(vocab_size), f"no tokenizer in {name} ({reason[0][:120]}): words are hashed to token ids"
-    return lambda text: list(tokenizer(text, add_special_tokens=False)["input_ids"]), None
+        problem = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+    if problem is None:
+        return encode, None
+    return hashing_encoder(vocab_size), f"no tokenizer in {name} ({problem}): words are hashed to token ids"
 
 
 def random_model(reason: str) -> Loaded:
@@ -103,7 +113,7 @@ def random_model(reason: str) -> Loaded:
         f"{reason}: random weights in the geometry of {DEFAULT_MODEL}; the costs are those of the real model",
         "no vocabulary without the checkpoint: words are hashed to token ids",
     )
-    return Loaded(model, "v3-base geometry, random weights", hashing_encoder(V3_BASE["vocab_size"]), remarks)  # type: ignore[arg-type]
+    return Loaded(model, "v3-base geometry, random weights", hashing_encoder(V3_BASE["vocab_size"]), remarks)
 
 
 def load(name: str | None, dtype: torch.dtype) -> Loaded:

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["Row", "conditions", "draw", "format_table", "processor", "write_numbers"]
+from deberta_kernels.info import info
+
+__all__ = ["Row", "conditions", "draw", "format_table", "write_numbers"]
 
 MEGABYTE = 1e6
 
@@ -50,31 +52,19 @@ class Row:
         return self.seconds_before / self.seconds_after
 
 
-def processor() -> str:
-    """Return the processor's name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def conditions(model: str, dtype: torch.dtype, threads: int) -> dict[str, Any]:
     """Return what a reader needs to judge the numbers."""
-    import transformers
-
-    from .. import __version__
-
+    found = info()
     return {
         "model": model,
         "dtype": str(dtype).removeprefix("torch."),
         "threads": threads,
-        "processor": processor(),
+        "processor": found["cpu"]["model"],
+        "instruction_set": found["library"]["isa"],
         "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "transformers": str(transformers.__version__),
-        "deberta_kernels": __version__,
+        "torch": found["packages"]["torch"],
+        "transformers": found["packages"]["transformers"],
+        "deberta_kernels": found["version"],
     }
 
 
@@ -129,6 +119,7 @@ def draw(path: Path, about: dict[str, Any], rows: list[Row]) -> None:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, StrMethodFormatter
 
     rows = sorted((row for row in rows if row.batch == 1), key=lambda row: row.tokens)
     lengths = [row.tokens for row in rows]
@@ -149,6 +140,8 @@ def draw(path: Path, about: dict[str, Any], rows: list[Row]) -> None:
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")
         panel.set_xticks(lengths, [str(n) for n in lengths])
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
         panel.minorticks_off()
         panel.set_xlabel("tokens")
         panel.set_title(title, fontsize=10)

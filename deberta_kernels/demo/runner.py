@@ -109,7 +109,8 @@ def _show(options: argparse.Namespace, about: dict[str, Any], rows: list[Row], f
     print()
     print(format_table(rows))
     print()
-    print(f"model: {about['model']}, {about['dtype']}; {about['threads']} thread(s) on {about['processor']}")
+    print(f"model: {about['model']}, {about['dtype']}, {about['threads']} thread(s)")
+    print(f"processor: {about['processor']}, native library: {about['instruction_set'] or 'not there'}")
     print(f"torch {about['torch']}, transformers {about['transformers']}, deberta_kernels {about['deberta_kernels']}")
     print("time: median of one forward pass, the two models taking turns in one process")
     print(f"memory: {about['memory']}")
@@ -147,8 +148,7 @@ def run(options: argparse.Namespace) -> int:
         return 1
     for remark in loaded.remarks:
         _say(remark)
-    _say(f"patched: {str(report).splitlines()[0]}")
-    about = conditions(loaded.name, dtype, threads) | {"remarks": list(loaded.remarks), "memory": MEMORY_METHOD}
+    _say(str(report))
     rows: list[Row] = []
     fallbacks: dict[str, int] = {}
     failed = False
@@ -162,6 +162,7 @@ def run(options: argparse.Namespace) -> int:
         rows.append(row)
         fallbacks.update(timed["fallbacks"])
     if rows:
+        about = conditions(loaded.name, dtype, threads) | {"remarks": list(loaded.remarks), "memory": MEMORY_METHOD}
         _show(options, about, rows, fallbacks)
     _say(f"done in {time.perf_counter() - started:.0f} s")
     return 1 if failed or not rows else 0
