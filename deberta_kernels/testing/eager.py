@@ -57,8 +57,8 @@ def attention(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
 
 
 def divisor(scale: float) -> Tensor:
-    """Return what the original divides by, sqrt(D * factor) in float32, given its inverse."""
-    return torch.tensor(1.0 / scale, dtype=torch.float32)
+    """Return what the original divides by, sqrt(D * factor) in float32, given the inverse of that root."""
+    return torch.sqrt(torch.tensor(scale**-2, dtype=torch.float32))
 
 
 def _position_bias(problem: AttentionProblem, q: Tensor, k: Tensor, scale: Tensor) -> Tensor | None:
