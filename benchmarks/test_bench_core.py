@@ -1,0 +1,88 @@
+"""Time the attention core with pytest-benchmark, for people who compare runs with that plugin.
+
+    pytest benchmarks/test_bench_core.py --benchmark-group-by=group --benchmark-timer=time.process_time
+
+One group per shape. The figures come from `bench_cpu.py`, which interleaves; here candidates run one after the other.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+pytest.importorskip("pytest_benchmark", reason="needs the pytest-benchmark plugin")
+
+import torch
+from baselines import candidates
+from checking import Check, check_candidates
+from shapes import Shape
+
+SHAPES = (
+    Shape(1, 128),
+    Shape(8, 128),
+    Shape(1, 512),
+    Shape(1, 128, "bfloat16"),
+    Shape(1, 512, "bfloat16"),
+    Shape(1, 512, backward=True),
+)
+BACKENDS = ("cpu", "torch")
+
+
+def _name(shape: Shape) -> str:
+    return f"{shape.label}-{shape.dtype}-{'forward+backward' if shape.backward else 'forward'}"
+
+
+@functools.cache
+def _check(shape: Shape, name: str, backend: str) -> Check:
+    return check_candidates(shape, [name], backend)[name]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=SHAPES, ids=_name)
+def shape(request: pytest.FixtureRequest) -> Shape:
+    chosen: Shape = request.param
+    return chosen
+
+
+def _run(benchmark: Any, shape: Shape, name: str, backend: str) -> None:
+    benchmark.group = _name(shape)
+    if name != "sdpa":
+        check = _check(shape, name, backend)
+        assert check.ok, check.text
+    call = candidates(shape, frozenset({name}), backend)[name]
+    counter = itertools.count()
+    benchmark.pedantic(lambda: call(next(counter)), rounds=10, iterations=max(1, 1024 // shape.length), warmup_rounds=1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("tables", ["bare", "prepared"])
+def test_ours(benchmark: Any, shape: Shape, tables: str, backend: str) -> None:
+    if tables == "prepared" and (shape.backward or backend != "cpu"):
+        pytest.skip("only the cpu backend prepares tables, and only without gradients")
+    if backend == "cpu":
+        from machine import library
+
+        if not library()["loaded"]:
+            pytest.skip(f"no native library: {library()['reason']}")
+    _run(benchmark, shape, tables, backend)
+
+
+@pytest.mark.parametrize("name", ["sdpa", "huggingface", "eager"])
+def test_baseline(benchmark: Any, shape: Shape, name: str) -> None:
+    if name == "sdpa" and shape.backward:
+        pytest.skip("SDPA is compared forward only: it has no position tables to differentiate")
+    if name == "huggingface" and importlib.util.find_spec("transformers") is None:
+        pytest.skip("needs transformers")
+    _run(benchmark, shape, name, "cpu")
