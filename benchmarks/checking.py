@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -35,7 +36,8 @@ class Check:
 
     def as_json(self) -> dict[str, Any]:
         """Return the fields; the text only when it explains a failure."""
-        return {"ok": self.ok, "worst_of_allowed": round(self.worst, 4), "text": "" if self.ok else self.text}
+        worst = round(self.worst, 4) if math.isfinite(self.worst) else None  # JSON has no infinity
+        return {"ok": self.ok, "worst_of_allowed": worst, "text": "" if self.ok else self.text}
 
 
 def check_candidates(shape: Shape, names: list[str], backend: str) -> dict[str, Check]:
