@@ -207,7 +207,9 @@ def _validity(
     else (a LoRA of any make, a quantised layer, a parametrisation) is projected anew each call, so that no switch it
     has can be missed.
     """
-    if torch.compiler.is_compiling() or module.training or module.pos_dropout.training:
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return None  # tensors may have no values
+    if module.training or module.pos_dropout.training:
         return None
     linears: list[Any] = list(projections.values())
     if type(module.pos_dropout) is not nn.Dropout or any(type(linear) is not nn.Linear for linear in linears):

@@ -1,0 +1,80 @@
+"""The patched encoder creates no tensor that grows with the square of the length."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import deberta_kernels as dk
+
+LENGTH = 131  # no size of the models or tables, and no multiple of a tile
+
+
+class Recorder(TorchDispatchMode):
+    """Record every tensor that an operator returns and whose shape holds the length twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.square: list[tuple[str, tuple[int, ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, torch.Tensor) and list(value.shape).count(LENGTH) > 1:
+                self.square.append((str(func), tuple(value.shape)))
+        return result
+
+
+def squares(model: Any, inputs: dict[str, torch.Tensor], train: bool) -> list[tuple[str, tuple[int, ...]]]:
+    with Recorder() as recorder, torch.set_grad_enabled(train):
+        out = model(**inputs)[0]
+        if train:
+            out.square().sum().backward()
+    return recorder.square
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"conv_kernel_size": 3, "share_att_key": False}])
+def test_no_tensor_has_the_length_twice(train, settings, build, batch):
+    model = build(attention_probs_dropout_prob=0.1, **settings).train(train)
+    inputs = batch(2, LENGTH)
+    assert squares(model, inputs, train)
+    dk.patch(model, strict=True)
+    assert squares(model, inputs, train) == []
+    dk.patch_all(strict=True)
+    dk.unpatch(model)
+    assert squares(model, inputs, train) == []
+
+
+def test_a_mask_of_pairs_is_not_copied_when_it_is_boolean(build):
+    encoder = build().encoder
+    mask = torch.ones(2, 1, LENGTH, LENGTH, dtype=torch.bool)
+    dk.patch(encoder, strict=True)
+    with torch.no_grad(), Recorder() as recorder:
+        encoder(torch.randn(2, LENGTH, 32), mask)
+    copies = [name for name, _ in recorder.square if not any(v in name for v in ("view", "expand", "unsqueeze", "slice"))]
+    assert copies == []
+
+
+def test_training_saves_little_for_the_backward(build, batch):
+    model, inputs = build().train(), batch(2, LENGTH)
+
+    def saved() -> int:
+        sizes: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(**inputs)
+        return sum(sizes.values())
+
+    before = saved()
+    dk.patch(model)
+    assert saved() < before / 3
