@@ -73,7 +73,8 @@ def check_case(target, run_case):
         against = _truth(case, target.device, with_dlse)
         results = run_case(case, against.problem, against.dout, against.dlse)
         report = budget.measure(results, against, f"{target.name} {case.id}")
-        assert report.ok, str(report)
+        if not report.ok:
+            pytest.fail(str(report), pytrace=False)
         return results
 
     return check

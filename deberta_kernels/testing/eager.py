@@ -94,8 +94,10 @@ def _rows(problem: AttentionProblem, nq: int, nk: int) -> tuple[Tensor, Tensor]:
         distance = _bucketed(distance, spec.position_buckets, spec.max_relative_positions)
     rows = torch.clamp(distance.to(torch.long) + span, 0, 2 * span - 1) - spec.first_row
     positioned = key_position >= 0
-    # Only prefix keys, whose bias is thrown away, may point outside a sliced table.
+    # Prefix keys and pairs of different packed sequences may point outside a sliced table: nobody uses their bias.
     rows = torch.where(positioned, rows, torch.zeros_like(rows))
+    if problem.cu_seqlens is not None:
+        rows = rows.clamp(0, table.shape[1] - 1)
     return rows.to(device), positioned.to(device)
 
 
