@@ -1,0 +1,54 @@
+"""Fixtures of the unit tests that call operators: inputs, backends, and a mode that sees what is dispatched."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import deberta_kernels as dk
+from deberta_kernels.impl import cpu
+
+
+class Watch(TorchDispatchMode):
+    """Record which operators of the package were dispatched."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "deberta_kernels":
+            self.seen.append(func.__name__.split(".")[0])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def watched():
+    """A dispatch mode: calls inside it take the route through the dispatcher."""
+    return Watch
+
+
+@pytest.fixture
+def tensors():
+    """A function that makes q, k, v, pos_key, pos_query for position_buckets=8, max_relative_positions=16."""
+
+    def make(nq=11, nk=None, batch=2, heads=3, head_dim=8, dtype=torch.float32, grad=True, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        shapes = [(batch, heads, n, head_dim) for n in (nq, nk or nq, nk or nq)] + [(heads, 16, head_dim)] * 2
+        return [torch.randn(s, generator=generator).to(dtype).requires_grad_(grad) for s in shapes]
+
+    return make
+
+
+@pytest.fixture(params=["torch", "cpu"])
+def backend(request):
+    if request.param == "cpu" and not cpu.library_status()["loaded"]:
+        pytest.skip(cpu.library_status()["reason"])
+    return request.param
+
+
+@pytest.fixture
+def counted():
+    """Start and leave with every count of stats() at zero."""
+    dk.reset_stats()
+    yield
+    dk.reset_stats()

@@ -1,0 +1,189 @@
+"""Dispatch: the automatic order, explicit backends that never fall back, explain, counts and warnings."""
+
+import threading
+import types
+import warnings
+
+import pytest
+import torch
+
+import deberta_kernels as dk
+from deberta_kernels import dispatch, env
+from deberta_kernels.types import AttentionProblem, Masks, PositionSpec
+
+
+def stand_in(reason=None):
+    """A backend whose refusal is `reason`."""
+    return types.SimpleNamespace(refusal=lambda problem: reason)
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    monkeypatch.setattr(dispatch, "_warned", set())
+    monkeypatch.setattr(dispatch, "_loaded", {name: stand_in() for name in ("reference", "torch", "cpu")})
+    monkeypatch.delenv(env.BACKEND, raising=False)
+    dispatch.reset_stats()
+    yield
+    dispatch.reset_stats()
+
+
+def problem(device="cpu"):
+    q = torch.zeros(1, 2, 4, 8, device=device)
+    return AttentionProblem(q, q, q, None, None, Masks(), PositionSpec(), 1.0, max_seqlen=4)
+
+
+def test_auto_takes_the_first_of_the_order_silently():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert dispatch.choose(problem()) == "cpu"
+
+
+def test_auto_on_a_device_without_kernels_takes_torch():
+    assert dispatch.choose(problem("meta")) == "torch"
+
+
+def test_auto_warns_once_with_cause_and_remedy_when_it_skips_a_faster_backend(monkeypatch):
+    monkeypatch.setitem(dispatch._loaded, "cpu", stand_in("head_dim 300 is more than 256"))
+    with pytest.warns(dk.DebertaKernelsWarning, match=r"runs backend 'torch'.*'cpu': head_dim 300.*info.*silences"):
+        assert dispatch.choose(problem()) == "torch"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert dispatch.choose(problem()) == "torch"
+
+
+def test_auto_raises_when_nothing_can_run(monkeypatch):
+    monkeypatch.setitem(dispatch._loaded, "cpu", stand_in("no"))
+    monkeypatch.setitem(dispatch._loaded, "torch", stand_in("neither"))
+    with pytest.raises(
+        NotImplementedError, match=r"no backend can run this call on cpu: .*'cpu': no.*'torch': neither"
+    ):
+        dispatch.choose(problem())
+
+
+def test_explicit_backend_never_falls_back(monkeypatch):
+    monkeypatch.setitem(dispatch._loaded, "cpu", stand_in("head_dim 300 is more than 256"))
+    with pytest.raises(
+        NotImplementedError, match=r"backend='cpu' cannot run this call: head_dim 300.*; pass backend='auto'"
+    ):
+        dispatch.choose(problem(), "cpu")
+    assert dispatch.choose(problem(), "torch") == "torch"
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_backend_of_a_later_release_is_refused_by_name(name):
+    with pytest.raises(NotImplementedError, match=f"backend='{name}' cannot run this call: not part of this release"):
+        dispatch.choose(problem(), name)
+    with pytest.raises(NotImplementedError, match=r"not part of this release"):
+        dispatch.load(name)
+
+
+def test_unknown_backend_is_named():
+    with pytest.raises(
+        ValueError, match=r"backend must be one of auto, reference, torch, cpu, triton, cuda, got 'gpu'"
+    ):
+        dispatch.choose(problem(), "gpu")
+    with pytest.raises(TypeError, match=r"backend must be a string, .* got None; pass backend='auto'"):
+        dispatch.check_backend(None)
+
+
+def test_module_that_does_not_import_is_a_reason(monkeypatch):
+    monkeypatch.setattr(dispatch, "_loaded", {})
+    monkeypatch.setitem(dispatch._MODULES, "cpu", "deberta_kernels.impl.missing")
+    assert "the module of backend 'cpu' does not load (No module named" in dispatch.refusal("cpu", problem())
+    with pytest.raises(RuntimeError, match=r"does not load"):
+        dispatch.load("cpu")
+
+
+def test_environment_forces_the_automatic_choice_only(monkeypatch):
+    monkeypatch.setenv(env.BACKEND, "reference")
+    assert dispatch.choose(problem()) == "reference"
+    assert dispatch.choose(problem(), "torch") == "torch"
+
+
+def test_forced_backend_that_refuses_raises_and_names_the_variable(monkeypatch):
+    monkeypatch.setenv(env.BACKEND, "cuda")
+    with pytest.raises(NotImplementedError, match=r"DEBERTA_KERNELS_BACKEND='cuda' cannot run this call: .*; unset it"):
+        dispatch.choose(problem())
+    explanation = dispatch.explain(problem())
+    assert explanation.chosen is None
+    assert "this call raises" in str(explanation)
+
+
+def test_unknown_forced_backend_is_named(monkeypatch):
+    monkeypatch.setenv(env.BACKEND, "tpu")
+    with pytest.raises(ValueError, match=r"DEBERTA_KERNELS_BACKEND must be one of .*, got 'tpu'; unset it"):
+        dispatch.choose(problem())
+
+
+def test_explain_gives_a_reason_for_every_other_backend():
+    explanation = dispatch.explain(problem())
+    assert explanation.chosen == "cpu"
+    assert set(explanation.reasons) == set(dispatch.BACKENDS) - {"cpu"}
+    assert "'cpu' comes first on cpu" in explanation.reasons["torch"]
+    assert "only when asked for by name" in explanation.reasons["reference"]
+    assert explanation.reasons["cuda"] == "not part of this release"
+    assert str(explanation).splitlines()[0] == "cpu would run"
+    assert len(str(explanation).splitlines()) == len(dispatch.BACKENDS)
+
+
+def test_explain_agrees_with_choose_and_neither_warns_nor_counts(monkeypatch):
+    monkeypatch.setitem(dispatch._loaded, "cpu", stand_in("the library is missing"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        explanation = dispatch.explain(problem())
+    assert explanation.chosen == "torch"
+    assert explanation.reasons["cpu"] == "the library is missing"
+    assert not any(dispatch.stats()["calls"].values())
+    with pytest.warns(dk.DebertaKernelsWarning):
+        assert dispatch.choose(problem()) == "torch"
+
+
+def test_explain_of_an_explicit_backend():
+    explanation = dispatch.explain(problem(), "torch")
+    assert explanation.chosen == "torch"
+    assert "backend='torch' was asked for" in explanation.reasons["cpu"]
+    assert dispatch.explain(problem(), "cuda").chosen is None
+    with pytest.raises(ValueError, match="backend must be one of"):
+        dispatch.explain(problem(), "gpu")
+
+
+def test_counts_are_exact_from_many_threads():
+    def work():
+        for _ in range(2000):
+            dispatch.count_call("torch")
+            dispatch.record_fallback("a reason")
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert dispatch.stats()["calls"]["torch"] == 16000
+    assert dispatch.stats()["fallbacks"] == {"a reason": 16000}
+    dispatch.reset_stats()
+    assert dispatch.stats() == {"calls": dict.fromkeys(dispatch.BACKENDS, 0), "fallbacks": {}}
+
+
+def test_stats_is_a_copy():
+    dispatch.stats()["calls"]["cpu"] = 7
+    assert dispatch.stats()["calls"]["cpu"] == 0
+
+
+def test_fallback_counts_each_call_and_warns_once_per_reason():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            dispatch.fallback("output_attentions=True needs the probabilities", "pass output_attentions=False", False)
+        dispatch.fallback("another reason", "another remedy", False)
+    assert [warning.category for warning in caught] == [dk.DebertaKernelsWarning] * 2
+    assert "original attention code: output_attentions=True needs the probabilities; pass" in str(caught[0].message)
+    assert dispatch.stats()["fallbacks"] == {
+        "output_attentions=True needs the probabilities": 3,
+        "another reason": 1,
+    }
+
+
+def test_strict_fallback_raises_the_same_text():
+    with pytest.raises(NotImplementedError, match=r"^a reason; a remedy\.$"):
+        dispatch.fallback("a reason", "a remedy", True)
+    assert dispatch.stats()["fallbacks"] == {}

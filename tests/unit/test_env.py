@@ -1,0 +1,54 @@
+"""Environment variables: what is read, where, and what an empty or wrong value does."""
+
+from pathlib import Path
+
+import pytest
+
+from deberta_kernels import env
+
+PACKAGE = Path(env.__file__).parent
+
+
+def test_nothing_is_set_by_default(monkeypatch):
+    for name in env.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    assert env.forced_backend() is None
+    assert env.cpu_isa() is None
+    assert env.library_path() is None
+    assert env.variables_set() == {}
+
+
+def test_values_are_returned_and_listed(monkeypatch):
+    monkeypatch.setenv(env.BACKEND, "torch")
+    monkeypatch.setenv(env.CPU_ISA, "avx2")
+    monkeypatch.setenv(env.LIBRARY, "/somewhere/lib.so")
+    assert (env.forced_backend(), env.cpu_isa(), env.library_path()) == ("torch", "avx2", "/somewhere/lib.so")
+    assert set(env.variables_set()) == set(env.VARIABLES)
+
+
+def test_empty_value_means_unset(monkeypatch):
+    for name in env.VARIABLES:
+        monkeypatch.setenv(name, "")
+    assert env.forced_backend() is None
+    assert env.cpu_isa() is None
+    assert env.variables_set() == {}
+
+
+def test_unknown_instruction_set_is_named(monkeypatch):
+    monkeypatch.setenv(env.CPU_ISA, "sse9")
+    with pytest.raises(ValueError, match=r"DEBERTA_KERNELS_CPU_ISA must be one of .*avx2.*, got 'sse9'; unset it"):
+        env.cpu_isa()
+
+
+def test_variables_are_named_in_env_only():
+    for source in PACKAGE.rglob("*.py"):
+        if source.name != "env.py":
+            assert "os.environ" not in source.read_text() or source.parent.name == "demo", source
+
+
+def test_every_variable_is_documented():
+    page = PACKAGE.parent / "docs" / "environment.md"
+    if not page.exists():
+        pytest.skip("docs are not part of an installed package")
+    text = page.read_text()
+    assert [name for name in env.VARIABLES if f"`{name}`" not in text] == []
