@@ -108,8 +108,11 @@ def torch_version(inside):
 def pip_install(inside, *arguments):
     """Run pip install in the environment; leave with its status when it fails."""
     say("pip install " + " ".join(arguments))
-    command = [inside, "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "-q"]
-    done = subprocess.run([*command, *arguments], cwd=str(ROOT), stdin=subprocess.DEVNULL)
+    command = [inside, "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
+    # Somebody who watches sees the progress of a download that may be large; a log gets errors only.
+    quiet = [] if sys.stderr.isatty() else ["-qq"]
+    environment = dict(os.environ, PYTHONWARNINGS="ignore")
+    done = subprocess.run([*command, *quiet, *arguments], cwd=str(ROOT), stdin=subprocess.DEVNULL, env=environment)
     if done.returncode:
         sys.exit("[environment] pip failed; the messages above say why")
 

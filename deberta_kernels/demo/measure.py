@@ -74,6 +74,7 @@ def in_child(work: Callable[[], dict[str, Any]], threads: int) -> dict[str, Any]
         os.close(receive)
         try:
             torch.set_num_threads(threads)
+            warnings.simplefilter("ignore", dk.DebertaKernelsWarning)  # each process would repeat what the parent says
             answer: dict[str, Any] = {"result": work()}
         except BaseException:
             answer = {"error": traceback.format_exc()}
