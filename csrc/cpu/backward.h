@@ -5,8 +5,9 @@
 // The sums over delta first collect ds in the same bands that the forward reads (tile by tile, along the diagonals);
 // one product per band then serves the token's and the table's gradient. All arithmetic is float32.
 //
-// A task owns one head of one sample and a fixed range of its queries. Sums shared by tasks are added in task order,
-// so results do not depend on the number of threads.
+// A task owns one head of about kChunkRows queries: several short samples, or a part of a long one. That division
+// depends on the shape alone, and sums shared by tasks are added in task order, so results do not depend on the number
+// of threads.
 #pragma once
 #include <algorithm>
 
@@ -17,7 +18,7 @@
 namespace {
 
 constexpr int kBackwardRows = 64;      // two score blocks and two c2p bands of 64 rows share the L2 with the keys
-constexpr int64_t kChunkRows = 1024;   // queries per task; one long sequence spreads over cores
+constexpr int64_t kChunkRows = 1024;   // spreads one long sequence over cores; spares short samples a table sum each
 constexpr int kBandWords = 128;        // summed columns per step: that slice of a table stays in L1
 
 class Backward {
@@ -27,16 +28,17 @@ class Backward {
   Backward(const AttentionParams& p, const PositionIndex& index)
       : p_(p), index_(index), head_dim_((int)p.head_dim), padded_((int)round_to_vector(head_dim_)),
         dropout_{(uint32_t)p.dropout_threshold, (float)p.dropout_scale, (uint64_t)p.seed},
-        chunks_(std::max<int64_t>(1, (p.nq + kChunkRows - 1) / kChunkRows)), turnstile_(p.heads) {}
+        chunks_(std::max<int64_t>(1, (p.nq + kChunkRows - 1) / kChunkRows)),
+        samples_(std::max<int64_t>(1, kChunkRows / std::max<int64_t>(1, p.nq))), turnstile_(p.heads) {}
 
   bool run() {
     pack_tables();
     Scratch sizes(*this, Arena(nullptr));
+    const int64_t groups = (p_.batch + samples_ - 1) / samples_;
     // Heads vary fastest: tasks that share a turnstile are then far apart and seldom wait.
-    return run_tasks(p_.batch * chunks_ * p_.heads, p_.threads, sizes.bytes, [&](int64_t task, char* block) {
+    return run_tasks(groups * chunks_ * p_.heads, p_.threads, sizes.bytes, [&](int64_t task, char* block) {
       Scratch scratch(*this, Arena(block));
-      const int64_t h = task % p_.heads, turn = task / p_.heads;
-      this->head(sample_of(p_, turn / chunks_), h, turn % chunks_, turn, scratch);
+      this->run_task(task % p_.heads, task / p_.heads, scratch);
     });
   }
 
@@ -46,7 +48,7 @@ class Backward {
     RowPanel* row_panels;
     float *key_columns, *value_columns, *key_rows, *far, *dfar, *dk, *dv;  // the keys of the head
     float *dpos_key, *dpos_query;                                          // [columns][padded], pos_key reversed
-    float *queries, *douts, *c2p, *dc2p, *p2c, *dp2c, *scores, *dscores, *maxima, *row_far, *dq;  // one row block
+    float *queries, *douts, *c2p, *dc2p, *p2c, *dp2c, *scores, *dscores, *row_far, *dq;  // one row block
     float *lse, *out_dot_dout, *dmean;
     uint16_t* draws;
     int64_t bytes;
@@ -66,7 +68,6 @@ class Backward {
       for (float** rows : {&p2c, &dp2c}) *rows = a.take<float>(b.p_.has_pos_query ? kV * band : 0);
       scores = a.take<float>(kBackwardRows * kBlockKeys);
       dscores = a.take<float>(kBackwardRows * kBlockKeys);
-      maxima = a.take<float>(kBackwardRows * kV);
       row_far = a.take<float>(2 * kBackwardRows * kV);
       lse = a.take<float>(kBackwardRows);
       out_dot_dout = a.take<float>(kBackwardRows);
@@ -97,7 +98,27 @@ class Backward {
 
   ColumnSource rows_of(const float* rows) const { return {rows, kV, padded_}; }
 
-  void head(const Sample& s, int64_t h, int64_t chunk, int64_t turn, Scratch& scratch) {
+  void run_task(int64_t h, int64_t turn, Scratch& scratch) {
+    const int64_t chunk = turn % chunks_, first = turn / chunks_ * samples_;
+    const int64_t last = std::min(p_.batch, first + samples_);
+    const int64_t table = index_.columns * padded_;
+    if (p_.has_pos_key) clear(scratch.dpos_key, table);
+    if (p_.has_pos_query) clear(scratch.dpos_query, table);
+    HeadKeys keys{};
+    for (int64_t b = first; b < last; b++) {
+      keys = head(sample_of(p_, b), h, chunk, scratch);
+      if (chunks_ == 1) add_key_gradients(sample_of(p_, b), h, keys, true, scratch);
+    }
+    turnstile_.pass(h, turn, [&] {
+      if (chunks_ > 1) add_key_gradients(sample_of(p_, first), h, keys, chunk == 0, scratch);
+      if (p_.dpos_key) add_table(p_.dpos_key + h * p_.dpos_stride_h, scratch.dpos_key, true, turn == 0);
+      if (p_.dpos_query) add_table(p_.dpos_query + h * p_.dpos_stride_h, scratch.dpos_query, false, turn == 0);
+    });
+  }
+
+  static void clear(float* values, int64_t count) { std::memset(values, 0, (size_t)count * sizeof(float)); }
+
+  HeadKeys head(const Sample& s, int64_t h, int64_t chunk, Scratch& scratch) const {
     const int64_t count = find_key_panels(p_, s, scratch.key_panels);
     const int64_t rows = s.nq ? find_row_panels(p_, s, scratch.row_panels) : 0;
     const PackedTables<FloatWord> tables(p_, packed_.data(), h);
@@ -111,7 +132,7 @@ class Backward {
       row_block(s, h, keys, tables, block, scratch);
     }
     finish_far(h, keys, scratch);
-    turnstile_.pass(h, turn, [&] { add_to_outputs(s, h, keys, chunk == 0, turn == 0, scratch); });
+    return keys;
   }
 
   HeadKeys start_head(const Sample& s, int64_t h, const PackedTables<FloatWord>& tables, int64_t count,
@@ -122,12 +143,10 @@ class Backward {
       pack_panel<FloatWord>(v, panel.key, panel.allowed, head_dim_, scratch.value_columns + i * head_dim_ * kV);
       pack_values(FloatWord(), k, panel.key, panel.allowed, head_dim_, padded_, scratch.key_rows + i * kV * padded_);
     }
-    std::fill(scratch.dk, scratch.dk + count * kV * padded_, 0.0f);
-    std::fill(scratch.dv, scratch.dv + count * kV * padded_, 0.0f);
-    std::fill(scratch.dfar, scratch.dfar + 2 * count * kV, 0.0f);
-    std::fill(scratch.dmean, scratch.dmean + padded_, 0.0f);
-    if (p_.has_pos_key) std::fill(scratch.dpos_key, scratch.dpos_key + index_.columns * padded_, 0.0f);
-    if (p_.has_pos_query) std::fill(scratch.dpos_query, scratch.dpos_query + index_.columns * padded_, 0.0f);
+    clear(scratch.dk, count * kV * padded_);
+    clear(scratch.dv, count * kV * padded_);
+    clear(scratch.dfar, 2 * count * kV);
+    clear(scratch.dmean, padded_);
     return pack_keys<FloatWord>(p_, index_, tables, s, k, scratch.key_panels, count, scratch.key_columns, scratch.far);
   }
 
@@ -162,8 +181,8 @@ class Backward {
       scratch.lse[r] = INFINITY;  // makes every probability 0
       scratch.out_dot_dout[r] = 0.0f;
       if (!active || lse[row] == -INFINITY) {
-        std::fill(query, query + padded_, 0.0f);
-        std::fill(gradient, gradient + padded_, 0.0f);
+        clear(query, padded_);
+        clear(gradient, padded_);
         if (active) empty_row(s, h, row, scratch);
         continue;
       }
@@ -176,8 +195,8 @@ class Backward {
       scratch.lse[r] = (float)((double)lse[row] * kLog2E);
     }
     const int count = rows.count * kV;
-    std::fill(scratch.dq, scratch.dq + count * padded_, 0.0f);
-    std::fill(scratch.row_far, scratch.row_far + 2 * count * kV, 0.0f);
+    clear(scratch.dq, count * padded_);
+    clear(scratch.row_far, 2 * count * kV);
   }
 
   void row_block(const Sample& s, int64_t h, const HeadKeys& keys, const PackedTables<FloatWord>& tables,
@@ -191,11 +210,11 @@ class Backward {
     const typename Score::Window window = block_window(score);
     if (tables.pos_key)
       for (int r = 0; r < rows.count * kV; r++)
-        std::fill_n(scratch.dc2p + r * score.c2p_stride() + window.first, window.stop - window.first + kV, 0.0f);
+        clear(scratch.dc2p + r * score.c2p_stride() + window.first, window.stop - window.first + kV);
     for (int64_t k = 0; k < keys.count; k += kBlockKeys / kV) {
       const int panels = (int)std::min<int64_t>(kBlockKeys / kV, keys.count - k);
       if (!score.any_allowed(k, panels)) continue;
-      score.scores(k, panels, scratch.scores, scratch.maxima);
+      score.scores(k, panels, scratch.scores);
       gemm<FloatWord>(rows.count * kV, panels, head_dim_, {scratch.douts, padded_, 1},
                       {scratch.value_columns + k * head_dim_ * kV, (ptrdiff_t)head_dim_ * kV, kV}, scratch.dscores,
                       kBlockKeys, false);
@@ -264,7 +283,7 @@ class Backward {
     typename Score::Window w{0, 0};
     if (score.tables.pos_query) w = score.p2c_window(k);
     const int64_t band = w.stop - w.first + kV;
-    if (w.stop > w.first) std::fill_n(scratch.dp2c, kV * band, 0.0f);
+    if (w.stop > w.first) clear(scratch.dp2c, kV * band);
     for (int r = 0; r < score.rows.count; r++) {
       const int64_t x = score.rows.panels[r].row - score.keys.panels[k].position;
       vf tile[kV];
@@ -288,8 +307,9 @@ class Backward {
 
   // band[slots[c]] += values[c].
   DK_INLINE void collect(typename Score::Zone zone, vf values, const int32_t* slots, float* band) {
-    if (zone == Score::kLinear) {
-      store(band + slots[0], load(band + slots[0]) + values);
+    if (zone != Score::kAny) {
+      const vf sums = zone == Score::kLinear ? values : run_sums(values, slots);
+      store(band + slots[0], load(band + slots[0]) + sums);
       return;
     }
     float lanes[kV];
@@ -368,14 +388,11 @@ class Backward {
     }
   }
 
-  // Add the task's sums to the outputs; the first task of a sample (of a table) writes instead.
-  void add_to_outputs(const Sample& s, int64_t h, const HeadKeys& keys, bool first_of_sample, bool first_of_table,
-                      const Scratch& scratch) const {
-    if (p_.dk.data) add_keys(s, head_of(p_, p_.dk, s, h, kFloat32), keys, scratch.dk, nullptr, first_of_sample);
-    if (p_.dv.data)
-      add_keys(s, head_of(p_, p_.dv, s, h, kFloat32), keys, scratch.dv, scratch.dmean, first_of_sample);
-    if (p_.dpos_key) add_table(p_.dpos_key + h * p_.dpos_stride_h, scratch.dpos_key, true, first_of_table);
-    if (p_.dpos_query) add_table(p_.dpos_query + h * p_.dpos_stride_h, scratch.dpos_query, false, first_of_table);
+  // Add dk and dv of one sample to the outputs; the first task of a sample writes instead.
+  void add_key_gradients(const Sample& s, int64_t h, const HeadKeys& keys, bool overwrite,
+                         const Scratch& scratch) const {
+    if (p_.dk.data) add_keys(s, head_of(p_, p_.dk, s, h, kFloat32), keys, scratch.dk, nullptr, overwrite);
+    if (p_.dv.data) add_keys(s, head_of(p_, p_.dv, s, h, kFloat32), keys, scratch.dv, scratch.dmean, overwrite);
   }
 
   // Every key gets `every` (or nothing), the keys of the panels their own sums as well.
@@ -405,7 +422,8 @@ class Backward {
   const PositionIndex& index_;
   const int head_dim_, padded_;
   const Dropout dropout_;
-  const int64_t chunks_;
+  const int64_t chunks_;   // tasks per sample, where a sample is long
+  const int64_t samples_;  // samples per task, where they are short
   Turnstile turnstile_;
   std::vector<float> packed_, pos_key_rows_, pos_query_rows_;
 };

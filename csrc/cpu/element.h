@@ -88,17 +88,23 @@ DK_INLINE void write_elements(const float* from, int count, char* to) {
   }
 }
 
+DK_INLINE void copy_floats(const float* from, int count, float* to) {
+  int d = 0;
+  for (; d + kV <= count; d += kV) store(to + d, load(from + d));
+  for (; d < count; d++) to[d] = from[d];
+}
+
 // Read row i as floats and fill with zeros up to `padded`.
 static void read_row(const Rows& rows, int64_t i, int count, int padded, float* to) {
   const char* from = rows.row(i);
-  if (rows.type == kFloat32) std::memcpy(to, from, (size_t)count * sizeof(float));
+  if (rows.type == kFloat32) copy_floats(reinterpret_cast<const float*>(from), count, to);
   else if (rows.type == kBFloat16) read_elements<bfloat16>(from, count, to);
   else read_elements<float16>(from, count, to);
   for (int d = count; d < padded; d++) to[d] = 0.0f;
 }
 static void write_row(const float* from, int count, const Rows& rows, int64_t i) {
   char* to = rows.row(i);
-  if (rows.type == kFloat32) std::memcpy(to, from, (size_t)count * sizeof(float));
+  if (rows.type == kFloat32) copy_floats(from, count, reinterpret_cast<float*>(to));
   else if (rows.type == kBFloat16) write_elements<bfloat16>(from, count, to);
   else write_elements<float16>(from, count, to);
 }

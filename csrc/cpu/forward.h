@@ -37,7 +37,7 @@ class Forward {
     KeyPanel* key_panels;
     RowPanel* row_panels;
     float *key_columns, *far, *values, *mean;
-    float *queries, *c2p, *p2c, *scores, *maxima, *row_max, *row_sum, *output;
+    float *queries, *c2p, *p2c, *scores, *row_max, *row_sum, *output;
     uint16_t* draws;
     float* probabilities;  // as words; null where scores are used in place
     int64_t bytes;
@@ -55,7 +55,6 @@ class Forward {
       c2p = a.take<float>(f.p_.has_pos_key ? kForwardRows * ScoreBlock<Word>::c2p_stride(f.index_) : 0);
       p2c = a.take<float>(f.p_.has_pos_query ? kV * (f.index_.columns + kV) : 0);
       scores = a.take<float>(kForwardRows * kBlockKeys);
-      maxima = a.take<float>(kForwardRows * kV);
       row_max = a.take<float>(kForwardRows);
       row_sum = a.take<float>(kForwardRows);
       output = a.take<float>(kForwardRows * f.padded_);
@@ -112,8 +111,7 @@ class Forward {
     for (int64_t k = 0; k < keys.count; k += kBlockKeys / kV) {
       const int panels = (int)std::min<int64_t>(kBlockKeys / kV, keys.count - k);
       if (!score.any_allowed(k, panels)) continue;
-      for (int i = 0; i < count; i++) store(scratch.maxima + i * kV, set1(-INFINITY));
-      score.scores(k, panels, scratch.scores, scratch.maxima);
+      score.scores(k, panels, scratch.scores);
       softmax(count, panels, started, scratch);
       if (dropout_.on()) drop(s, h, rows, keys.panels + k, panels, scratch);
       accumulate(count, k, panels, started, scratch);
@@ -127,8 +125,9 @@ class Forward {
     const int columns = panels * kV;
     for (int r = 0; r < count; r++) {
       float* score = scratch.scores + r * kBlockKeys;
-      const float old = scratch.row_max[r], block_max = reduce_max(load(scratch.maxima + r * kV));
-      const float now = block_max > old ? block_max : old;
+      vf maximum = load(score);
+      for (int c = kV; c < columns; c += kV) maximum = max_keep_nan(maximum, load(score + c));
+      const float old = scratch.row_max[r], block_max = reduce_max(maximum), now = block_max > old ? block_max : old;
       const float shift = now == -INFINITY ? 0.0f : now;  // a row with nothing allowed yet
       const vf vshift = set1(shift);
       vf sum = zero();

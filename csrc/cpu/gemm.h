@@ -67,7 +67,7 @@ DK_INLINE void micro_kernel(RowSource a, ColumnSource b, float* c, ptrdiff_t ldc
 
 // All rows of A against kVectors vectors of B. Row counts are multiples of kMicroRows except for single rows.
 template <class Word, int kVectors>
-static void gemm_rows(int rows, RowSource a, ColumnSource b, float* c, ptrdiff_t ldc, int words, bool accumulate) {
+__attribute__((noinline)) static void gemm_rows(int rows, RowSource a, ColumnSource b, float* c, ptrdiff_t ldc, int words, bool accumulate) {
   int r = 0;
   for (; r + kMicroRows <= rows; r += kMicroRows)
     micro_kernel<Word, kMicroRows, kVectors>({a.data + r * a.row, a.row, a.step}, b, c + r * ldc, ldc, words,
@@ -78,7 +78,7 @@ static void gemm_rows(int rows, RowSource a, ColumnSource b, float* c, ptrdiff_t
 
 // C[rows][vectors * kV] (+)= A[rows][words] * B[words][vectors * kV].
 template <class Word>
-static void gemm(int rows, int vectors, int words, RowSource a, ColumnSource b, float* c, ptrdiff_t ldc,
+__attribute__((noinline)) static void gemm(int rows, int vectors, int words, RowSource a, ColumnSource b, float* c, ptrdiff_t ldc,
                  bool accumulate) {
   int n = 0;
   while (n < vectors) {

@@ -70,8 +70,10 @@ DK_INLINE void pack_values(BFloat16Word, const Rows& rows, int64_t first, LaneBi
     };
     const uint16_t *even = row(c), *odd = row(c + 1);
     uint32_t* pair = reinterpret_cast<uint32_t*>(to) + c / 2 * padded;
-    for (int d = 0; d < head_dim; d++) pair[d] = even[d] | (uint32_t)odd[d] << 16;
-    for (int d = head_dim; d < padded; d++) pair[d] = 0;
+    int d = 0;
+    for (; d + kV <= head_dim; d += kV) interleave_bf16(even + d, odd + d, pair + d);
+    for (; d < head_dim; d++) pair[d] = even[d] | (uint32_t)odd[d] << 16;
+    for (; d < padded; d++) pair[d] = 0;
   }
 }
 #endif

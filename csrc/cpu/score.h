@@ -1,5 +1,5 @@
 // How a score is formed: q.k + q.pos_key[delta(i-j)] + k.pos_query[delta(i-j)], scaled and masked. Forward and
-// backward both call ScoreBlock::tile_row, so that they cannot drift apart.
+// backward both call ScoreBlock::scores, so that they cannot drift apart.
 //
 // The position terms are products with a *band* of table columns, never with the whole table per pair: one band per
 // row panel for c2p (all keys, once per row block), one per key panel for p2c (the rows of the block). A tile of
@@ -111,36 +111,54 @@ struct ScoreBlock {
 
   // bias[r] = position terms of query r with the kV keys of panel k.
   void bias_tile(Zone zone, int64_t x, int64_t k, Window w, const float* c2p_rows, vf* bias) const {
-    const int64_t stride = c2p_stride(), p2c_stride = w.stop - w.first + kV;
-    if (zone == kNone) {
-      for (int r = 0; r < kV; r++) bias[r] = zero();
-    } else if (zone == kLow || zone == kHigh) {
-      const vf far = tables.pos_query ? load((zone == kLow ? keys.far_low : keys.far_high) + k * kV) : zero();
-      const int64_t slot = index.key_slot(zone == kLow ? index.reach : -index.reach);
-      DK_UNROLL
-      for (int r = 0; r < kV; r++) bias[r] = tables.pos_key ? far + set1(c2p_rows[r * stride + slot]) : far;
-    } else if (zone == kAny) {
-      any_bias_tile(x, w, c2p_rows, bias);
-    } else {
-      if (tables.pos_query) {
-        DK_UNROLL
-        for (int c = 0; c < kV; c++) {
-          const int32_t* slots = index.query_slots_at(x - c);
-          const float* band = p2c + c * p2c_stride + (slots[0] - w.first);
-          bias[c] = zone == kLinear ? load(band) : lookup(band, slots);
-        }
-        transpose(bias);
-      } else {
+    switch (zone) {
+      case kNone:
         for (int r = 0; r < kV; r++) bias[r] = zero();
-      }
-      if (tables.pos_key) {
-        DK_UNROLL
-        for (int r = 0; r < kV; r++) {
-          const int32_t* slots = index.key_slots_at(-x - r);
-          const float* band = c2p_rows + r * stride + slots[0];
-          bias[r] = bias[r] + (zone == kLinear ? load(band) : lookup(band, slots));
-        }
-      }
+        return;
+      case kLow:
+      case kHigh:
+        return far_bias_tile(zone == kHigh, k, c2p_rows, bias);
+      case kLinear:
+        return near_bias_tile<true>(x, w, c2p_rows, bias);
+      case kSmooth:
+        return near_bias_tile<false>(x, w, c2p_rows, bias);
+      case kAny:
+        return any_bias_tile(x, w, c2p_rows, bias);
+    }
+  }
+
+  // Both terms of a saturated tile are one number per query and one per key.
+  DK_INLINE_MEMBER void far_bias_tile(bool high, int64_t k, const float* c2p_rows, vf* bias) const {
+    const vf far = tables.pos_query ? load((high ? keys.far_high : keys.far_low) + k * kV) : zero();
+    const float* c2p_far = c2p_rows + index.key_slot(high ? -index.reach : index.reach);
+    const int64_t stride = c2p_stride();
+    DK_UNROLL
+    for (int r = 0; r < kV; r++) bias[r] = tables.pos_key ? far + set1(c2p_far[r * stride]) : far;
+  }
+
+  // The slots of neighbours differ by exactly 1 (kLinear), or by 0 or 1.
+  template <bool kLinearIndex>
+  DK_INLINE_MEMBER void near_bias_tile(int64_t x, Window w, const float* c2p_rows, vf* bias) const {
+    if (tables.pos_query) {
+      const int64_t p2c_stride = w.stop - w.first + kV;
+      const int32_t* slots = index.query_slots_at(x);
+      const float* band = p2c + (slots[0] - w.first);
+      DK_UNROLL
+      for (int c = 0; c < kV; c++)
+        bias[c] = kLinearIndex ? load(band + c * (p2c_stride - 1))
+                               : lookup(p2c + c * p2c_stride + (slots[-c] - w.first), slots - c);
+      transpose(bias);
+    } else {
+      for (int r = 0; r < kV; r++) bias[r] = zero();
+    }
+    if (tables.pos_key) {
+      const int64_t stride = c2p_stride();
+      const int32_t* slots = index.key_slots_at(-x);
+      const float* band = c2p_rows + slots[0];
+      DK_UNROLL
+      for (int r = 0; r < kV; r++)
+        bias[r] = bias[r] + (kLinearIndex ? load(band + r * (stride - 1))
+                                          : lookup(c2p_rows + r * stride + slots[-r], slots - r));
     }
   }
 
@@ -165,30 +183,23 @@ struct ScoreBlock {
   }
 
   // Turn products[kV][.] of one tile into scores: add the bias, scale to units of log 2, mask by selection.
-  void finish_tile(const RowPanel& row, const KeyPanel& key, const vf* bias, float* products, float* maxima) const {
-    const vf scale = set1(scale_log2), masked = set1(-INFINITY);
+  void finish_tile(const RowPanel& row, const KeyPanel& key, const vf* bias, float* products) const {
+    const vf scale = set1(scale_log2);
     if (key.allowed == kAllLanes && !pair_mask) {
       DK_UNROLL
-      for (int r = 0; r < kV; r++) {
-        float* p = products + r * kBlockKeys;
-        const vf score = (load(p) + bias[r]) * scale;
-        store(p, score);
-        store(maxima + r * kV, max_keep_nan(load(maxima + r * kV), score));
-      }
+      for (int r = 0; r < kV; r++) store(products + r * kBlockKeys, (load(products + r * kBlockKeys) + bias[r]) * scale);
       return;
     }
+    const vf masked = set1(-INFINITY);
     for (int r = 0; r < kV; r++) {
       float* p = products + r * kBlockKeys;
       const LaneBits lanes = pair_mask ? key.allowed & pair_bits(row, r, key) : key.allowed;
-      const vf score = select(lanes, (load(p) + bias[r]) * scale, masked);
-      store(p, score);
-      store(maxima + r * kV, max_keep_nan(load(maxima + r * kV), score));
+      store(p, select(lanes, (load(p) + bias[r]) * scale, masked));
     }
   }
 
-  // scores[count * kV][kBlockKeys] of the block's rows with key panels [first, first + panels); maxima [count * kV][kV]
-  // receives each row's running maximum by lane.
-  void scores(int64_t first, int panels, float* scores, float* maxima) const {
+  // scores[count * kV][kBlockKeys], in units of log 2, of the block's rows with key panels [first, first + panels).
+  void scores(int64_t first, int panels, float* scores) const {
     gemm<Word>(rows.count * kV, panels, words, {rows.words, padded, 1},
                {keys.columns + first * words * kV, (ptrdiff_t)words * kV, kV}, scores, kBlockKeys, false);
     for (int i = 0; i < panels; i++) {
@@ -203,7 +214,7 @@ struct ScoreBlock {
         const int64_t x = row.row - key.position;
         vf bias[kV];
         bias_tile(zone_of(x, key.has_position), x, first + i, w, c2p + r * kV * c2p_stride(), bias);
-        finish_tile(row, key, bias, scores + r * kV * kBlockKeys + i * kV, maxima + r * kV * kV);
+        finish_tile(row, key, bias, scores + r * kV * kBlockKeys + i * kV);
       }
     }
   }

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #define DK_INLINE static inline __attribute__((always_inline))
+#define DK_INLINE_MEMBER inline __attribute__((always_inline))
 #define DK_UNROLL _Pragma("GCC unroll 16")
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)

@@ -28,6 +28,22 @@ DK_INLINE vf lookup(const float* values, const int32_t* index) {
   return _mm512_permutexvar_ps(_mm512_sub_epi32(i, _mm512_set1_epi32(index[0])), load(values));
 }
 
+// Sums of the lanes with equal index, in the order of the index, zeros behind; index rises by 0 or 1 a lane.
+DK_INLINE vf run_sums(vf x, const int32_t* index) {
+  const __m512i i = _mm512_loadu_si512(index), nothing = _mm512_setzero_si512();
+  // After the step of distance s every lane holds the sum of up to 2s lanes from itself on within its run.
+#define DK_STEP(s)                                                                                             \
+  x = _mm512_mask_add_ps(x, _mm512_cmpeq_epi32_mask(_mm512_alignr_epi32(_mm512_set1_epi32(-1), i, s), i), x, \
+                         _mm512_castsi512_ps(_mm512_alignr_epi32(nothing, _mm512_castps_si512(x), s)));
+  DK_STEP(1)
+  DK_STEP(2)
+  DK_STEP(4)
+  DK_STEP(8)
+#undef DK_STEP
+  const __mmask16 first = _mm512_cmpneq_epi32_mask(_mm512_alignr_epi32(i, _mm512_set1_epi32(-1), 15), i);
+  return _mm512_maskz_compress_ps(first, x);
+}
+
 DK_INLINE uint32_t bits_from_bytes(const uint8_t* p, int count) {
   const __mmask16 inside = (__mmask16)((1u << count) - 1);
   return _mm_test_epi8_mask(_mm_maskz_loadu_epi8(inside, p), _mm_set1_epi8(-1));
@@ -86,6 +102,12 @@ DK_INLINE void u64_store(uint64_t* p, vu64 a) { _mm512_storeu_si512(p, a); }
 #define DK_HAS_BF16_DOT 1
 DK_INLINE vf dot_bf16_pairs(uint32_t a, vf b, vf c) {
   return _mm512_dpbf16_ps(c, (__m512bh)_mm512_set1_epi32((int)a), (__m512bh)_mm512_castps_si512(b));
+}
+// pairs[c] = even[c] in the low half, odd[c] in the high half.
+DK_INLINE void interleave_bf16(const uint16_t* even, const uint16_t* odd, uint32_t* pairs) {
+  const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)even));
+  const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)odd));
+  _mm512_storeu_si512(pairs, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
 }
 DK_INLINE void store_bf16(uint16_t* p, vf x) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(x)); }
 #endif
