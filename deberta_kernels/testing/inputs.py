@@ -82,8 +82,8 @@ class Case:
 
     @property
     def keys(self) -> int:
-        """Nk, in tokens."""
-        return self.nq if self.nk is None else self.nk
+        """Nk, in tokens; Nq when packed."""
+        return self.nq if self.nk is None or self.packed else self.nk
 
     @property
     def id(self) -> str:

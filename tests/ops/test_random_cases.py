@@ -1,6 +1,7 @@
 """Random problems of every kind stay within the error budget on every backend.
 
-Each example runs on all targets against one oracle, so a run draws three times the profile's `max_examples`.
+A run draws three times the profile's `max_examples`. Every example runs on every backend against one oracle, and on
+one of the instruction-set variants, which take turns.
 """
 
 import pytest
@@ -33,9 +34,9 @@ def lengths():
 def random_cases(draw, dtype):
     """Draw a case; whatever is drawn is a legal problem."""
     nq = draw(lengths())
-    nk = nq if draw(st.booleans()) else draw(lengths())
-    prefix = draw(st.one_of(st.just(0), st.integers(0, min(nk, 12))))
-    packed = prefix == 0 and draw(st.integers(0, 5)) == 0
+    packed = draw(st.integers(0, 5)) == 5
+    nk = nq if packed or draw(st.booleans()) else draw(lengths())
+    prefix = 0 if packed else draw(st.one_of(st.just(0), st.integers(0, min(nk, 12))))
     masks = [m for m in inputs.MASKS if nq == nk or not m.endswith("_tokens")]
     mask = "none" if packed else draw(st.sampled_from(masks))
     room = max(1, MOST_SCORES // (nq * max(nq, nk)))
@@ -68,13 +69,11 @@ def random_cases(draw, dtype):
 def test_random_problems_stay_within_the_budget(dtype, data):
     case = data.draw(random_cases(dtype))
     event(f"mask {case.mask}")
-    targets = backends.available(dtype)
-    assert targets, "no backend to test"
     wrong = []
-    for device in {target.device for target in targets}:
+    for device, targets in targets_by_device(case).items():
         problem = inputs.problem(case, device)
         known = budget.truth(problem, inputs.dout(case, problem))
-        for target in (target for target in targets if target.device == device):
+        for target in targets:
             torch.manual_seed(case.seed)
             with target.pinned():
                 results = budget.evaluate(target.run, problem, known.dout)
@@ -83,3 +82,14 @@ def test_random_problems_stay_within_the_budget(dtype, data):
                 wrong.append(str(report))
     if wrong:
         raise budget.BudgetError("\n".join(wrong))
+
+
+def targets_by_device(case):
+    """Return what runs this case, by device: every backend, and the variant whose turn it is."""
+    available = backends.available(case.dtype)
+    variants = [target for target in available if target.isa is not None]
+    chosen = [target for target in available if target.isa is None]
+    if variants:
+        chosen.append(variants[case.seed % len(variants)])
+    assert chosen, "no backend to test"
+    return {device: [t for t in chosen if t.device == device] for device in {t.device for t in chosen}}
