@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from deberta_kernels import dispatch
 from deberta_kernels.integrations.encoder import encode
 from deberta_kernels.integrations.swap import ORIGINAL, Swapped, base_class, forward_of, original_forward
-from deberta_kernels.modules.self_attention import AttentionOptions, attend
+from deberta_kernels.modules.self_attention import AttentionOptions, DisentangledSelfAttention, attend
 
 __all__ = ["FusedAttention", "FusedEncoder", "install", "plan", "uninstall"]
 
@@ -130,7 +130,7 @@ def _encode_if_fused(module: Any, options: AttentionOptions, original: Any, *arg
 
 def _is_fused(attention: nn.Module) -> bool:
     forward = forward_of(attention)
-    return forward is FusedAttention.forward or forward is _attention_forward
+    return forward in (FusedAttention.forward, _attention_forward, DisentangledSelfAttention.forward)
 
 
 def install(options: AttentionOptions) -> None:
@@ -212,6 +212,8 @@ def _attention_of(encoder: nn.Module) -> list[nn.Module]:
 
 
 def _attention_reason(module: nn.Module) -> str | None:
+    if isinstance(module, DisentangledSelfAttention):
+        return None
     return _reason(module, _ATTENTION, _ATTENTION_ARGUMENTS, ("disentangled_attention_bias", "transpose_for_scores"))
 
 

@@ -1,0 +1,94 @@
+"""The stand-alone module: Hugging Face's parameter names and signature without its code."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+
+import pytest
+import torch
+import transformers
+from transformers.models.deberta_v2 import modeling_deberta_v2 as hf
+
+import deberta_kernels as dk
+
+SETTINGS = [
+    {},
+    {"share_att_key": False},
+    {"share_att_key": False, "pos_att_type": ["c2p"]},
+    {"pos_att_type": None},
+    {"relative_attention": False},
+    {"position_buckets": -1, "max_relative_positions": 6},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_it_takes_the_weights_and_gives_the_outputs(settings, build):
+    config = build(**settings).config
+    theirs = hf.DisentangledSelfAttention(config).eval()
+    ours = dk.DisentangledSelfAttention(config).eval()
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    ours.load_state_dict(theirs.state_dict())
+    hidden = torch.randn(2, 11, 32)
+    mask = torch.ones(2, 1, 11, 11, dtype=torch.bool)
+    mask[1, :, 7:] = False
+    mask[1, :, :, 7:] = False
+    table = torch.randn(32, 32) if config.relative_attention else None
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            expected, _ = theirs(hidden, mask, relative_pos=None, rel_embeddings=table)
+            actual, probabilities = ours(hidden, mask, rel_embeddings=table)
+        assert probabilities is None
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
+    expected.square().sum().backward()
+    actual.square().sum().backward()
+    used = {name for name, parameter in theirs.named_parameters() if parameter.grad is not None}
+    for name, parameter in ours.named_parameters():
+        if name in used:
+            torch.testing.assert_close(parameter.grad, theirs.get_parameter(name).grad, atol=1e-4, rtol=1e-3, msg=name)
+
+
+def test_the_signature_is_hugging_faces():
+    ours, theirs = (inspect.signature(c.forward) for c in (dk.DisentangledSelfAttention, hf.DisentangledSelfAttention))
+    assert [(p.name, p.default) for p in ours.parameters.values()] == [
+        (p.name, p.default) for p in theirs.parameters.values()
+    ]
+
+
+def test_what_no_kernel_computes_is_refused(build):
+    ours = dk.DisentangledSelfAttention(build().config)
+    hidden, table = torch.randn(1, 5, 32), torch.randn(32, 32)
+    for extra in ({"output_attentions": True}, {"relative_pos": torch.zeros(5, 5)}, {"query_states": hidden[:, :3]}):
+        with pytest.raises(NotImplementedError):
+            ours(hidden, None, rel_embeddings=table, **extra)
+    out, _ = ours(hidden, None, rel_embeddings=table)
+    assert out.shape == (1, 5, 32)
+
+
+def test_it_copies_and_pickles(build):
+    ours = dk.DisentangledSelfAttention(build().config, backend="reference").eval()
+    hidden, table = torch.randn(1, 5, 32), torch.randn(32, 32)
+    expected, _ = ours(hidden, None, rel_embeddings=table)
+    for twin in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert torch.equal(twin(hidden, None, rel_embeddings=table)[0], expected)
+    assert dk.stats()["calls"]["reference"] == 3
+
+
+def test_it_serves_inside_a_model_that_is_patched(build, batch):
+    model, inputs = build(), batch()
+    with torch.no_grad():
+        expected = model(**inputs)[0]
+        ours = dk.DisentangledSelfAttention(model.config).eval()
+        ours.load_state_dict(model.encoder.layer[0].attention.self.state_dict())
+        model.encoder.layer[0].attention.self = ours
+        report = dk.patch(model, strict=True)
+        assert report.patched == 1
+        torch.testing.assert_close(model(**inputs)[0], expected, atol=2e-5, rtol=1e-4)
+
+
+def test_wrong_settings_are_named():
+    with pytest.raises(ValueError, match="hidden_size must be a multiple of num_attention_heads = 5, got 32"):
+        dk.DisentangledSelfAttention(transformers.DebertaV2Config(hidden_size=32, num_attention_heads=5))
+    with pytest.raises(ValueError, match="backend must be one of"):
+        dk.DisentangledSelfAttention(transformers.DebertaV2Config(hidden_size=32, num_attention_heads=4), "gpu")
