@@ -32,7 +32,19 @@ class Backward {
         samples_(std::max<int64_t>(1, kChunkRows / std::max<int64_t>(1, p.nq))), turnstile_(p.heads) {}
 
   bool run() {
+    static thread_local ThreadBlock own;
+    TableRows sizes_of_tables(*this, Arena(nullptr));
+    char* block = own.get(sizes_of_tables.bytes);
+    if (!block) return false;
+    tables_ = TableRows(*this, Arena(block));
     pack_tables();
+    const bool done = run_all();
+    own.trim();
+    return done;
+  }
+
+ private:
+  bool run_all() {
     Scratch sizes(*this, Arena(nullptr));
     const int64_t groups = (p_.batch + samples_ - 1) / samples_;
     // Heads vary fastest: tasks that share a turnstile are then far apart and seldom wait.
@@ -42,7 +54,6 @@ class Backward {
     });
   }
 
- private:
   struct Scratch {
     KeyPanel* key_panels;
     RowPanel* row_panels;
@@ -77,21 +88,34 @@ class Backward {
     }
   };
 
-  // Packed columns for the scores, and plain rows (pos_key reversed like its columns) for the gradients.
+  // The tables of all heads, shared by all tasks: packed columns for the scores, and plain rows for the gradients.
+  struct TableRows {
+    float *packed = nullptr, *pos_key = nullptr, *pos_query = nullptr;  // pos_key reversed like its columns
+    int64_t bytes = 0;
+    TableRows() = default;
+    TableRows(const Backward& b, Arena a) {
+      const int64_t table = b.index_.columns * b.padded_ * b.p_.heads;
+      packed = a.take<float>(PackedTables<FloatWord>::floats_per_head(b.p_) * b.p_.heads);
+      pos_key = a.take<float>(b.p_.has_pos_key ? table : 0);
+      pos_query = a.take<float>(b.p_.has_pos_query ? table : 0);
+      bytes = a.used();
+    }
+  };
+
   void pack_tables() {
-    packed_.resize(PackedTables<FloatWord>::floats_per_head(p_) * p_.heads);
     const int64_t table = index_.columns * padded_;
-    if (p_.has_pos_key) pos_key_rows_.resize(table * p_.heads);
-    if (p_.has_pos_query) pos_query_rows_.resize(table * p_.heads);
     run_tasks(p_.heads, p_.threads, 64, [&](int64_t h, char*) {
-      PackedTables<FloatWord>::pack(p_, h, packed_.data());
+      PackedTables<FloatWord>::pack(p_, h, tables_.packed);
+      const int64_t empty = (index_.columns - p_.table_rows) * padded_;  // met by zero weights only, but NaN * 0 = NaN
+      if (p_.has_pos_key) clear(tables_.pos_key + h * table, empty);
+      if (p_.has_pos_query) clear(tables_.pos_query + (h + 1) * table - empty, empty);
       for (int64_t slot = 0; slot < p_.table_rows; slot++) {
         if (p_.has_pos_key)
           read_row(pos_key_rows(p_, h), slot, head_dim_, padded_,
-                   pos_key_rows_.data() + h * table + (index_.columns - 1 - slot) * padded_);
+                   tables_.pos_key + h * table + (index_.columns - 1 - slot) * padded_);
         if (p_.has_pos_query)
           read_row(pos_query_rows(p_, h), slot, head_dim_, padded_,
-                   pos_query_rows_.data() + h * table + slot * padded_);
+                   tables_.pos_query + h * table + slot * padded_);
       }
     });
   }
@@ -121,7 +145,7 @@ class Backward {
   HeadKeys head(const Sample& s, int64_t h, int64_t chunk, Scratch& scratch) const {
     const int64_t count = find_key_panels(p_, s, scratch.key_panels);
     const int64_t rows = s.nq ? find_row_panels(p_, s, scratch.row_panels) : 0;
-    const PackedTables<FloatWord> tables(p_, packed_.data(), h);
+    const PackedTables<FloatWord> tables(p_, tables_.packed, h);
     const HeadKeys keys = start_head(s, h, tables, count, scratch);
     if (chunk == 0) padding_rows(s, h, scratch);
 
@@ -330,7 +354,7 @@ class Backward {
 
   void finish_p2c(int64_t k, typename Score::Window w, int64_t h, Scratch& scratch) const {
     const int64_t width = w.stop - w.first, band = width + kV;
-    const float* table = pos_query_rows_.data() + (h * index_.columns + w.first) * padded_;
+    const float* table = tables_.pos_query + (h * index_.columns + w.first) * padded_;
     if (p_.dk.data)
       for (int64_t c = 0; c < width; c += kBandWords)
         gemm<FloatWord>(kV, padded_ / kV, (int)std::min<int64_t>(kBandWords, width - c), {scratch.dp2c + c, band, 1},
@@ -349,7 +373,7 @@ class Backward {
       for (int r = 0; r < count; r++)
         scratch.dc2p[r * stride + slot] += reduce_add(load(scratch.row_far + (2 * r + high) * kV));
     }
-    const float* table = pos_key_rows_.data() + (h * index_.columns + w.first) * padded_;
+    const float* table = tables_.pos_key + (h * index_.columns + w.first) * padded_;
     if (p_.dq.data)
       for (int64_t c = 0; c < width; c += kBandWords)
         gemm<FloatWord>(count, padded_ / kV, (int)std::min<int64_t>(kBandWords, width - c),
@@ -365,7 +389,7 @@ class Backward {
     if (!p_.has_pos_query) return;
     for (int high = 0; high < 2; high++) {
       const int64_t slot = index_.query_slot(high ? index_.reach : -index_.reach);
-      const float* table = pos_query_rows_.data() + (h * index_.columns + slot) * padded_;
+      const float* table = tables_.pos_query + (h * index_.columns + slot) * padded_;
       float* dtable = scratch.dpos_query + slot * padded_;
       for (int64_t j = 0; j < keys.count * kV; j++) {
         const vf sum = set1(scratch.dfar[high * keys.count * kV + j]);
@@ -425,7 +449,7 @@ class Backward {
   const int64_t chunks_;   // tasks per sample, where a sample is long
   const int64_t samples_;  // samples per task, where they are short
   Turnstile turnstile_;
-  std::vector<float> packed_, pos_key_rows_, pos_query_rows_;
+  TableRows tables_;
 };
 
 }  // namespace

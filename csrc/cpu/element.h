@@ -25,7 +25,6 @@ DK_INLINE uint32_t bits_from_float(float x) {
   return bits;
 }
 
-DK_INLINE float to_float(float x) { return x; }
 DK_INLINE float to_float(bfloat16 x) { return float_from_bits((uint32_t)x.bits << 16); }
 DK_INLINE float to_float(float16 x) {
 #ifdef __F16C__
@@ -38,7 +37,6 @@ DK_INLINE float to_float(float16 x) {
 #endif
 }
 
-DK_INLINE void from_float(float x, float* out) { *out = x; }
 DK_INLINE void from_float(float x, bfloat16* out) {  // to nearest, ties to even
   const uint32_t bits = bits_from_float(x);
   out->bits = x != x ? 0x7fc0u : (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
@@ -79,12 +77,22 @@ DK_INLINE void read_elements(const char* from, int count, float* to) {
     to[d] = to_float(x);
   }
 }
-template <class T>
-DK_INLINE void write_elements(const float* from, int count, char* to) {
-  for (int d = 0; d < count; d++) {
-    T x;
+DK_INLINE void write_bfloat16(const float* from, int count, char* to) {
+  int d = 0;
+#ifdef DK_HAS_BF16_DOT
+  for (; d + kV <= count; d += kV) store_bf16(reinterpret_cast<uint16_t*>(to) + d, load(from + d));
+#endif
+  for (; d < count; d++) {
+    bfloat16 x;
     from_float(from[d], &x);
-    std::memcpy(to + d * sizeof(T), &x, sizeof(T));
+    std::memcpy(to + d * sizeof x, &x, sizeof x);
+  }
+}
+DK_INLINE void write_float16(const float* from, int count, char* to) {
+  for (int d = 0; d < count; d++) {
+    float16 x;
+    from_float(from[d], &x);
+    std::memcpy(to + d * sizeof x, &x, sizeof x);
   }
 }
 
@@ -105,8 +113,8 @@ static void read_row(const Rows& rows, int64_t i, int count, int padded, float* 
 static void write_row(const float* from, int count, const Rows& rows, int64_t i) {
   char* to = rows.row(i);
   if (rows.type == kFloat32) copy_floats(from, count, reinterpret_cast<float*>(to));
-  else if (rows.type == kBFloat16) write_elements<bfloat16>(from, count, to);
-  else write_elements<float16>(from, count, to);
+  else if (rows.type == kBFloat16) write_bfloat16(from, count, to);
+  else write_float16(from, count, to);
 }
 
 }  // namespace

@@ -45,7 +45,7 @@ DK_INLINE void micro_kernel(RowSource a, ColumnSource b, float* c, ptrdiff_t ldc
   DK_UNROLL
   for (int r = 0; r < kRows; r++) {
     DK_UNROLL
-    for (int n = 0; n < kVectors; n++) sum[r][n] = accumulate ? load(c + r * ldc + n * kV) : zero();
+    for (int n = 0; n < kVectors; n++) sum[r][n] = zero();
   }
   for (int w = 0; w < words; w++) {
     vf column[kVectors];
@@ -57,6 +57,15 @@ DK_INLINE void micro_kernel(RowSource a, ColumnSource b, float* c, ptrdiff_t ldc
       for (int n = 0; n < kVectors; n++)
         sum[r][n] = Word::multiply_add(a.data + r * a.row + w * a.step, column[n], sum[r][n]);
     }
+  }
+  // C is read only now: its way from the L2 cache then overlaps with the products.
+  if (accumulate) {
+    DK_UNROLL
+    for (int r = 0; r < kRows; r++) {
+      DK_UNROLL
+      for (int n = 0; n < kVectors; n++) store(c + r * ldc + n * kV, load(c + r * ldc + n * kV) + sum[r][n]);
+    }
+    return;
   }
   DK_UNROLL
   for (int r = 0; r < kRows; r++) {

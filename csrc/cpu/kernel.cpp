@@ -3,7 +3,6 @@
 #include <time.h>
 
 #include <algorithm>
-#include <vector>
 
 #include "backward.h"
 #include "forward.h"
@@ -44,16 +43,18 @@ void prepare(const AttentionParams& p, void* packed) {
 
 int forward(const AttentionParams& p) {
   const PositionIndex index(p);
-  std::vector<float> own;
+  static thread_local ThreadBlock own;
   const float* packed = static_cast<const float*>(p.prepared);
   if (!packed && (p.has_pos_key || p.has_pos_query)) {
-    own.resize(prepared_bytes(p) / sizeof(float));
-    prepare(p, own.data());
-    packed = own.data();
+    float* tables = reinterpret_cast<float*>(own.get(prepared_bytes(p)));
+    if (!tables) return kOutOfMemory;
+    prepare(p, tables);
+    packed = tables;
   }
   const bool done = with_word(p.dtype, [&](auto word) {
     return Forward<decltype(word)>(p, index, packed).run();
   });
+  own.trim();
   return done ? kOk : kOutOfMemory;
 }
 
