@@ -59,7 +59,7 @@ def test_many_lengths_need_few_graphs(buckets, build, batch):
 
     compiled = torch.compile(model, fullgraph=True, backend=count)
     with torch.no_grad():
-        for length in (7, 9, 15, 16, 17, 20, 33, 41, 60):
+        for length in (7, 15, 16, 17, 33, 60):
             inputs = batch(2, length)
             expected = model(**inputs).last_hidden_state
             torch.testing.assert_close(compiled(**inputs).last_hidden_state, expected, atol=2e-5, rtol=1e-4)
@@ -76,9 +76,9 @@ def test_compile_with_dropout_draws_anew(build, batch):
 
 
 def test_compile_of_what_no_kernel_computes_runs_the_original_code(build, batch):
-    model, inputs = build(), batch()
+    model, inputs = build(num_hidden_layers=1), batch()
     dk.patch(model)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():
         actual = compiled(**inputs, output_attentions=True).attentions
         expected = model(**inputs, output_attentions=True).attentions

@@ -56,7 +56,9 @@ def test_a_mask_of_pairs_is_not_copied_when_it_is_boolean(build):
     dk.patch(encoder, strict=True)
     with torch.no_grad(), Recorder() as recorder:
         encoder(torch.randn(2, LENGTH, 32), mask)
-    copies = [name for name, _ in recorder.square if not any(v in name for v in ("view", "expand", "unsqueeze", "slice"))]
+    copies = [
+        name for name, _ in recorder.square if not any(v in name for v in ("view", "expand", "unsqueeze", "slice"))
+    ]
     assert copies == []
 
 
