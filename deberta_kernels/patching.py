@@ -73,7 +73,9 @@ def patch(model: nn.Module, *, backend: str = "auto", unpad: str | bool = "auto"
     if left_alone and (strict or not attentions):
         name, reason = next(iter(left_alone.items()))
         dispatch.fallback(
-            f"{name or type(model).__name__} was left alone: {reason}", "unpatched models run as before", strict
+            f"{name or type(model).__name__} was left alone: {reason}",
+            "models of this kind are not fused in this release",
+            strict,
         )
     for module in encoders:
         swap(module, FusedEncoder, options)

@@ -381,7 +381,7 @@ def test_a_class_whose_forward_somebody_replaced_is_left_alone(build, monkeypatc
     monkeypatch.setattr(hf.DisentangledSelfAttention, "forward", OwnForward.forward)
     with pytest.warns(dispatch.DebertaKernelsWarning, match="was replaced by"):
         assert dk.patch(model).patched == 0
-    with pytest.raises(NotImplementedError, match="cannot patch DisentangledSelfAttention: .* was replaced by"):
+    with pytest.raises(NotImplementedError, match=r"cannot patch DisentangledSelfAttention: .* was replaced by"):
         dk.patch_all()
 
 
