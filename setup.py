@@ -25,7 +25,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 ROOT = Path(__file__).resolve().parent
 LIBRARY_NAME = "libdeberta_kernels_cpu.so"
@@ -188,13 +188,14 @@ def link(layout: Layout, compiler: list[str], objects: dict[str, Path], folder: 
     return library
 
 
-def build_library(layout: Layout | None = None, force: bool = False) -> dict[str, object]:
+def build_library(layout: Layout | None = None, force: bool = False) -> dict[str, Any]:
     """Build the native library, unless the one in place was built from exactly these sources.
 
     The library is written beside its final place and renamed, so a process that has the old one open keeps it.
 
     Returns:
-        The record also written to build.json: digest, compiler, variants, left_out (variant -> reason).
+        The record also written to build.json: digest, compiler, variants, left_out (variant -> reason); and
+        "is_new": whether anything was built.
 
     Raises:
         BuildError: no compiler, sources missing, or the compiler failed.
@@ -211,7 +212,7 @@ def build_library(layout: Layout | None = None, force: bool = False) -> dict[str
     if not force and layout.library.is_file() and layout.record.is_file():
         record = json.loads(layout.record.read_text(encoding="utf-8"))
         if record.get("digest") == wanted:
-            return dict(record)
+            return {**record, "is_new": False}
     layout.library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".build-", dir=layout.library.parent) as name:
         folder = Path(name)
@@ -221,7 +222,7 @@ def build_library(layout: Layout | None = None, force: bool = False) -> dict[str
         (folder / "build.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         os.replace(finished, layout.library)
         os.replace(folder / "build.json", layout.record)
-    return dict(record)
+    return {**record, "is_new": True}
 
 
 def remove_library(layout: Layout | None = None) -> None:
@@ -251,13 +252,13 @@ def build_or_warn(force: bool = False, strict: bool = False) -> bool:
         say(f"WARNING: no native library: {error}")
         say("WARNING: the package works without it, on its slower PyTorch path; build it later with `make build`")
         return False
-    left_out = record["left_out"]
-    assert isinstance(left_out, dict)
+    left_out = dict(record["left_out"])
     for name, reason in left_out.items():
         say(f"WARNING: variant {name} left out: {reason}")
     if strict and left_out:
         raise SystemExit("deberta_kernels: --strict builds every variant of this platform")
-    say(f"native library with variants {record['variants']}")
+    if record["is_new"]:
+        say(f"native library built with variants {record['variants']}")
     return True
 
 
