@@ -212,10 +212,10 @@ class Backward {
       }
       read_row(q, row, head_dim_, padded_, query);
       read_row(dout, row, head_dim_, padded_, gradient);
-      read_row(out, row, head_dim_, head_dim_, output);
-      float dot = 0.0f;
-      for (int d = 0; d < head_dim_; d++) dot += output[d] * gradient[d];
-      scratch.out_dot_dout[r] = dlse ? dot - dlse[row] : dot;
+      read_row(out, row, head_dim_, padded_, output);
+      vf dot = zero();
+      for (int d = 0; d < padded_; d += kV) dot = fma(load(output + d), load(gradient + d), dot);
+      scratch.out_dot_dout[r] = reduce_add(dot) - (dlse ? dlse[row] : 0.0f);
       scratch.lse[r] = (float)((double)lse[row] * kLog2E);
     }
     const int count = rows.count * kV;
@@ -422,23 +422,30 @@ class Backward {
   // Every key gets `every` (or nothing), the keys of the panels their own sums as well.
   void add_keys(const Sample& s, const Rows& to, const HeadKeys& keys, const float* sums, const float* every,
                 bool overwrite) const {
+    float row[kMaxHeadDim];
+    int64_t panel = 0;
     for (int64_t j = 0; j < s.nk; j++) {
-      float* row = reinterpret_cast<float*>(to.row(j));
-      for (int d = 0; d < head_dim_; d++) row[d] = (overwrite ? 0.0f : row[d]) + (every ? every[d] : 0.0f);
+      while (panel < keys.count && keys.panels[panel].key + keys.panels[panel].count <= j) panel++;
+      const int64_t lane = panel < keys.count ? j - keys.panels[panel].key : -1;
+      const bool summed = lane >= 0 && (keys.panels[panel].allowed >> lane & 1);
+      if (overwrite) clear(row, padded_);
+      else read_row(to, j, head_dim_, padded_, row);
+      if (every) add(row, every);
+      if (summed) add(row, sums + (panel * kV + lane) * padded_);
+      write_row(row, head_dim_, to, j);
     }
-    for (int64_t i = 0; i < keys.count; i++)
-      for (int c = 0; c < keys.panels[i].count; c++) {
-        if (!(keys.panels[i].allowed >> c & 1)) continue;
-        float* row = reinterpret_cast<float*>(to.row(keys.panels[i].key + c));
-        for (int d = 0; d < head_dim_; d++) row[d] += sums[(i * kV + c) * padded_ + d];
-      }
   }
 
-  void add_table(float* to, const float* sums, bool reversed, bool overwrite) const {
+  void add(float* row, const float* more) const {
+    for (int d = 0; d < padded_; d += kV) store(row + d, load(row + d) + load(more + d));
+  }
+
+  void add_table(float* to, float* sums, bool reversed, bool overwrite) const {
     for (int64_t slot = 0; slot < p_.table_rows; slot++) {
-      const float* from = sums + (reversed ? index_.columns - 1 - slot : slot) * padded_;
-      for (int d = 0; d < head_dim_; d++)
-        to[slot * head_dim_ + d] = (overwrite ? 0.0f : to[slot * head_dim_ + d]) + from[d];
+      float* from = sums + (reversed ? index_.columns - 1 - slot : slot) * padded_;
+      if (!overwrite)
+        for (int d = 0; d < head_dim_; d++) from[d] += to[slot * head_dim_ + d];
+      copy_floats(from, head_dim_, to + slot * head_dim_);
     }
   }
 
