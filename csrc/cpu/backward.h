@@ -231,7 +231,7 @@ class Backward {
     const Score score{p_, index_, tables, keys, rows, pair, scratch.c2p, scratch.p2c, head_dim_, padded_,
                       (float)(p_.scale * kLog2E)};
     score.start_rows();
-    const typename Score::Window window = block_window(score);
+    const Score::Window window = block_window(score);
     if (tables.pos_key)
       for (int r = 0; r < rows.count * kV; r++)
         clear(scratch.dc2p + r * score.c2p_stride() + window.first, window.stop - window.first + kV);
@@ -253,7 +253,7 @@ class Backward {
   }
 
   // Columns of pos_key that any row of the block needs.
-  static typename Score::Window block_window(const Score& score) {
+  static Score::Window block_window(const Score& score) {
     if (!score.tables.pos_key || !score.keys.count) return {0, 0};
     const auto last = score.c2p_window(0), first = score.c2p_window(score.rows.count - 1);  // later rows: lower columns
     return {std::min(first.first, last.first), std::max(first.stop, last.stop)};
@@ -304,7 +304,7 @@ class Backward {
   // Collect ds of key panel k in the bands, then close the panel's p2c band.
   void band_gradients(const Score& score, int64_t k, const float* ds, int64_t h, Scratch& scratch) const {
     const int64_t stride = score.c2p_stride();
-    typename Score::Window w{0, 0};
+    Score::Window w{0, 0};
     if (score.tables.pos_query) w = score.p2c_window(k);
     const int64_t band = w.stop - w.first + kV;
     if (w.stop > w.first) clear(scratch.dp2c, kV * band);
@@ -330,7 +330,7 @@ class Backward {
   }
 
   // band[slots[c]] += values[c].
-  DK_INLINE void collect(typename Score::Zone zone, vf values, const int32_t* slots, float* band) {
+  DK_INLINE void collect(Score::Zone zone, vf values, const int32_t* slots, float* band) {
     if (zone != Score::kAny) {
       const vf sums = zone == Score::kLinear ? values : run_sums(values, slots);
       store(band + slots[0], load(band + slots[0]) + sums);
@@ -352,7 +352,7 @@ class Backward {
     store(far, load(far) + sum);
   }
 
-  void finish_p2c(int64_t k, typename Score::Window w, int64_t h, Scratch& scratch) const {
+  void finish_p2c(int64_t k, Score::Window w, int64_t h, Scratch& scratch) const {
     const int64_t width = w.stop - w.first, band = width + kV;
     const float* table = tables_.pos_query + (h * index_.columns + w.first) * padded_;
     if (p_.dk.data)
@@ -364,7 +364,7 @@ class Backward {
                       scratch.dpos_query + w.first * padded_, padded_, true);
   }
 
-  void finish_c2p(const Score& score, typename Score::Window w, int64_t h, Scratch& scratch) const {
+  void finish_c2p(const Score& score, Score::Window w, int64_t h, Scratch& scratch) const {
     const int64_t stride = score.c2p_stride(), width = w.stop - w.first;
     const int count = score.rows.count * kV;
     for (int high = 0; high < 2; high++) {
@@ -375,10 +375,13 @@ class Backward {
     }
     const float* table = tables_.pos_key + (h * index_.columns + w.first) * padded_;
     if (p_.dq.data)
-      for (int64_t c = 0; c < width; c += kBandWords)
-        gemm<FloatWord>(count, padded_ / kV, (int)std::min<int64_t>(kBandWords, width - c),
-                        {scratch.dc2p + w.first + c, stride, 1}, rows_of(table + c * padded_), scratch.dq, padded_,
-                        true);
+      for (int r = 0; r < score.rows.count; r++) {
+        const Score::Window row = score.c2p_window(r);
+        for (int64_t c = row.first; c < row.stop; c += kBandWords)
+          gemm<FloatWord>(kV, padded_ / kV, (int)std::min<int64_t>(kBandWords, row.stop - c),
+                          {scratch.dc2p + r * kV * stride + c, stride, 1}, rows_of(table + (c - w.first) * padded_),
+                          scratch.dq + r * kV * padded_, padded_, true);
+      }
     if (p_.dpos_key)
       gemm<FloatWord>((int)width, padded_ / kV, count, {scratch.dc2p + w.first, 1, stride}, rows_of(scratch.queries),
                       scratch.dpos_key + w.first * padded_, padded_, true);
