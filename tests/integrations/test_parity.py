@@ -65,11 +65,16 @@ def test_outputs_and_gradients_equal_those_before(name, padding, build, batch, i
 
     for layer, state in enumerate(states):
         assert_within_budget(f"state {layer}", state, eager_states[layer], truth_states[layer])
+    largest = max(grad.abs().max().item() for grad in truth_grads.values() if grad is not None)
     for parameter, grad in grads.items():
         if eager_grads[parameter] is None:
             assert grad is None, parameter
         else:
-            assert_within_budget(parameter, grad, eager_grads[parameter], truth_grads[parameter])
+            truth = truth_grads[parameter]
+            # One token attends to itself whatever its scores: these gradients are differences that cancel, exactly
+            # so in eager. What is left of them is measured by what was subtracted.
+            cancelled = truth.abs().max().item() < 1e-9
+            assert_within_budget(parameter, grad, eager_grads[parameter], truth, largest if cancelled else 1.0)
     calls = dk.stats()
     assert sum(calls["calls"].values()) == report.patched
     assert calls["fallbacks"] == {}
