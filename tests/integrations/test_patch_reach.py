@@ -1,0 +1,173 @@
+"""Which modules a patch reaches, which it leaves alone and why, and the patch of all models at once."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers.models.deberta_v2 import modeling_deberta_v2 as hf
+
+import deberta_kernels as dk
+from deberta_kernels import dispatch
+
+
+def states(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**inputs)[0]
+
+
+def kernel_calls() -> int:
+    return sum(dk.stats()["calls"].values())
+
+
+def v1_model() -> Any:
+    torch.manual_seed(0)
+    config = transformers.DebertaConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+        relative_attention=True, pos_att_type=["c2p", "p2c"], max_relative_positions=16, type_vocab_size=0,
+    )  # fmt: skip
+    return transformers.DebertaModel(config).eval()
+
+
+def test_deberta_v1_is_left_alone_and_reported(build, batch):
+    model, inputs = v1_model(), batch()
+    before = states(model, inputs)
+    with pytest.warns(dispatch.DebertaKernelsWarning, match="DeBERTa v1 computes another attention"):
+        report = dk.patch(model)
+    assert report.patched == 0
+    assert set(report.left_alone) == {f"encoder.layer.{i}.attention.self" for i in range(2)}
+    assert "left alone: encoder.layer.0.attention.self and 1 more: DeBERTa v1" in str(report)
+    assert torch.equal(states(model, inputs), before)
+    with pytest.raises(NotImplementedError, match="DeBERTa v1"):
+        dk.patch(model, strict=True)
+    both = nn.ModuleList([v1_model(), build()])
+    report = dk.patch(both)
+    assert report.patched == 2
+    assert len(report.left_alone) == 2
+
+
+def test_patch_all_leaves_v1_alone(batch):
+    model, inputs = v1_model(), batch()
+    before = states(model, inputs)
+    dk.patch_all()
+    assert torch.equal(states(model, inputs), before)
+
+
+class OwnForward(hf.DisentangledSelfAttention):
+    def forward(self, hidden_states, attention_mask, *args, **kwargs):
+        return hidden_states * 2, None
+
+
+def test_attention_with_a_forward_of_its_own_is_left_alone(build, batch):
+    model, inputs = build(), batch()
+    model.encoder.layer[1].attention.self.__class__ = OwnForward
+    before = states(model, inputs)
+    with pytest.warns(dispatch.DebertaKernelsWarning, match="OwnForward has a forward of its own"):
+        report = dk.patch(model)
+    assert report.patched == 0
+    assert set(report.left_alone) == {"encoder", "encoder.layer.0.attention.self", "encoder.layer.1.attention.self"}
+    assert torch.equal(states(model, inputs), before)
+
+
+def test_attention_that_gets_another_class_after_patching_runs_the_original_encoder(build, batch):
+    model, inputs = build(), batch()
+    plain = copy.deepcopy(model)
+    dk.patch(model)
+    for one in (plain, model):
+        one.encoder.layer[1].attention.self.__class__ = OwnForward
+    expected = states(plain, inputs)
+    with pytest.warns(dispatch.DebertaKernelsWarning, match="not Hugging Face's own"):
+        actual = states(model, inputs)
+    torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-5)
+
+
+def test_a_method_replaced_on_the_instance_is_left_alone(build):
+    model = build()
+    model.encoder.layer[0].attention.self.forward = lambda *args, **kwargs: None
+    with pytest.warns(dispatch.DebertaKernelsWarning, match="forward was replaced on the instance"):
+        assert dk.patch(model).patched == 0
+
+
+def test_a_class_whose_forward_somebody_replaced_is_left_alone(build, monkeypatch):
+    model = build()
+    monkeypatch.setattr(hf.DisentangledSelfAttention, "forward", OwnForward.forward)
+    with pytest.warns(dispatch.DebertaKernelsWarning, match="was replaced by"):
+        assert dk.patch(model).patched == 0
+    with pytest.raises(NotImplementedError, match=r"cannot patch DisentangledSelfAttention: .* was replaced by"):
+        dk.patch_all()
+
+
+def test_a_transformers_with_other_arguments_is_left_alone(build, monkeypatch):
+    def forward(self, hidden_states, attention_mask, something_new=None):
+        return hidden_states, None
+
+    forward.__module__ = hf.__name__
+    model = build()
+    monkeypatch.setattr(hf.DisentangledSelfAttention, "forward", forward)
+    with pytest.warns(dispatch.DebertaKernelsWarning, match="which this release does not know"):
+        assert dk.patch(model).patched == 0
+
+
+def test_a_class_of_the_same_name_from_elsewhere_is_left_alone():
+    other = type("DisentangledSelfAttention", (nn.Module,), {"__module__": "somewhere.else_"})
+    with pytest.warns(dispatch.DebertaKernelsWarning, match=r"somewhere.else_.DisentangledSelfAttention is not"):
+        assert dk.patch(nn.Sequential(other())).patched == 0
+
+
+def test_patch_all_reaches_models_made_before_and_after(build, batch):
+    inputs = batch()
+    earlier = build()
+    before = states(earlier, inputs)
+    dk.patch_all()
+    torch.testing.assert_close(states(earlier, inputs), before, atol=2e-5, rtol=1e-5)
+    assert kernel_calls() == 2
+    later = build("DebertaV2ForTokenClassification")
+    assert type(later.deberta.encoder) is hf.DebertaV2Encoder
+    states(later, inputs)
+    assert kernel_calls() == 4
+    dk.unpatch_all()
+    assert torch.equal(states(earlier, inputs), before)
+    assert kernel_calls() == 4
+    dk.unpatch_all()
+
+
+def test_patch_all_takes_new_options_and_undoes_once(build, batch):
+    forwards = (hf.DisentangledSelfAttention.forward, hf.DebertaV2Encoder.forward)
+    dk.patch_all()
+    dk.patch_all(backend="reference", strict=True)
+    model = build()
+    states(model, batch())
+    assert dk.stats()["calls"]["reference"] == 2
+    with pytest.raises(NotImplementedError):
+        model(**batch(), output_attentions=True)
+    dk.unpatch_all()
+    assert (hf.DisentangledSelfAttention.forward, hf.DebertaV2Encoder.forward) == forwards
+
+
+def test_a_model_patched_by_itself_keeps_its_options_beside_patch_all(build, batch):
+    model, inputs = build(), batch()
+    before = states(model, inputs)
+    dk.patch(model, backend="reference")
+    dk.patch_all()
+    states(model, inputs)
+    assert dk.stats()["calls"]["reference"] == 2
+    dk.unpatch(model)
+    states(model, inputs)
+    assert dk.stats()["calls"]["reference"] == 2
+    assert kernel_calls() == 4
+    assert dk.patch(model).left_alone == {}
+    dk.unpatch_all()
+    states(model, inputs)
+    assert kernel_calls() == 6
+    dk.unpatch(model)
+    assert torch.equal(states(model, inputs), before)
+
+
+def test_a_model_pickled_under_patch_all_is_an_ordinary_pickle(build):
+    dk.patch_all()
+    assert b"deberta_kernels" not in pickle.dumps(build())
