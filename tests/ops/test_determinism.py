@@ -10,10 +10,10 @@ from deberta_kernels.testing.inputs import Case
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = (
-    {"batch": 3, "heads": 5, "nq": 61, "mask": "holes"},
-    {"batch": 1, "heads": 1, "nq": 700, "head_dim": 32},
-    {"batch": 1, "heads": 2, "nq": 90, "nk": 400, "dropout_p": 0.2},
-    {"batch": 6, "heads": 2, "nq": 70, "packed": True},
+    {"batch": 3, "heads": 4, "nq": 61, "head_dim": 40, "mask": "holes"},
+    {"batch": 1, "heads": 1, "nq": 530, "head_dim": 24},
+    {"batch": 1, "heads": 2, "nq": 70, "nk": 300, "head_dim": 32, "dropout_p": 0.2},
+    {"batch": 6, "heads": 2, "nq": 70, "head_dim": 32, "packed": True},
 )
 CASES = [Case(dtype=dtype, **shape) for shape in SHAPES for dtype in DTYPES]
 
@@ -33,7 +33,7 @@ def assert_bit_equal(results, expected, what):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_repeats_are_bit_equal(target, case):
     first = bits(target, case)
-    for repeat in range(5):
+    for repeat in range(3):
         assert_bit_equal(bits(target, case), first, f"repeat {repeat}")
 
 

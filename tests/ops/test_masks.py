@@ -16,10 +16,10 @@ PHI = {torch.float32: 3e-6, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 
 
 @pytest.mark.parametrize("case", [
-    Case(batch=3, heads=2, nq=nq, head_dim=32, mask=mask, dtype=dtype)
+    Case(batch=2, heads=2, nq=nq, head_dim=24, mask=mask, dtype=dtype)
     for mask in inputs.MASKS if mask != "none"
     for dtype in DTYPES
-    for nq in (19, 97)
+    for nq in (19, 81)
 ], ids=lambda case: case.id)  # fmt: skip
 def test_every_mask_stays_within_the_budget(check_case, case):
     check_case(case)

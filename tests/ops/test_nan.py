@@ -1,6 +1,7 @@
 """NaN is neither made nor hidden: finite problems give finite results, and a NaN reaches its own sample only."""
 
 from dataclasses import replace
+from functools import lru_cache
 
 import pytest
 import torch
@@ -13,15 +14,14 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @pytest.mark.parametrize("mask", ["none", "holes_tokens", "sparse"])
-@pytest.mark.parametrize("logits", [1e0, 1e2, 1e3, 4.7e3, 1e4, 3e4, 6e4], ids=lambda x: f"{x:g}")
+@pytest.mark.parametrize("logits", [1e1, 1e3, 4.7e3, 2e4, 6e4], ids=lambda x: f"{x:g}")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_scores_up_to_the_limit_of_float16_stay_finite_and_right(target, dtype, logits, mask):
     """The original overflows in float16 from 4,727 on, so eager in float32 is the yardstick."""
-    problem, dout = ladder(target, dtype, logits, mask)
-    known = budget.truth(problem, dout, float32_yardstick=True)
+    known = ladder(target.device, dtype, logits, mask)
     finite = known.oracle["lse"][known.oracle["lse"].isfinite()]
     assert float(finite.abs().max()) > 0.5 * logits
-    results = budget.evaluate(target.run, problem, dout)
+    results = budget.evaluate(target.run, known.problem, known.dout)
     for name, value in results.items():
         assert torch.equal(value.isfinite(), known.oracle[name].isfinite()), name
     # Scores of 6e4 are known to 4e-3 in float32, so results are only as good as that.
@@ -34,16 +34,17 @@ def test_scores_up_to_the_limit_of_float16_stay_finite_and_right(target, dtype, 
         assert error <= slack * size, f"{name}: error {error:.3e} of {slack * size:.3e}"
 
 
-def ladder(target, dtype, logits, mask):
-    """Return a problem whose largest scaled score is about `logits`."""
-    case = Case(batch=2, heads=2, nq=40, head_dim=64, dtype=dtype, mask=mask)
-    problem = inputs.problem(case, target.device)
+@lru_cache(maxsize=2)
+def ladder(device, dtype, logits, mask):
+    """Return the truth of a problem whose largest scaled score is about `logits`."""
+    case = Case(batch=2, heads=2, nq=40, head_dim=32, dtype=dtype, mask=mask)
+    problem = inputs.problem(case, device)
     exact = {name: getattr(problem, name).double() for name in ("q", "k", "pos_key", "pos_query")}
     scores = problem.scale * (exact["q"] @ exact["k"].mT)
     factor = (logits / float(scores.abs().max())) ** 0.5
     grown = {name: (factor * x).to(dtype) for name, x in exact.items()}
     dout = inputs.dout(case, problem) / max(1.0, factor)
-    return replace(problem, **grown), dout
+    return budget.truth(replace(problem, **grown), dout, float32_yardstick=True)
 
 
 def test_valid_keys_at_the_bottom_of_float16_do_not_leak_to_padding(target):
