@@ -27,6 +27,7 @@ class Backward {
  public:
   Backward(const AttentionParams& p, const PositionIndex& index)
       : p_(p), index_(index), head_dim_((int)p.head_dim), padded_((int)round_to_vector(head_dim_)),
+        scale_log2_((float)(p.scale * kLog2E)),
         dropout_{(uint32_t)p.dropout_threshold, (float)p.dropout_scale, (uint64_t)p.seed},
         chunks_(std::max<int64_t>(1, (p.nq + kChunkRows - 1) / kChunkRows)),
         samples_(std::max<int64_t>(1, kChunkRows / std::max<int64_t>(1, p.nq))), turnstile_(p.heads) {}
@@ -60,7 +61,7 @@ class Backward {
     float *key_columns, *value_columns, *key_rows, *far, *dfar, *dk, *dv;  // the keys of the head
     float *dpos_key, *dpos_query;                                          // [columns][padded], pos_key reversed
     float *queries, *douts, *c2p, *dc2p, *p2c, *dp2c, *scores, *dscores, *row_far, *dq;  // one row block
-    float *lse, *out_dot_dout, *dmean;
+    float *shift, *factor, *out_dot_dout, *dlse, *dmean;  // probability = exp(scale * (score - shift)) * factor
     uint16_t* draws;
     int64_t bytes;
 
@@ -80,8 +81,7 @@ class Backward {
       scores = a.take<float>(kBackwardRows * kBlockKeys);
       dscores = a.take<float>(kBackwardRows * kBlockKeys);
       row_far = a.take<float>(2 * kBackwardRows * kV);
-      lse = a.take<float>(kBackwardRows);
-      out_dot_dout = a.take<float>(kBackwardRows);
+      for (float** row : {&shift, &factor, &out_dot_dout, &dlse}) *row = a.take<float>(kBackwardRows);
       dmean = a.take<float>(b.padded_);
       draws = a.take<uint16_t>(kV * kDrawsPerRow);
       bytes = a.used();
@@ -189,7 +189,7 @@ class Backward {
       if (!mask[row]) empty_row(s, h, row, scratch);
   }
 
-  // Pack queries and dout, and each row's lse (in units of log 2) and out . dout; rows without probabilities are zero.
+  // Pack queries and dout, and each row's lse and out . dout; rows without probabilities are zero.
   void start_block(const Sample& s, int64_t h, const BlockRows& rows, Scratch& scratch) const {
     const Rows q = head_of(p_, p_.q, s, h, p_.dtype), out = head_of(p_, p_.out, s, h, p_.dtype);
     const Rows dout = head_of(p_, p_.dout, s, h, p_.dtype);
@@ -202,8 +202,9 @@ class Backward {
       const int64_t row = panel.row + lane;
       const bool active = lane < panel.count && (panel.active >> lane & 1);
       float *query = scratch.queries + r * padded_, *gradient = scratch.douts + r * padded_;
-      scratch.lse[r] = INFINITY;  // makes every probability 0
-      scratch.out_dot_dout[r] = 0.0f;
+      scratch.shift[r] = INFINITY;  // makes every probability 0
+      scratch.factor[r] = 1.0f;
+      scratch.out_dot_dout[r] = scratch.dlse[r] = 0.0f;
       if (!active || lse[row] == -INFINITY) {
         clear(query, padded_);
         clear(gradient, padded_);
@@ -215,8 +216,9 @@ class Backward {
       read_row(out, row, head_dim_, padded_, output);
       vf dot = zero();
       for (int d = 0; d < padded_; d += kV) dot = fma(load(output + d), load(gradient + d), dot);
-      scratch.out_dot_dout[r] = reduce_add(dot) - (dlse ? dlse[row] : 0.0f);
-      scratch.lse[r] = (float)((double)lse[row] * kLog2E);
+      scratch.out_dot_dout[r] = reduce_add(dot);
+      scratch.dlse[r] = dlse ? dlse[row] : 0.0f;
+      scratch.shift[r] = (float)((double)lse[row] / p_.scale);
     }
     const int count = rows.count * kV;
     clear(scratch.dq, count * padded_);
@@ -228,8 +230,7 @@ class Backward {
     start_block(s, h, rows, scratch);
     const uint8_t* pair = p_.pair_mask;
     if (pair) pair += s.index * p_.pair_mask_stride_b + h * p_.pair_mask_stride_h;
-    const Score score{p_, index_, tables, keys, rows, pair, scratch.c2p, scratch.p2c, head_dim_, padded_,
-                      (float)(p_.scale * kLog2E)};
+    const Score score{p_, index_, tables, keys, rows, pair, scratch.c2p, scratch.p2c, head_dim_, padded_};
     score.start_rows();
     const Score::Window window = block_window(score);
     if (tables.pos_key)
@@ -242,13 +243,14 @@ class Backward {
       gemm<FloatWord>(rows.count * kV, panels, head_dim_, {scratch.douts, padded_, 1},
                       {scratch.value_columns + k * head_dim_ * kV, (ptrdiff_t)head_dim_ * kV, kV}, scratch.dscores,
                       kBlockKeys, false);
+      if (panels == keys.count) refine_rows(s, h, rows, keys, scratch);
       score_gradients(s, h, rows, keys, k, panels, scratch);
       token_gradients(rows.count * kV, k, panels, scratch);
       if (tables.pos_key || tables.pos_query)
         for (int i = 0; i < panels; i++)
           if (keys.panels[k + i].has_position) band_gradients(score, k + i, scratch.dscores + i * kV, h, scratch);
     }
-    if (tables.pos_key) finish_c2p(score, window, h, scratch);
+    if (window.stop > window.first) finish_c2p(score, window, h, scratch);
     if (p_.dq.data) store_dq(s, h, rows, scratch);
   }
 
@@ -257,6 +259,46 @@ class Backward {
     if (!score.tables.pos_key || !score.keys.count) return {0, 0};
     const auto last = score.c2p_window(0), first = score.c2p_window(score.rows.count - 1);  // later rows: lower columns
     return {std::min(first.first, last.first), std::max(first.stop, last.stop)};
+  }
+
+  // Where one block holds all keys of a row, maximum and sums are taken from what is at hand, as the forward did: `out`
+  // may be rounded to 16 bits, and lse is a rounded sum. A row with all its weight on one key then gets exactly 0.
+  void refine_rows(const Sample& s, int64_t h, const BlockRows& rows, const HeadKeys& keys, Scratch& scratch) const {
+    const uint64_t stream = (uint64_t)(s.index * p_.heads + h);
+    vf sums[kV], products[kV];
+    for (int r = 0; r < rows.count; r++) {
+      for (int lane = 0; lane < kV; lane++) {
+        sums[lane] = products[lane] = zero();
+        float& shift = scratch.shift[r * kV + lane];
+        if (shift < INFINITY) shift = row_maximum(scratch.scores + (r * kV + lane) * kBlockKeys, (int)keys.count * kV);
+      }
+      for (int i = 0; i < keys.count; i++) {
+        const int64_t key = keys.panels[i].key;
+        if (dropout_.on()) draw_tile(dropout_, stream, rows.panels[r].row, key, scratch.draws);
+        for (int lane = 0; lane < kV; lane++) {
+          const int at = (r * kV + lane) * kBlockKeys + i * kV;
+          const vf p = exponential(scratch, r * kV + lane, at);
+          vf dp = load(scratch.dscores + at);
+          if (dropout_.on()) dp = dp * keep_at(scratch, lane, key);
+          sums[lane] = sums[lane] + p;
+          products[lane] = fma(p, dp, products[lane]);
+        }
+      }
+      for (int lane = 0; lane < kV; lane++) {
+        const float sum = reduce_add(sums[lane]);
+        if (sum == 0.0f) continue;  // a row without probabilities
+        scratch.factor[r * kV + lane] = 1.0f / sum;
+        scratch.out_dot_dout[r * kV + lane] = reduce_add(products[lane]) / sum;
+      }
+    }
+  }
+
+  vf exponential(const Scratch& scratch, int row, int at) const {
+    return exp2_nonpositive((load(scratch.scores + at) - set1(scratch.shift[row])) * set1(scale_log2_));
+  }
+
+  vf keep_at(const Scratch& scratch, int lane, int64_t key) const {
+    return keep_factor(scratch.draws + lane * kDrawsPerRow + (key & 7), dropout_.threshold, dropout_.scale);
   }
 
   // scores -> probabilities (after dropout), dscores: dout . v -> ds.
@@ -272,16 +314,15 @@ class Backward {
           const int row = r * kV + lane;
           float* score = scratch.scores + row * kBlockKeys + i * kV;
           float* dscore = scratch.dscores + row * kBlockKeys + i * kV;
-          const vf p = exp2_nonpositive(load(score) - set1(scratch.lse[row]));
+          const vf p = exponential(scratch, row, row * kBlockKeys + i * kV) * set1(scratch.factor[row]);
           vf kept = p, dp = load(dscore);
           if (dropout_.on()) {
-            const vf keep = keep_factor(scratch.draws + lane * kDrawsPerRow + (key & 7), dropout_.threshold,
-                                        dropout_.scale);
+            const vf keep = keep_at(scratch, lane, key);
             kept = kept * keep;
             dp = dp * keep;
           }
           store(score, kept);
-          store(dscore, p * (dp - set1(scratch.out_dot_dout[row])) * scale);
+          store(dscore, p * (dp - set1(scratch.out_dot_dout[row] - scratch.dlse[row])) * scale);
         }
       }
   }
@@ -455,6 +496,7 @@ class Backward {
   const AttentionParams& p_;
   const PositionIndex& index_;
   const int head_dim_, padded_;
+  const float scale_log2_;
   const Dropout dropout_;
   const int64_t chunks_;   // tasks per sample, where a sample is long
   const int64_t samples_;  // samples per task, where they are short

@@ -17,6 +17,7 @@ class Forward {
   Forward(const AttentionParams& p, const PositionIndex& index, const float* packed)
       : p_(p), index_(index), packed_(packed), head_dim_((int)p.head_dim), words_(words_of<Word>(head_dim_)),
         padded_words_(padded_words<Word>(head_dim_)), padded_((int)round_to_vector(head_dim_)),
+        scale_log2_((float)(p.scale * kLog2E)),
         dropout_{(uint32_t)p.dropout_threshold, (float)p.dropout_scale, (uint64_t)p.seed} {}
 
   bool run() {
@@ -102,8 +103,7 @@ class Forward {
     }
     const uint8_t* pair = p_.pair_mask;
     if (pair) pair += s.index * p_.pair_mask_stride_b + h * p_.pair_mask_stride_h;
-    const ScoreBlock<Word> score{p_, index_, tables, keys, rows, pair, scratch.c2p, scratch.p2c, words_, padded_words_,
-                                 (float)(p_.scale * kLog2E)};
+    const ScoreBlock<Word> score{p_, index_, tables, keys, rows, pair, scratch.c2p, scratch.p2c, words_, padded_words_};
     score.start_rows();
     std::fill(scratch.row_max, scratch.row_max + count, -INFINITY);
     std::fill(scratch.row_sum, scratch.row_sum + count, 0.0f);
@@ -120,33 +120,32 @@ class Forward {
     finish_rows(s, h, rows, v, scratch);
   }
 
-  // Turn scores into exp2(score - running maximum) and rescale what was summed under the old maximum.
+  // Turn scores into exp(scale * (score - running maximum)) and rescale what was summed under the old maximum.
   void softmax(int count, int panels, bool started, Scratch& scratch) const {
     const int columns = panels * kV;
     for (int r = 0; r < count; r++) {
       float* score = scratch.scores + r * kBlockKeys;
-      vf maximum = load(score);
-      for (int c = kV; c < columns; c += kV) maximum = max_keep_nan(maximum, load(score + c));
-      const float old = scratch.row_max[r], block_max = reduce_max(maximum), now = block_max > old ? block_max : old;
+      const float old = scratch.row_max[r], block_max = row_maximum(score, columns);
+      const float now = block_max > old ? block_max : old;
       const float shift = now == -INFINITY ? 0.0f : now;  // a row with nothing allowed yet
-      const vf vshift = set1(shift);
+      const vf vshift = set1(shift), scale = set1(scale_log2_);
       vf sum = zero();
 #ifdef DK_HAS_BF16_DOT
       if (Word::kPerWord == 2 && !dropout_.on()) {
         uint16_t* to = reinterpret_cast<uint16_t*>(scratch.probabilities) + r * kBlockKeys;
         for (int c = 0; c < columns; c += kV) {
-          const vf e = exp2_nonpositive(load(score + c) - vshift);
+          const vf e = exp2_nonpositive((load(score + c) - vshift) * scale);
           sum = sum + e;
           store_bf16(to + c, e);
         }
       } else
 #endif
         for (int c = 0; c < columns; c += kV) {
-          const vf e = exp2_nonpositive(load(score + c) - vshift);
+          const vf e = exp2_nonpositive((load(score + c) - vshift) * scale);
           sum = sum + e;
           store(score + c, e);
         }
-      const float factor = old == shift ? 1.0f : std::exp2(old - shift);
+      const float factor = old == shift ? 1.0f : std::exp2((old - shift) * scale_log2_);
       scratch.row_sum[r] = scratch.row_sum[r] * factor + reduce_add(sum);
       scratch.row_max[r] = now;
       if (started && factor != 1.0f)
@@ -203,7 +202,7 @@ class Forward {
       const vf inverse = set1(1.0f / sum);
       for (int d = 0; d < padded_; d += kV) store(o + d, load(o + d) * inverse);
       write_row(o, head_dim_, out, row);
-      lse[row] = (float)(((double)scratch.row_max[r] + std::log2((double)sum)) * kLn2);
+      lse[row] = (float)((double)scratch.row_max[r] * p_.scale + std::log((double)sum));
     }
   }
 
@@ -228,6 +227,7 @@ class Forward {
   const PositionIndex& index_;
   const float* packed_;
   const int head_dim_, words_, padded_words_, padded_;
+  const float scale_log2_;
   const Dropout dropout_;
   int64_t chunks_ = 1;
 };

@@ -14,14 +14,14 @@ namespace {
 struct FloatWord {
   using Element = float;  // what one word of A holds, as stored
   static constexpr int kPerWord = 1;
-  DK_INLINE vf multiply_add(const float* a, vf b, vf c) { return fma(set1(*a), b, c); }
+  DK_INLINE Sum multiply_add(const float* a, vf b, Sum c) { return sum_product(set1(*a), b, c); }
 };
 
 #ifdef DK_HAS_BF16_DOT
 struct BFloat16Word {
   using Element = uint16_t;
   static constexpr int kPerWord = 2;
-  DK_INLINE vf multiply_add(const float* a, vf b, vf c) {
+  DK_INLINE Sum multiply_add(const float* a, vf b, Sum c) {
     uint32_t pair;
     std::memcpy(&pair, a, sizeof pair);
     return dot_bf16_pairs(pair, b, c);
@@ -41,11 +41,11 @@ struct RowSource {  // the A operand, in words
 
 template <class Word, int kRows, int kVectors>
 DK_INLINE void micro_kernel(RowSource a, ColumnSource b, float* c, ptrdiff_t ldc, int words, bool accumulate) {
-  vf sum[kRows][kVectors];
+  Sum sum[kRows][kVectors];
   DK_UNROLL
   for (int r = 0; r < kRows; r++) {
     DK_UNROLL
-    for (int n = 0; n < kVectors; n++) sum[r][n] = zero();
+    for (int n = 0; n < kVectors; n++) sum[r][n] = zero_sum();
   }
   for (int w = 0; w < words; w++) {
     vf column[kVectors];
@@ -63,14 +63,14 @@ DK_INLINE void micro_kernel(RowSource a, ColumnSource b, float* c, ptrdiff_t ldc
     DK_UNROLL
     for (int r = 0; r < kRows; r++) {
       DK_UNROLL
-      for (int n = 0; n < kVectors; n++) store(c + r * ldc + n * kV, load(c + r * ldc + n * kV) + sum[r][n]);
+      for (int n = 0; n < kVectors; n++) store(c + r * ldc + n * kV, load(c + r * ldc + n * kV) + rounded(sum[r][n]));
     }
     return;
   }
   DK_UNROLL
   for (int r = 0; r < kRows; r++) {
     DK_UNROLL
-    for (int n = 0; n < kVectors; n++) store(c + r * ldc + n * kV, sum[r][n]);
+    for (int n = 0; n < kVectors; n++) store(c + r * ldc + n * kV, rounded(sum[r][n]));
   }
 }
 

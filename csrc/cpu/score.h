@@ -1,5 +1,6 @@
-// How a score is formed: q.k + q.pos_key[delta(i-j)] + k.pos_query[delta(i-j)], scaled and masked. Forward and
-// backward both call ScoreBlock::scores, so that they cannot drift apart.
+// How a score is formed: q.k + q.pos_key[delta(i-j)] + k.pos_query[delta(i-j)], masked. Forward and backward both call
+// ScoreBlock::scores, so that they cannot drift apart. Scores stay unscaled until a maximum or lse is subtracted: scaling
+// first would round once more, at the magnitude of the score instead of the difference.
 //
 // The position terms are products with a *band* of table columns, never with the whole table per pair: one band per
 // row panel for c2p (all keys, once per row block), one per key panel for p2c (the rows of the block). A tile of
@@ -14,7 +15,7 @@
 namespace {
 
 constexpr int kBlockKeys = 192;  // keys per block: 12 AVX-512 panels = 4 full micro-kernel steps; the block stays in L2
-constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
+constexpr double kLog2E = 1.4426950408889634;
 
 // The keys of one head, packed.
 struct HeadKeys {
@@ -43,7 +44,6 @@ struct ScoreBlock {
   float* c2p;                // [count * kV][c2p_stride()]
   float* p2c;                // [kV][p2c_stride], for the current key panel
   int words, padded;
-  float scale_log2;
 
   static int64_t c2p_stride(const PositionIndex& index) { return index.columns + kV; }
   int64_t c2p_stride() const { return c2p_stride(index); }
@@ -182,23 +182,22 @@ struct ScoreBlock {
     return bits_from_bytes(pair_mask + (row.row + r) * params.pair_mask_stride_q + key.key, key.count);
   }
 
-  // Turn products[kV][.] of one tile into scores: add the bias, scale to units of log 2, mask by selection.
+  // Turn products[kV][.] of one tile into scores: add the bias, mask by selection.
   void finish_tile(const RowPanel& row, const KeyPanel& key, const vf* bias, float* products) const {
-    const vf scale = set1(scale_log2);
     if (key.allowed == kAllLanes && !pair_mask) {
       DK_UNROLL
-      for (int r = 0; r < kV; r++) store(products + r * kBlockKeys, (load(products + r * kBlockKeys) + bias[r]) * scale);
+      for (int r = 0; r < kV; r++) store(products + r * kBlockKeys, load(products + r * kBlockKeys) + bias[r]);
       return;
     }
     const vf masked = set1(-INFINITY);
     for (int r = 0; r < kV; r++) {
       float* p = products + r * kBlockKeys;
       const LaneBits lanes = pair_mask ? key.allowed & pair_bits(row, r, key) : key.allowed;
-      store(p, select(lanes, (load(p) + bias[r]) * scale, masked));
+      store(p, select(lanes, load(p) + bias[r], masked));
     }
   }
 
-  // scores[count * kV][kBlockKeys], in units of log 2, of the block's rows with key panels [first, first + panels).
+  // Unscaled scores[count * kV][kBlockKeys] of the block's rows with key panels [first, first + panels).
   void scores(int64_t first, int panels, float* scores) const {
     gemm<Word>(rows.count * kV, panels, words, {rows.words, padded, 1},
                {keys.columns + first * words * kV, (ptrdiff_t)words * kV, kV}, scores, kBlockKeys, false);
@@ -229,6 +228,13 @@ struct ScoreBlock {
     return false;
   }
 };
+
+// Largest of `count` scores; NaN may be lost here, and shows in the sum instead.
+DK_INLINE float row_maximum(const float* scores, int count) {
+  vf maximum = load(scores);
+  for (int c = kV; c < count; c += kV) maximum = max_keep_nan(maximum, load(scores + c));
+  return reduce_max(maximum);
+}
 
 // Pack the keys of one head and compute their saturated p2c terms; `far` has room for 2 x panels x kV floats.
 template <class Word>

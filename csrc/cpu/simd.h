@@ -18,6 +18,14 @@
 
 namespace {
 
+#ifndef DK_WIDE_SUM
+// What a product sums in. A fused multiply-add rounds once, so floats will do.
+using Sum = vf;
+DK_INLINE Sum zero_sum() { return zero(); }
+DK_INLINE Sum sum_product(vf a, vf b, Sum c) { return fma(a, b, c); }
+DK_INLINE vf rounded(Sum x) { return x; }
+#endif
+
 // One bit per lane of a vector; bit c set = lane c is allowed.
 using LaneBits = uint32_t;
 constexpr LaneBits kAllLanes = (1u << kV) - 1;

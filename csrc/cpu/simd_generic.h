@@ -18,6 +18,19 @@ DK_INLINE vf set1(float x) { return vf{x, x, x, x}; }
 DK_INLINE vf zero() { return set1(0.0f); }
 DK_INLINE vf fma(vf a, vf b, vf c) { return a * b + c; }
 DK_INLINE vf max_keep_nan(vf a, vf b) { return a > b ? a : b; }  // NaN in b is kept
+
+#ifndef __ARM_FEATURE_FMA
+// Without a fused multiply-add every product would be rounded before it is summed, and large scores would err more than
+// the error budget allows. Processors this old gain little from this variant anyway; it has to be right.
+#define DK_WIDE_SUM 1
+using Sum = double __attribute__((vector_size(32)));
+DK_INLINE Sum zero_sum() { return Sum{0.0, 0.0, 0.0, 0.0}; }
+DK_INLINE Sum sum_product(vf a, vf b, Sum c) {
+  return c + __builtin_convertvector(a, Sum) * __builtin_convertvector(b, Sum);
+}
+DK_INLINE vf rounded(Sum x) { return __builtin_convertvector(x, vf); }
+#endif
+
 DK_INLINE float reduce_add(vf x) { return (x[0] + x[2]) + (x[1] + x[3]); }
 DK_INLINE float reduce_max(vf x) {
   const float a = x[0] > x[1] ? x[0] : x[1], b = x[2] > x[3] ? x[2] : x[3];

@@ -79,7 +79,7 @@ def _open() -> _Library | None:
         if _library is None and _problem is None:
             path = env.library_path() or str(_INSTALLED)
             if not os.path.exists(path):
-                _problem = f"the native library is not built ({path} does not exist); install a C++ compiler and reinstall"
+                _problem = f"the native library is not built ({path} is missing); install a C++ compiler and reinstall"
             else:
                 try:
                     _library = _Library(path)
@@ -151,6 +151,8 @@ def refusal(problem: AttentionProblem) -> str | None:
         return f"it computes float32, bfloat16 and float16, not {str(q.dtype).removeprefix('torch.')}"
     if q.shape[-1] > _MAX_HEAD_DIM:
         return f"head_dim {q.shape[-1]} is more than {_MAX_HEAD_DIM}"
+    if problem.scale <= 0:
+        return f"scale {problem.scale} is not positive"
     return None if _open() is not None else _problem
 
 
@@ -260,7 +262,8 @@ def _table_gradients(
     for need, (table, used) in zip(needs, tables):
         gradient = torch.zeros(table.shape) if need and table is not None else None
         gradients.append(gradient)
-        windows.append(gradient[:, start : start + used.shape[1]] if gradient is not None and used is not None else None)
+        used_rows = slice(start, start + used.shape[1]) if used is not None else slice(0)
+        windows.append(gradient[:, used_rows] if gradient is not None else None)
     return gradients, windows
 
 
