@@ -147,8 +147,8 @@ def _constant_rows(nq: int, nk: int, position_buckets: int, max_relative_positio
     return _cached_rows(max(nq, 1), max(nk, 1), position_buckets, max_relative_positions)
 
 
-# Marks the function and returns it; as a decorator it would hide the types.
-torch.compiler.assume_constant_result(_constant_rows)
+# What torch.compiler.assume_constant_result does; calling that would import the whole compiler.
+_constant_rows._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @contextmanager
