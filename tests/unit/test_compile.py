@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch._dynamo.testing
 
 import deberta_kernels as dk
 from deberta_kernels.impl import cpu
