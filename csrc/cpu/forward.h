@@ -134,7 +134,7 @@ class Forward {
       if (Word::kPerWord == 2 && !dropout_.on()) {
         uint16_t* to = reinterpret_cast<uint16_t*>(scratch.probabilities) + r * kBlockKeys;
         for (int c = 0; c < columns; c += kV) {
-          const vf e = exp2_nonpositive((load(score + c) - vshift) * scale);
+          const vf e = exp2_for_bfloat16((load(score + c) - vshift) * scale);
           sum = sum + e;
           store_bf16(to + c, e);
         }
@@ -145,7 +145,7 @@ class Forward {
           sum = sum + e;
           store(score + c, e);
         }
-      const float factor = old == shift ? 1.0f : std::exp2((old - shift) * scale_log2_);
+      const float factor = old == shift ? 1.0f : old == -INFINITY ? 0.0f : std::exp2((old - shift) * scale_log2_);
       scratch.row_sum[r] = scratch.row_sum[r] * factor + reduce_add(sum);
       scratch.row_max[r] = now;
       if (started && factor != 1.0f)

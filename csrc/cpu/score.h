@@ -109,21 +109,28 @@ struct ScoreBlock {
     return index.query_slot(x + kV - 1) - index.query_slot(x - (kV - 1)) == 2 * kV - 2 ? kLinear : kSmooth;
   }
 
-  // bias[r] = position terms of query r with the kV keys of panel k.
-  void bias_tile(Zone zone, int64_t x, int64_t k, Window w, const float* c2p_rows, vf* bias) const {
-    switch (zone) {
-      case kNone:
-        for (int r = 0; r < kV; r++) bias[r] = zero();
-        return;
-      case kLow:
-      case kHigh:
-        return far_bias_tile(zone == kHigh, k, c2p_rows, bias);
-      case kLinear:
-        return near_bias_tile<true>(x, w, c2p_rows, bias);
-      case kSmooth:
-        return near_bias_tile<false>(x, w, c2p_rows, bias);
-      case kAny:
-        return any_bias_tile(x, w, c2p_rows, bias);
+  // Turn one tile of products q.k into scores. One branch per zone, so that the bias never leaves the registers.
+  void score_tile(int64_t k, int r, Window w, float* products) const {
+    const RowPanel& row = rows.panels[r];
+    const KeyPanel& key = keys.panels[k];
+    const float* c2p_rows = c2p + r * kV * c2p_stride();
+    const int64_t x = row.row - key.position;
+    const Zone zone = zone_of(x, key.has_position);
+    vf bias[kV];
+    if (zone == kLow || zone == kHigh) {
+      far_bias_tile(zone == kHigh, k, c2p_rows, bias);
+      finish_tile(row, key, bias, products);
+    } else if (zone == kLinear) {
+      near_bias_tile<true>(x, w, c2p_rows, bias);
+      finish_tile(row, key, bias, products);
+    } else if (zone == kSmooth) {
+      near_bias_tile<false>(x, w, c2p_rows, bias);
+      finish_tile(row, key, bias, products);
+    } else {
+      if (zone == kAny) any_bias_tile(x, w, c2p_rows, bias);
+      else
+        for (int c = 0; c < kV; c++) bias[c] = zero();
+      finish_tile(row, key, bias, products);
     }
   }
 
@@ -183,7 +190,7 @@ struct ScoreBlock {
   }
 
   // Turn products[kV][.] of one tile into scores: add the bias, mask by selection.
-  void finish_tile(const RowPanel& row, const KeyPanel& key, const vf* bias, float* products) const {
+  DK_INLINE_MEMBER void finish_tile(const RowPanel& row, const KeyPanel& key, const vf* bias, float* products) const {
     if (key.allowed == kAllLanes && !pair_mask) {
       DK_UNROLL
       for (int r = 0; r < kV; r++) store(products + r * kBlockKeys, load(products + r * kBlockKeys) + bias[r]);
@@ -208,13 +215,7 @@ struct ScoreBlock {
         w = p2c_window(first + i);
         start_panel(first + i, w);
       }
-      for (int r = 0; r < rows.count; r++) {
-        const RowPanel& row = rows.panels[r];
-        const int64_t x = row.row - key.position;
-        vf bias[kV];
-        bias_tile(zone_of(x, key.has_position), x, first + i, w, c2p + r * kV * c2p_stride(), bias);
-        finish_tile(row, key, bias, scores + r * kV * kBlockKeys + i * kV);
-      }
+      for (int r = 0; r < rows.count; r++) score_tile(first + i, r, w, scores + r * kV * kBlockKeys + i * kV);
     }
   }
 

@@ -30,20 +30,25 @@ DK_INLINE vf rounded(Sum x) { return x; }
 using LaneBits = uint32_t;
 constexpr LaneBits kAllLanes = (1u << kV) - 1;
 
-// 2^x for any x <= 0, also -inf (exactly 0) and NaN (stays NaN). Minimax polynomial on [-0.5, 0.5] with relative
-// error 2e-9, so float32 rounding dominates.
-DK_INLINE vf exp2_nonpositive(vf x) {
+// 2^x for any x <= 0, also -inf (exactly 0) and NaN (stays NaN): 2^round(x) times a minimax polynomial on [-0.5, 0.5].
+template <int kTerms>
+DK_INLINE vf exp2_polynomial(vf x, const float (&coefficient)[kTerms]) {
   x = max_keep_nan(set1(-127.0f), x);
   const vf n = round_nearest(x);
   const vf f = x - n;
-  vf p = set1(0x1.41d334p-13f);
-  p = fma(p, f, set1(0x1.5f456ap-10f));
-  p = fma(p, f, set1(0x1.3b2dbcp-7f));
-  p = fma(p, f, set1(0x1.c6aed4p-5f));
-  p = fma(p, f, set1(0x1.ebfbdap-3f));
-  p = fma(p, f, set1(0x1.62e43p-1f));
-  p = fma(p, f, set1(1.0f));
+  vf p = set1(coefficient[0]);
+  DK_UNROLL
+  for (int i = 1; i < kTerms; i++) p = fma(p, f, set1(coefficient[i]));
   return p * power_of_two(n);
+}
+// Relative error 2e-9: float32 rounding dominates.
+DK_INLINE vf exp2_nonpositive(vf x) {
+  return exp2_polynomial<7>(x, {0x1.41d334p-13f, 0x1.5f456ap-10f, 0x1.3b2dbcp-7f, 0x1.c6aed4p-5f, 0x1.ebfbdap-3f,
+                                0x1.62e43p-1f, 1.0f});
+}
+// Relative error 3e-6, a thousandth of a bfloat16 step: for what is rounded to bfloat16 next.
+DK_INLINE vf exp2_for_bfloat16(vf x) {
+  return exp2_polynomial<5>(x, {0x1.3997d6p-7f, 0x1.ca1442p-5f, 0x1.ec06dap-3f, 0x1.62e0dcp-1f, 0x1.ffffe8p-1f});
 }
 
 }  // namespace
