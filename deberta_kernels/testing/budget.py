@@ -7,12 +7,19 @@ With E the error against the oracle, and floor = f * max(1, max|oracle|), every 
     mean E <= 1.1 * (mean E_eager + floor)
 
 Where eager itself overflows, the yardstick is eager in float32, its results rounded to the dtype, with f = eps(dtype).
+
+E_eager of one call is one draw of a random number: with large scores a single near-tie decides the largest error of
+a small tensor, and eager with its features in another order, the same mathematics, differs from itself by up to ten
+times. So a tensor over the limit gets a second look: E_eager then is the largest of eager and eager in `ORDERS` other
+orders. A report says which tensors needed one (`Row.second_look`); tests bound how many may, since a backend that is
+as accurate as eager needs it rarely.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,6 +35,7 @@ Runner = Callable[[AttentionProblem], tuple[Tensor, Tensor]]
 
 INPUTS = ("q", "k", "v", "pos_key", "pos_query")
 MEAN_FACTOR = 1.1
+ORDERS = 8
 # dtype: (a, f) of the formula above.
 LIMITS = {
     torch.bfloat16: (2.0, 1e-5),
@@ -53,6 +61,7 @@ class Row:
         mean_allowed: what the budget allows.
         eager_max: largest absolute error of the yardstick.
         problem: what else is wrong (dtype, shape), or "".
+        second_look: the yardstick is the largest over several orders of summation, for it was exceeded otherwise.
     """
 
     name: str
@@ -62,6 +71,7 @@ class Row:
     mean_allowed: float
     eager_max: float
     problem: str = ""
+    second_look: bool = False
 
     @property
     def ok(self) -> bool:
@@ -74,6 +84,7 @@ class Row:
             f"{self.name:<10} max {self.max_error:9.3e} of {self.max_allowed:9.3e}   "
             f"mean {self.mean_error:9.3e} of {self.mean_allowed:9.3e}   eager max {self.eager_max:9.3e}"
         )
+        line += f" in {ORDERS + 1} orders" if self.second_look else ""
         return line + ("" if self.ok else f"   <- {self.problem or 'OVER BUDGET'}")
 
 
@@ -89,6 +100,11 @@ class Report:
     def ok(self) -> bool:
         """Whether every tensor is within the budget."""
         return all(row.ok for row in self.rows)
+
+    @property
+    def second_look(self) -> bool:
+        """Whether some tensor was over the limit that eager's own order of summation sets."""
+        return any(row.second_look for row in self.rows)
 
     def __str__(self) -> str:
         head = f"{self.label or 'error against float64'} (yardstick: {self.yardstick})"
@@ -114,6 +130,25 @@ class Truth:
     oracle: dict[str, Tensor]
     yardstick: dict[str, Tensor]
     overflowed: bool
+
+    @cached_property
+    def errors(self) -> dict[str, tuple[float, float]]:
+        """Largest and mean error of the yardstick by name."""
+        return {name: _errors(self.yardstick[name], value) for name, value in self.oracle.items()}
+
+    @cached_property
+    def errors_of_all_orders(self) -> dict[str, tuple[float, float]]:
+        """The largest of `errors` over the yardstick's own order of summation and `ORDERS` others."""
+        found = dict(self.errors)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(ORDERS):
+            order = torch.randperm(self.problem.q.shape[-1], generator=generator).to(self.problem.q.device)
+            for name, value in _reordered(self, order).items():
+                errors = _errors(value, self.oracle[name])
+                # An order in which eager overflows says nothing.
+                if errors[0] < float("inf"):
+                    found[name] = (max(found[name][0], errors[0]), max(found[name][1], errors[1]))
+        return found
 
 
 def evaluate(
@@ -168,19 +203,23 @@ def truth(
     for name, value in oracle.items():
         if name != "lse" and value.numel() and not bool(value.abs().max() <= limit):
             raise ValueError(f"{name} of this problem does not fit {problem.q.dtype}; use smaller inputs.")
-    yardstick = None if float32_yardstick else evaluate(eager.attention, problem, dout, dlse)
-    if yardstick is None or not all(_finite_alike(yardstick[name], oracle[name]) for name in oracle):
-        exact = evaluate(eager.attention, _cast(problem, torch.float32), *_cast_all(torch.float32, dout, dlse))
-        rounded = {name: x if name == "lse" else x.to(problem.q.dtype) for name, x in exact.items()}
-        return Truth(problem, dout, dlse, oracle, rounded, True)
-    return Truth(problem, dout, dlse, oracle, yardstick, False)
+    if not float32_yardstick:
+        yardstick = evaluate(eager.attention, problem, dout, dlse)
+        if all(_finite_alike(yardstick[name], oracle[name]) for name in oracle):
+            return Truth(problem, dout, dlse, oracle, yardstick, False)
+    return Truth(problem, dout, dlse, oracle, _rounded_float32(problem, dout, dlse), True)
 
 
 def measure(results: dict[str, Tensor], against: Truth, label: str = "") -> Report:
     """Compare results with the truth; never raises on a large error."""
-    rows = tuple(_row(name, results.get(name), against) for name in against.oracle)
+    rows = []
+    for name in against.oracle:
+        row = _row(name, results.get(name), against, against.errors[name])
+        if not row.ok and not row.problem:
+            row = replace(_row(name, results[name], against, against.errors_of_all_orders[name]), second_look=True)
+        rows.append(row)
     source = "eager in float32" if against.overflowed else f"eager in {_short(against.problem.q.dtype)}"
-    return Report(label, rows, source)
+    return Report(label, tuple(rows), source)
 
 
 def check(
@@ -215,8 +254,8 @@ def check(
     return report
 
 
-def _row(name: str, result: Tensor | None, against: Truth) -> Row:
-    oracle, yardstick = against.oracle[name], against.yardstick[name]
+def _row(name: str, result: Tensor | None, against: Truth, eager_errors: tuple[float, float]) -> Row:
+    oracle = against.oracle[name]
     dtype = against.problem.q.dtype
     expected_dtype = (torch.float64 if dtype == torch.float64 else torch.float32) if name == "lse" else dtype
     wrong = ""
@@ -235,7 +274,7 @@ def _row(name: str, result: Tensor | None, against: Truth) -> Row:
     finite = oracle[oracle.isfinite()]
     floor = relative * max(1.0, float(finite.abs().max()) if finite.numel() else 0.0)
     worst, mean = _errors(result, oracle)
-    eager_worst, eager_mean = _errors(yardstick, oracle)
+    eager_worst, eager_mean = eager_errors
     if worst == float("inf") and not wrong:
         wrong = f"{int((result.isfinite() != oracle.isfinite()).sum())} values not finite, or finite by mistake"
     max_allowed, mean_allowed = factor * (eager_worst + floor), MEAN_FACTOR * (eager_mean + floor)
@@ -253,6 +292,26 @@ def _errors(result: Tensor, oracle: Tensor) -> tuple[float, float]:
 def _finite_alike(result: Tensor, oracle: Tensor) -> bool:
     special = ~oracle.isfinite()
     return bool((result.isfinite() != special).all()) and bool((result[special].double() == oracle[special]).all())
+
+
+def _rounded_float32(problem: AttentionProblem, dout: Tensor | None, dlse: Tensor | None) -> dict[str, Tensor]:
+    """Return what eager gives in float32, rounded to the dtype of the problem."""
+    exact = evaluate(eager.attention, _cast(problem, torch.float32), *_cast_all(torch.float32, dout, dlse))
+    return {name: x if name == "lse" else x.to(problem.q.dtype) for name, x in exact.items()}
+
+
+def _reordered(against: Truth, order: Tensor) -> dict[str, Tensor]:
+    """Return the yardstick computed with the features of every tensor in another order, put back afterwards."""
+    tensors = {name: getattr(against.problem, name) for name in INPUTS}
+    moved: dict[str, Any] = {name: None if x is None else x[..., order] for name, x in tensors.items()}
+    problem = replace(against.problem, **moved)
+    dout = None if against.dout is None else against.dout[..., order]
+    if against.overflowed:
+        results = _rounded_float32(problem, dout, against.dlse)
+    else:
+        results = evaluate(eager.attention, problem, dout, against.dlse)
+    back = order.argsort()
+    return {name: x if name == "lse" else x[..., back] for name, x in results.items()}
 
 
 def _cast(problem: AttentionProblem, dtype: torch.dtype) -> AttentionProblem:

@@ -154,6 +154,23 @@ def test_budget_notices_wrong_dtype_wrong_shape_and_missing_tensors():
     assert "missing" in str(budget.measure({k: v for k, v in good.items() if k != "dpos_key"}, known))
 
 
+def test_second_look_compares_with_eager_in_other_orders_and_is_reported():
+    """One sum of 8 features, so that eager's error depends on their order and on luck."""
+    case = Case(batch=1, heads=1, nq=9, head_dim=8, spread=8.0)
+    problem = inputs.problem(case)
+    known = budget.truth(problem, inputs.dout(case, problem))
+    lucky, every = known.errors["dq"], known.errors_of_all_orders["dq"]
+    assert every[0] > lucky[0]
+    results = budget.evaluate(reference.attention, problem, known.dout)
+    limit = 3 * (lucky[0] + 1e-6 * float(known.oracle["dq"].abs().max()))
+    for error, ok in ((0.9 * limit, True), (0.5 * (limit + 3 * every[0]), True), (5 * every[0], False)):
+        results["dq"] = known.oracle["dq"].float()
+        results["dq"][0, 0, 0, 0] += error
+        row = next(row for row in budget.measure(results, known).rows if row.name == "dq")
+        assert row.ok == ok
+        assert row.second_look == (error > limit)
+
+
 def test_check_raises_the_report():
     problem = inputs.problem(Case(batch=1, heads=1, nq=20, head_dim=16))
 

@@ -4,6 +4,8 @@ A run draws three times the profile's `max_examples`. Every example runs on ever
 one of the instruction-set variants, which take turns.
 """
 
+import statistics
+
 import pytest
 import torch
 from hypothesis import event, given
@@ -21,6 +23,8 @@ POSITIONS = (
 )  # fmt: skip
 # Scores in flight per example, which bounds its time: long inputs come with few heads.
 MOST_SCORES = 120_000
+# Share of the cases in which some tensor may exceed the limit of eager's own order of summation.
+SECOND_LOOKS = 0.02
 
 
 def lengths():
@@ -65,11 +69,32 @@ def random_cases(draw, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@given(data=st.data())
-def test_random_problems_stay_within_the_budget(dtype, data):
-    case = data.draw(random_cases(dtype))
-    event(f"mask {case.mask}")
-    wrong = []
+def test_random_problems_stay_within_the_budget(dtype):
+    reports = {}
+
+    @given(case=random_cases(dtype))
+    def stays_within_the_budget(case):
+        event(f"mask {case.mask}")
+        wrong = []
+        for report in run_everywhere(case):
+            reports[report.label] = report
+            if not report.ok:
+                wrong.append(str(report))
+        if wrong:
+            raise budget.BudgetError("\n".join(wrong))
+
+    stays_within_the_budget()
+    assert len({label.split()[1] for label in reports}) >= 300
+    # A backend as accurate as eager needs a second look in about 1 % of the cases in float32, and hardly ever below.
+    again = [str(report) for report in reports.values() if report.second_look]
+    assert len(again) <= SECOND_LOOKS * len(reports), "\n".join(again)
+    if dtype != torch.float32:
+        ratios = [row.max_error / row.eager_max for r in reports.values() for row in r.rows if row.eager_max > 0]
+        assert statistics.median(ratios) <= 0.6
+
+
+def run_everywhere(case):
+    """Measure a case on every backend, and on the variant whose turn it is."""
     for device, targets in targets_by_device(case).items():
         problem = inputs.problem(case, device)
         known = budget.truth(problem, inputs.dout(case, problem))
@@ -77,11 +102,7 @@ def test_random_problems_stay_within_the_budget(dtype, data):
             torch.manual_seed(case.seed)
             with target.pinned():
                 results = budget.evaluate(target.run, problem, known.dout)
-            report = budget.measure(results, known, f"{target.name} {case.id}")
-            if not report.ok:
-                wrong.append(str(report))
-    if wrong:
-        raise budget.BudgetError("\n".join(wrong))
+            yield budget.measure(results, known, f"{target.name} {case.id}")
 
 
 def targets_by_device(case):
