@@ -15,12 +15,12 @@ hypothesis.settings.register_profile(
     derandomize=True,
     deadline=None,
     database=None,
-    max_examples=350,
+    max_examples=400,
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 # Another 3,500 cases per dtype on every run: pytest --hypothesis-profile=explore
 hypothesis.settings.register_profile(
-    "explore", hypothesis.settings.get_profile("ci"), derandomize=False, max_examples=3500, print_blob=True
+    "explore", hypothesis.settings.get_profile("ci"), derandomize=False, max_examples=4000, print_blob=True
 )
 hypothesis.settings.load_profile("ci")
 
