@@ -156,7 +156,7 @@ class Forward {
     }
   }
 
-  // Apply dropout to the block's probabilities.
+  // Zero the probabilities that dropout drops; the factor of the others waits for float32 in finish_rows.
   void drop(const Sample& s, int64_t h, const BlockRows& rows, const KeyPanel* panels, int count,
             Scratch& scratch) const {
     const uint64_t stream = (uint64_t)(s.index * p_.heads + h);
@@ -166,7 +166,7 @@ class Forward {
         for (int lane = 0; lane < kV; lane++) {
           float* e = scratch.scores + (r * kV + lane) * kBlockKeys + i * kV;
           const uint16_t* draws = scratch.draws + lane * kDrawsPerRow + (panels[i].key & 7);
-          store(e, load(e) * keep_factor(draws, dropout_.threshold, dropout_.scale));
+          store(e, load(e) * keep_factor(draws, dropout_.threshold, 1.0f));
 #ifdef DK_HAS_BF16_DOT
           if (Word::kPerWord == 2)
             store_bf16(reinterpret_cast<uint16_t*>(scratch.probabilities) + (r * kV + lane) * kBlockKeys + i * kV,
@@ -199,7 +199,7 @@ class Forward {
         continue;
       }
       float* o = scratch.output + r * padded_;
-      const vf inverse = set1(1.0f / sum);
+      const vf inverse = set1((dropout_.on() ? dropout_.scale : 1.0f) / sum);
       for (int d = 0; d < padded_; d += kV) store(o + d, load(o + d) * inverse);
       write_row(o, head_dim_, out, row);
       lse[row] = (float)((double)scratch.row_max[r] * p_.scale + std::log((double)sum));

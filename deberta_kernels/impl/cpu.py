@@ -51,6 +51,7 @@ class _Library:
         handle.dk_cpu_gemm_rate.restype = ctypes.c_double
         handle.dk_cpu_gemm_rate.argtypes = [ctypes.c_int64] * 3
         self.handle = handle
+        self.process = os.getpid()
         compiled = [handle.dk_variant_name(i).decode() for i in range(handle.dk_variant_count())]
         self.compiled = compiled
         self.variants = {name: i for i, name in enumerate(compiled) if handle.dk_variant_runs(i)}
@@ -58,6 +59,10 @@ class _Library:
         if self.isa not in self.variants:
             usable = ", ".join(self.variants)
             raise OSError(f"{env.CPU_ISA}={self.isa} is not among what it has for this processor ({usable})")
+
+    def threads(self) -> int:
+        """Return how many threads may compute: one in a forked child, where OpenMP's own threads do not exist."""
+        return torch.get_num_threads() if os.getpid() == self.process else 1
 
     def call(self, name: str, params: bytes, *more: Any) -> None:
         status = getattr(self.handle, name)(params, self.variants[self.isa], *more)
@@ -152,7 +157,7 @@ def refusal(problem: AttentionProblem) -> str | None:
     if q.shape[-1] > _MAX_HEAD_DIM:
         return f"head_dim {q.shape[-1]} is more than {_MAX_HEAD_DIM}"
     if problem.scale <= 0:
-        return f"scale {problem.scale} is not positive"
+        return "the scale is not positive"
     return None if _open() is not None else _problem
 
 
@@ -171,7 +176,9 @@ def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     lse = torch.empty(batch, heads, nq, dtype=torch.float32)
     if out.numel():
         call = _Call(problem, library, out=out, lse=lse)
-        library.call("dk_cpu_forward", call.pack())
+        params = call.pack()
+        _check_prepared(problem.prepared, library, params)
+        library.call("dk_cpu_forward", params)
     return out, lse
 
 
@@ -233,6 +240,18 @@ def prepare(pos_key: Tensor | None, pos_query: Tensor | None, position: Position
     return packed
 
 
+def _check_prepared(prepared: Tensor | None, library: _Library, params: bytes) -> None:
+    """Check that prepared tables are as large as the kernel will read."""
+    if prepared is None:
+        return
+    size = library.handle.dk_cpu_prepared_bytes(params, library.variants[library.isa])
+    if prepared.device.type != "cpu" or prepared.dtype != torch.uint8 or prepared.numel() != size:
+        raise ValueError(
+            f"prepared must be what prepare returned for these tables, uint8 of {size} bytes on cpu, got "
+            f"{prepared.dtype} of {prepared.numel()} on {prepared.device}; prepare the tables again."
+        )
+
+
 def _reachable(problem: AttentionProblem) -> AttentionProblem:
     """Cut the tables to the rows that this length can reach; packing the others would be wasted."""
     table = problem.pos_key if problem.pos_key is not None else problem.pos_query
@@ -289,7 +308,7 @@ class _Call:
             batch, nq, nk = p.cu_seqlens.numel() - 1, p.max_seqlen, p.max_seqlen
         dropping = p.dropout_p > 0 and p.seed is not None
         return _PARAMS.pack(
-            _ABI_VERSION, batch, heads, nq, nk, head_dim, _DTYPES[p.q.dtype], torch.get_num_threads(),
+            _ABI_VERSION, batch, heads, nq, nk, head_dim, _DTYPES[p.q.dtype], self.library.threads(),
             *self._tokens(p.q), *self._tokens(p.k), *self._tokens(p.v), *self._tokens(self.out),
             *self._tokens(self.dout), *self._tokens(self.tokens[0]), *self._tokens(self.tokens[1]),
             *self._tokens(self.tokens[2]),
@@ -332,19 +351,13 @@ class _Call:
             self._address(pos_key), self._address(pos_query),
             *(pos_key.stride()[:2] if pos_key is not None else (0, 0)),
             *(pos_query.stride()[:2] if pos_query is not None else (0, 0)),
-            self._prepared(), self._address(self.tables[0]), self._address(self.tables[1]),
+            self._address(p.prepared), self._address(self.tables[0]), self._address(self.tables[1]),
             gradient.stride(0) if gradient is not None else 0,
             int(pos_key is not None), int(pos_query is not None), table.shape[1] if table is not None else 0,
             spec.first_row, spec.prefix_length,
             *((self._address(index.delta), index.reach, index.low_end, index.high_start, int(index.smooth))
               if index is not None else (self._address(_NO_DELTA), 0, 0, 0, 1)),
         )  # fmt: skip
-
-    def _prepared(self) -> int:
-        prepared = self.problem.prepared
-        if prepared is not None and prepared.device.type != "cpu":
-            raise ValueError(f"prepared must be a tensor on cpu, got {prepared.device}; prepare the tables again.")
-        return self._address(prepared)
 
     def _masks(self) -> tuple[int, ...]:
         masks = self.problem.masks

@@ -1,6 +1,7 @@
 """The functional interface: meaning of its arguments, against the formula written out and against the reference."""
 
 import math
+import warnings
 from itertools import pairwise
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 import deberta_kernels as dk
 from deberta_kernels import api
+from deberta_kernels.dispatch import DebertaKernelsWarning
 from deberta_kernels.masks import parse_huggingface_mask
 from deberta_kernels.position import delta, reachable_rows
 from deberta_kernels.types import Masks, PositionSpec
@@ -65,8 +67,18 @@ def test_explicit_scale_replaces_the_default(tensors, backend):
     x = tensors(grad=False)
     expected = dk.disentangled_attention(*x, scale=1 / math.sqrt(24), backend=backend, **SETTINGS)
     assert torch.equal(dk.disentangled_attention(*x, backend=backend, **SETTINGS), expected)
-    zero = dk.disentangled_attention(*x, scale=0, backend=backend, **SETTINGS)
-    torch.testing.assert_close(zero, x[2].mean(2, keepdim=True).expand_as(zero), atol=1e-6, rtol=1e-5)
+    assert not torch.equal(dk.disentangled_attention(*x, scale=0.5, backend=backend, **SETTINGS), expected)
+
+
+@pytest.mark.parametrize("scale", [0, -0.25])
+def test_a_scale_that_is_not_positive_runs_where_it_can(tensors, scale):
+    x = tensors(grad=False)
+    with pytest.raises(NotImplementedError, match="backend='cpu' cannot run this call"):
+        dk.disentangled_attention(*x, scale=scale, backend="cpu", **SETTINGS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DebertaKernelsWarning)
+        out = dk.disentangled_attention(*x, scale=scale, **SETTINGS)
+    torch.testing.assert_close(out, dk.disentangled_attention(*x, scale=scale, backend="reference", **SETTINGS))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

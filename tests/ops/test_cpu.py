@@ -1,0 +1,134 @@
+"""What only the native library can get wrong: opening it, its instruction-set variants, processes, prepared tables."""
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+import deberta_kernels as dk
+from deberta_kernels import dispatch
+from deberta_kernels.impl import cpu
+from deberta_kernels.testing import inputs
+from deberta_kernels.testing.inputs import Case
+
+needs_library = pytest.mark.skipif(not cpu.library_status()["loaded"], reason="the native library is not built")
+
+
+def problem(**changes):
+    return inputs.problem(Case(**{"batch": 2, "heads": 2, "nq": 40, "head_dim": 16, **changes}))
+
+
+def run_python(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=120
+    )
+
+
+STATUS = "from deberta_kernels.impl import cpu; print(cpu.library_status())"
+
+
+@needs_library
+def test_variable_chooses_the_instruction_set():
+    for isa in cpu.library_status()["variants"]:
+        assert f"'isa': '{isa}'" in run_python(STATUS, DEBERTA_KERNELS_CPU_ISA=isa).stdout
+
+
+def test_unknown_instruction_set_is_named_as_the_reason():
+    done = run_python(STATUS, DEBERTA_KERNELS_CPU_ISA="mmx")
+    assert "'loaded': False" in done.stdout
+    assert "mmx" in done.stdout or "not built" in done.stdout
+
+
+def test_missing_library_is_named_as_the_reason_and_other_backends_run():
+    code = (
+        "import torch, warnings, deberta_kernels as dk\n"
+        "warnings.simplefilter('error')\n"
+        "x = [torch.randn(1, 1, 4, 8) for _ in range(3)]\n"
+        "try: dk.disentangled_attention(*x)\n"
+        "except UserWarning as warning: print('warned:', warning)\n"
+        "print(dk.disentangled_attention(*x, backend='torch').shape)\n"
+        "try: dk.disentangled_attention(*x, backend='cpu')\n"
+        "except NotImplementedError as error: print('raised:', error)\n"
+    )
+    done = run_python(code, DEBERTA_KERNELS_LIBRARY="/nowhere/library.so")
+    assert "warned:" in done.stdout
+    assert "raised:" in done.stdout
+    assert done.stdout.count("/nowhere/library.so") == 2
+    assert "torch.Size([1, 1, 4, 8])" in done.stdout
+
+
+def test_file_that_is_no_library_is_named_as_the_reason(tmp_path):
+    path = tmp_path / "library.so"
+    path.write_bytes(b"not a library")
+    done = run_python(STATUS, DEBERTA_KERNELS_LIBRARY=str(path))
+    assert "'loaded': False" in done.stdout
+    assert str(path) in done.stdout
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"head_dim": 264}, "head_dim 264 is more than 256"),
+        ({"dtype": torch.float64}, "not float64"),
+    ],
+)
+def test_refuses_by_name(changes, reason):
+    assert reason in cpu.refusal(problem(**changes))
+    with pytest.raises(NotImplementedError, match=reason):
+        dispatch.choose(problem(**changes), "cpu")
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("terms", ["c2p+p2c", "c2p", "p2c"])
+def test_prepared_tables_give_the_same_bits(dtype, terms):
+    given = problem(dtype=dtype, terms=terms, nq=70)
+    packed = cpu.prepare(given.pos_key, given.pos_query, given.position)
+    assert packed.dtype == torch.uint8
+    for bare, prepared in zip(cpu.forward(given), cpu.forward(replace(given, prepared=packed)), strict=True):
+        assert torch.equal(bare, prepared)
+
+
+@needs_library
+def test_prepared_tables_of_another_size_are_refused():
+    given = problem()
+    packed = cpu.prepare(given.pos_key, given.pos_query, given.position)
+    with pytest.raises(ValueError, match="prepared must"):
+        cpu.forward(replace(given, prepared=packed[:-64]))
+
+
+@needs_library
+def test_gemm_rate_is_a_rate():
+    assert 0.1 < cpu.gemm_rate(torch.float32) < 10_000
+
+
+@needs_library
+def test_use_isa_restores_and_names_what_there_is():
+    before = cpu.library_status()["isa"]
+    with cpu.use_isa("generic"):
+        assert cpu.library_status()["isa"] == "generic"
+    assert cpu.library_status()["isa"] == before
+    with pytest.raises(ValueError, match="isa must be one of"), cpu.use_isa("mmx"):
+        pass
+
+
+@needs_library
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_forked_child_computes_what_its_parent_does():
+    x = [torch.randn(2, 4, 200, 16) for _ in range(3)]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        expected = dk.disentangled_attention(*x, backend="cpu")
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)  # a hang ends the child, and the test
+            os._exit(0 if torch.equal(dk.disentangled_attention(*x, backend="cpu"), expected) else 1)
+        assert os.waitpid(child, 0)[1] == 0
+    finally:
+        torch.set_num_threads(threads)
