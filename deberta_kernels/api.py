@@ -257,6 +257,10 @@ def run_attention(
                 "q and k must have shape (1, H, T, D) with cu_seqlens, "
                 f"got {tuple(q.shape)} and {tuple(k.shape)}; pack the sequences."
             )
+        if position.prefix_length:
+            raise ValueError(
+                f"prefix_length must be 0 with cu_seqlens, got {position.prefix_length}; pack without a prefix."
+            )
         check_max_seqlen(max_seqlen)
         check_cu_seqlens(cu_seqlens, q, keys, max_seqlen or 0)
     problem = AttentionProblem(

@@ -25,7 +25,7 @@ class Backward {
   using Score = ScoreBlock<FloatWord>;
 
  public:
-  Backward(const AttentionParams& p, const PositionIndex& index)
+  Backward(const AttentionParams& p, const SlotIndex& index)
       : p_(p), index_(index), head_dim_((int)p.head_dim), padded_((int)round_to_vector(head_dim_)),
         scale_log2_((float)(p.scale * kLog2E)),
         dropout_{(uint32_t)p.dropout_threshold, (float)p.dropout_scale, (uint64_t)p.seed},
@@ -38,8 +38,7 @@ class Backward {
     char* block = own.get(sizes_of_tables.bytes);
     if (!block) return false;
     tables_ = TableRows(*this, Arena(block));
-    pack_tables();
-    const bool done = run_all();
+    const bool done = pack_tables() && run_all();
     own.trim();
     return done;
   }
@@ -61,7 +60,10 @@ class Backward {
     float *key_columns, *value_columns, *key_rows, *far, *dfar, *dk, *dv;  // the keys of the head
     float *dpos_key, *dpos_query;                                          // [columns][padded], pos_key reversed
     float *queries, *douts, *c2p, *dc2p, *p2c, *dp2c, *scores, *dscores, *row_far, *dq;  // one row block
-    float *shift, *factor, *out_dot_dout, *dlse, *dmean;  // probability = exp(scale * (score - shift)) * factor
+    // Per row: probability = exp(scale * (score - shift)) * factor. shift is lse / scale, since scores are unscaled,
+    // and infinite for rows without probabilities, which makes all of them 0.
+    float *shift, *factor, *out_dot_dout, *dlse;
+    float* dmean;  // gradient of the mean value, from rows that got it
     uint16_t* draws;
     int64_t bytes;
 
@@ -102,9 +104,9 @@ class Backward {
     }
   };
 
-  void pack_tables() {
+  bool pack_tables() {
     const int64_t table = index_.columns * padded_;
-    run_tasks(p_.heads, p_.threads, 64, [&](int64_t h, char*) {
+    return run_tasks(p_.heads, p_.threads, 64, [&](int64_t h, char*) {
       PackedTables<FloatWord>::pack(p_, h, tables_.packed);
       const int64_t empty = (index_.columns - p_.table_rows) * padded_;  // met by zero weights only, but NaN * 0 = NaN
       if (p_.has_pos_key) clear(tables_.pos_key + h * table, empty);
@@ -142,6 +144,8 @@ class Backward {
 
   static void clear(float* values, int64_t count) { std::memset(values, 0, (size_t)count * sizeof(float)); }
 
+  // Sum the gradients of one head over a chunk of its queries: dq is written, scratch.dk and scratch.dv are filled for
+  // the keys returned, and the table sums grow.
   HeadKeys head(const Sample& s, int64_t h, int64_t chunk, Scratch& scratch) const {
     const int64_t count = find_key_panels(p_, s, scratch.key_panels);
     const int64_t rows = s.nq ? find_row_panels(p_, s, scratch.row_panels) : 0;
@@ -202,7 +206,7 @@ class Backward {
       const int64_t row = panel.row + lane;
       const bool active = lane < panel.count && (panel.active >> lane & 1);
       float *query = scratch.queries + r * padded_, *gradient = scratch.douts + r * padded_;
-      scratch.shift[r] = INFINITY;  // makes every probability 0
+      scratch.shift[r] = INFINITY;
       scratch.factor[r] = 1.0f;
       scratch.out_dot_dout[r] = scratch.dlse[r] = 0.0f;
       if (!active || lse[row] == -INFINITY) {
@@ -401,8 +405,9 @@ class Backward {
         gemm<FloatWord>(kV, padded_ / kV, (int)std::min<int64_t>(kBandWords, width - c), {scratch.dp2c + c, band, 1},
                         rows_of(table + c * padded_), scratch.dk + k * kV * padded_, padded_, true);
     if (p_.dpos_query)
-      gemm<FloatWord>((int)width, padded_ / kV, kV, {scratch.dp2c, 1, band}, rows_of(scratch.key_rows + k * kV * padded_),
-                      scratch.dpos_query + w.first * padded_, padded_, true);
+      gemm<FloatWord>((int)width, padded_ / kV, kV, {scratch.dp2c, 1, band},
+                      rows_of(scratch.key_rows + k * kV * padded_), scratch.dpos_query + w.first * padded_, padded_,
+                      true);
   }
 
   void finish_c2p(const Score& score, Score::Window w, int64_t h, Scratch& scratch) const {
@@ -494,7 +499,7 @@ class Backward {
   }
 
   const AttentionParams& p_;
-  const PositionIndex& index_;
+  const SlotIndex& index_;
   const int head_dim_, padded_;
   const float scale_log2_;
   const Dropout dropout_;

@@ -1,6 +1,5 @@
 // The C ABI of the library and the choice among the compiled instruction-set variants. Compiled for the baseline.
 #include <cstring>
-#include <exception>
 
 #include "params.h"
 
@@ -66,10 +65,10 @@ template <class Run>
 int guarded(const AttentionParams* p, int64_t variant, const Run& run) {
   if (!p || p->abi_version != kAbiVersion) return kBadAbi;
   const Variant* chosen = at(variant);
-  if (!chosen) return kUnsupported;
+  if (!chosen || p->head_dim > kMaxHeadDim) return kUnsupported;
   try {
     return run(*chosen);
-  } catch (const std::exception&) {  // only allocations can fail
+  } catch (...) {  // only allocations can fail
     return kOutOfMemory;
   }
 }
@@ -83,10 +82,7 @@ DK_EXPORT int dk_cpu_backward(const AttentionParams* p, int64_t variant) {
   return guarded(p, variant, [&](const Variant& v) { return v.backward(*p); });
 }
 DK_EXPORT int dk_cpu_prepare(const AttentionParams* p, int64_t variant, void* packed) {
-  return guarded(p, variant, [&](const Variant& v) {
-    v.prepare(*p, packed);
-    return kOk;
-  });
+  return guarded(p, variant, [&](const Variant& v) { return v.prepare(*p, packed); });
 }
 DK_EXPORT int64_t dk_cpu_prepared_bytes(const AttentionParams* p, int64_t variant) {
   int64_t bytes = -1;

@@ -104,7 +104,7 @@ DK_INLINE void copy_floats(const float* from, int count, float* to) {
   for (; d < count; d++) to[d] = from[d];
 }
 
-// Tokens of one head lie far apart, which hardware prefetchers do not follow. Asking for a row past the end is harmless.
+// Tokens of one head lie far apart, which hardware prefetchers do not follow. Asking past the end is harmless.
 DK_INLINE void prefetch_row(const Rows& rows, int64_t i, int count) {
   const char* from = rows.row(i);
   for (int64_t byte = 0; byte < count * bytes_of(rows.type); byte += 64) __builtin_prefetch(from + byte);

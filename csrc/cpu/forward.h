@@ -14,14 +14,16 @@ constexpr int kValueWords = 128;   // summed words per step of P . V: that slice
 template <class Word>
 class Forward {
  public:
-  Forward(const AttentionParams& p, const PositionIndex& index, const float* packed)
+  Forward(const AttentionParams& p, const SlotIndex& index, const float* packed)
       : p_(p), index_(index), packed_(packed), head_dim_((int)p.head_dim), words_(words_of<Word>(head_dim_)),
         padded_words_(padded_words<Word>(head_dim_)), padded_((int)round_to_vector(head_dim_)),
         scale_log2_((float)(p.scale * kLog2E)),
         dropout_{(uint32_t)p.dropout_threshold, (float)p.dropout_scale, (uint64_t)p.seed} {}
 
   bool run() {
-    const int64_t heads = p_.batch * p_.heads, blocks = (p_.nq + kForwardRows - 1) / kForwardRows;
+    const int64_t heads = p_.batch * p_.heads;
+    if (!heads) return true;
+    const int64_t blocks = (p_.nq + kForwardRows - 1) / kForwardRows;
     // Rows are independent, so how they are shared out changes no result.
     chunks_ = std::max<int64_t>(1, std::min(blocks, (4 * p_.threads + heads - 1) / heads));
     if (p_.threads <= 1) chunks_ = 1;
@@ -224,7 +226,7 @@ class Forward {
   }
 
   const AttentionParams& p_;
-  const PositionIndex& index_;
+  const SlotIndex& index_;
   const float* packed_;
   const int head_dim_, words_, padded_words_, padded_;
   const float scale_log2_;

@@ -12,14 +12,12 @@
 namespace {
 
 struct FloatWord {
-  using Element = float;  // what one word of A holds, as stored
   static constexpr int kPerWord = 1;
   DK_INLINE Sum multiply_add(const float* a, vf b, Sum c) { return sum_product(set1(*a), b, c); }
 };
 
 #ifdef DK_HAS_BF16_DOT
 struct BFloat16Word {
-  using Element = uint16_t;
   static constexpr int kPerWord = 2;
   DK_INLINE Sum multiply_add(const float* a, vf b, Sum c) {
     uint32_t pair;
@@ -76,7 +74,8 @@ DK_INLINE void micro_kernel(RowSource a, ColumnSource b, float* c, ptrdiff_t ldc
 
 // All rows of A against kVectors vectors of B. Row counts are multiples of kMicroRows except for single rows.
 template <class Word, int kVectors>
-__attribute__((noinline)) static void gemm_rows(int rows, RowSource a, ColumnSource b, float* c, ptrdiff_t ldc, int words, bool accumulate) {
+DK_NOINLINE static void gemm_rows(int rows, RowSource a, ColumnSource b, float* c, ptrdiff_t ldc, int words,
+                                  bool accumulate) {
   int r = 0;
   for (; r + kMicroRows <= rows; r += kMicroRows)
     micro_kernel<Word, kMicroRows, kVectors>({a.data + r * a.row, a.row, a.step}, b, c + r * ldc, ldc, words,
@@ -87,8 +86,8 @@ __attribute__((noinline)) static void gemm_rows(int rows, RowSource a, ColumnSou
 
 // C[rows][vectors * kV] (+)= A[rows][words] * B[words][vectors * kV].
 template <class Word>
-__attribute__((noinline)) static void gemm(int rows, int vectors, int words, RowSource a, ColumnSource b, float* c, ptrdiff_t ldc,
-                 bool accumulate) {
+DK_NOINLINE static void gemm(int rows, int vectors, int words, RowSource a, ColumnSource b, float* c, ptrdiff_t ldc,
+                             bool accumulate) {
   int n = 0;
   while (n < vectors) {
     const int left = vectors - n;

@@ -32,23 +32,23 @@ int64_t prepared_bytes(const AttentionParams& p) {
   });
 }
 
-void prepare(const AttentionParams& p, void* packed) {
-  with_word(p.dtype, [&](auto word) {
-    run_tasks(p.heads, p.threads, 64, [&](int64_t h, char*) {
+int prepare(const AttentionParams& p, void* packed) {
+  const bool done = with_word(p.dtype, [&](auto word) {
+    return run_tasks(p.heads, p.threads, 64, [&](int64_t h, char*) {
       PackedTables<decltype(word)>::pack(p, h, static_cast<float*>(packed));
     });
-    return 0;
   });
+  return done ? kOk : kOutOfMemory;
 }
 
 int forward(const AttentionParams& p) {
-  const PositionIndex index(p);
+  const SlotIndex index(p);
   static thread_local ThreadBlock own;
   const float* packed = static_cast<const float*>(p.prepared);
   if (!packed && (p.has_pos_key || p.has_pos_query)) {
     float* tables = reinterpret_cast<float*>(own.get(prepared_bytes(p)));
     if (!tables) return kOutOfMemory;
-    prepare(p, tables);
+    if (prepare(p, tables) != kOk) return kOutOfMemory;
     packed = tables;
   }
   const bool done = with_word(p.dtype, [&](auto word) {
@@ -59,7 +59,7 @@ int forward(const AttentionParams& p) {
 }
 
 int backward(const AttentionParams& p) {
-  const PositionIndex index(p);
+  const SlotIndex index(p);
   return Backward(p, index).run() ? kOk : kOutOfMemory;
 }
 

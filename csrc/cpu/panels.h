@@ -1,11 +1,11 @@
 // One sample cut into panels of kV tokens. Panels are the unit of everything below: a panel with nothing allowed in it
 // is left out, so padding on either side, holes and prefix keys need no code of their own further down.
 #pragma once
+#include <algorithm>
+
 #include "element.h"
 
 namespace {
-
-constexpr int kMaxHeadDim = 256;
 
 struct KeyPanel {
   int64_t key;        // first key token
@@ -57,7 +57,7 @@ static int64_t find_key_panels(const AttentionParams& p, const Sample& s, KeyPan
   const uint8_t* mask = p.key_mask ? p.key_mask + s.index * p.key_mask_stride_b : nullptr;
   int64_t found = 0;
   for (int64_t key = 0; key < s.nk;) {
-    const int64_t end = key < p.prefix_length ? p.prefix_length : s.nk;
+    const int64_t end = key < p.prefix_length ? std::min(p.prefix_length, s.nk) : s.nk;
     const int count = (int)(end - key < kV ? end - key : kV);
     const LaneBits allowed = mask ? bits_from_bytes(mask + key, count) : first_lanes(count);
     if (allowed) panels[found++] = {key, key - p.prefix_length, count, allowed, key >= p.prefix_length};

@@ -6,6 +6,7 @@
 namespace dk {
 
 constexpr int64_t kAbiVersion = 1;
+constexpr int kMaxHeadDim = 256;
 
 enum DataType : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
@@ -19,7 +20,7 @@ struct AttentionParams {
   int64_t abi_version;
   int64_t batch;         // samples, or sequences when cu_seqlens is given
   int64_t heads;
-  int64_t nq, nk;        // tokens per sample; without meaning when cu_seqlens is given
+  int64_t nq, nk;        // tokens per sample; no sequence is longer when cu_seqlens is given
   int64_t head_dim;
   int64_t dtype;         // DataType of q, k, v, out, dout, pos_key, pos_query
   int64_t threads;
@@ -70,7 +71,7 @@ struct Variant {
   int (*forward)(const AttentionParams&);
   int (*backward)(const AttentionParams&);
   int64_t (*prepared_bytes)(const AttentionParams&);
-  void (*prepare)(const AttentionParams&, void*);
+  int (*prepare)(const AttentionParams&, void*);
   double (*gemm_rate)(int64_t dtype, int64_t repeats);
 };
 

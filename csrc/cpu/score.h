@@ -1,11 +1,12 @@
 // How a score is formed: q.k + q.pos_key[delta(i-j)] + k.pos_query[delta(i-j)], masked. Forward and backward both call
-// ScoreBlock::scores, so that they cannot drift apart. Scores stay unscaled until a maximum or lse is subtracted: scaling
-// first would round once more, at the magnitude of the score instead of the difference.
+// ScoreBlock::scores, so that they cannot drift apart. Scores stay unscaled until a maximum or lse is subtracted:
+// scaling first would round once more, at the magnitude of the score instead of the difference.
 //
 // The position terms are products with a *band* of table columns, never with the whole table per pair: one band per
-// row panel for c2p (all keys, once per row block), one per key panel for p2c (the rows of the block). A tile of
-// kV x kV pairs then reads the band along its diagonals: contiguous loads for c2p, and for p2c contiguous loads that
-// are transposed in registers. Where delta is saturated both are a broadcast. See docs/math.md.
+// row panel for c2p (all keys, once per row block), one per key panel for p2c (the rows of the block). The columns of a
+// band are its *window*. A tile of kV x kV pairs then reads the band along its diagonals,
+//     bias[r][c] = c2p[r][key_slot(c - r - x)] + p2c[c][query_slot(x + r - c)],   x = distance of its first pair,
+// contiguous loads for c2p, and for p2c contiguous loads that are transposed in registers. See docs/math.md.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -36,7 +37,7 @@ struct BlockRows {
 template <class Word>
 struct ScoreBlock {
   const AttentionParams& params;
-  const PositionIndex& index;
+  const SlotIndex& index;
   const PackedTables<Word> tables;
   const HeadKeys& keys;
   const BlockRows& rows;
@@ -45,7 +46,7 @@ struct ScoreBlock {
   float* p2c;                // [kV][p2c_stride], for the current key panel
   int words, padded;
 
-  static int64_t c2p_stride(const PositionIndex& index) { return index.columns + kV; }
+  static int64_t c2p_stride(const SlotIndex& index) { return index.columns + kV; }
   int64_t c2p_stride() const { return c2p_stride(index); }
 
   struct Window {  // columns [first, stop) of a table, multiples of kV
@@ -100,7 +101,15 @@ struct ScoreBlock {
                table_columns(tables.pos_query, w.first), p2c, w.stop - w.first + kV, false);
   }
 
-  enum Zone { kNone, kLow, kHigh, kLinear, kSmooth, kAny };
+  // What the index does over the distances of a tile.
+  enum Zone {
+    kNone,    // no bias: prefix keys, or no position terms
+    kLow,     // saturated at the low end: one slot
+    kHigh,    // saturated at the high end
+    kLinear,  // neighbours are exactly one slot apart
+    kSmooth,  // neighbours are 0 or 1 slot apart
+    kAny,     // the index jumps or falls somewhere
+  };
   Zone zone_of(int64_t x, bool has_position) const {  // x = distance of the tile's first query and key
     if (!has_position || !(tables.pos_key || tables.pos_query)) return kNone;
     if (x + kV - 1 <= index.low_end) return kLow;
@@ -143,7 +152,7 @@ struct ScoreBlock {
     for (int r = 0; r < kV; r++) bias[r] = tables.pos_key ? far + set1(c2p_far[r * stride]) : far;
   }
 
-  // The slots of neighbours differ by exactly 1 (kLinear), or by 0 or 1.
+  // Going down one row of the tile moves one slot back along a band, hence the stride less one in the linear zone.
   template <bool kLinearIndex>
   DK_INLINE_MEMBER void near_bias_tile(int64_t x, Window w, const float* c2p_rows, vf* bias) const {
     if (tables.pos_query) {
@@ -239,7 +248,7 @@ DK_INLINE float row_maximum(const float* scores, int count) {
 
 // Pack the keys of one head and compute their saturated p2c terms; `far` has room for 2 x panels x kV floats.
 template <class Word>
-static HeadKeys pack_keys(const AttentionParams& p, const PositionIndex& index, const PackedTables<Word>& tables,
+static HeadKeys pack_keys(const AttentionParams& p, const SlotIndex& index, const PackedTables<Word>& tables,
                           const Sample& s, const Rows& k, const KeyPanel* panels, int64_t count, float* columns,
                           float* far) {
   const int words = words_of<Word>((int)p.head_dim);

@@ -6,6 +6,7 @@
 
 #define DK_INLINE static inline __attribute__((always_inline))
 #define DK_INLINE_MEMBER inline __attribute__((always_inline))
+#define DK_NOINLINE __attribute__((noinline))  // large bodies with many callers: copies would only cost compile time
 #define DK_UNROLL _Pragma("GCC unroll 16")
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)

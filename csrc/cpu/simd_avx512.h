@@ -64,7 +64,8 @@ DK_INLINE void transpose(vf* r) {  // in place, kV x kV
   }
   DK_UNROLL
   for (int i = 0; i < 4; i++) {
-    const __m512d a = (__m512d)t[4 * i], b = (__m512d)t[4 * i + 1], c = (__m512d)t[4 * i + 2], d = (__m512d)t[4 * i + 3];
+    const __m512d a = (__m512d)t[4 * i], b = (__m512d)t[4 * i + 1];
+    const __m512d c = (__m512d)t[4 * i + 2], d = (__m512d)t[4 * i + 3];
     r[4 * i] = (vf)_mm512_unpacklo_pd(a, c);
     r[4 * i + 1] = (vf)_mm512_unpackhi_pd(a, c);
     r[4 * i + 2] = (vf)_mm512_unpacklo_pd(b, d);

@@ -9,18 +9,21 @@ namespace {
 
 constexpr int kIndexMargin = 64;  // distances past `reach` that a tile at the border may look up
 
-// For one call: which table column belongs to a distance. `query_slot[x]` is the row of pos_query for x = i - j and
-// rises with x; the columns of pos_key are packed in reverse, so that `key_slot[y]`, y = j - i, rises with the key.
-struct PositionIndex {
-  int64_t reach;       // both arrays may be read for |x| <= reach + kIndexMargin
+// For one call: which packed table column, or *slot*, belongs to a distance. query_slot(x) is the slot of pos_query for
+// x = i - j and rises with x; the columns of pos_key are packed in reverse, so that key_slot(y), y = j - i, rises with
+// the key. Tiles read whole vectors of slots unclamped (`*_slots_at`): ScoreBlock::zone_of sends only distances below
+// reach + 2 * kV there, which kIndexMargin covers.
+struct SlotIndex {
+  int64_t reach;          // both arrays hold |x| <= reach + kIndexMargin, and a vector more
   int64_t low_end, high_start;
   bool smooth;
   int64_t rows, columns;  // table rows, and that rounded up to whole vectors
   std::vector<int32_t> query_slots, key_slots;
 
-  explicit PositionIndex(const AttentionParams& p)
+  explicit SlotIndex(const AttentionParams& p)
       : reach(p.reach), low_end(p.low_end), high_start(p.high_start), smooth(p.smooth != 0), rows(p.table_rows),
         columns(round_to_vector(p.table_rows)) {
+    if (!rows) return;      // no position terms
     const int64_t far = reach + kIndexMargin, size = 2 * far + 1 + kV;
     query_slots.resize(size);
     key_slots.resize(size);
@@ -81,8 +84,8 @@ struct PackedTables {
       table.stride = -table.stride;
       const int64_t skipped = columns - p.table_rows;  // empty columns in front
       for (int64_t c = 0; c < columns; c += kV, to += words * kV)
-        pack_panel<Word>(table, c - skipped, ~first_lanes((int)std::min<int64_t>(kV, std::max<int64_t>(0, skipped - c))),
-                         head_dim, to);
+        pack_panel<Word>(table, c - skipped,  // rows before the first are not present
+                         ~first_lanes((int)std::min<int64_t>(kV, std::max<int64_t>(0, skipped - c))), head_dim, to);
     }
     if (p.has_pos_query) {
       const Rows table = pos_query_rows(p, h);

@@ -24,7 +24,8 @@ class Arena {
   int64_t used_ = 0;
 };
 
-// A fresh mapping for every call would cost a page fault per 4 KiB; 16 MiB holds a 4,096-token head, or the tables of a large model.
+// A fresh mapping for every call would cost a page fault per 4 KiB. 16 MiB holds a head of 4,096 tokens, or the tables
+// of a large model.
 constexpr int64_t kKeptBytes = 16 << 20;
 
 class ThreadBlock {

@@ -172,8 +172,8 @@ def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     problem = _reachable(problem)
     q = problem.q
     batch, heads, nq, head_dim = q.shape
-    out = torch.empty(batch, nq, heads, head_dim, dtype=q.dtype).transpose(1, 2)
-    lse = torch.empty(batch, heads, nq, dtype=torch.float32)
+    out = torch.empty(batch, nq, heads, head_dim, dtype=q.dtype, device="cpu").transpose(1, 2)
+    lse = torch.empty(batch, heads, nq, dtype=torch.float32, device="cpu")
     if out.numel():
         call = _Call(problem, library, out=out, lse=lse)
         params = call.pack()
@@ -205,7 +205,7 @@ def backward(
     tokens = []
     for need, x in zip(needs, (problem.q, problem.k, problem.v)):
         batch, heads, length, head_dim = x.shape
-        tokens.append(torch.empty(batch, length, heads, head_dim).transpose(1, 2) if need else None)
+        tokens.append(_empty(batch, length, heads, head_dim).transpose(1, 2) if need else None)
     tables, windows = _table_gradients(whole, problem, needs[3:])
     dlse = None if dlse is None else dlse.contiguous()
     call = _Call(problem, library, out=out, lse=lse, dout=dout, dlse=dlse, tokens=tokens, tables=windows)
@@ -235,9 +235,16 @@ def prepare(pos_key: Tensor | None, pos_query: Tensor | None, position: Position
     problem = AttentionProblem(tokens, tokens, tokens, pos_key, pos_query, Masks(), position, 1.0)
     call = _Call(problem, library)
     params = call.pack()
-    packed = torch.empty(library.handle.dk_cpu_prepared_bytes(params, library.variants[library.isa]), dtype=torch.uint8)
+    packed = torch.empty(
+        library.handle.dk_cpu_prepared_bytes(params, library.variants[library.isa]), dtype=torch.uint8, device="cpu"
+    )
     library.call("dk_cpu_prepare", params, packed.data_ptr())
     return packed
+
+
+def _empty(*shape: int) -> Tensor:
+    """Return what the kernel writes gradients to: float32 on the CPU, whatever torch's defaults are."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
 def _check_prepared(prepared: Tensor | None, library: _Library, params: bytes) -> None:
@@ -279,11 +286,16 @@ def _table_gradients(
     windows: list[Tensor | None] = []
     tables = ((whole.pos_key, problem.pos_key), (whole.pos_query, problem.pos_query))
     for need, (table, used) in zip(needs, tables):
-        gradient = torch.zeros(table.shape) if need and table is not None else None
+        gradient = _empty(*table.shape).zero_() if need and table is not None else None
         gradients.append(gradient)
         used_rows = slice(start, start + used.shape[1]) if used is not None else slice(0)
         windows.append(gradient[:, used_rows] if gradient is not None else None)
     return gradients, windows
+
+
+def _plain(x: Tensor) -> Tensor:
+    """Return x with a contiguous last dimension and its values in memory (a negation may be pending)."""
+    return x if x.stride(-1) == 1 and not x.is_neg() else x.resolve_neg().contiguous()
 
 
 class _Call:
@@ -330,8 +342,7 @@ class _Call:
     def _tokens(self, x: Tensor | None) -> tuple[int, int, int, int]:
         if x is None:
             return 0, 0, 0, 0
-        if x.stride(3) != 1:
-            x = x.contiguous()
+        x = _plain(x)
         b, h, n, _ = x.stride()
         return self._address(x), b, h, n
 
@@ -343,7 +354,7 @@ class _Call:
 
     def _position(self, nq: int, nk: int) -> tuple[int, ...]:
         p, spec = self.problem, self.problem.position
-        pos_key, pos_query = (x if x is None or x.stride(2) == 1 else x.contiguous() for x in (p.pos_key, p.pos_query))
+        pos_key, pos_query = (x if x is None else _plain(x) for x in (p.pos_key, p.pos_query))
         table = pos_key if pos_key is not None else pos_query
         gradient = next((x for x in self.tables if x is not None), None)
         index: PositionIndex | None = position_index(max(nq, nk), spec) if table is not None else None
@@ -356,7 +367,7 @@ class _Call:
             int(pos_key is not None), int(pos_query is not None), table.shape[1] if table is not None else 0,
             spec.first_row, spec.prefix_length,
             *((self._address(index.delta), index.reach, index.low_end, index.high_start, int(index.smooth))
-              if index is not None else (self._address(_NO_DELTA), 0, 0, 0, 1)),
+              if index is not None else (0, 0, 0, 0, 1)),
         )  # fmt: skip
 
     def _masks(self) -> tuple[int, ...]:
@@ -372,6 +383,3 @@ class _Call:
             key.stride(0) if key is not None else 0, query.stride(0) if query is not None else 0, *pair_strides,
             self._address(cu_seqlens.contiguous() if cu_seqlens is not None else None),
         )  # fmt: skip
-
-
-_NO_DELTA = torch.zeros(1, dtype=torch.int32)

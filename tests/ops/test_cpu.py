@@ -10,10 +10,11 @@ import pytest
 import torch
 
 import deberta_kernels as dk
-from deberta_kernels import dispatch
+from deberta_kernels import api, dispatch
 from deberta_kernels.impl import cpu
 from deberta_kernels.testing import inputs
 from deberta_kernels.testing.inputs import Case
+from deberta_kernels.types import Masks, PositionSpec
 
 needs_library = pytest.mark.skipif(not cpu.library_status()["loaded"], reason="the native library is not built")
 
@@ -132,3 +133,54 @@ def test_forked_child_computes_what_its_parent_does():
         assert os.waitpid(child, 0)[1] == 0
     finally:
         torch.set_num_threads(threads)
+
+
+@needs_library
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)
+def test_results_do_not_depend_on_torchs_default_dtype(default):
+    given = problem(nq=30)
+    out, lse = cpu.forward(given)
+    dout = torch.ones_like(out)
+    expected = [out, lse, *cpu.backward(given, dout, None, out, lse, (True,) * 5)]
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        out, lse = cpu.forward(given)
+        found = [out, lse, *cpu.backward(given, dout, None, out, lse, (True,) * 5)]
+    finally:
+        torch.set_default_dtype(before)
+    for a, b in zip(expected, found, strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+
+
+@needs_library
+def test_default_device_of_a_model_loader_does_not_matter():
+    code = (
+        "import torch\n"
+        "x = [torch.randn(1, 2, 9, 8) for _ in range(3)]\n"
+        "with torch.device('meta'):\n"
+        "    from deberta_kernels.impl import cpu, reference\n"
+        "    import deberta_kernels as dk\n"
+        "    out = dk.disentangled_attention(*x, backend='cpu')\n"
+        "print((out - dk.disentangled_attention(*x, backend='reference')).abs().max() < 1e-5)\n"
+    )
+    done = run_python(code)
+    assert "True" in done.stdout, done.stderr
+
+
+@needs_library
+def test_pending_negation_is_seen():
+    given = problem(nq=9)
+    values = torch._neg_view(given.v)
+    expected = cpu.forward(replace(given, v=-given.v))[0]
+    assert torch.equal(cpu.forward(replace(given, v=values))[0], expected)
+
+
+def test_packed_sequences_with_a_prefix_are_refused():
+    given = problem(batch=1, nq=12, terms="none")
+    with pytest.raises(ValueError, match="prefix_length must be 0 with cu_seqlens"):
+        api.run_attention(
+            given.q, given.k, given.v, None, None, masks=Masks(), position=PositionSpec(prefix_length=2),
+            cu_seqlens=torch.tensor([0, 5, 12], dtype=torch.int32), max_seqlen=7,
+        )  # fmt: skip
