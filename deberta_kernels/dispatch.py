@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import re
+import sys
 import threading
 import warnings
 from dataclasses import dataclass
@@ -50,6 +52,9 @@ _lock = threading.Lock()
 _calls: dict[str, int] = dict.fromkeys(BACKENDS, 0)
 _fallbacks: dict[str, int] = {}
 _warned: set[str] = set()
+_MAX_WARNED = 256
+# A warning points at the nearest caller outside these packages.
+_INSIDE = ("deberta_kernels", "torch", "transformers")
 
 
 def check_backend(backend: str) -> None:
@@ -78,7 +83,7 @@ def load(name: str) -> ModuleType:
     if module is None:
         path = _MODULES.get(name)
         if path is None:
-            raise NotImplementedError(f"backend {name!r} is not part of this release")
+            raise NotImplementedError(f"backend {name!r} is not part of this release; pass backend='auto'.")
         try:
             module = importlib.import_module(path)
         except (ImportError, OSError) as error:
@@ -246,10 +251,18 @@ def reset_stats() -> None:
 
 
 def _warn_once(message: str) -> None:
-    if message in _warned:
-        return
+    """Warn once per kind of message: numbers do not count, since sizes vary without end; nor is the memory endless."""
+    kind = re.sub(r"\d+", "#", message)
     with _lock:
-        if message in _warned:
+        if kind in _warned or len(_warned) >= _MAX_WARNED:
             return
-        _warned.add(message)
-    warnings.warn(message, DebertaKernelsWarning, stacklevel=4)
+        _warned.add(kind)
+    warnings.warn(message, DebertaKernelsWarning, stacklevel=_caller_level())
+
+
+def _caller_level() -> int:
+    """Return the stacklevel at which the caller of this function warns at the code that uses the package."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).split(".")[0] in _INSIDE:
+        level, frame = level + 1, frame.f_back
+    return level

@@ -1,5 +1,7 @@
 """Dispatch: the automatic order, explicit backends that never fall back, explain, counts and warnings."""
 
+import itertools
+import sys
 import threading
 import types
 import warnings
@@ -187,3 +189,36 @@ def test_strict_fallback_raises_the_same_text():
     with pytest.raises(NotImplementedError, match=r"^a reason; a remedy\.$"):
         dispatch.fallback("a reason", "a remedy", True)
     assert dispatch.stats()["fallbacks"] == {}
+
+
+def test_sizes_do_not_make_new_warnings(monkeypatch):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for head_dim in range(300, 310):
+            monkeypatch.setitem(dispatch._loaded, "cpu", stand_in(f"head_dim {head_dim} is more than 256"))
+            dispatch.choose(problem())
+    assert len(caught) == 1
+    assert len(dispatch._warned) == 1
+
+
+def test_the_memory_of_warnings_is_bounded():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for letters in itertools.product("abcdefgh", repeat=3):
+            dispatch.fallback("".join(letters), "nothing to change", False)
+    assert len(caught) == len(dispatch._warned) == dispatch._MAX_WARNED
+
+
+def test_warnings_point_at_the_code_that_uses_the_package(monkeypatch):
+    monkeypatch.setitem(dispatch._loaded, "cpu", stand_in("no"))
+    calls = {
+        "user_code": lambda: dispatch.choose(problem()),
+        "transformers.user": lambda: dispatch.fallback("one", "remedy", False),
+    }
+    for name, call in calls.items():
+        inner = types.FunctionType(call.__code__, {**globals(), "__name__": name}, closure=call.__closure__)
+        with pytest.warns(dk.DebertaKernelsWarning) as caught:
+            inner()
+        line = sys._getframe().f_lineno - 1
+        expected = call.__code__.co_firstlineno if name == "user_code" else line
+        assert (caught[0].filename, caught[0].lineno) == (__file__, expected)
