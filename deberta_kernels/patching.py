@@ -9,6 +9,7 @@ from torch import nn
 from . import dispatch
 from .integrations.huggingface import FusedAttention, FusedEncoder, install, plan, uninstall
 from .integrations.swap import is_swapped, swap, undo
+from .modules.positions import forget, forget_all
 from .modules.self_attention import AttentionOptions
 
 __all__ = ["PatchReport", "patch", "patch_all", "unpatch", "unpatch_all"]
@@ -103,7 +104,10 @@ def unpatch(model: nn.Module) -> int:
     for module in modules:
         if isinstance(module, (FusedAttention, FusedEncoder)) and not is_swapped(module):
             undo(module)  # raises, before anything changed
-    return sum(undo(module) for module in modules)
+    changed = [module for module in modules if undo(module)]
+    for module in changed:
+        forget(module)
+    return len(changed)
 
 
 def patch_all(*, backend: str = "auto", unpad: str | bool = "auto", strict: bool = False) -> None:
@@ -127,6 +131,7 @@ def patch_all(*, backend: str = "auto", unpad: str | bool = "auto", strict: bool
 def unpatch_all() -> None:
     """Undo `patch_all`; models given to `patch` stay patched."""
     uninstall()
+    forget_all()
 
 
 def _options(backend: str, unpad: str | bool, strict: bool) -> AttentionOptions:

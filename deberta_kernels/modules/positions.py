@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -21,7 +22,16 @@ from torch.nn.modules.module import _has_any_global_hook
 from deberta_kernels.position import attention_span, reachable_rows
 from deberta_kernels.types import PositionSpec
 
-__all__ = ["AttentionModule", "PositionTables", "content_key", "position_spec", "projected_tables", "scale_factor"]
+__all__ = [
+    "AttentionModule",
+    "PositionTables",
+    "content_key",
+    "forget",
+    "forget_all",
+    "position_spec",
+    "projected_tables",
+    "scale_factor",
+]
 
 # An nn.Module with the attributes of Hugging Face's DisentangledSelfAttention.
 AttentionModule: TypeAlias = Any
@@ -29,7 +39,8 @@ AttentionModule: TypeAlias = Any
 # A kept table covers at least this many tokens: with the usual 256 buckets that is every row but one, so that calls
 # of growing length do not project again and again.
 _KEPT_LENGTH = 512
-_SAMPLES = 256
+# Elements that one dot product of `content_key` reads: bounds what its random numbers take, at little cost in calls.
+_BLOCK = 1 << 18
 
 
 class PositionTables(NamedTuple):
@@ -103,6 +114,8 @@ def projected_tables(
     rel = _checked(rel_embeddings, spec)
     validity = _validity(module, projections, rel, rel_key or content_key)
     if validity is None:
+        if not torch.compiler.is_compiling() and module.training:
+            forget(module)
         start, stop = _rows(length, spec)
         return _project(module, projections, rel, start, stop, spec)
     start, stop = reachable_rows(length, length, spec)
@@ -121,17 +134,30 @@ def projected_tables(
     return kept.tables
 
 
+def forget(module: nn.Module) -> None:
+    """Drop the tables kept for one module, if there are any."""
+    with _lock:
+        _kept.pop(module, None)
+
+
+def forget_all() -> None:
+    """Drop the tables kept for every module; a module that needs them again projects them again."""
+    with _lock:
+        _kept.clear()
+
+
 def content_key(tensor: Tensor) -> tuple[Any, ...] | None:
-    """Return a value that differs whenever the tensor's content does; None where that cannot be told cheaply.
+    """Return a value that follows the tensor's content; None where that cannot be told cheaply.
 
     Version counters alone do not do: an edit through `.data`, such as the merge of a LoRA, leaves them as they were.
-    So the bits are read: their sum as integers, which every change of a single element changes, and a sample of
-    elements in their order, which sees permutations. Reading a weight costs about a twentieth of projecting the rows
-    of a short text with it.
+    So every element is read, twice: the sum of the bits as integers, which any change of a single element changes, and
+    dot products with random numbers, which depend on the order and so see permutations, up to their rounding. A NaN
+    makes the key unequal to every other one, its own repetition included. Reading a weight costs about a twentieth of
+    projecting the rows of a short text with it.
     """
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.device.type != "cpu":
         return None
-    if tensor.layout != torch.strided or not tensor.is_contiguous():
+    if tensor.layout != torch.strided or not tensor.is_contiguous() or tensor.is_complex():
         return None
     plain = tensor.detach().view(-1)
     version = None if tensor.is_inference() else tensor._version
@@ -142,8 +168,18 @@ def content_key(tensor: Tensor) -> tuple[Any, ...] | None:
             words = plain.view(dtype)
             break
     total = int(words.sum(dtype=torch.int64))
-    sample = tuple(words[:: max(1, words.numel() // _SAMPLES)].tolist())
-    return (version, tensor.dtype, tuple(tensor.shape), total, sample)
+    dtype = torch.float64 if plain.dtype == torch.float64 else torch.float32
+    numbers = _random_numbers(dtype)
+    dots = tuple(torch.dot(part.to(dtype), numbers[: part.numel()]).item() for part in plain.split(_BLOCK))
+    return (version, tensor.dtype, tuple(tensor.shape), total, dots)
+
+
+@cache
+def _random_numbers(dtype: torch.dtype) -> Tensor:
+    """Return the (_BLOCK,) numbers of `content_key`, the same in every process; leaves PyTorch's generator alone."""
+    with torch.inference_mode(False):
+        generator = torch.Generator("cpu").manual_seed(0)
+        return torch.randn(_BLOCK, generator=generator, dtype=dtype, device="cpu")
 
 
 def _projections(module: AttentionModule) -> dict[str, nn.Module]:

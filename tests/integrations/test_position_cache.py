@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -103,6 +104,21 @@ def swap_columns_through_data(model):
     weight.data.copy_(weight.data.flip(1).clone())
 
 
+def swap_neighbouring_rows(model):
+    data = first_attention(model).key_proj.weight.data
+    data[[1, 2]] = data[[2, 1]]
+
+
+def swap_neighbouring_columns(model):
+    data = first_attention(model).query_proj.weight.data
+    data[:, [1, 2]] = data[:, [2, 1]]
+
+
+def swap_two_elements(model):
+    data = first_attention(model).key_proj.bias.data
+    data[[5, 6]] = data[[6, 5]]
+
+
 def through_numpy(model):
     first_attention(model).key_proj.weight.detach().numpy()[5] *= 2
 
@@ -173,9 +189,10 @@ def wrap_projection(model):
 
 EDITS: list[Callable[[Any], None]] = [
     add_in_place, add_to_bias, add_through_data, one_element_through_data, negate_through_data, permute_through_data,
-    swap_columns_through_data, through_numpy, replace_data, replace_parameter, replace_module, remove_bias, load_state,
-    load_state_by_assignment, edit_rel_embeddings, edit_layer_norm, to_double_and_back, optimizer_step, add_hook,
-    add_parametrization, wrap_projection,
+    swap_columns_through_data, swap_neighbouring_rows, swap_neighbouring_columns, swap_two_elements, through_numpy,
+    replace_data, replace_parameter, replace_module, remove_bias, load_state, load_state_by_assignment,
+    edit_rel_embeddings, edit_layer_norm, to_double_and_back, optimizer_step, add_hook, add_parametrization,
+    wrap_projection,
 ]  # fmt: skip
 
 
@@ -255,7 +272,39 @@ def test_train_and_eval_by_turns(build, batch, projected):
     assert not torch.equal(last_state(model, inputs), last_state(model, inputs))
     model.eval()
     assert torch.equal(last_state(model, inputs), first)
-    assert len(projected) == 2 + 4
+    assert len(projected) == 2 + 4 + 2
+
+
+def kept_for(model):
+    return sum(module in positions._kept for module in model.modules())
+
+
+def test_a_call_in_training_drops_the_tables(build, batch):
+    model, inputs = build(), batch()
+    dk.patch(model)
+    last_state(model, inputs)
+    assert kept_for(model) == 2
+    last_state(model.train(), inputs)
+    assert kept_for(model) == 0
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_undoing_a_patch_drops_the_tables(everywhere, build, batch):
+    model = build()
+    if everywhere:
+        dk.patch_all()
+    else:
+        dk.patch(model)
+    last_state(model, batch())
+    assert kept_for(model) == 2
+    tables = weakref.ref(positions._kept[first_attention(model)].tables.pos_key)
+    if everywhere:
+        dk.unpatch_all()
+    else:
+        dk.unpatch(model)
+    assert kept_for(model) == 0
+    gc.collect()
+    assert tables() is None
 
 
 def test_dropout_switched_on_alone_is_drawn_anew(build, batch):
@@ -335,6 +384,41 @@ def test_the_content_key_changes_with_any_element(dtype, shape):
     assert content_key(tensor.clone()) == key
     tensor.data.view(-1)[-1] = -3
     assert content_key(tensor) != key
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(768, 768), (512, 1024), (33, 7)])
+def test_the_content_key_sees_every_kind_of_swap(dtype, shape):
+    weight = (0.02 * torch.randn(shape, generator=torch.Generator().manual_seed(3))).to(dtype)
+    key = content_key(weight)
+    swaps = [((1,), (2,)), ((..., 1), (..., 2)), ((3, 4), (3, 5)), ((0, 0), (-1, -1))]
+    for left, right in swaps:
+        edited = weight.clone()
+        edited.data[left], edited.data[right] = weight[right], weight[left]
+        assert content_key(edited) != key
+        edited.data.copy_(weight)
+        assert content_key(edited.data.clone()) == key
+
+
+def test_the_content_key_does_not_depend_on_the_mode_it_is_read_in():
+    weight = torch.randn(64, 64)
+    key, state = content_key(weight), torch.get_rng_state()
+    positions._random_numbers.cache_clear()
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert content_key(weight) == key
+    assert not positions._random_numbers(torch.float32).is_inference()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_read_too(value, build, batch):
+    model, inputs = build(), batch()
+    dk.patch(model)
+    first_attention(model).key_proj.weight.data[3, 7] = value
+    for _ in range(2):
+        assert last_state(model, inputs).isnan().any()
+    first_attention(model).key_proj.weight.data[3, 7] = 0.1
+    assert last_state(model, inputs).isfinite().all()
 
 
 def test_the_content_key_reads_views_at_odd_offsets():
