@@ -60,7 +60,8 @@ def patch(model: nn.Module, *, backend: str = "auto", unpad: str | bool = "auto"
     Raises:
         TypeError: model is not a module, or strict is not a bool.
         ValueError: no DeBERTa inside, or an unknown backend or unpad.
-        NotImplementedError: unpad=True; or strict, and something was left alone.
+        NotImplementedError: unpad=True, or a backend that is not part of this release; or strict, and something was
+            left alone.
     """
     options = _options(backend, unpad, strict)
     if not isinstance(model, nn.Module):
@@ -123,7 +124,9 @@ def patch_all(*, backend: str = "auto", unpad: str | bool = "auto", strict: bool
 
     Raises:
         ValueError: an unknown backend or unpad.
-        NotImplementedError: unpad=True, or a transformers whose classes this release does not know.
+        ImportError: transformers is not installed, or does not import.
+        NotImplementedError: unpad=True, or a backend that is not part of this release, or a transformers whose classes
+            this release does not know.
     """
     install(_options(backend, unpad, strict))
 
@@ -136,6 +139,8 @@ def unpatch_all() -> None:
 
 def _options(backend: str, unpad: str | bool, strict: bool) -> AttentionOptions:
     dispatch.check_backend(backend)
+    if backend != "auto":
+        dispatch.load(backend)
     if unpad is True:
         raise NotImplementedError(
             "unpad=True (packing the tokens of the whole encoder) is not part of this release; pass unpad='auto'."

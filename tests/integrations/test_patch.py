@@ -340,3 +340,24 @@ def test_patching_does_not_import_transformers_for_a_model_without_it():
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", program], check=True, env=environment)
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_a_backend_of_a_later_release_is_refused_at_once(backend, build):
+    model = build()
+    classes = [type(module) for module in model.modules()]
+    with pytest.raises(NotImplementedError, match=f"backend '{backend}' is not part of this release; pass"):
+        dk.patch(model, backend=backend)
+    assert [type(module) for module in model.modules()] == classes
+    forward = hf.DisentangledSelfAttention.forward
+    with pytest.raises(NotImplementedError, match="not part of this release"):
+        dk.patch_all(backend=backend)
+    assert hf.DisentangledSelfAttention.forward is forward
+
+
+def test_a_warning_points_at_the_code_that_called_the_model(build, batch):
+    model = build(num_hidden_layers=1)
+    dk.patch(model)
+    with pytest.warns(dk.dispatch.DebertaKernelsWarning, match="probabilities were asked for") as caught:
+        model(**batch(), output_attentions=True)
+    assert {warning.filename for warning in caught} == {__file__}
