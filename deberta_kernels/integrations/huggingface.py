@@ -137,10 +137,17 @@ def install(options: AttentionOptions) -> None:
     """Put the fused forwards in place of those of Hugging Face's classes; again: only change the options.
 
     Raises:
+        ImportError: transformers does not import.
         NotImplementedError: the forwards in this transformers are not the ones this package knows.
     """
     global _installed, _attention_original, _encoder_original
-    hf: Any = importlib.import_module(_MODELING)
+    try:
+        hf: Any = importlib.import_module(_MODELING)
+    except ImportError as error:
+        raise ImportError(
+            f"patch_all() needs the package transformers, which does not import ({error}); "
+            'pip install "deberta_kernels[transformers]".'
+        ) from error
     for name, arguments in ((_ATTENTION, _ATTENTION_ARGUMENTS), (_ENCODER, _ENCODER_ARGUMENTS)):
         cls = getattr(hf, name)
         reason = _unknown_code(cls, arguments)

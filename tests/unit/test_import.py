@@ -102,3 +102,11 @@ def test_model_names_load(name):
 def test_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="module 'deberta_kernels' has no attribute 'attention_is_all'"):
         getattr(dk, "attention_is" + "_all")
+
+
+def test_patch_all_without_transformers_names_the_package_and_the_remedy(monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r'package transformers.*pip install "deberta_kernels\[transformers\]"'):
+        dk.patch_all()
