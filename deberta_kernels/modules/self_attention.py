@@ -154,7 +154,7 @@ def _fused(
         masks = carried.masks
         rel_key: Callable[[Tensor], Any] = carried.rel_key
     else:
-        masks, rel_key = _parse_direct(attention_mask, batch, length), content_key
+        masks, rel_key = _parse_direct(attention_mask, batch, module.num_attention_heads, length), content_key
 
     def prepare(tables: PositionTables) -> Tensor | None:
         return _prepared(q, k, v, masks, tables, scale, options.backend)
@@ -182,9 +182,15 @@ def _cast(tensor: Any) -> Any:
     return tensor.to(torch.get_autocast_dtype(tensor.device.type))
 
 
-def _parse_direct(attention_mask: Tensor | None, batch: int, length: int) -> Masks:
+def _parse_direct(attention_mask: Tensor | None, batch: int, heads: int, length: int) -> Masks:
     """Parse a mask given to an attention module itself, which Hugging Face broadcasts to (B, H, N, N)."""
     if attention_mask is not None:
+        given, full = tuple(attention_mask.shape), (batch, heads, length, length)
+        if len(given) > 4 or any(size not in (1, n) for size, n in zip(reversed(given), reversed(full))):
+            raise ValueError(
+                f"attention_mask must have shape (B, 1, 1, N) or (B, 1 or H, N, N), or broadcast to {full}, got "
+                f"{given}; pass mask[:, None, None, :] for a mask of shape (B, N)."
+            )
         while attention_mask.dim() < 4:
             attention_mask = attention_mask.unsqueeze(0)
     return parse_huggingface_mask(attention_mask, batch=batch, nq=length, nk=length)
@@ -230,8 +236,8 @@ def _refusal(
     dropout = module.dropout
     if type(dropout) is not nn.Dropout or dropout.p >= 1.0:
         return (
-            f"the attention dropout is {dropout}",
-            "make it an nn.Dropout with a probability below 1",
+            "the attention dropout is not an nn.Dropout with a probability below 1",
+            f"it is {type(dropout).__name__}; change it",
         )
     if dropout._forward_hooks or dropout._forward_pre_hooks or "forward" in dropout.__dict__:
         return (

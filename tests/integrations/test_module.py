@@ -92,3 +92,23 @@ def test_wrong_settings_are_named():
         dk.DisentangledSelfAttention(transformers.DebertaV2Config(hidden_size=32, num_attention_heads=5))
     with pytest.raises(ValueError, match="backend must be one of"):
         dk.DisentangledSelfAttention(transformers.DebertaV2Config(hidden_size=32, num_attention_heads=4), "gpu")
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (3, 1, 1, 6), (2, 3, 5, 5), (3, 2, 5, 5), (1, 3, 1, 1, 5)])
+def test_a_mask_of_another_shape_is_named_as_it_was_given(shape, build):
+    ours = dk.DisentangledSelfAttention(build().config)
+    hidden, table = torch.randn(3, 5, 32), torch.randn(32, 32)
+    with pytest.raises(ValueError, match=r"attention_mask must have shape \(B, 1, 1, N\)") as caught:
+        ours(hidden, torch.ones(shape), rel_embeddings=table)
+    assert f"got {shape}; pass mask[:, None, None, :]" in str(caught.value)
+    assert "(3, 4, 5, 5)" in str(caught.value)
+
+
+def test_a_token_mask_is_taken_as_the_message_says(build):
+    ours = dk.DisentangledSelfAttention(build().config).eval()
+    hidden, table = torch.randn(3, 5, 32), torch.randn(32, 32)
+    mask = torch.ones(3, 5, dtype=torch.bool)
+    mask[0, 3:] = False
+    out, _ = ours(hidden, mask[:, None, None, :], rel_embeddings=table)
+    alone, _ = ours(hidden[:1, :3], None, rel_embeddings=table)
+    torch.testing.assert_close(out[:1, :3], alone, atol=1e-5, rtol=1e-4)
