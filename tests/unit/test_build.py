@@ -230,6 +230,12 @@ def test_strict_build_fails_with_the_reason(tmp_path):
     assert "CXX is '/nowhere/c++'" in done.stderr
 
 
+def test_every_extra_serves_something_of_this_release():
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    section = text.partition("[project.optional-dependencies]\n")[2].partition("\n[")[0]
+    assert re.findall(r"^(\w+) = ", section, re.MULTILINE) == ["transformers", "demo", "test", "dev"]
+
+
 def test_every_environment_variable_is_documented():
     from deberta_kernels import env
 
