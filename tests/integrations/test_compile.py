@@ -115,7 +115,7 @@ def test_export_takes_the_original_code(strict, build, batch):
 
 def test_jit_tracing_takes_the_original_code(build, batch):
     model, inputs = build(return_dict=False), batch()
-    dk.patch(model, strict=True)
+    dk.patch(model, strict=True, backend="torch")
     arguments = (inputs["input_ids"], inputs["attention_mask"])
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
