@@ -65,6 +65,7 @@ class Backward {
     float *shift, *factor, *out_dot_dout, *dlse;
     float* dmean;  // gradient of the mean value, from rows that got it
     uint16_t* draws;
+    NextHead next_head;
     int64_t bytes;
 
     Scratch(const Backward& b, Arena a) {
@@ -132,6 +133,8 @@ class Backward {
     if (p_.has_pos_query) clear(scratch.dpos_query, table);
     HeadKeys keys{};
     for (int64_t b = first; b < last; b++) {
+      const bool more = b + 1 < last;
+      ask_for_next(more ? b + 1 : first, more ? h : h + p_.threads, sample_of(p_, b), scratch.next_head);
       keys = head(sample_of(p_, b), h, chunk, scratch);
       if (chunks_ == 1) add_key_gradients(sample_of(p_, b), h, keys, true, scratch);
     }
@@ -140,6 +143,16 @@ class Backward {
       if (p_.dpos_key) add_table(p_.dpos_key + h * p_.dpos_stride_h, scratch.dpos_key, true, turn == 0);
       if (p_.dpos_query) add_table(p_.dpos_query + h * p_.dpos_stride_h, scratch.dpos_query, false, turn == 0);
     });
+  }
+
+  // The task's next sample comes next, or with one thread the next head of the same samples.
+  void ask_for_next(int64_t b, int64_t h, const Sample& present, NextHead& next) const {
+    next.start((present.nq / kV + 1) * (present.nk / kV + 1));
+    if (chunks_ > 1 || h >= p_.heads) return;
+    const Sample follows = sample_of(p_, b);
+    for (const Tensor4* t : {&p_.q, &p_.out, &p_.dout})
+      next.add(head_of(p_, *t, follows, h, p_.dtype), follows.nq, head_dim_);
+    for (const Tensor4* t : {&p_.k, &p_.v}) next.add(head_of(p_, *t, follows, h, p_.dtype), follows.nk, head_dim_);
   }
 
   static void clear(float* values, int64_t count) { std::memset(values, 0, (size_t)count * sizeof(float)); }
@@ -234,7 +247,8 @@ class Backward {
     start_block(s, h, rows, scratch);
     const uint8_t* pair = p_.pair_mask;
     if (pair) pair += s.index * p_.pair_mask_stride_b + h * p_.pair_mask_stride_h;
-    const Score score{p_, index_, tables, keys, rows, pair, scratch.c2p, scratch.p2c, head_dim_, padded_};
+    const Score score{p_, index_, tables, keys, rows, pair, scratch.c2p, scratch.p2c, head_dim_, padded_,
+                      &scratch.next_head};
     score.start_rows();
     const Score::Window window = block_window(score);
     if (tables.pos_key)

@@ -105,15 +105,17 @@ DK_INLINE void copy_floats(const float* from, int count, float* to) {
 }
 
 // Tokens of one head lie far apart, which hardware prefetchers do not follow. Asking past the end is harmless.
+// kLevel 0 brings it to the first-level cache, 1 to the second.
+template <int kLevel>
 DK_INLINE void prefetch_row(const Rows& rows, int64_t i, int count) {
   const char* from = rows.row(i);
-  for (int64_t byte = 0; byte < count * bytes_of(rows.type); byte += 64) __builtin_prefetch(from + byte);
+  for (int64_t byte = 0; byte < count * bytes_of(rows.type); byte += 64) __builtin_prefetch(from + byte, 0, 3 - kLevel);
 }
 
 // Read row i as floats and fill with zeros up to `padded`.
 static void read_row(const Rows& rows, int64_t i, int count, int padded, float* to) {
   const char* from = rows.row(i);
-  prefetch_row(rows, i + kRowsAhead, count);
+  prefetch_row<0>(rows, i + kRowsAhead, count);
   if (rows.type == kFloat32) copy_floats(reinterpret_cast<const float*>(from), count, to);
   else if (rows.type == kBFloat16) read_elements<bfloat16>(from, count, to);
   else read_elements<float16>(from, count, to);

@@ -44,6 +44,7 @@ class Forward {
     uint16_t* draws;
     float* probabilities;  // as words; null where scores are used in place
     int64_t bytes;
+    NextHead next_head;
     bool mean_ready = false;  // `mean` holds the mean value of the current head
 
     Scratch(const Forward& f, Arena a) {
@@ -86,11 +87,23 @@ class Forward {
       pack_values(Word(), v, panel.key, panel.allowed, head_dim_, padded_,
                   scratch.values + i * kV / Word::kPerWord * padded_);
     }
+    ask_for_next(s, h, (rows - first * per_block) * count, scratch.next_head);
     for (int64_t b = first; b < last; b++) {
       const BlockRows block{scratch.row_panels + b * per_block, (int)std::min(per_block, rows - b * per_block),
                             scratch.queries};
       row_block(s, h, keys, tables, block, v, scratch);
     }
+  }
+
+  // With one thread the next head follows this one; more threads share the heads out nearly in order.
+  void ask_for_next(const Sample& s, int64_t h, int64_t tiles, NextHead& next) const {
+    next.start(tiles);
+    const int64_t head = s.index * p_.heads + h + p_.threads;
+    if (chunks_ > 1 || head >= p_.batch * p_.heads) return;
+    const Sample follows = sample_of(p_, head / p_.heads);
+    next.add(head_of(p_, p_.q, follows, head % p_.heads, p_.dtype), follows.nq, head_dim_);
+    next.add(head_of(p_, p_.k, follows, head % p_.heads, p_.dtype), follows.nk, head_dim_);
+    next.add(head_of(p_, p_.v, follows, head % p_.heads, p_.dtype), follows.nk, head_dim_);
   }
 
   void row_block(const Sample& s, int64_t h, const HeadKeys& keys, const PackedTables<Word>& tables,
@@ -105,7 +118,8 @@ class Forward {
     }
     const uint8_t* pair = p_.pair_mask;
     if (pair) pair += s.index * p_.pair_mask_stride_b + h * p_.pair_mask_stride_h;
-    const ScoreBlock<Word> score{p_, index_, tables, keys, rows, pair, scratch.c2p, scratch.p2c, words_, padded_words_};
+    const ScoreBlock<Word> score{p_, index_, tables, keys, rows, pair, scratch.c2p, scratch.p2c, words_, padded_words_,
+                                 &scratch.next_head};
     score.start_rows();
     std::fill(scratch.row_max, scratch.row_max + count, -INFINITY);
     std::fill(scratch.row_sum, scratch.row_sum + count, 0.0f);

@@ -36,7 +36,7 @@ static void pack_panel(const Rows& rows, int64_t first, LaneBits present, int he
   float copy[kV * kMaxHeadDim];
   const float* source[kV];
   for (int c = 0; c < kV; c++) {
-    if (in_place) prefetch_row(rows, first + kV + c, head_dim);
+    if (in_place) prefetch_row<0>(rows, first + kV + c, head_dim);
     float* to = copy + c * kMaxHeadDim;
     source[c] = to;
     if (!(present >> c & 1)) std::memset(to, 0, (size_t)padded * sizeof(float));

@@ -46,6 +46,38 @@ DK_INLINE T* statistics_of(const AttentionParams& p, T* data, const Sample& s, i
   return data ? data + b * p.lse_stride_b + h * p.lse_stride_h + s.first_token : nullptr;
 }
 
+// Asks for the rows that the next head will read, a few with every tile of the present one, while memory is idle.
+class NextHead {
+ public:
+  // Forget what was asked for and spread what is added over `tiles` steps.
+  void start(int64_t tiles) {
+    tensors_ = 0;
+    next_ = longest_ = 0;
+    tiles_ = tiles > 0 ? tiles : 1;
+  }
+  void add(const Rows& rows, int64_t count, int head_dim) {
+    count = std::min(count, kMostRows);
+    rows_[tensors_] = rows;
+    count_[tensors_++] = count;
+    longest_ = std::max(longest_, count);
+    head_dim_ = head_dim;
+    step_ = (longest_ + tiles_ - 1) / tiles_;
+  }
+  void step() {
+    if (next_ >= longest_) return;
+    for (int t = 0; t < tensors_; t++)
+      for (int64_t i = next_; i < std::min(next_ + step_, count_[t]); i++) prefetch_row<1>(rows_[t], i, head_dim_);
+    next_ += step_;
+  }
+
+ private:
+  static constexpr int64_t kMostRows = 128;  // more would push the present head out of the cache
+  Rows rows_[5];
+  int64_t count_[5];
+  int tensors_ = 0, head_dim_ = 0;
+  int64_t next_ = 0, longest_ = 0, tiles_ = 1, step_ = 1;
+};
+
 DK_INLINE LaneBits first_lanes(int count) { return (LaneBits)((1ull << count) - 1); }
 
 DK_INLINE int64_t max_key_panels(int64_t nk, int64_t prefix) {

@@ -45,6 +45,7 @@ struct ScoreBlock {
   float* c2p;                // [count * kV][c2p_stride()]
   float* p2c;                // [kV][p2c_stride], for the current key panel
   int words, padded;
+  NextHead* next_head;       // stepped with every tile
 
   static int64_t c2p_stride(const SlotIndex& index) { return index.columns + kV; }
   int64_t c2p_stride() const { return c2p_stride(index); }
@@ -224,7 +225,10 @@ struct ScoreBlock {
         w = p2c_window(first + i);
         start_panel(first + i, w);
       }
-      for (int r = 0; r < rows.count; r++) score_tile(first + i, r, w, scores + r * kV * kBlockKeys + i * kV);
+      for (int r = 0; r < rows.count; r++) {
+        next_head->step();
+        score_tile(first + i, r, w, scores + r * kV * kBlockKeys + i * kV);
+      }
     }
   }
 

@@ -286,10 +286,15 @@ def _table_gradients(
     windows: list[Tensor | None] = []
     tables = ((whole.pos_key, problem.pos_key), (whole.pos_query, problem.pos_query))
     for need, (table, used) in zip(needs, tables):
-        gradient = _empty(*table.shape).zero_() if need and table is not None else None
+        gradient = _empty(*table.shape) if need and table is not None else None
+        window = None
+        if gradient is not None and used is not None:
+            stop = start + used.shape[1]
+            window = gradient[:, start:stop]
+            for unreached in (gradient[:, :start], gradient[:, stop:]):
+                unreached.zero_()
         gradients.append(gradient)
-        used_rows = slice(start, start + used.shape[1]) if used is not None else slice(0)
-        windows.append(gradient[:, used_rows] if gradient is not None else None)
+        windows.append(window)
     return gradients, windows
 
 
