@@ -27,6 +27,22 @@ DK_INLINE Sum sum_product(vf a, vf b, Sum c) { return fma(a, b, c); }
 DK_INLINE vf rounded(Sum x) { return x; }
 #endif
 
+#ifndef DK_NATIVE_LANES
+// Sums of the lanes with equal index, in the order of the index, zeros behind; index rises by 0 or 1 a lane.
+DK_INLINE vf run_sums(vf x, const int32_t* index) {
+  float lanes[kV], sums[kV] = {};
+  store(lanes, x);
+  for (int c = 0; c < kV; c++) sums[index[c] - index[0]] += lanes[c];
+  return load(sums);
+}
+
+DK_INLINE uint32_t bits_from_bytes(const uint8_t* p, int count) {
+  uint32_t bits = 0;
+  for (int c = 0; c < count; c++) bits |= (uint32_t)(p[c] != 0) << c;
+  return bits;
+}
+#endif
+
 // One bit per lane of a vector; bit c set = lane c is allowed.
 using LaneBits = uint32_t;
 constexpr LaneBits kAllLanes = (1u << kV) - 1;

@@ -40,20 +40,6 @@ DK_INLINE vf lookup(const float* values, const int32_t* index) {
   return _mm256_permutevar8x32_ps(load(values), _mm256_sub_epi32(i, _mm256_set1_epi32(index[0])));
 }
 
-// Sums of the lanes with equal index, in the order of the index, zeros behind; index rises by 0 or 1 a lane.
-DK_INLINE vf run_sums(vf x, const int32_t* index) {
-  float lanes[kV], sums[kV] = {};
-  store(lanes, x);
-  for (int c = 0; c < kV; c++) sums[index[c] - index[0]] += lanes[c];
-  return load(sums);
-}
-
-DK_INLINE uint32_t bits_from_bytes(const uint8_t* p, int count) {
-  uint32_t bits = 0;
-  for (int c = 0; c < count; c++) bits |= (uint32_t)(p[c] != 0) << c;
-  return bits;
-}
-
 // scale where the 16-bit draw reaches the threshold, else 0.
 DK_INLINE vf keep_factor(const uint16_t* draws, uint32_t threshold, float scale) {
   const __m256i d = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)draws));

@@ -6,6 +6,7 @@ namespace {
 
 using vf = __m512;
 constexpr int kV = 16;
+#define DK_NATIVE_LANES 1  // run_sums and bits_from_bytes below
 constexpr int kMicroRows = 8, kMicroVectors = 3;  // 24 accumulators + 3 columns + 1 row value of 32 registers
 
 DK_INLINE vf load(const float* p) { return _mm512_loadu_ps(p); }
