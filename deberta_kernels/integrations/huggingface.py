@@ -7,6 +7,7 @@ the same name, and DeBERTa v1 are left alone, each for a reason that is reported
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import sys
@@ -26,13 +27,6 @@ __all__ = ["FusedAttention", "FusedEncoder", "install", "plan", "uninstall"]
 
 _MODELING = "transformers.models.deberta_v2.modeling_deberta_v2"
 _ATTENTION, _ENCODER = "DisentangledSelfAttention", "DebertaV2Encoder"
-_ATTENTION_ARGUMENTS = [
-    "self", "hidden_states", "attention_mask", "output_attentions", "query_states", "relative_pos", "rel_embeddings",
-]  # fmt: skip
-_ENCODER_ARGUMENTS = [
-    "self", "hidden_states", "attention_mask", "output_hidden_states", "output_attentions", "query_states",
-    "relative_pos", "return_dict",
-]  # fmt: skip
 _UNFUSED = "an attention module of this encoder is not Hugging Face's own"
 _UNFUSED_REMEDY = "models with AdapterHub's or other custom attention are not fused in this release"
 
@@ -82,50 +76,34 @@ _attention_original: Callable[..., Any] | None = None
 _encoder_original: Callable[..., Any] | None = None
 
 
-def _attention_forward(
-    self: nn.Module,
-    hidden_states: Tensor,
-    attention_mask: Any,
-    output_attentions: bool = False,
-    query_states: Tensor | None = None,
-    relative_pos: Tensor | None = None,
-    rel_embeddings: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
+@functools.wraps(FusedAttention.forward)
+def _attention_forward(self: nn.Module, *arguments: Any, **named: Any) -> tuple[Tensor, Tensor | None]:
     """Stand in for the forward of Hugging Face's attention class."""
-    return attend(
-        self, _installed, _attention_original, hidden_states, attention_mask, output_attentions, query_states,
-        relative_pos, rel_embeddings,
-    )  # fmt: skip
+    return attend(self, _installed, _attention_original, *arguments, **named)
 
 
-def _encoder_forward(
-    self: nn.Module,
-    hidden_states: Tensor,
-    attention_mask: Tensor,
-    output_hidden_states: bool = True,
-    output_attentions: bool = False,
-    query_states: Tensor | None = None,
-    relative_pos: Tensor | None = None,
-    return_dict: bool = True,
-) -> Any:
+@functools.wraps(FusedEncoder.forward)
+def _encoder_forward(self: nn.Module, *arguments: Any, **named: Any) -> Any:
     """Stand in for the forward of Hugging Face's encoder class."""
-    return _encode_if_fused(
-        self, _installed, _encoder_original, hidden_states, attention_mask, output_hidden_states, output_attentions,
-        query_states, relative_pos, return_dict,
-    )  # fmt: skip
+    return _encode_if_fused(self, _installed, _encoder_original, *arguments, **named)
 
 
-def _encode_if_fused(module: Any, options: AttentionOptions, original: Any, *arguments: Any) -> Any:
+# What the forwards that are replaced must take: what their stand-ins take.
+_ATTENTION_ARGUMENTS = list(inspect.signature(FusedAttention.forward).parameters)
+_ENCODER_ARGUMENTS = list(inspect.signature(FusedEncoder.forward).parameters)
+
+
+def _encode_if_fused(module: Any, options: AttentionOptions, original: Any, *arguments: Any, **named: Any) -> Any:
     """Run the encoder without N x N tensors, unless one of its attention modules would not understand that.
 
     Attention modules may have been given another class since patching, as `adapters.init` does.
     """
     if all(_is_fused(layer.attention.self) for layer in module.layer):
-        return encode(module, original, *arguments)
+        return encode(module, original, *arguments, **named)
     if torch.compiler.is_compiling():
-        return original(module, *arguments)
+        return original(module, *arguments, **named)
     dispatch.fallback(_UNFUSED, _UNFUSED_REMEDY, options.strict)
-    return original(module, *arguments)
+    return original(module, *arguments, **named)
 
 
 def _is_fused(attention: nn.Module) -> bool:
