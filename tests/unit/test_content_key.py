@@ -1,0 +1,58 @@
+"""The content key of a weight: any edit of its elements changes it, whatever the version counter says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from deberta_kernels.modules import positions
+from deberta_kernels.modules.positions import content_key
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("shape", [(1,), (3, 5), (7,), (64, 33)])
+def test_the_content_key_changes_with_any_element(dtype, shape):
+    tensor = torch.arange(torch.Size(shape).numel()).reshape(shape).to(dtype)
+    key = content_key(tensor)
+    assert content_key(tensor.clone()) == key
+    tensor.data.view(-1)[-1] = -3
+    assert content_key(tensor) != key
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(768, 768), (512, 1024), (33, 7)])
+def test_the_content_key_sees_every_kind_of_swap(dtype, shape):
+    weight = (0.02 * torch.randn(shape, generator=torch.Generator().manual_seed(3))).to(dtype)
+    key = content_key(weight)
+    swaps = [((1,), (2,)), ((..., 1), (..., 2)), ((3, 4), (3, 5)), ((0, 0), (-1, -1))]
+    for left, right in swaps:
+        edited = weight.clone()
+        edited.data[left], edited.data[right] = weight[right], weight[left]
+        assert content_key(edited) != key
+        edited.data.copy_(weight)
+        assert content_key(edited.data.clone()) == key
+
+
+def test_the_content_key_does_not_depend_on_the_mode_it_is_read_in():
+    weight = torch.randn(64, 64)
+    key, state = content_key(weight), torch.get_rng_state()
+    positions._random_numbers.cache_clear()
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert content_key(weight) == key
+    assert not positions._random_numbers(torch.float32).is_inference()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_content_key_reads_views_at_odd_offsets():
+    storage = torch.arange(64.0)
+    for start in range(1, 5):
+        view = storage[start : start + 11]
+        key = content_key(view)
+        view.data[4] = -1
+        assert content_key(view) != key
+
+
+def test_no_content_key_where_reading_is_not_cheap_or_not_possible():
+    assert content_key(torch.ones(4, 4).t()[1:]) is None
+    assert content_key(torch.ones(4, device="meta")) is None
+    assert content_key(torch.ones(4).to_sparse()) is None
