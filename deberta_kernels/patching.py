@@ -50,7 +50,8 @@ def patch(model: nn.Module, *, backend: str = "auto", unpad: str | bool = "auto"
     Args:
         model: a Hugging Face model with any head, a model inside PEFT, or any module with DeBERTa somewhere inside.
         backend: "auto" or the name of a backend, which then never falls back to another one.
-        unpad: "auto" or False: run batches padded. True is not part of this release.
+        unpad: whether the encoder leaves out the padding of a batch: "auto", where that pays; True, wherever it can;
+            False, never. Results are the same, padded rows included (without dropout).
         strict: raise NotImplementedError where a call, or the model, would run the original code; without it that
             is one warning per reason.
 
@@ -60,8 +61,7 @@ def patch(model: nn.Module, *, backend: str = "auto", unpad: str | bool = "auto"
     Raises:
         TypeError: model is not a module, or strict is not a bool.
         ValueError: no DeBERTa inside, or an unknown backend or unpad.
-        NotImplementedError: unpad=True, or a backend that is not part of this release; or strict, and something was
-            left alone.
+        NotImplementedError: a backend that is not part of this release; or strict, and something was left alone.
     """
     options = _options(backend, unpad, strict)
     if not isinstance(model, nn.Module):
@@ -125,8 +125,8 @@ def patch_all(*, backend: str = "auto", unpad: str | bool = "auto", strict: bool
     Raises:
         ValueError: an unknown backend or unpad.
         ImportError: transformers is not installed, or does not import.
-        NotImplementedError: unpad=True, or a backend that is not part of this release, or a transformers whose classes
-            this release does not know.
+        NotImplementedError: a backend that is not part of this release, or a transformers whose classes this release
+            does not know.
     """
     install(_options(backend, unpad, strict))
 
@@ -141,12 +141,8 @@ def _options(backend: str, unpad: str | bool, strict: bool) -> AttentionOptions:
     dispatch.check_backend(backend)
     if backend != "auto":
         dispatch.load(backend)
-    if unpad is True:
-        raise NotImplementedError(
-            "unpad=True (packing the tokens of the whole encoder) is not part of this release; pass unpad='auto'."
-        )
-    if unpad is not False and unpad != "auto":
+    if not isinstance(unpad, bool) and unpad != "auto":
         raise ValueError(f"unpad must be 'auto', True or False, got {unpad!r}; pass unpad='auto'.")
     if not isinstance(strict, bool):
         raise TypeError(f"strict must be a bool, got {strict!r}; pass True or False.")
-    return AttentionOptions(backend, strict)
+    return AttentionOptions(backend, strict, unpad)

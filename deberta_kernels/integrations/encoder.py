@@ -1,7 +1,7 @@
-"""Run Hugging Face's DeBERTa-v2 encoder without any N x N tensor: no pair mask, no relative positions.
+"""Run Hugging Face's DeBERTa-v2 encoder without any N x N tensor and, where that pays, without padding.
 
 The (B, N) mask is parsed once and carried to every layer; the layers get no relative positions, which means ordinary
-distances. The whole encoder runs padded: packing away its padding is not part of this release.
+distances. When enough of a batch is padding, the layers get the real tokens packed one after the other.
 """
 
 from __future__ import annotations
@@ -9,16 +9,28 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from deberta_kernels.integrations.swap import Swapped
 from deberta_kernels.masks import parse_huggingface_mask
-from deberta_kernels.modules.self_attention import EncoderMask, runs_original_code
+from deberta_kernels.modules.packing import Packing, find_packing
+from deberta_kernels.modules.self_attention import AttentionOptions, EncoderMask, refusal_of, runs_original_code
 
 __all__ = ["encode"]
+
+_MODELING = "transformers.models.deberta_v2."
+# Packages whose modules compute each token from that token alone.
+_TOKENWISE = ("torch.nn.", "transformers.", "peft.tuners.", "deberta_kernels.", "bitsandbytes.", "torchao.")
+_HARMLESS_HOOKS = ("torch.", "accelerate.")
+# Finding a packing takes a few passes over the states: it pays when a twentieth of them goes away.
+_FULLEST = 0.95
+_FEWEST_TOKENS = 32
 
 
 def encode(
     module: Any,
+    options: AttentionOptions,
     original: Callable[..., Any],
     hidden_states: Tensor,
     attention_mask: Tensor,
@@ -32,6 +44,7 @@ def encode(
 
     Args:
         module: `DebertaV2Encoder`.
+        options: see `AttentionOptions`.
         original: its original forward, unbound; runs what its attention modules would refuse, so that they see, and
             report, what the caller passed.
         hidden_states: (B, N, hidden size).
@@ -57,7 +70,11 @@ def encode(
             return_dict=return_dict,
         )  # fmt: skip
     batch, length, _ = hidden_states.shape
-    mask = EncoderMask(attention_mask, parse_huggingface_mask(attention_mask, batch=batch, nq=length, nk=length))
+    masks = parse_huggingface_mask(attention_mask, batch=batch, nq=length, nk=length)
+    packing = None
+    if attention_mask.dim() == 2 and query_states is None and masks.key is not None:
+        packing = _packing(module, options, hidden_states, masks.key)
+    mask = EncoderMask(attention_mask, masks, packing)
     last, states = _run_layers(module, hidden_states, mask, query_states, output_hidden_states)
     if not return_dict:
         return (last,) if states is None else (last, states)
@@ -66,23 +83,76 @@ def encode(
     return BaseModelOutput(last_hidden_state=last, hidden_states=states, attentions=None)
 
 
+def _packing(module: Any, options: AttentionOptions, hidden_states: Tensor, keep: Tensor) -> Packing | None:
+    """Return how to pack the batch; None where it must, or had better, run padded."""
+    batch, length = keep.shape
+    if options.unpad is False or batch * length == 0 or not _readable(hidden_states, keep):
+        return None
+    if options.unpad == "auto" and batch * length < _FEWEST_TOKENS:
+        return None
+    packing = find_packing(keep, hidden_states, _FULLEST if options.unpad == "auto" else 1.0)
+    return packing if packing is not None and _takes_packed_states(module) else None
+
+
+def _readable(hidden_states: Tensor, keep: Tensor) -> bool:
+    """Tell whether the mask may be read: not while compiling, of fake or wrapped tensors, or in a graph capture."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    if type(hidden_states) is not Tensor or type(keep) is not Tensor or hidden_states.is_meta:
+        return False
+    return not (hidden_states.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _takes_packed_states(module: Any) -> bool:
+    """Tell whether nothing inside the layers could notice that it gets (1, rows, C) in place of (B, N, C).
+
+    The classes that route states must be Hugging Face's own, and everything below them of packages whose modules treat
+    each token alike. A hook may look at anything, unless it is one of those that move or gather weights.
+    """
+    for layer in module.layer:
+        routes = (layer, layer.attention, layer.attention.output, layer.intermediate, layer.output)
+        if any(not type(part).__module__.startswith(_MODELING) for part in routes):
+            return False
+        for part in layer.modules():
+            if not type(part).__module__.startswith(_TOKENWISE) and not isinstance(part, Swapped):
+                return False
+            if ("forward" in part.__dict__ and "_old_forward" not in part.__dict__) or _is_watched(part):
+                return False
+        if refusal_of(layer.attention.self) is not None:
+            return False
+    return True
+
+
+def _is_watched(part: Any) -> bool:
+    hooks = (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
+    return any(not str(getattr(hook, "__module__", "")).startswith(_HARMLESS_HOOKS) for hook in hooks)
+
+
 def _run_layers(
     module: Any, hidden_states: Tensor, mask: EncoderMask, query_states: Tensor | None, keep_states: bool
 ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
     rel_embeddings = module.get_rel_embedding()
+    packing = mask.packing
     states = [hidden_states]
-    keys, output = hidden_states, hidden_states
+    keys = hidden_states if packing is None else packing.pack(hidden_states)
+    padded = hidden_states
     for number, layer in enumerate(module.layer):
         output = _run_layer(layer, keys, mask, query_states, rel_embeddings)
-        if number == 0 and module.conv is not None:
+        convolves = number == 0 and module.conv is not None
+        if packing is None:
+            padded = output
+        elif convolves or keep_states or number == len(module.layer) - 1:
+            padded = packing.unpack(output)
+        if convolves:
             source = mask.source
-            output = module.conv(hidden_states, output, source if source.dim() == 2 else source.sum(-2) > 0)
-        states.append(output)
+            padded = module.conv(hidden_states, padded, source if source.dim() == 2 else source.sum(-2) > 0)
+            output = padded if packing is None else packing.pack(padded)
+        states.append(padded)
         if query_states is None:
             keys = output
         else:
             query_states = output
-    return output, tuple(states) if keep_states else None
+    return padded, tuple(states) if keep_states else None
 
 
 def _run_layer(

@@ -99,7 +99,7 @@ def _encode_if_fused(module: Any, options: AttentionOptions, original: Any, *arg
     Attention modules may have been given another class since patching, as `adapters.init` does.
     """
     if all(_is_fused(layer.attention.self) for layer in module.layer):
-        return encode(module, original, *arguments, **named)
+        return encode(module, options, original, *arguments, **named)
     if torch.compiler.is_compiling():
         return original(module, *arguments, **named)
     dispatch.fallback(_UNFUSED, _UNFUSED_REMEDY, options.strict)

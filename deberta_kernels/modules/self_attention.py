@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from deberta_kernels import dispatch
 from deberta_kernels.api import run_attention
 from deberta_kernels.masks import parse_huggingface_mask
+from deberta_kernels.modules.packing import Packing
 from deberta_kernels.modules.positions import (
     AttentionModule,
     PositionTables,
@@ -26,7 +28,7 @@ from deberta_kernels.modules.positions import (
 )
 from deberta_kernels.types import AttentionProblem, Masks
 
-__all__ = ["AttentionOptions", "DisentangledSelfAttention", "EncoderMask", "attend", "runs_original_code"]
+__all__ = ["AttentionOptions", "DisentangledSelfAttention", "EncoderMask", "attend", "refusal_of", "runs_original_code"]
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,12 @@ class AttentionOptions:
     Attributes:
         backend: "auto" or the name of a backend, which then never falls back to another one.
         strict: raise NotImplementedError where the original code would run.
+        unpad: "auto": encoders leave out padding where that pays; True: wherever they can; False: never.
     """
 
     backend: str = "auto"
     strict: bool = False
+    unpad: str | bool = "auto"
 
 
 class EncoderMask:
@@ -50,11 +54,13 @@ class EncoderMask:
     Args:
         source: the mask the encoder was given: (B, N), (B, N, N) or (B, 1 or H, N, N); not 0 = keep.
         masks: what it means, parsed once for all layers.
+        packing: how the states that come with it are packed, (1, rows, C) in place of (B, N, C); None = not at all.
     """
 
-    def __init__(self, source: Tensor, masks: Masks) -> None:
+    def __init__(self, source: Tensor, masks: Masks, packing: Packing | None = None) -> None:
         self.source = source
         self.masks = masks
+        self.packing = packing
         self._read: tuple[Tensor, tuple[Any, ...] | None] | None = None
 
     def dense(self) -> Tensor:
@@ -66,9 +72,9 @@ class EncoderMask:
     def to(self, device: Any, **unused: Any) -> EncoderMask:
         """Return this mask on another device, as hooks of models spread over devices ask for."""
         parts = (self.masks.key, self.masks.query, self.masks.pair)
-        return EncoderMask(
-            self.source.to(device), Masks(*(None if mask is None else mask.to(device) for mask in parts))
-        )
+        masks = Masks(*(None if mask is None else mask.to(device) for mask in parts))
+        packing = None if self.packing is None else self.packing.to(device)
+        return EncoderMask(self.source.to(device), masks, packing)
 
     def rel_key(self, rel_embeddings: Tensor) -> tuple[Any, ...] | None:
         """Return `content_key(rel_embeddings)`, read once for all layers that get the same tensor."""
@@ -147,26 +153,46 @@ def _fused(
     q = _heads(module, module.query_proj(queries))
     k = _heads(module, module.key_proj(hidden_states))
     v = _heads(module, module.value_proj(hidden_states))
-    batch, _, length, head_dim = q.shape
+    length, head_dim = q.shape[2:]
     scale = 1.0 / math.sqrt(head_dim * scale_factor(module))
+    packing: Packing | None = None
+    rel_key: Callable[[Tensor], tuple[Any, ...] | None] = content_key
     if isinstance(attention_mask, EncoderMask):
         carried = attention_mask if attention_mask.source.device == q.device else attention_mask.to(q.device)
-        masks = carried.masks
-        rel_key: Callable[[Tensor], Any] = carried.rel_key
+        masks, packing, rel_key = carried.masks, carried.packing, carried.rel_key
     else:
-        masks, rel_key = _parse_direct(attention_mask, batch, module.num_attention_heads, length), content_key
+        masks = _parse_direct(attention_mask, q.shape[0], module.num_attention_heads, length)
+    if packing is not None:
+        length = packing.longest if packing.contiguous else packing.shape[1]
 
     def prepare(tables: PositionTables) -> Tensor | None:
-        return _prepared(q, k, v, masks, tables, scale, options.backend)
+        return _prepared(q, k, v, tables, scale, options.backend)
 
     tables = projected_tables(module, rel_embeddings, length, prepare=prepare, rel_key=rel_key)
-    dropout_p = module.dropout.p if module.dropout.training else 0.0
-    context: Any = run_attention(
-        q, k, v, _cast(tables.pos_key), _cast(tables.pos_query), masks=masks, position=tables.position, scale=scale,
-        dropout_p=dropout_p, backend=options.backend, prepared=tables.prepared,
+    run: Callable[..., Any] = partial(
+        run_attention, pos_key=_cast(tables.pos_key), pos_query=_cast(tables.pos_query), position=tables.position,
+        scale=scale, dropout_p=module.dropout.p if module.dropout.training else 0.0, backend=options.backend,
+        prepared=tables.prepared,
     )  # fmt: skip
-    merged: Tensor = context.transpose(1, 2).flatten(2)
-    return merged
+    if packing is None:
+        return _merged(run(q, k, v, masks=masks))
+    return _packed(run, packing, masks, q, k, v)
+
+
+def _packed(run: Callable[..., Any], packing: Packing, masks: Masks, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attend in packed states, (1, H, rows, D) each; return (1, rows, H * D)."""
+    if packing.contiguous:
+        real = [x[:, :, : packing.tokens] for x in (q, k, v)]
+        context = run(*real, masks=Masks(), cu_seqlens=packing.cu_seqlens, max_seqlen=packing.longest)
+        return torch.cat([_merged(context), packing.padding_context(_merged(v))], dim=1)
+    heads = q.shape[1]
+    spread = [packing.unpack(_merged(x)).unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v)]
+    return packing.pack(_merged(run(*spread, masks=masks)))
+
+
+def _merged(heads: Tensor) -> Tensor:
+    """View (B, H, N, D) over memory laid out (B, N, H, D) as (B, N, H * D)."""
+    return heads.transpose(1, 2).flatten(2)
 
 
 def _heads(module: AttentionModule, projected: Tensor) -> Tensor:
@@ -196,12 +222,10 @@ def _parse_direct(attention_mask: Tensor | None, batch: int, heads: int, length:
     return parse_huggingface_mask(attention_mask, batch=batch, nq=length, nk=length)
 
 
-def _prepared(
-    q: Tensor, k: Tensor, v: Tensor, masks: Masks, tables: PositionTables, scale: float, backend: str
-) -> Tensor | None:
+def _prepared(q: Tensor, k: Tensor, v: Tensor, tables: PositionTables, scale: float, backend: str) -> Tensor | None:
     """Let the backend that will run the call lay out tables that are kept for later calls."""
     pos_key, pos_query = _cast(tables.pos_key), _cast(tables.pos_query)
-    problem = AttentionProblem(q, k, v, pos_key, pos_query, masks, tables.position, scale, max_seqlen=q.shape[2])
+    problem = AttentionProblem(q, k, v, pos_key, pos_query, Masks(), tables.position, scale, max_seqlen=q.shape[2])
     prepare = getattr(dispatch.load(dispatch.choose(problem, backend)), "prepare", None)
     return None if prepare is None else prepare(pos_key, pos_query, tables.position)
 
@@ -231,7 +255,12 @@ def _refusal(
     positioned = module.relative_attention and scale_factor(module) > 1
     if positioned and relative_pos is not None:
         return ("a relative_pos tensor was given", "pass relative_pos=None where it holds ordinary distances")
-    if positioned and module.position_buckets == 1:
+    return refusal_of(module)
+
+
+def refusal_of(module: AttentionModule) -> tuple[str, str] | None:
+    """Return why no kernel may run any call of a module, and what the user can change; None when one may."""
+    if module.relative_attention and scale_factor(module) > 1 and module.position_buckets == 1:
         return ("the model has one position bucket", "train it with at least two")
     dropout = module.dropout
     if type(dropout) is not nn.Dropout or dropout.p >= 1.0:

@@ -285,7 +285,7 @@ def test_a_model_without_deberta_is_refused_by_name():
     [
         ({"backend": "fast"}, ValueError, "backend must be one of"),
         ({"backend": 3}, TypeError, "backend must be a string"),
-        ({"unpad": True}, NotImplementedError, "unpad=True .* is not part of this release"),
+        ({"unpad": 1.0}, ValueError, "unpad must be 'auto', True or False, got 1.0"),
         ({"unpad": "always"}, ValueError, "unpad must be 'auto', True or False"),
         ({"strict": "yes"}, TypeError, "strict must be a bool"),
     ],

@@ -1,0 +1,109 @@
+"""Pack the real tokens of a padded batch one after the other, and lay them out again as they were.
+
+The rows of a packed tensor are the real tokens, sample by sample, and then one row for each sample that has padding:
+all padding of a sample enters the encoder as zeros and meets the same mean of the values, so one row can stand for all
+of it, in every layer. Only the draws of dropout would differ from one padded row to the next.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Packing", "find_packing"]
+
+
+class Packing:
+    """Say where each row of a packed tensor lies in the padded batch.
+
+    Not a dataclass on purpose, as `EncoderMask`.
+
+    Attributes:
+        shape: (B, N) of the padded batch.
+        tokens: number of real tokens T; rows of a packed tensor = T + number of samples with padding.
+        longest: real tokens of the longest sample.
+        contiguous: the real tokens of every sample are neighbours, so that distances between them are as in the
+            padded batch; False with holes in the mask.
+        cu_seqlens: (B + 1,) int32, where each sample's tokens begin.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        counts: list[int],
+        contiguous: bool,
+        cu_seqlens: Tensor,
+        source: Tensor,
+        row_of: Tensor,
+        sample: Tensor,
+    ) -> None:
+        self.shape = shape
+        self.tokens = sum(counts)
+        self.longest = max(counts)
+        self.contiguous = contiguous
+        self.cu_seqlens = cu_seqlens
+        self._counts = counts
+        self._source = source  # (rows,) position in the flattened batch that each row is read from
+        self._row_of = row_of  # (B * N,) row that each position of the flattened batch is read from
+        self._sample = sample  # (rows,) sample that each row belongs to
+
+    def to(self, device: Any) -> Packing:
+        """Return this packing on another device."""
+        moved = (x.to(device) for x in (self.cu_seqlens, self._source, self._row_of, self._sample))
+        return Packing(self.shape, self._counts, self.contiguous, *moved)
+
+    def pack(self, padded: Tensor) -> Tensor:
+        """Return the rows of a (B, N, C) tensor as (1, rows, C)."""
+        return padded.flatten(0, 1).index_select(0, self._source).unsqueeze(0)
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """Return the (B, N, C) tensor that (1, rows, C) rows stand for."""
+        padded: Tensor = packed.squeeze(0).index_select(0, self._row_of).unflatten(0, self.shape)
+        return padded
+
+    def padding_context(self, values: Tensor) -> Tensor:
+        """Return what the padded rows attend to by the padded-row rule.
+
+        Args:
+            values: (1, rows, C).
+
+        Returns:
+            (1, rows - T, C), dtype of values.
+        """
+        batch, length = self.shape
+        exact = values[0] if values.dtype == torch.float64 else values[0].float()
+        sums = exact.new_zeros(batch, exact.shape[1]).index_add(0, self._sample[: self.tokens], exact[: self.tokens])
+        samples = self._sample[self.tokens :]
+        paddings = length - self.cu_seqlens.diff().index_select(0, samples)
+        total = sums.index_select(0, samples) + paddings[:, None] * exact[self.tokens :]
+        return (total / length).to(values.dtype).unsqueeze(0)
+
+
+def find_packing(keep: Tensor, hidden_states: Tensor, fullest: float) -> Packing | None:
+    """Find the packing of a batch; None where it would not pay, or where one row cannot stand for all padding.
+
+    Waits for the device once.
+
+    Args:
+        keep: (B, N) bool; True = real token.
+        hidden_states: (B, N, C), what enters the first layer.
+        fullest: share of real tokens above which the batch is left padded.
+    """
+    batch, length = keep.shape
+    counts = keep.sum(1)
+    starts = keep[:, 0].long() + (keep[:, 1:] & ~keep[:, :-1]).sum(1)
+    not_zero = (hidden_states != 0).any(-1) & ~keep
+    *found, most_starts, strays = torch.cat([counts, starts.max().view(1), not_zero.sum().view(1)]).tolist()
+    tokens = sum(found)
+    if tokens in (0, batch * length) or tokens > fullest * batch * length or strays:
+        return None
+    has_padding = counts < length
+    rank = has_padding.cumsum(0) - 1
+    row_of = torch.where(keep, keep.flatten().cumsum(0).view_as(keep) - 1, tokens + rank[:, None]).flatten()
+    rows = tokens + sum(count < length for count in found)
+    positions = torch.arange(batch * length, device=keep.device)
+    source = torch.full((rows,), batch * length, device=keep.device).scatter_reduce_(0, row_of, positions, "amin")
+    cu_seqlens = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
+    return Packing((batch, length), found, most_starts <= 1, cu_seqlens, source, row_of, source // length)

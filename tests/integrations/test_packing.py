@@ -1,0 +1,241 @@
+"""The encoder without padding: the same values in the same layout, and padded where something could notice."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import deberta_kernels as dk
+from deberta_kernels.integrations import encoder
+from deberta_kernels.modules.packing import find_packing
+
+
+@pytest.fixture
+def packings(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Record what each forward of a patched encoder decided: a packing, or None for padded."""
+    decided: list[Any] = []
+    original = encoder._packing
+
+    def recording(*arguments: Any) -> Any:
+        decided.append(original(*arguments))
+        return decided[-1]
+
+    monkeypatch.setattr(encoder, "_packing", recording)
+    return decided
+
+
+def states_of(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    with torch.no_grad():
+        return model(**inputs, output_hidden_states=True).hidden_states
+
+
+def close(actual: Any, expected: Any) -> None:
+    torch.testing.assert_close(actual, expected, atol=3e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("unpad", ["auto", True, False])
+@pytest.mark.parametrize("padding", ["none", "right", "left", "holes", "sample"])
+@pytest.mark.parametrize("conv", [0, 3, 5])
+def test_every_hidden_state_is_as_before(unpad, padding, conv, build, batch, packings):
+    model, inputs = build(conv_kernel_size=conv), batch(4, 41, padding)
+    expected = states_of(model, inputs)
+    dk.patch(model, unpad=unpad, strict=True)
+    close(states_of(model, inputs), expected)
+    packed = packings[-1] is not None
+    assert packed == (unpad is not False and padding != "none")
+    if packed:
+        assert packings[-1].contiguous == (padding != "holes")
+
+
+def test_a_nearly_full_batch_is_packed_only_on_request(build, batch, packings):
+    model, inputs = build(), batch(4, 41, "none")
+    inputs["attention_mask"][2, -3:] = 0
+    expected = states_of(model, inputs)
+    for unpad, packed in (("auto", False), (True, True)):
+        dk.patch(model, unpad=unpad)
+        close(states_of(model, inputs), expected)
+        assert (packings[-1] is not None) == packed
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_patch_all_packs(everywhere, build, batch, packings):
+    model, inputs = build(), batch(4, 41)
+    expected = states_of(model, inputs)
+    dk.patch_all(unpad=everywhere)
+    close(states_of(model, inputs), expected)
+    assert (packings[-1] is not None) == everywhere
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+@pytest.mark.parametrize("padding", ["right", "holes"])
+def test_training_gradients_are_as_before(reentrant, padding, build, batch, packings):
+    inputs = batch(4, 41, padding)
+    model = build("DebertaV2ForTokenClassification", num_labels=3).train()
+    plain = copy.deepcopy(model)
+    labels = torch.where(inputs["attention_mask"] == 1, inputs["input_ids"] % 3, -100)
+    plain(**inputs, labels=labels).loss.backward()
+    dk.patch(model, strict=True)
+    if reentrant is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model(**inputs, labels=labels).loss.backward()
+    assert packings[0] is not None
+    for (name, parameter), (_, before) in zip(model.named_parameters(), plain.named_parameters()):
+        if before.grad is not None:
+            torch.testing.assert_close(parameter.grad, before.grad, atol=2e-5, rtol=1e-4, msg=name)
+
+
+def test_dropout_packed_is_repeatable_and_leaves_padding_finite(build, batch, packings):
+    model, inputs = build(hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.3).train(), batch(4, 41)
+    dk.patch(model)
+    results = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        results.append(model(**inputs).last_hidden_state)
+    assert packings[-1] is not None
+    assert torch.equal(results[0], results[1])
+    assert not torch.allclose(results[0], results[2])
+    assert results[0].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype, build, batch, packings):
+    model, inputs = build(), batch(4, 41)
+    with torch.no_grad(), torch.autocast("cpu", dtype):
+        expected = model(**inputs).last_hidden_state
+        dk.patch(model, strict=True)
+        actual = model(**inputs).last_hidden_state
+    assert packings[-1] is not None
+    assert actual.dtype == expected.dtype
+    torch.testing.assert_close(actual, expected, atol=0.15, rtol=0.05)
+
+
+def test_states_of_padding_that_differ_keep_the_batch_padded(build, batch, packings):
+    model, inputs = build(), batch(4, 41)
+    states = torch.randn(4, 41, model.config.hidden_size)
+    with torch.no_grad():
+        expected = model.encoder(states, inputs["attention_mask"]).last_hidden_state
+        dk.patch(model, strict=True)
+        close(model.encoder(states, inputs["attention_mask"]).last_hidden_state, expected)
+    assert packings == [None]
+
+
+def test_a_nan_in_padding_keeps_the_batch_padded(build, batch, packings):
+    model, inputs = build(), batch(4, 41)
+    dk.patch(model)
+    clean = states_of(model, inputs)[-1]
+    with torch.no_grad():
+        model.embeddings.word_embeddings.weight[1] = float("nan")
+    inputs["input_ids"][2, -1] = 1
+    assert inputs["attention_mask"][2, -1] == 0
+    poisoned = states_of(model, inputs)[-1]
+    assert packings[-1] is None
+    real = inputs["attention_mask"] == 1
+    close(poisoned[real], clean[real])
+
+
+def test_a_nan_in_one_sample_stays_there(build, batch, packings):
+    model, inputs = build(), batch(4, 41)
+    dk.patch(model)
+    clean = states_of(model, inputs)[-1]
+    with torch.no_grad():
+        model.embeddings.word_embeddings.weight[1] = float("nan")
+    inputs["input_ids"][2, 0] = 1
+    poisoned = states_of(model, inputs)[-1]
+    assert packings[-1] is not None
+    assert poisoned[2].isnan().all()
+    for sample in (0, 1, 3):
+        close(poisoned[sample], clean[sample])
+
+
+def _hook(model: Any) -> None:
+    model.encoder.layer[1].register_forward_hook(lambda *unused: None)
+
+
+def _pre_hook(model: Any) -> None:
+    model.encoder.layer[0].output.dense.register_forward_pre_hook(lambda *unused: None)
+
+
+class PerSample(nn.Linear):
+    """A module of somebody else, which may well look at the batch dimension."""
+
+
+def _foreign_module(model: Any) -> None:
+    model.encoder.layer[1].intermediate.dense.__class__ = PerSample
+
+
+def _replaced_forward(model: Any) -> None:
+    dense = model.encoder.layer[1].intermediate.dense
+    dense.forward = dense.forward
+
+
+def _unusual_dropout(model: Any) -> None:
+    model.encoder.layer[1].attention.self.dropout = nn.AlphaDropout(0.1).eval()
+
+
+@pytest.mark.parametrize("change", [_hook, _pre_hook, _foreign_module, _replaced_forward, _unusual_dropout])
+@pytest.mark.filterwarnings("ignore::deberta_kernels.dispatch.DebertaKernelsWarning")
+def test_whatever_could_notice_gets_the_padded_states(change: Callable[[Any], None], build, batch, packings):
+    model, inputs = build(), batch(4, 41)
+    expected = states_of(model, inputs)
+    dk.patch(model, unpad=True)
+    change(model)
+    close(states_of(model, inputs), expected)
+    assert packings[-1] is None
+
+
+def test_a_hook_sees_the_shape_it_would_see_unpatched(build, batch):
+    model, inputs = build(), batch(4, 41)
+    dk.patch(model)
+    shapes = []
+    model.encoder.layer[1].register_forward_hook(lambda _, args, out: shapes.append(out[0].shape))
+    states_of(model, inputs)
+    assert shapes == [(4, 41, model.config.hidden_size)]
+
+
+def test_lora_is_packed_and_takes_part(build, batch, packings):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    inputs = batch(4, 41)
+    model = peft.get_peft_model(build(), peft.LoraConfig(target_modules=["query_proj", "value_proj"], r=2)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    expected = states_of(model, inputs)
+    dk.patch(model, strict=True)
+    close(states_of(model, inputs), expected)
+    assert packings[-1] is not None
+
+
+@pytest.mark.parametrize("change", ["empty", "one token", "short"])
+def test_batches_with_nothing_to_pack(change, build, batch, packings):
+    model = build()
+    inputs = batch(2, 1 if change == "one token" else 9)
+    if change == "empty":
+        inputs["attention_mask"][:] = 0
+    expected = states_of(model, inputs)
+    dk.patch(model)
+    close(states_of(model, inputs), expected)
+    assert packings == [None]
+
+
+def test_a_packing_lays_rows_out_as_they_were():
+    keep = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 1, 1], [0, 0, 0, 0]]).bool()
+    states = torch.arange(1.0, 17).view(4, 4, 1) * keep[..., None]
+    packing = find_packing(keep, states, 1.0)
+    assert packing is not None
+    for moved in (packing, packing.to("cpu")):
+        assert moved.cu_seqlens.tolist() == [0, 2, 6, 8, 8]
+        packed = moved.pack(states)
+        assert packed.shape == (1, 8 + 3, 1)
+        assert torch.equal(moved.unpack(packed), states)
+        assert (moved.tokens, moved.longest, moved.contiguous) == (8, 4, True)
+        values = packed + 1.0
+        mean = torch.stack([moved.unpack(values)[row].mean(0) for row in (0, 2, 3)])
+        torch.testing.assert_close(moved.padding_context(values), mean.unsqueeze(0))
+    assert find_packing(keep, states, 0.49) is None
+    assert find_packing(keep, states + 1.0, 1.0) is None
