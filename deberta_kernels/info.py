@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 import deberta_kernels
-from deberta_kernels import dispatch, env
+from deberta_kernels import dispatch, env, processor
 
 __all__ = ["format_info", "info"]
 
@@ -78,22 +78,10 @@ def _installed(package: str) -> str | None:
 def _cpu() -> dict[str, Any]:
     import torch
 
-    model, flags = platform.processor() or platform.machine(), set()
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
-            for line in lines:
-                key, _, value = (part.strip() for part in line.partition(":"))
-                if key == "model name":
-                    model = value
-                elif key in ("flags", "Features"):
-                    flags = set(value.split())
-                    break
-    except OSError:
-        pass  # not Linux: the model and the features stay as platform knows them
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
-        "model": model,
-        "features": [feature for feature in _CPU_FEATURES if feature in flags],
+        "model": processor.model(),
+        "features": [feature for feature in _CPU_FEATURES if feature in processor.features()],
         "cores": cores,
         "threads": torch.get_num_threads(),
     }

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from . import dispatch
-from .integrations.huggingface import FusedAttention, FusedEncoder, install, plan, uninstall
-from .integrations.swap import is_swapped, swap, undo
+from .integrations.huggingface import FusedAttention, FusedEncoder, dense_blocks, install, plan, uninstall
+from .integrations.swap import Swapped, is_swapped, swap, undo
+from .modules import linear
 from .modules.positions import forget, forget_all
 from .modules.self_attention import AttentionOptions
 
@@ -41,7 +42,14 @@ class PatchReport:
         return "\n".join([head, *lines])
 
 
-def patch(model: nn.Module, *, backend: str = "auto", unpad: str | bool = "auto", strict: bool = False) -> PatchReport:
+def patch(
+    model: nn.Module,
+    *,
+    backend: str = "auto",
+    unpad: str | bool = "auto",
+    strict: bool = False,
+    onednn: str | bool = "auto",
+) -> PatchReport:
     """Make every DeBERTa-v2 or v3 inside a model run fused attention, in place.
 
     Encoder and attention modules get a subclass of their own class; nothing else changes, and `unpatch` undoes it.
@@ -54,16 +62,19 @@ def patch(model: nn.Module, *, backend: str = "auto", unpad: str | bool = "auto"
             False, never. Results are the same, padded rows included (without dropout).
         strict: raise NotImplementedError where a call, or the model, would run the original code; without it that
             is one warning per reason.
+        onednn: whether plain float32 linear layers on the CPU run in oneDNN while no gradient is wanted: "auto", where
+            PyTorch's own are the slower ones; True; or False.
 
     Returns:
         What was patched, and what was left alone and why.
 
     Raises:
         TypeError: model is not a module, or strict is not a bool.
-        ValueError: no DeBERTa inside, or an unknown backend or unpad.
-        NotImplementedError: a backend that is not part of this release; or strict, and something was left alone.
+        ValueError: no DeBERTa inside, or an unknown backend, unpad or onednn.
+        NotImplementedError: a backend that is not part of this release; onednn=True without oneDNN; or strict, and
+            something was left alone.
     """
-    options = _options(backend, unpad, strict)
+    options = _options(backend, unpad, strict, onednn)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}; pass the model itself.")
     encoders, attentions, left_alone = plan(model)
@@ -81,6 +92,11 @@ def patch(model: nn.Module, *, backend: str = "auto", unpad: str | bool = "auto"
         )
     for module in encoders:
         swap(module, FusedEncoder, options)
+        for block, mixin in dense_blocks(module):
+            if options.onednn:
+                swap(block, mixin, options)
+            else:
+                undo(block)
     for module in attentions:
         swap(module, FusedAttention, options)
     return PatchReport(len(attentions), left_alone, len(encoders))
@@ -93,7 +109,7 @@ def unpatch(model: nn.Module) -> int:
         model: the model given to `patch`, or any module that contains it; one that is not patched stays as it is.
 
     Returns:
-        Number of modules that changed.
+        Number of attention modules and encoders that changed.
 
     Raises:
         TypeError: model is not a module.
@@ -103,32 +119,36 @@ def unpatch(model: nn.Module) -> int:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}; pass the model itself.")
     modules = list(model.modules())
     for module in modules:
-        if isinstance(module, (FusedAttention, FusedEncoder)) and not is_swapped(module):
+        if isinstance(module, Swapped) and not is_swapped(module):
             undo(module)  # raises, before anything changed
-    changed = [module for module in modules if undo(module)]
-    for module in changed:
-        forget(module)
-    return len(changed)
+    fused = [module for module in modules if isinstance(module, (FusedAttention, FusedEncoder))]
+    for module in modules:
+        if undo(module):
+            forget(module)
+    return len(fused)
 
 
-def patch_all(*, backend: str = "auto", unpad: str | bool = "auto", strict: bool = False) -> None:
+def patch_all(
+    *, backend: str = "auto", unpad: str | bool = "auto", strict: bool = False, onednn: str | bool = "auto"
+) -> None:
     """Make every DeBERTa-v2 and v3 of transformers run fused attention: those in memory and all made from now on.
 
-    The forwards of two classes are replaced, so models keep their classes. A model that was given to `patch` keeps
+    The forwards of their classes are replaced, so models keep their classes. A model that was given to `patch` keeps
     its own options. Models whose attention is not Hugging Face's own run their own code, with one warning.
 
     Args:
         backend: as in `patch`.
         unpad: as in `patch`.
         strict: as in `patch`.
+        onednn: as in `patch`.
 
     Raises:
-        ValueError: an unknown backend or unpad.
+        ValueError: an unknown backend, unpad or onednn.
         ImportError: transformers is not installed, or does not import.
-        NotImplementedError: a backend that is not part of this release, or a transformers whose classes this release
-            does not know.
+        NotImplementedError: a backend that is not part of this release, onednn=True without oneDNN, or a transformers
+            whose classes this release does not know.
     """
-    install(_options(backend, unpad, strict))
+    install(_options(backend, unpad, strict, onednn))
 
 
 def unpatch_all() -> None:
@@ -137,12 +157,15 @@ def unpatch_all() -> None:
     forget_all()
 
 
-def _options(backend: str, unpad: str | bool, strict: bool) -> AttentionOptions:
+def _options(backend: str, unpad: str | bool, strict: bool, onednn: str | bool) -> AttentionOptions:
     dispatch.check_backend(backend)
     if backend != "auto":
         dispatch.load(backend)
-    if not isinstance(unpad, bool) and unpad != "auto":
-        raise ValueError(f"unpad must be 'auto', True or False, got {unpad!r}; pass unpad='auto'.")
+    for name, value in (("unpad", unpad), ("onednn", onednn)):
+        if not isinstance(value, bool) and value != "auto":
+            raise ValueError(f"{name} must be 'auto', True or False, got {value!r}; pass {name}='auto'.")
     if not isinstance(strict, bool):
         raise TypeError(f"strict must be a bool, got {strict!r}; pass True or False.")
-    return AttentionOptions(backend, strict, unpad)
+    if onednn is True and linear.refusal() is not None:
+        raise NotImplementedError(f"onednn=True is not possible: {linear.refusal()}; pass onednn='auto'.")
+    return AttentionOptions(backend, strict, unpad, linear.wanted() if onednn == "auto" else bool(onednn))

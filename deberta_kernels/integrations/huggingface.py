@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from deberta_kernels import dispatch
 from deberta_kernels.integrations.encoder import encode
 from deberta_kernels.integrations.swap import ORIGINAL, Swapped, base_class, forward_of, original_forward
+from deberta_kernels.modules.linear import apply_linear, apply_linear_gelu
 from deberta_kernels.modules.self_attention import AttentionOptions, DisentangledSelfAttention, attend
 
-__all__ = ["FusedAttention", "FusedEncoder", "install", "plan", "uninstall"]
+__all__ = ["FusedAttention", "FusedEncoder", "dense_blocks", "install", "plan", "uninstall"]
 
 _MODELING = "transformers.models.deberta_v2.modeling_deberta_v2"
 _ATTENTION, _ENCODER = "DisentangledSelfAttention", "DebertaV2Encoder"
@@ -70,27 +71,70 @@ class FusedEncoder(Swapped):
         )  # fmt: skip
 
 
-# What `install` put in place of the classes' forwards; read at every call, so that new options hold at once.
+class FusedIntermediate(Swapped):
+    """Mix oneDNN's linear layer and GELU into the first half of a feed-forward block."""
+
+    dense: nn.Linear
+    intermediate_act_fn: Any
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Widen (..., hidden size) to (..., intermediate size)."""
+        return apply_linear_gelu(self.dense, self.intermediate_act_fn, hidden_states)
+
+
+class FusedOutput(Swapped):
+    """Mix oneDNN's linear layer into what follows attention, or ends a feed-forward block."""
+
+    dense: nn.Linear
+    dropout: nn.Module
+    LayerNorm: nn.Module
+
+    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+        """Project hidden_states and add them to input_tensor, both (..., hidden size) when done."""
+        normalised: Tensor = self.LayerNorm(self.dropout(apply_linear(self.dense, hidden_states)) + input_tensor)
+        return normalised
+
+
+# The options of the classes whose forwards `install` replaced; read at every call, so that new ones hold at once.
 _installed = AttentionOptions()
-_attention_original: Callable[..., Any] | None = None
-_encoder_original: Callable[..., Any] | None = None
 
 
 @functools.wraps(FusedAttention.forward)
 def _attention_forward(self: nn.Module, *arguments: Any, **named: Any) -> tuple[Tensor, Tensor | None]:
     """Stand in for the forward of Hugging Face's attention class."""
-    return attend(self, _installed, _attention_original, *arguments, **named)
+    return attend(self, _installed, getattr(_attention_forward, ORIGINAL), *arguments, **named)
 
 
 @functools.wraps(FusedEncoder.forward)
 def _encoder_forward(self: nn.Module, *arguments: Any, **named: Any) -> Any:
     """Stand in for the forward of Hugging Face's encoder class."""
-    return _encode_if_fused(self, _installed, _encoder_original, *arguments, **named)
+    return _encode_if_fused(self, _installed, getattr(_encoder_forward, ORIGINAL), *arguments, **named)
 
 
-# What the forwards that are replaced must take: what their stand-ins take.
-_ATTENTION_ARGUMENTS = list(inspect.signature(FusedAttention.forward).parameters)
-_ENCODER_ARGUMENTS = list(inspect.signature(FusedEncoder.forward).parameters)
+@functools.wraps(FusedIntermediate.forward)
+def _intermediate_forward(self: Any, hidden_states: Tensor) -> Tensor:
+    """Stand in for the forward of Hugging Face's class for the first half of a feed-forward block."""
+    return FusedIntermediate.forward(self, hidden_states)
+
+
+@functools.wraps(FusedOutput.forward)
+def _output_forward(self: Any, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+    """Stand in for the forward of Hugging Face's class for the second half of a feed-forward block."""
+    return FusedOutput.forward(self, hidden_states, input_tensor)
+
+
+@functools.wraps(FusedOutput.forward)
+def _self_output_forward(self: Any, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+    """Stand in for the forward of Hugging Face's class for what follows attention."""
+    return FusedOutput.forward(self, hidden_states, input_tensor)
+
+
+_FUSED: dict[str, Callable[..., Any]] = {_ATTENTION: _attention_forward, _ENCODER: _encoder_forward}
+_DENSE: dict[str, Callable[..., Any]] = {
+    "DebertaV2Intermediate": _intermediate_forward,
+    "DebertaV2Output": _output_forward,
+    "DebertaV2SelfOutput": _self_output_forward,
+}
 
 
 def _encode_if_fused(module: Any, options: AttentionOptions, original: Any, *arguments: Any, **named: Any) -> Any:
@@ -118,7 +162,7 @@ def install(options: AttentionOptions) -> None:
         ImportError: transformers does not import.
         NotImplementedError: the forwards in this transformers are not the ones this package knows.
     """
-    global _installed, _attention_original, _encoder_original
+    global _installed
     try:
         hf: Any = importlib.import_module(_MODELING)
     except ImportError as error:
@@ -126,28 +170,41 @@ def install(options: AttentionOptions) -> None:
             f"patch_all() needs the package transformers, which does not import ({error}); "
             'pip install "deberta_kernels[transformers]".'
         ) from error
-    for name, arguments in ((_ATTENTION, _ATTENTION_ARGUMENTS), (_ENCODER, _ENCODER_ARGUMENTS)):
-        cls = getattr(hf, name)
-        reason = _unknown_code(cls, arguments)
+    for name, stand_in in _FUSED.items():
+        reason = _unknown_code(getattr(hf, name), stand_in)
         if reason is not None:
             raise NotImplementedError(f"patch_all() cannot patch {name}: {reason}.")
+    uninstall()
     _installed = options
-    _attention_original = original_forward(hf.DisentangledSelfAttention)
-    _encoder_original = original_forward(hf.DebertaV2Encoder)
-    setattr(_attention_forward, ORIGINAL, _attention_original)
-    setattr(_encoder_forward, ORIGINAL, _encoder_original)
-    hf.DisentangledSelfAttention.forward = _attention_forward
-    hf.DebertaV2Encoder.forward = _encoder_forward
+    for name, stand_in in {**_FUSED, **(_DENSE if options.onednn else {})}.items():
+        cls = getattr(hf, name)
+        if _unknown_code(cls, stand_in) is None:
+            setattr(stand_in, ORIGINAL, cls.forward)
+            cls.forward = stand_in
 
 
 def uninstall() -> bool:
     """Put the classes' own forwards back; return whether they had been replaced."""
     hf: Any = _modeling()
-    classes = () if hf is None else (hf.DisentangledSelfAttention, hf.DebertaV2Encoder)
-    replaced = [cls for cls in classes if cls.forward in (_attention_forward, _encoder_forward)]
+    replaced = [
+        cls
+        for name, stand_in in {**_FUSED, **_DENSE}.items()
+        if (cls := getattr(hf, name, None)) and cls.forward is stand_in
+    ]
     for cls in replaced:
         cls.forward = original_forward(cls)
     return bool(replaced)
+
+
+def dense_blocks(encoder: nn.Module) -> Iterator[tuple[nn.Module, type[Swapped]]]:
+    """Yield the modules around the attention of an encoder whose linear layers may run in oneDNN, and their mixins."""
+    for layer in getattr(encoder, "layer", ()):
+        for module, mixin in (
+            (layer.attention.output, FusedOutput), (layer.intermediate, FusedIntermediate), (layer.output, FusedOutput),
+        ):  # fmt: skip
+            name = base_class(module).__name__
+            if name in _DENSE and _reason(module, name, _DENSE[name], ()) is None:
+                yield module, mixin
 
 
 def plan(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module], dict[str, str]]:
@@ -165,7 +222,7 @@ def plan(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module], dict[str, 
     for name, encoder in _named(model, _ENCODER):
         names = {f"{name}.layer.{i}.attention.self".lstrip("."): m for i, m in enumerate(_attention_of(encoder))}
         reasons = {key: _attention_reason(module) for key, module in names.items()}
-        own = _reason(encoder, _ENCODER, _ENCODER_ARGUMENTS, ("get_attention_mask", "get_rel_pos"))
+        own = _reason(encoder, _ENCODER, _encoder_forward, ("get_attention_mask", "get_rel_pos"))
         shared = own or next((f"beside {key}: {reason}" for key, reason in reasons.items() if reason), None)
         if shared is None:
             encoders.append(encoder)
@@ -199,10 +256,10 @@ def _attention_of(encoder: nn.Module) -> list[nn.Module]:
 def _attention_reason(module: nn.Module) -> str | None:
     if isinstance(module, DisentangledSelfAttention):
         return None
-    return _reason(module, _ATTENTION, _ATTENTION_ARGUMENTS, ("disentangled_attention_bias", "transpose_for_scores"))
+    return _reason(module, _ATTENTION, _attention_forward, ("disentangled_attention_bias", "transpose_for_scores"))
 
 
-def _reason(module: nn.Module, class_name: str, arguments: list[str], methods: tuple[str, ...]) -> str | None:
+def _reason(module: nn.Module, class_name: str, stand_in: Callable[..., Any], methods: tuple[str, ...]) -> str | None:
     """Return why a module must be left alone; None if it runs exactly Hugging Face's code."""
     cls = base_class(module)
     hf = _modeling()
@@ -211,7 +268,7 @@ def _reason(module: nn.Module, class_name: str, arguments: list[str], methods: t
         if any(c.__module__ == "transformers.models.deberta.modeling_deberta" for c in cls.__mro__):
             return "DeBERTa v1 computes another attention under the same class name"
         return f"{cls.__module__}.{cls.__qualname__} is not transformers' DeBERTa-v2"
-    unknown = _unknown_code(known, arguments)
+    unknown = _unknown_code(known, stand_in)
     if unknown is not None:
         return unknown
     if original_forward(cls) is not original_forward(known):
@@ -227,13 +284,13 @@ def _reason(module: nn.Module, class_name: str, arguments: list[str], methods: t
     return None
 
 
-def _unknown_code(cls: type[nn.Module], arguments: list[str]) -> str | None:
-    """Return why the class's forward is not one this package knows; None if it is."""
+def _unknown_code(cls: type[nn.Module], stand_in: Callable[..., Any]) -> str | None:
+    """Return why the class's forward is not one that `stand_in` can replace; None if it is."""
     forward = original_forward(cls)
     if forward.__module__ != _MODELING:
         return f"the forward of {cls.__name__} was replaced by {forward.__module__}.{forward.__qualname__}"
     found = list(inspect.signature(forward).parameters)
-    if found != arguments:
+    if found != list(inspect.signature(stand_in).parameters):
         return f"the forward of {cls.__name__} in this transformers takes {found}, which this release does not know"
     return None
 

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
+from deberta_kernels.modules.linear import is_hooked
 from deberta_kernels.position import attention_span, reachable_rows
 from deberta_kernels.types import PositionSpec
 
@@ -250,7 +250,7 @@ def _validity(
     linears: list[Any] = list(projections.values())
     if type(module.pos_dropout) is not nn.Dropout or any(type(linear) is not nn.Linear for linear in linears):
         return None
-    if any(_is_hooked(part) for part in (module.pos_dropout, *linears)) or _has_any_global_hook():
+    if any(is_hooked(part) for part in (module.pos_dropout, *linears)):
         return None
     sources = [tensor for linear in linears for tensor in (linear.weight, linear.bias) if tensor is not None]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (rel, *sources)):
@@ -260,7 +260,3 @@ def _validity(
         return None
     autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
     return (tuple(projections), position_spec(module), module.num_attention_heads, autocast, *keys)
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from deberta_kernels import dispatch
 from deberta_kernels.api import run_attention
 from deberta_kernels.masks import parse_huggingface_mask
+from deberta_kernels.modules.linear import apply_linear
 from deberta_kernels.modules.packing import Packing
 from deberta_kernels.modules.positions import (
     AttentionModule,
@@ -39,11 +40,13 @@ class AttentionOptions:
         backend: "auto" or the name of a backend, which then never falls back to another one.
         strict: raise NotImplementedError where the original code would run.
         unpad: "auto": encoders leave out padding where that pays; True: wherever they can; False: never.
+        onednn: compute plain float32 linear layers with oneDNN; see `linear`.
     """
 
     backend: str = "auto"
     strict: bool = False
     unpad: str | bool = "auto"
+    onednn: bool = False
 
 
 class EncoderMask:
@@ -150,9 +153,10 @@ def _fused(
     attention_mask: Tensor | EncoderMask | None,
     rel_embeddings: Tensor | None,
 ) -> Tensor:
-    q = _heads(module, module.query_proj(queries))
-    k = _heads(module, module.key_proj(hidden_states))
-    v = _heads(module, module.value_proj(hidden_states))
+    project = apply_linear if options.onednn else _call
+    q = _heads(module, project(module.query_proj, queries))
+    k = _heads(module, project(module.key_proj, hidden_states))
+    v = _heads(module, project(module.value_proj, hidden_states))
     length, head_dim = q.shape[2:]
     scale = 1.0 / math.sqrt(head_dim * scale_factor(module))
     packing: Packing | None = None
@@ -193,6 +197,11 @@ def _packed(run: Callable[..., Any], packing: Packing, masks: Masks, q: Tensor, 
 def _merged(heads: Tensor) -> Tensor:
     """View (B, H, N, D) over memory laid out (B, N, H, D) as (B, N, H * D)."""
     return heads.transpose(1, 2).flatten(2)
+
+
+def _call(projection: nn.Module, x: Tensor) -> Tensor:
+    projected: Tensor = projection(x)
+    return projected
 
 
 def _heads(module: AttentionModule, projected: Tensor) -> Tensor:

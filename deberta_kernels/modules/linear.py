@@ -1,0 +1,128 @@
+"""Compute the linear layers of a model in eval with oneDNN, where PyTorch's own float32 product is slower.
+
+PyTorch multiplies float32 matrices on x86 with MKL, and MKL keeps its AVX-512 code to processors of its maker. oneDNN,
+which comes with every PyTorch as well, does not. Its operators take the weight as it is, so there is nothing to keep
+and nothing to fall out of date; the arithmetic is float32 throughout, and a GELU that follows is computed on the way.
+
+The operators are private to PyTorch. They are looked up and tried once, and anything unexpected leaves them alone.
+A module is taken over only if it is exactly `nn.Linear` and nothing could notice: no hooks, no gradients, no autocast,
+no tracing. Everything else (LoRA, quantised layers, parametrisations) is called as a module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from deberta_kernels.processor import vendor
+
+__all__ = ["apply_linear", "apply_linear_gelu", "is_hooked", "refusal", "wanted"]
+
+_INTEL = "GenuineIntel"
+
+
+@cache
+def refusal() -> str | None:
+    """Return why oneDNN's linear operators cannot be used here, or None when they can."""
+    if not torch.backends.mkldnn.is_available():
+        return "this PyTorch has no oneDNN"
+    try:
+        operator = torch.ops.mkldnn._linear_pointwise.default
+        x, weight, bias = torch.ones(2, 3), torch.full((4, 3), 0.5), torch.ones(4)
+        for activation, algorithm in (("none", ""), ("gelu", "none")):
+            expected = nn.functional.linear(x, weight, bias)
+            expected = nn.functional.gelu(expected) if activation == "gelu" else expected
+            actual = operator(x, weight, bias, activation, [], algorithm)
+            if not torch.allclose(actual, expected, rtol=1e-6, atol=1e-6):
+                return "oneDNN's linear operator of this PyTorch computes something else"
+    except (AttributeError, RuntimeError, TypeError) as error:
+        return f"this PyTorch's oneDNN has no such linear operator ({type(error).__name__})"
+    return None
+
+
+@cache
+def wanted() -> bool:
+    """Tell whether they are the faster ones on this machine: MKL is there, and does not know the processor as its own.
+
+    Decided by the processor's maker and not by a clock, so that two runs on one machine give the same bits.
+    """
+    return torch.backends.mkl.is_available() and vendor() not in (None, _INTEL) and refusal() is None
+
+
+def apply_linear(linear: nn.Module, x: Tensor) -> Tensor:
+    """Return linear(x), through oneDNN if it is a plain layer that nobody watches.
+
+    Args:
+        linear: a projection module.
+        x: (..., in_features).
+    """
+    if _is_plain(linear, x):
+        return _operator()(x, linear.weight, linear.bias, "none", [], "")
+    projected: Tensor = linear(x)
+    return projected
+
+
+def apply_linear_gelu(linear: nn.Module, activation: Any, x: Tensor) -> Tensor:
+    """Return activation(linear(x)), in one step if both are plain and the activation is the exact GELU.
+
+    Args:
+        linear: a projection module.
+        activation: a module or function.
+        x: (..., in_features).
+    """
+    if _is_gelu(activation) and _is_plain(linear, x):
+        return _operator()(x, linear.weight, linear.bias, "gelu", [], "none")
+    activated: Tensor = activation(apply_linear(linear, x))
+    return activated
+
+
+@lru_cache(maxsize=1)
+def _operator() -> Callable[..., Tensor]:
+    operator: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise.default
+    return operator
+
+
+def _is_plain(linear: Any, x: Tensor) -> bool:
+    if torch.compiler.is_compiling() or type(linear) is not nn.Linear or type(x) is not Tensor:
+        return False
+    if x.dtype != torch.float32 or x.device.type != "cpu":
+        return False
+    weight = linear.weight
+    if type(weight) is not nn.Parameter or weight.dtype != torch.float32 or not weight.is_contiguous():
+        return False
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or _needs_gradient(linear.bias)):
+        return False
+    if x.numel() == 0 or weight.device.type != "cpu" or not torch.backends.mkldnn.enabled or is_hooked(linear):
+        return False
+    return not (
+        torch._C._is_any_autocast_enabled()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def _needs_gradient(bias: Tensor | None) -> bool:
+    return bias is not None and bias.requires_grad
+
+
+def _is_gelu(activation: Any) -> bool:
+    if isinstance(activation, nn.Module) and is_hooked(activation):
+        return False
+    if type(activation) is nn.GELU:
+        return activation.approximate == "none"
+    if type(activation).__module__ == "transformers.activations":
+        activation = getattr(activation, "act", None)
+    return activation is nn.functional.gelu
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Tell whether a call of the module runs more, or something else, than the forward of its class."""
+    own = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
+    return bool(own) or _has_any_global_hook()

@@ -1,0 +1,205 @@
+"""Linear layers through oneDNN: the same values, only where nothing could notice, and undone like every patch."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import deberta_kernels as dk
+from deberta_kernels.modules import linear
+from deberta_kernels.modules.linear import apply_linear, apply_linear_gelu
+
+pytestmark = pytest.mark.skipif(linear.refusal() is not None, reason=f"no oneDNN: {linear.refusal()}")
+
+LINEARS = 6  # in one layer
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Record the activation of each product that oneDNN computes."""
+    seen: list[str] = []
+    original = linear._operator()
+
+    def recording(*arguments: Any) -> torch.Tensor:
+        seen.append(arguments[3])
+        return original(*arguments)
+
+    monkeypatch.setattr(linear, "_operator", lambda: recording)
+    return seen
+
+
+def states_of(model: Any, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    with torch.no_grad():
+        return list(model(**inputs, output_hidden_states=True).hidden_states)
+
+
+@pytest.mark.parametrize("unpad", [True, False])
+@pytest.mark.parametrize("conv", [0, 3])
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_hidden_states_are_within_the_budget(
+    unpad, conv, everywhere, build, batch, in_double, assert_within_budget, products
+):
+    model, inputs = build(conv_kernel_size=conv), batch(4, 41)
+    truth, eager = states_of(in_double(model), inputs), states_of(model, inputs)
+    if everywhere:
+        dk.patch_all(unpad=unpad, strict=True, onednn=True)
+    else:
+        dk.patch(model, unpad=unpad, strict=True, onednn=True)
+    for layer, state in enumerate(states_of(model, inputs)):
+        assert_within_budget(f"state {layer}", state, eager[layer], truth[layer])
+    assert len(products) == LINEARS * model.config.num_hidden_layers
+    assert products.count("gelu") == model.config.num_hidden_layers
+    (dk.unpatch_all if everywhere else lambda: dk.unpatch(model))()
+    products.clear()
+    assert all(map(torch.equal, states_of(model, inputs), eager))
+    assert products == []
+
+
+def test_the_option_can_be_changed_and_survives_copies(build, batch, products):
+    model, inputs = build(), batch()
+    for wanted, count in ((True, LINEARS * 2), (False, 0), (True, LINEARS * 2)):
+        dk.patch(model, onednn=wanted)
+        for candidate in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            products.clear()
+            states_of(candidate, inputs)
+            assert len(products) == count
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu_new"])
+def test_other_activations_follow_the_product(activation, build, batch, products):
+    model, inputs = build(hidden_act=activation), batch()
+    expected = states_of(model, inputs)
+    dk.patch(model, onednn=True)
+    torch.testing.assert_close(states_of(model, inputs), expected, atol=3e-5, rtol=1e-5)
+    assert set(products) == {"none"}
+
+
+def test_training_and_wanted_gradients_use_the_modules(build, batch, products):
+    model, inputs = build(), batch()
+    dk.patch(model, onednn=True)
+    model(**inputs).last_hidden_state.sum().backward()
+    assert products == []
+    assert all(p.grad is not None for n, p in model.named_parameters() if "dense" in n)
+
+
+def test_frozen_layers_pass_gradients_on(build, batch, products):
+    model, inputs = build(), batch()
+    plain = copy.deepcopy(model)
+    for candidate in (plain, model):
+        candidate.requires_grad_(False)
+        candidate.embeddings.requires_grad_(True)
+    dk.patch(model, onednn=True)
+    for candidate in (plain, model):
+        candidate(**inputs).last_hidden_state.square().sum().backward()
+    weight, before = (m.embeddings.word_embeddings.weight.grad for m in (model, plain))
+    torch.testing.assert_close(weight, before, atol=1e-4, rtol=1e-4)
+
+
+def _hook(layer: nn.Linear) -> None:
+    layer.register_forward_hook(lambda module, args, out: out + 1)
+
+
+def _subclass(layer: nn.Linear) -> None:
+    layer.__class__ = type("Doubling", (nn.Linear,), {"forward": lambda self, x: 2 * nn.Linear.forward(self, x)})
+
+
+def _instance(layer: nn.Linear) -> None:
+    layer.forward = lambda x: x.new_zeros(*x.shape[:-1], layer.out_features)
+
+
+def _parametrization(layer: nn.Linear) -> None:
+    nn.utils.parametrizations.weight_norm(layer)
+    with torch.no_grad():
+        layer.parametrizations.weight.original0.mul_(2)
+
+
+@pytest.mark.parametrize("change", [_hook, _subclass, _instance, _parametrization])
+def test_layers_that_are_not_plain_are_called_as_modules(change, build, batch, products):
+    model, inputs = build(), batch()
+    for part in (model.encoder.layer[0].attention.self.key_proj, model.encoder.layer[1].output.dense):
+        change(part)
+    expected = states_of(model, inputs)
+    dk.patch(model, onednn=True)
+    torch.testing.assert_close(states_of(model, inputs), expected, atol=5e-5, rtol=1e-5)
+    assert len(products) == LINEARS * 2 - 2
+
+
+def test_edits_of_a_weight_take_part_at_once(build, batch):
+    model, inputs = build(), batch()
+    dk.patch(model, onednn=True)
+    states_of(model, inputs)
+    model.encoder.layer[0].output.dense.weight.data.mul_(1.5)
+    actual = states_of(model, inputs)
+    dk.unpatch(model)
+    torch.testing.assert_close(actual, states_of(model, inputs), atol=3e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_dynamic_quantization_after_patching_takes_part(build, batch, products):
+    model, inputs = build(), batch()
+    dk.patch(model, onednn=True)
+    quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    states_of(quantized, inputs)
+    assert products == []
+
+
+def test_autocast_and_low_precision_use_the_modules(build, batch, products):
+    model, inputs = build(), batch()
+    dk.patch(model, onednn=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        states_of(model, inputs)
+    states_of(model.bfloat16(), inputs)
+    states_of(model.double(), inputs)
+    assert products == []
+
+
+def test_pytorchs_own_switch_holds(build, batch, products):
+    model, inputs = build(), batch()
+    dk.patch(model, onednn=True)
+    with torch.backends.mkldnn.flags(enabled=False):
+        states_of(model, inputs)
+    assert products == []
+
+
+@pytest.mark.parametrize("rows", [0, 1, 5, 130])
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_of_any_size(rows, bias):
+    layer = nn.Linear(24, 40, bias=bias)
+    for x in (torch.randn(rows, 24), torch.randn(24, rows).t(), torch.randn(2, rows, 24)[:, :, :]):
+        with torch.no_grad():
+            torch.testing.assert_close(apply_linear(layer, x), layer(x))
+            torch.testing.assert_close(apply_linear_gelu(layer, nn.GELU(), x), nn.functional.gelu(layer(x)))
+
+
+def test_values_that_are_not_finite_are_never_hidden():
+    layer, x = nn.Linear(8, 8), torch.randn(3, 8)
+    x[1, 2] = float("nan")
+    with torch.no_grad():
+        for actual in (apply_linear(layer, x), apply_linear_gelu(layer, nn.GELU(), x)):
+            assert actual[1].isnan().all()
+            assert actual[[0, 2]].isfinite().all()
+
+
+def test_auto_follows_the_processor(monkeypatch):
+    for maker, expected in (("GenuineIntel", False), ("AuthenticAMD", True), (None, False)):
+        linear.wanted.cache_clear()
+        monkeypatch.setattr(linear, "vendor", lambda maker=maker: maker)
+        assert linear.wanted() == (expected and torch.backends.mkl.is_available())
+    linear.wanted.cache_clear()
+
+
+@pytest.mark.parametrize("value", ["yes", 1, None])
+def test_an_unknown_value_is_refused(value, build):
+    with pytest.raises(ValueError, match=r"onednn must be 'auto', True or False, got"):
+        dk.patch(build(), onednn=value)
+
+
+def test_without_onednn_it_is_refused_by_name(monkeypatch, build):
+    monkeypatch.setattr(linear, "refusal", lambda: "this PyTorch has no oneDNN")
+    with pytest.raises(NotImplementedError, match="onednn=True is not possible: this PyTorch has no oneDNN"):
+        dk.patch(build(), onednn=True)
