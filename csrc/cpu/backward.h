@@ -80,7 +80,8 @@ class Backward {
       dpos_query = a.take<float>(b.p_.has_pos_query ? table : 0);
       for (float** rows : {&queries, &douts, &dq}) *rows = a.take<float>(kBackwardRows * b.padded_);
       for (float** rows : {&c2p, &dc2p}) *rows = a.take<float>(b.p_.has_pos_key ? kBackwardRows * band : 0);
-      for (float** rows : {&p2c, &dp2c}) *rows = a.take<float>(b.p_.has_pos_query ? kV * band : 0);
+      p2c = a.take<float>(b.p_.has_pos_query ? kMicroVectors * Score::p2c_size(b.index_) : 0);
+      dp2c = a.take<float>(b.p_.has_pos_query ? kV * band : 0);
       scores = a.take<float>(kBackwardRows * kBlockKeys);
       dscores = a.take<float>(kBackwardRows * kBlockKeys);
       row_far = a.take<float>(2 * kBackwardRows * kV);

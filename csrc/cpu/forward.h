@@ -40,9 +40,8 @@ class Forward {
     KeyPanel* key_panels;
     RowPanel* row_panels;
     float *key_columns, *far, *values, *mean;
-    float *queries, *c2p, *p2c, *scores, *row_max, *row_sum, *output;
+    float *queries, *c2p, *p2c, *scores, *maxima, *row_max, *row_sum, *output;
     uint16_t* draws;
-    float* probabilities;  // as words; null where scores are used in place
     int64_t bytes;
     NextHead next_head;
     bool mean_ready = false;  // `mean` holds the mean value of the current head
@@ -57,13 +56,13 @@ class Forward {
       mean = a.take<float>(f.padded_);
       queries = a.take<float>(kForwardRows * f.padded_words_);
       c2p = a.take<float>(f.p_.has_pos_key ? kForwardRows * ScoreBlock<Word>::c2p_stride(f.index_) : 0);
-      p2c = a.take<float>(f.p_.has_pos_query ? kV * (f.index_.columns + kV) : 0);
+      p2c = a.take<float>(f.p_.has_pos_query ? kMicroVectors * ScoreBlock<Word>::p2c_size(f.index_) : 0);
       scores = a.take<float>(kForwardRows * kBlockKeys);
+      maxima = a.take<float>(kForwardRows * kV);
       row_max = a.take<float>(kForwardRows);
       row_sum = a.take<float>(kForwardRows);
       output = a.take<float>(kForwardRows * f.padded_);
       draws = a.take<uint16_t>(kV * kDrawsPerRow);
-      probabilities = a.take<float>(Word::kPerWord == 1 ? 0 : kForwardRows * kBlockKeys / Word::kPerWord);
       bytes = a.used();
     }
   };
@@ -127,7 +126,7 @@ class Forward {
     for (int64_t k = 0; k < keys.count; k += kBlockKeys / kV) {
       const int panels = (int)std::min<int64_t>(kBlockKeys / kV, keys.count - k);
       if (!score.any_allowed(k, panels)) continue;
-      score.scores(k, panels, scratch.scores);
+      score.scores(k, panels, scratch.scores, scratch.maxima);
       softmax(count, panels, started, scratch);
       if (dropout_.on()) drop(s, h, rows, keys.panels + k, panels, scratch);
       accumulate(count, k, panels, started, scratch);
@@ -136,40 +135,71 @@ class Forward {
     finish_rows(s, h, rows, v, scratch);
   }
 
-  // Turn scores into exp(scale * (score - running maximum)) and rescale what was summed under the old maximum.
+  // Turn scores into exp(scale * (score - running maximum)), in place, and rescale what was summed under the old
+  // maximum. Statistics of kV rows are computed together, a row a lane.
   void softmax(int count, int panels, bool started, Scratch& scratch) const {
-    const int columns = panels * kV;
-    for (int r = 0; r < count; r++) {
-      float* score = scratch.scores + r * kBlockKeys;
-      const float old = scratch.row_max[r], block_max = row_maximum(score, columns);
-      const float now = block_max > old ? block_max : old;
-      const float shift = now == -INFINITY ? 0.0f : now;  // a row with nothing allowed yet
-      const vf vshift = set1(shift), scale = set1(scale_log2_);
-      vf sum = zero();
-#ifdef DK_HAS_BF16_DOT
-      if (Word::kPerWord == 2 && !dropout_.on()) {
-        uint16_t* to = reinterpret_cast<uint16_t*>(scratch.probabilities) + r * kBlockKeys;
-        for (int c = 0; c < columns; c += kV) {
-          const vf e = exp2_for_bfloat16((load(score + c) - vshift) * scale);
-          sum = sum + e;
-          store_bf16(to + c, e);
-        }
-      } else
-#endif
-        for (int c = 0; c < columns; c += kV) {
-          const vf e = exp2_nonpositive((load(score + c) - vshift) * scale);
-          sum = sum + e;
-          store(score + c, e);
-        }
-      const float factor = old == shift ? 1.0f : old == -INFINITY ? 0.0f : std::exp2((old - shift) * scale_log2_);
-      scratch.row_sum[r] = scratch.row_sum[r] * factor + reduce_add(sum);
-      scratch.row_max[r] = now;
-      if (started && factor != 1.0f)
-        for (int d = 0; d < padded_; d += kV) {
-          float* o = scratch.output + r * padded_ + d;
-          store(o, load(o) * set1(factor));
-        }
+    const vf scale = set1(scale_log2_);
+    for (int first = 0; first < count; first += kV) {
+      vf sums[kV];
+      float shift[kV], factor[kV];
+      for (int r = 0; r < kV; r++) sums[r] = load(scratch.maxima + (first + r) * kV);
+      float *row_max = scratch.row_max + first, *row_sum = scratch.row_sum + first;
+      const vf old = load(row_max), now = max_keep_nan(fold_lanes<true>(sums), old);
+      store(row_max, now);
+      for (int r = 0; r < kV; r++) shift[r] = row_max[r] == -INFINITY ? 0.0f : row_max[r];  // nothing allowed yet
+      const vf rescale = exp2_nonpositive((old - load(shift)) * scale);
+      store(factor, rescale);
+      for (int r = 0; r < kV; r++)
+        sums[r] = exponentials(scratch.scores + (first + r) * kBlockKeys, panels * kV, set1(shift[r]), scale);
+      store(row_sum, fma(load(row_sum), rescale, fold_lanes<false>(sums)));
+      for (int r = 0; started && r < kV; r++)
+        if (factor[r] != 1.0f)
+          for (int d = 0; d < padded_; d += kV) {
+            float* o = scratch.output + (first + r) * padded_ + d;
+            store(o, load(o) * set1(factor[r]));
+          }
     }
+  }
+
+  // Largest element or sum of each of kV vectors: lane r of the result is that of x[r].
+  template <bool kMaximum>
+  DK_INLINE_MEMBER static vf fold_lanes(vf* x) {
+    transpose(x);
+    DK_UNROLL
+    for (int half = kV / 2; half; half /= 2) {
+      DK_UNROLL
+      for (int i = 0; i < half; i++) x[i] = kMaximum ? max_keep_nan(x[i], x[i + half]) : x[i] + x[i + half];
+    }
+    return x[0];
+  }
+
+  // One row of scores to words of probabilities, or to floats where dropout comes first; return their sums.
+  DK_INLINE_MEMBER vf exponentials(float* score, int columns, vf shift, vf scale) const {
+    vf sum = zero();
+    int c = 0;
+#ifdef DK_HAS_BF16_DOT
+    if (Word::kPerWord == 2 && !dropout_.on()) {
+      uint16_t* to = reinterpret_cast<uint16_t*>(score);  // never ahead of what is still to be read
+      for (; c + 2 * kV <= columns; c += 2 * kV) {
+        const vf e = exp2_for_bfloat16((load(score + c) - shift) * scale);
+        const vf f = exp2_for_bfloat16((load(score + c + kV) - shift) * scale);
+        sum = sum + (e + f);
+        store_bf16(to + c, e, f);
+      }
+      if (c < columns) {
+        const vf e = exp2_for_bfloat16((load(score + c) - shift) * scale);
+        sum = sum + e;
+        store_bf16(to + c, e);
+      }
+      return sum;
+    }
+#endif
+    for (; c < columns; c += kV) {
+      const vf e = exp2_nonpositive((load(score + c) - shift) * scale);
+      sum = sum + e;
+      store(score + c, e);
+    }
+    return sum;
   }
 
   // Zero the probabilities that dropout drops; the factor of the others waits for float32 in finish_rows.
@@ -185,8 +215,7 @@ class Forward {
           store(e, load(e) * keep_factor(draws, dropout_.threshold, 1.0f));
 #ifdef DK_HAS_BF16_DOT
           if (Word::kPerWord == 2)
-            store_bf16(reinterpret_cast<uint16_t*>(scratch.probabilities) + (r * kV + lane) * kBlockKeys + i * kV,
-                       load(e));
+            store_bf16(reinterpret_cast<uint16_t*>(scratch.scores + (r * kV + lane) * kBlockKeys) + i * kV, load(e));
 #endif
         }
       }
@@ -194,11 +223,10 @@ class Forward {
 
   // output += probabilities . values.
   void accumulate(int count, int64_t first, int panels, bool started, Scratch& scratch) const {
-    const int words = panels * kV / Word::kPerWord, stride = kBlockKeys / Word::kPerWord;
-    const float* probabilities = Word::kPerWord == 1 ? scratch.scores : scratch.probabilities;
+    const int words = panels * kV / Word::kPerWord;
     const float* values = scratch.values + first * kV / Word::kPerWord * padded_;
     for (int w = 0; w < words; w += kValueWords)
-      gemm<Word>(count, padded_ / kV, std::min(kValueWords, words - w), {probabilities + w, stride, 1},
+      gemm<Word>(count, padded_ / kV, std::min(kValueWords, words - w), {scratch.scores + w, kBlockKeys, 1},
                  {values + w * padded_, kV, padded_}, scratch.output, padded_, started || w > 0);
   }
 

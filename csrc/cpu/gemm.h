@@ -37,9 +37,9 @@ struct RowSource {  // the A operand, in words
   ptrdiff_t row, step;
 };
 
+// sum[kRows][kVectors] = A * B, in registers.
 template <class Word, int kRows, int kVectors>
-DK_INLINE void micro_kernel(RowSource a, ColumnSource b, float* c, ptrdiff_t ldc, int words, bool accumulate) {
-  Sum sum[kRows][kVectors];
+DK_INLINE void multiply(RowSource a, ColumnSource b, int words, Sum (&sum)[kRows][kVectors]) {
   DK_UNROLL
   for (int r = 0; r < kRows; r++) {
     DK_UNROLL
@@ -56,6 +56,12 @@ DK_INLINE void micro_kernel(RowSource a, ColumnSource b, float* c, ptrdiff_t ldc
         sum[r][n] = Word::multiply_add(a.data + r * a.row + w * a.step, column[n], sum[r][n]);
     }
   }
+}
+
+template <class Word, int kRows, int kVectors>
+DK_INLINE void micro_kernel(RowSource a, ColumnSource b, float* c, ptrdiff_t ldc, int words, bool accumulate) {
+  Sum sum[kRows][kVectors];
+  multiply<Word>(a, b, words, sum);
   // C is read only now: its way from the L2 cache then overlaps with the products.
   if (accumulate) {
     DK_UNROLL
@@ -77,11 +83,21 @@ template <class Word, int kVectors>
 DK_NOINLINE static void gemm_rows(int rows, RowSource a, ColumnSource b, float* c, ptrdiff_t ldc, int words,
                                   bool accumulate) {
   int r = 0;
+  if (kVectors == 1)  // more rows, or there would be too few independent sums
+    for (; r + 2 * kMicroRows <= rows; r += 2 * kMicroRows)
+      micro_kernel<Word, 2 * kMicroRows, kVectors>({a.data + r * a.row, a.row, a.step}, b, c + r * ldc, ldc, words,
+                                                   accumulate);
   for (; r + kMicroRows <= rows; r += kMicroRows)
     micro_kernel<Word, kMicroRows, kVectors>({a.data + r * a.row, a.row, a.step}, b, c + r * ldc, ldc, words,
                                              accumulate);
   for (; r < rows; r++)
     micro_kernel<Word, 1, kVectors>({a.data + r * a.row, a.row, a.step}, b, c + r * ldc, ldc, words, accumulate);
+}
+
+// How many of the column vectors that are left the next step takes.
+DK_INLINE int next_vectors(int left) {
+  // 3 + 1 leaves a thin last step; 2 + 2 keeps enough independent sums in flight.
+  return left == 4 || left == 2 ? 2 : (left < kMicroVectors ? left : kMicroVectors);
 }
 
 // C[rows][vectors * kV] (+)= A[rows][words] * B[words][vectors * kV].
@@ -90,9 +106,7 @@ DK_NOINLINE static void gemm(int rows, int vectors, int words, RowSource a, Colu
                              bool accumulate) {
   int n = 0;
   while (n < vectors) {
-    const int left = vectors - n;
-    // 3 + 1 leaves a thin last step; 2 + 2 keeps enough independent sums in flight.
-    const int take = left == 4 || left == 2 ? 2 : (left < kMicroVectors ? left : kMicroVectors);
+    const int take = next_vectors(vectors - n);
     const ColumnSource columns{b.data + n * b.panel, b.panel, b.step};
     if (take == 3) gemm_rows<Word, 3>(rows, a, columns, c + n * kV, ldc, words, accumulate);
     else if (take == 2) gemm_rows<Word, 2>(rows, a, columns, c + n * kV, ldc, words, accumulate);

@@ -3,10 +3,10 @@
 // scaling first would round once more, at the magnitude of the score instead of the difference.
 //
 // The position terms are products with a *band* of table columns, never with the whole table per pair: one band per
-// row panel for c2p (all keys, once per row block), one per key panel for p2c (the rows of the block). The columns of a
-// band are its *window*. A tile of kV x kV pairs then reads the band along its diagonals,
-//     bias[r][c] = c2p[r][key_slot(c - r - x)] + p2c[c][query_slot(x + r - c)],   x = distance of its first pair,
-// contiguous loads for c2p, and for p2c contiguous loads that are transposed in registers. See docs/math.md.
+// row panel for c2p (all keys, once per row block), one per key panel for p2c (the rows of the block). The slots of a
+// band are its *window*. A tile of kV x kV pairs then reads the bands along their diagonals,
+//     bias[r][c] = c2p[r][key_slot(c - r - x)] + p2c[query_slot(x + r - c)][c],   x = distance of its first pair,
+// contiguous loads for c2p; for p2c whole vectors, one per distance, sheared in registers. See docs/math.md.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -15,7 +15,9 @@
 
 namespace {
 
+constexpr int kMostRows = 128;   // rows of a block, at most
 constexpr int kBlockKeys = 192;  // keys per block: 12 AVX-512 panels = 4 full micro-kernel steps; the block stays in L2
+constexpr int kBiasStride = kMicroVectors * kV;
 constexpr double kLog2E = 1.4426950408889634;
 
 // The keys of one head, packed.
@@ -23,7 +25,7 @@ struct HeadKeys {
   const KeyPanel* panels;
   int64_t count;
   const float* columns;    // [panel][words][kV]
-  const float* far_low;    // k . pos_query at the saturated low end, [panel][kV]
+  const float* far_low;    // k . pos_query at the saturated low end, [panel][kV]; -inf for keys that are masked
   const float* far_high;
 };
 
@@ -32,6 +34,28 @@ struct BlockRows {
   const RowPanel* panels;
   int count;
   const float* words;      // [count * kV][padded words]
+};
+
+// Turns vectors [distance][key] into vectors [query][key]: lane c of what step r returns is lane c of the vector that
+// step r - c was given. Every step must be a constant, so that all of this stays in registers.
+struct Shear {
+  vf late[kV - 1];  // of each power of two s < kV, the last s vectors whose lanes lag by their index modulo s
+
+  DK_INLINE_MEMBER Shear() {
+    DK_UNROLL
+    for (int i = 0; i < kV - 1; i++) late[i] = zero();
+  }
+  DK_INLINE_MEMBER vf step(vf x, int r) {
+    DK_UNROLL
+    for (int s = 1; s < kV; s *= 2) {
+      const LaneBits lanes = kAllLanes / ((1u << s) + 1) << s;  // those with bit s in their index
+      vf& before = late[s - 1 + r % s];
+      const vf sheared = select(lanes, before, x);
+      before = x;
+      x = sheared;
+    }
+    return x;
+  }
 };
 
 template <class Word>
@@ -43,11 +67,12 @@ struct ScoreBlock {
   const BlockRows& rows;
   const uint8_t* pair_mask;  // of this head, or null
   float* c2p;                // [count * kV][c2p_stride()]
-  float* p2c;                // [kV][p2c_stride], for the current key panel
+  float* p2c;                // kMicroVectors times p2c_size: [slot of the window][kV] of the current key panels
   int words, padded;
   NextHead* next_head;       // stepped with every tile
 
   static int64_t c2p_stride(const SlotIndex& index) { return index.columns + kV; }
+  static int64_t p2c_size(const SlotIndex& index) { return kV * c2p_stride(index); }
   int64_t c2p_stride() const { return c2p_stride(index); }
 
   struct Window {  // columns [first, stop) of a table, multiples of kV
@@ -95,13 +120,6 @@ struct ScoreBlock {
     }
   }
 
-  // p2c = keys of panel k . pos_query.
-  void start_panel(int64_t k, Window w) const {
-    if (w.stop == w.first) return;
-    gemm<Word>(kV, (int)((w.stop - w.first) / kV), words, {keys.columns + k * words * kV, 1, kV},
-               table_columns(tables.pos_query, w.first), p2c, w.stop - w.first + kV, false);
-  }
-
   // What the index does over the distances of a tile.
   enum Zone {
     kNone,    // no bias: prefix keys, or no position terms
@@ -110,6 +128,7 @@ struct ScoreBlock {
     kLinear,  // neighbours are exactly one slot apart
     kSmooth,  // neighbours are 0 or 1 slot apart
     kAny,     // the index jumps or falls somewhere
+    kMixed,   // of several tiles: anything but all of them saturated at the same end
   };
   Zone zone_of(int64_t x, bool has_position) const {  // x = distance of the tile's first query and key
     if (!has_position || !(tables.pos_key || tables.pos_query)) return kNone;
@@ -119,79 +138,119 @@ struct ScoreBlock {
     return index.query_slot(x + kV - 1) - index.query_slot(x - (kV - 1)) == 2 * kV - 2 ? kLinear : kSmooth;
   }
 
-  // Turn one tile of products q.k into scores. One branch per zone, so that the bias never leaves the registers.
-  void score_tile(int64_t k, int r, Window w, float* products) const {
-    const RowPanel& row = rows.panels[r];
-    const KeyPanel& key = keys.panels[k];
-    const float* c2p_rows = c2p + r * kV * c2p_stride();
-    const int64_t x = row.row - key.position;
-    const Zone zone = zone_of(x, key.has_position);
-    vf bias[kV];
-    if (zone == kLow || zone == kHigh) {
-      far_bias_tile(zone == kHigh, k, c2p_rows, bias);
-      finish_tile(row, key, bias, products);
-    } else if (zone == kLinear) {
-      near_bias_tile<true>(x, w, c2p_rows, bias);
-      finish_tile(row, key, bias, products);
-    } else if (zone == kSmooth) {
-      near_bias_tile<false>(x, w, c2p_rows, bias);
-      finish_tile(row, key, bias, products);
-    } else {
-      if (zone == kAny) any_bias_tile(x, w, c2p_rows, bias);
-      else
-        for (int c = 0; c < kV; c++) bias[c] = zero();
-      finish_tile(row, key, bias, products);
+  static bool is_far(Zone zone) { return zone == kLow || zone == kHigh; }
+  int64_t distance(int r, int64_t k) const { return rows.panels[r].row - keys.panels[k].position; }
+  Zone zone_of_tile(int r, int64_t k) const { return zone_of(distance(r, k), keys.panels[k].has_position); }
+  // Zone of the tiles of key panels [first, first + count) with row panel r together: kLow, kHigh or kMixed.
+  Zone zone_of_tiles(int r, int64_t first, int count) const {
+    const Zone zone = zone_of_tile(r, first);
+    for (int i = 1; i < count; i++)
+      if (zone_of_tile(r, first + i) != zone) return kMixed;
+    return is_far(zone) ? zone : kMixed;
+  }
+
+  // The rows of pos_query that the near tiles of key panel k need, among the row panels in a kMixed zone.
+  Window near_window(int64_t k, const Zone* zones) const {
+    int first = rows.count, last = -1;
+    for (int r = 0; r < rows.count; r++) {
+      if (zones[r] != kMixed || is_far(zone_of_tile(r, k))) continue;
+      first = std::min(first, r);
+      last = r;
     }
+    if (last < 0 || !tables.pos_query || !keys.panels[k].has_position) return {0, 0};
+    if (!index.smooth) return {0, index.columns};
+    return {index.query_slot(distance(first, k) - (kV - 1)) / kMicroRows * kMicroRows,
+            index.query_slot(distance(last, k) + (kV - 1)) / kMicroRows * kMicroRows + kMicroRows};
+  }
+
+  // p2c = pos_query . keys of panels [first, first + count), each over its window. Neighbours share most of the table.
+  void start_panels(int64_t first, int count, const Window* windows) const {
+    int64_t low = INT64_MAX, high = 0;
+    for (int i = 0; i < count; i++) {
+      if (windows[i].first < windows[i].stop) low = std::min(low, windows[i].first);
+      high = std::max(high, windows[i].stop);
+    }
+    for (low = low / kV * kV; low < high; low += kV)
+      for (int i = 0; i < count; i++) {
+        const int64_t from = std::max(low, windows[i].first), to = std::min(low + kV, windows[i].stop);
+        if (from < to)
+          gemm_rows<Word, 1>((int)(to - from), {tables.pos_query + low * words + (from - low), 1, kV},
+                             {keys.columns + (first + i) * words * kV, 0, kV},
+                             p2c + i * p2c_size(index) + (from - windows[i].first) * kV, kV, words, false);
+      }
+  }
+
+  // The position terms of key panel k with row panel r, [kV][kBiasStride]; -inf where a key is masked.
+  void bias_tile(int64_t k, int r, Window w, const float* p2c, float* to) const {
+    const Zone zone = zone_of_tile(r, k);
+    if (is_far(zone) || zone == kNone) return far_tile(k, r, zone, to);
+    if (zone == kLinear) near_tile<kLinear>(k, r, w, p2c, to);
+    else if (zone == kSmooth) near_tile<kSmooth>(k, r, w, p2c, to);
+    else near_tile<kAny>(k, r, w, p2c, to);
+    const LaneBits allowed = keys.panels[k].allowed;
+    for (int i = 0; allowed != kAllLanes && i < kV; i++)
+      store(to + i * kBiasStride, select(allowed, load(to + i * kBiasStride), set1(-INFINITY)));
+  }
+
+  // The position terms of a tile that is not saturated, [kV][kBiasStride], from the bands of its row and key panel.
+  // `query_slots` and `key_slots` are where the index has the first pair; p2c holds slots from 0 on.
+  template <Zone kZone, bool kQuery, bool kKey>
+  DK_NOINLINE static void add_bands(const float* p2c, const int32_t* query_slots, const float* c2p, int64_t stride,
+                                    const int32_t* key_slots, float* to) {
+    Shear shear;
+    const auto key_terms = [&](int i) {  // of the query in row i - key
+      return load(p2c + (kZone == kLinear ? query_slots[1 - kV] + i + kV - 1 : query_slots[i]) * (ptrdiff_t)kV);
+    };
+    if (kQuery) {
+      DK_UNROLL
+      for (int i = 1; i < kV; i++) shear.step(key_terms(i - kV), i);
+    }
+    DK_UNROLL
+    for (int i = 0; i < kV; i++) {
+      vf bias = kQuery ? shear.step(key_terms(i), i) : zero();
+      if (kKey) {
+        // Going down one row of the tile moves one slot back along the band.
+        if (kZone == kLinear) bias = bias + load(c2p + key_slots[0] + i * (stride - 1));
+        else if (kZone == kSmooth) bias = bias + lookup(c2p + i * stride + key_slots[-i], key_slots - i);
+        else {
+          float values[kV];
+          for (int c = 0; c < kV; c++) values[c] = c2p[i * stride + key_slots[c - i]];
+          bias = bias + load(values);
+        }
+      }
+      store(to + i * kBiasStride, bias);
+    }
+  }
+
+  template <Zone kZone>
+  DK_INLINE_MEMBER void near_tile(int64_t k, int r, Window w, const float* p2c, float* to) const {
+    const int64_t x = distance(r, k), stride = c2p_stride();
+    const float *c2p_rows = c2p + r * kV * stride, *p2c_rows = p2c - w.first * kV;
+    const int32_t *query_slots = index.query_slots_at(x), *key_slots = index.key_slots_at(-x);
+    if (!tables.pos_query) add_bands<kZone, false, true>(p2c_rows, query_slots, c2p_rows, stride, key_slots, to);
+    else if (!tables.pos_key) add_bands<kZone, true, false>(p2c_rows, query_slots, c2p_rows, stride, key_slots, to);
+    else add_bands<kZone, true, true>(p2c_rows, query_slots, c2p_rows, stride, key_slots, to);
+  }
+
+  // Saturated or without position, beside tiles that are not.
+  void far_tile(int64_t k, int r, Zone zone, float* to) const {
+    const FarTerms far = far_terms(r, k, zone);
+    const vf of_keys = zone == kNone ? select(keys.panels[k].allowed, zero(), set1(-INFINITY)) : load(far.keys);
+    for (int i = 0; i < kV; i++) store(to + i * kBiasStride, of_keys + set1(far.rows[i * far.row_step]));
   }
 
   // Both terms of a saturated tile are one number per query and one per key.
-  DK_INLINE_MEMBER void far_bias_tile(bool high, int64_t k, const float* c2p_rows, vf* bias) const {
-    const vf far = tables.pos_query ? load((high ? keys.far_high : keys.far_low) + k * kV) : zero();
-    const float* c2p_far = c2p_rows + index.key_slot(high ? -index.reach : index.reach);
-    const int64_t stride = c2p_stride();
-    DK_UNROLL
-    for (int r = 0; r < kV; r++) bias[r] = tables.pos_key ? far + set1(c2p_far[r * stride]) : far;
-  }
-
-  // Going down one row of the tile moves one slot back along a band, hence the stride less one in the linear zone.
-  template <bool kLinearIndex>
-  DK_INLINE_MEMBER void near_bias_tile(int64_t x, Window w, const float* c2p_rows, vf* bias) const {
-    if (tables.pos_query) {
-      const int64_t p2c_stride = w.stop - w.first + kV;
-      const int32_t* slots = index.query_slots_at(x);
-      const float* band = p2c + (slots[0] - w.first);
-      DK_UNROLL
-      for (int c = 0; c < kV; c++)
-        bias[c] = kLinearIndex ? load(band + c * (p2c_stride - 1))
-                               : lookup(p2c + c * p2c_stride + (slots[-c] - w.first), slots - c);
-      transpose(bias);
-    } else {
-      for (int r = 0; r < kV; r++) bias[r] = zero();
-    }
-    if (tables.pos_key) {
-      const int64_t stride = c2p_stride();
-      const int32_t* slots = index.key_slots_at(-x);
-      const float* band = c2p_rows + slots[0];
-      DK_UNROLL
-      for (int r = 0; r < kV; r++)
-        bias[r] = bias[r] + (kLinearIndex ? load(band + r * (stride - 1))
-                                          : lookup(c2p_rows + r * stride + slots[-r], slots - r));
-    }
-  }
-
-  // Position terms through an index that jumps or falls.
-  void any_bias_tile(int64_t x, Window w, const float* c2p_rows, vf* bias) const {
-    const int64_t stride = c2p_stride(), p2c_stride = w.stop - w.first + kV;
-    float values[kV];
-    for (int r = 0; r < kV; r++) {
-      for (int c = 0; c < kV; c++) {
-        float sum = 0.0f;
-        if (tables.pos_query) sum += p2c[c * p2c_stride + index.query_slot(x + r - c) - w.first];
-        if (tables.pos_key) sum += c2p_rows[r * stride + index.key_slot(c - r - x)];
-        values[c] = sum;
-      }
-      bias[r] = load(values);
-    }
+  struct FarTerms {
+    const float* rows;
+    ptrdiff_t row_step;
+    const float* keys;
+  };
+  FarTerms far_terms(int r, int64_t k, Zone zone) const {
+    static const float kZero = 0.0f;
+    const float* far_keys = (zone == kHigh ? keys.far_high : keys.far_low) + k * kV;
+    if (!tables.pos_key || zone == kNone) return {&kZero, 0, far_keys};
+    const int64_t slot = index.key_slot(zone == kHigh ? -index.reach : index.reach);
+    return {c2p + r * kV * c2p_stride() + slot, (ptrdiff_t)c2p_stride(), far_keys};
   }
 
   LaneBits pair_bits(const RowPanel& row, int r, const KeyPanel& key) const {
@@ -199,36 +258,78 @@ struct ScoreBlock {
     return bits_from_bytes(pair_mask + (row.row + r) * params.pair_mask_stride_q + key.key, key.count);
   }
 
-  // Turn products[kV][.] of one tile into scores: add the bias, mask by selection.
-  DK_INLINE_MEMBER void finish_tile(const RowPanel& row, const KeyPanel& key, const vf* bias, float* products) const {
-    if (key.allowed == kAllLanes && !pair_mask) {
+  // Scores of kMicroRows rows: products, and the bias as it stands in `bias` or, of a saturated tile, from its two terms.
+  template <int kVectors, bool kFar>
+  DK_INLINE_MEMBER void score_rows(RowSource q, ColumnSource k, const float* bias_rows, FarTerms far, float* scores,
+                                   float* maxima) const {
+    Sum sum[kMicroRows][kVectors];
+    multiply<Word>(q, k, words, sum);
+    DK_UNROLL
+    for (int r = 0; r < kMicroRows; r++) {
+      vf largest = set1(-INFINITY);
       DK_UNROLL
-      for (int r = 0; r < kV; r++) store(products + r * kBlockKeys, load(products + r * kBlockKeys) + bias[r]);
-      return;
-    }
-    const vf masked = set1(-INFINITY);
-    for (int r = 0; r < kV; r++) {
-      float* p = products + r * kBlockKeys;
-      const LaneBits lanes = pair_mask ? key.allowed & pair_bits(row, r, key) : key.allowed;
-      store(p, select(lanes, load(p) + bias[r], masked));
+      for (int n = 0; n < kVectors; n++) {
+        float* to = scores + r * kBlockKeys + n * kV;
+        const vf bias = kFar ? load(far.keys + n * kV) + set1(far.rows[r * far.row_step])
+                             : load(bias_rows + r * kBiasStride + n * kV);
+        const vf score = rounded(sum[r][n]) + bias;
+        store(to, score);
+        largest = max_keep_nan(largest, score);
+      }
+      if (maxima) store(maxima + r * kV, max_keep_nan(load(maxima + r * kV), largest));
     }
   }
 
-  // Unscaled scores[count * kV][kBlockKeys] of the block's rows with key panels [first, first + panels).
-  void scores(int64_t first, int panels, float* scores) const {
-    gemm<Word>(rows.count * kV, panels, words, {rows.words, padded, 1},
-               {keys.columns + first * words * kV, (ptrdiff_t)words * kV, kV}, scores, kBlockKeys, false);
-    for (int i = 0; i < panels; i++) {
-      const KeyPanel& key = keys.panels[first + i];
-      Window w{0, 0};
-      if (tables.pos_query && key.has_position) {
-        w = p2c_window(first + i);
-        start_panel(first + i, w);
-      }
-      for (int r = 0; r < rows.count; r++) {
+  // All rows with key panels [first, first + kVectors).
+  template <int kVectors>
+  DK_NOINLINE void score_panels(int64_t first, float* scores, float* maxima) const {
+    const ColumnSource k{keys.columns + first * words * kV, (ptrdiff_t)words * kV, kV};
+    Zone zones[kMostRows / kV];
+    for (int r = 0; r < rows.count; r++) zones[r] = zone_of_tiles(r, first, kVectors);
+    Window windows[kVectors];
+    for (int n = 0; n < kVectors; n++) windows[n] = near_window(first + n, zones);
+    start_panels(first, kVectors, windows);
+    alignas(64) float bias[kV * kBiasStride];
+    for (int r = 0; r < rows.count; r++) {
+      FarTerms far = far_terms(r, first, zones[r]);
+      for (int n = 0; n < kVectors; n++) {
         next_head->step();
-        score_tile(first + i, r, w, scores + r * kV * kBlockKeys + i * kV);
+        if (zones[r] == kMixed) bias_tile(first + n, r, windows[n], p2c + n * p2c_size(index), bias + n * kV);
       }
+      for (int i = 0; i < kV; i += kMicroRows, far.rows += kMicroRows * far.row_step) {
+        const int row = r * kV + i;
+        const RowSource q{this->rows.words + row * padded, padded, 1};
+        float *to = scores + row * kBlockKeys, *maximum = maxima ? maxima + row * kV : nullptr;
+        if (zones[r] == kMixed) score_rows<kVectors, false>(q, k, bias + i * kBiasStride, far, to, maximum);
+        else score_rows<kVectors, true>(q, k, nullptr, far, to, maximum);
+      }
+    }
+  }
+
+  // Unscaled scores[count * kV][kBlockKeys] of the block's rows with key panels [first, first + panels); if asked for,
+  // the largest score of each row as kV candidates, maxima[count * kV][kV]. A NaN may be lost in them.
+  void scores(int64_t first, int panels, float* scores, float* maxima = nullptr) const {
+    if (maxima) std::fill(maxima, maxima + rows.count * kV * kV, -INFINITY);
+    for (int i = 0, take; i < panels; i += take) {
+      take = next_vectors(panels - i);
+      if (take == 3) score_panels<3>(first + i, scores + i * kV, maxima);
+      else if (take == 2) score_panels<2>(first + i, scores + i * kV, maxima);
+      else score_panels<1>(first + i, scores + i * kV, maxima);
+    }
+    if (pair_mask) mask_pairs(first, panels, scores, maxima);
+  }
+
+  void mask_pairs(int64_t first, int panels, float* scores, float* maxima) const {
+    const vf masked = set1(-INFINITY);
+    for (int r = 0; r < rows.count * kV; r++) {
+      vf largest = masked;
+      for (int i = 0; i < panels; i++) {
+        float* score = scores + r * kBlockKeys + i * kV;
+        const KeyPanel& key = keys.panels[first + i];
+        store(score, select(key.allowed & pair_bits(rows.panels[r / kV], r % kV, key), load(score), masked));
+        largest = max_keep_nan(largest, load(score));
+      }
+      if (maxima) store(maxima + r * kV, largest);
     }
   }
 
@@ -259,13 +360,15 @@ static HeadKeys pack_keys(const AttentionParams& p, const SlotIndex& index, cons
   for (int64_t i = 0; i < count; i++)
     pack_panel<Word>(k, panels[i].key, panels[i].allowed, (int)p.head_dim, columns + i * words * kV);
   float *low = far, *high = far + count * kV;
-  if (tables.pos_query && (s.nq > index.high_start || -s.nk < index.low_end)) {
+  if ((tables.pos_key || tables.pos_query) && (s.nq > index.high_start || -s.nk < index.low_end)) {
     for (int end = 0; end < 2; end++) {
       const int64_t slot = index.query_slot(end ? index.reach : -index.reach);
-      const float* column = tables.pos_query + slot / kV * kV * words + slot % kV;
-      for (int64_t i = 0; i < count; i++)
-        micro_kernel<Word, 1, 1>({column, 0, kV}, {columns + i * words * kV, 0, kV}, (end ? high : low) + i * kV, 0,
-                                 words, false);
+      for (int64_t i = 0; i < count; i++) {
+        float* to = (end ? high : low) + i * kV;
+        if (!tables.pos_query) store(to, zero());
+        else micro_kernel<Word, 1, 1>({tables.pos_query + slot / kV * kV * words + slot % kV, 0, kV}, {columns + i * words * kV, 0, kV}, to, 0, words, false);
+        store(to, select(panels[i].allowed, load(to), set1(-INFINITY)));
+      }
     }
   }
   return {panels, count, columns, low, high};

@@ -27,6 +27,12 @@ DK_INLINE Sum sum_product(vf a, vf b, Sum c) { return fma(a, b, c); }
 DK_INLINE vf rounded(Sum x) { return x; }
 #endif
 
+#ifndef DK_NATIVE_EXPONENT
+// For exp2_polynomial: clamp x so that nothing below overflows, -inf included; then p * 2^n, 0 where x was clamped.
+DK_INLINE vf floor_exponent(vf x) { return max_keep_nan(set1(-127.0f), x); }
+DK_INLINE vf times_power_of_two(vf p, vf n, vf) { return p * power_of_two(n); }
+#endif
+
 #ifndef DK_NATIVE_LANES
 // Sums of the lanes with equal index, in the order of the index, zeros behind; index rises by 0 or 1 a lane.
 DK_INLINE vf run_sums(vf x, const int32_t* index) {
@@ -50,13 +56,13 @@ constexpr LaneBits kAllLanes = (1u << kV) - 1;
 // 2^x for any x <= 0, also -inf (exactly 0) and NaN (stays NaN): 2^round(x) times a minimax polynomial on [-0.5, 0.5].
 template <int kTerms>
 DK_INLINE vf exp2_polynomial(vf x, const float (&coefficient)[kTerms]) {
-  x = max_keep_nan(set1(-127.0f), x);
+  x = floor_exponent(x);
   const vf n = round_nearest(x);
   const vf f = x - n;
   vf p = set1(coefficient[0]);
   DK_UNROLL
   for (int i = 1; i < kTerms; i++) p = fma(p, f, set1(coefficient[i]));
-  return p * power_of_two(n);
+  return times_power_of_two(p, n, x);
 }
 // Relative error 2e-9: float32 rounding dominates.
 DK_INLINE vf exp2_nonpositive(vf x) {

@@ -6,7 +6,8 @@ namespace {
 
 using vf = __m512;
 constexpr int kV = 16;
-#define DK_NATIVE_LANES 1  // run_sums and bits_from_bytes below
+#define DK_NATIVE_LANES 1     // run_sums and bits_from_bytes below
+#define DK_NATIVE_EXPONENT 1  // floor_exponent and times_power_of_two below
 constexpr int kMicroRows = 8, kMicroVectors = 3;  // 24 accumulators + 3 columns + 1 row value of 32 registers
 
 DK_INLINE vf load(const float* p) { return _mm512_loadu_ps(p); }
@@ -18,8 +19,9 @@ DK_INLINE vf max_keep_nan(vf a, vf b) { return _mm512_max_ps(a, b); }  // NaN in
 DK_INLINE float reduce_add(vf x) { return _mm512_reduce_add_ps(x); }
 DK_INLINE float reduce_max(vf x) { return _mm512_reduce_max_ps(x); }
 DK_INLINE vf round_nearest(vf x) { return _mm512_roundscale_ps(x, 0); }
-DK_INLINE vf power_of_two(vf n) {  // 2^n for whole n in [-127, 0]; 0 for n = -127
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
+DK_INLINE vf floor_exponent(vf x) { return x; }
+DK_INLINE vf times_power_of_two(vf p, vf n, vf x) {  // p * 2^n, and 0 for x below -125; NaN in x is kept
+  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(-125.0f), _CMP_NLT_UQ), p, n);
 }
 DK_INLINE vf select(uint32_t bits, vf yes, vf no) { return _mm512_mask_mov_ps(no, (__mmask16)bits, yes); }
 
@@ -111,6 +113,7 @@ DK_INLINE void interleave_bf16(const uint16_t* even, const uint16_t* odd, uint32
   const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)odd));
   _mm512_storeu_si512(pairs, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
 }
+DK_INLINE void store_bf16(uint16_t* p, vf x, vf next) { _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(next, x)); }
 DK_INLINE void store_bf16(uint16_t* p, vf x) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(x)); }
 #endif
 
