@@ -97,12 +97,25 @@ class Forward {
   // With one thread the next head follows this one; more threads share the heads out nearly in order.
   void ask_for_next(const Sample& s, int64_t h, int64_t tiles, NextHead& next) const {
     next.start(tiles);
+    next.add(head_of(p_, p_.out, s, h, p_.dtype), s.nq, head_dim_);  // of this head: written last
     const int64_t head = s.index * p_.heads + h + p_.threads;
     if (chunks_ > 1 || head >= p_.batch * p_.heads) return;
     const Sample follows = sample_of(p_, head / p_.heads);
     next.add(head_of(p_, p_.q, follows, head % p_.heads, p_.dtype), follows.nq, head_dim_);
     next.add(head_of(p_, p_.k, follows, head % p_.heads, p_.dtype), follows.nk, head_dim_);
     next.add(head_of(p_, p_.v, follows, head % p_.heads, p_.dtype), follows.nk, head_dim_);
+    const PackedTables<Word> tables(p_, packed_, head % p_.heads);
+    // The slots that the first rows need.
+    const int64_t rows = std::min<int64_t>(follows.nq, kForwardRows);
+    if (tables.pos_key)
+      ask_for_table(tables.pos_key, index_.key_slot(-rows), index_.key_slot(follows.nk), next);
+    if (tables.pos_query)
+      ask_for_table(tables.pos_query, index_.query_slot(-follows.nk), index_.query_slot(rows), next);
+  }
+
+  void ask_for_table(const float* table, int64_t low, int64_t high, NextHead& next) const {
+    char* first = const_cast<char*>(reinterpret_cast<const char*>(table + low / kV * kV * words_));
+    next.add({first, words_ * (int64_t)sizeof(float), kFloat32}, round_to_vector(high + 1) - low / kV * kV, words_);
   }
 
   void row_block(const Sample& s, int64_t h, const HeadKeys& keys, const PackedTables<Word>& tables,

@@ -51,30 +51,34 @@ class NextHead {
  public:
   // Forget what was asked for and spread what is added over `tiles` steps.
   void start(int64_t tiles) {
-    tensors_ = 0;
+    parts_ = 0;
     next_ = longest_ = 0;
     tiles_ = tiles > 0 ? tiles : 1;
   }
-  void add(const Rows& rows, int64_t count, int head_dim) {
+  // Rows of `width` elements; more than kMostRows would push the present head out of the cache.
+  void add(const Rows& rows, int64_t count, int width) {
     count = std::min(count, kMostRows);
-    rows_[tensors_] = rows;
-    count_[tensors_++] = count;
+    part_[parts_++] = {rows, count, width};
     longest_ = std::max(longest_, count);
-    head_dim_ = head_dim;
     step_ = (longest_ + tiles_ - 1) / tiles_;
   }
   void step() {
     if (next_ >= longest_) return;
-    for (int t = 0; t < tensors_; t++)
-      for (int64_t i = next_; i < std::min(next_ + step_, count_[t]); i++) prefetch_row<1>(rows_[t], i, head_dim_);
+    for (int t = 0; t < parts_; t++)
+      for (int64_t i = next_; i < std::min(next_ + step_, part_[t].count); i++)
+        prefetch_row<1>(part_[t].rows, i, part_[t].width);
     next_ += step_;
   }
 
  private:
-  static constexpr int64_t kMostRows = 128;  // more would push the present head out of the cache
-  Rows rows_[5];
-  int64_t count_[5];
-  int tensors_ = 0, head_dim_ = 0;
+  static constexpr int64_t kMostRows = 256;
+  struct Part {
+    Rows rows;
+    int64_t count;
+    int width;
+  };
+  Part part_[6];
+  int parts_ = 0;
   int64_t next_ = 0, longest_ = 0, tiles_ = 1, step_ = 1;
 };
 
