@@ -86,18 +86,25 @@ class Forward {
       pack_values(Word(), v, panel.key, panel.allowed, head_dim_, padded_,
                   scratch.values + i * kV / Word::kPerWord * padded_);
     }
-    ask_for_next(s, h, (rows - first * per_block) * count, scratch.next_head);
     for (int64_t b = first; b < last; b++) {
       const BlockRows block{scratch.row_panels + b * per_block, (int)std::min(per_block, rows - b * per_block),
                             scratch.queries};
+      scratch.next_head.start(block.count * count);
+      ask_for_output(s, h, block, scratch.next_head);
+      if (b + 1 == last) ask_for_next(s, h, scratch.next_head);
       row_block(s, h, keys, tables, block, v, scratch);
     }
   }
 
+  void ask_for_output(const Sample& s, int64_t h, const BlockRows& block, NextHead& next) const {
+    const RowPanel &first = block.panels[0], &last = block.panels[block.count - 1];
+    Rows out = head_of(p_, p_.out, s, h, p_.dtype);
+    out.data = out.row(first.row);
+    next.add(out, last.row + last.count - first.row, head_dim_);
+  }
+
   // With one thread the next head follows this one; more threads share the heads out nearly in order.
-  void ask_for_next(const Sample& s, int64_t h, int64_t tiles, NextHead& next) const {
-    next.start(tiles);
-    next.add(head_of(p_, p_.out, s, h, p_.dtype), s.nq, head_dim_);  // of this head: written last
+  void ask_for_next(const Sample& s, int64_t h, NextHead& next) const {
     const int64_t head = s.index * p_.heads + h + p_.threads;
     if (chunks_ > 1 || head >= p_.batch * p_.heads) return;
     const Sample follows = sample_of(p_, head / p_.heads);

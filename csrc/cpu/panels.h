@@ -71,7 +71,7 @@ class NextHead {
   }
 
  private:
-  static constexpr int64_t kMostRows = 256;
+  static constexpr int64_t kMostRows = 512;
   struct Part {
     Rows rows;
     int64_t count;
