@@ -46,7 +46,7 @@ DK_INLINE T* statistics_of(const AttentionParams& p, T* data, const Sample& s, i
   return data ? data + b * p.lse_stride_b + h * p.lse_stride_h + s.first_token : nullptr;
 }
 
-// Asks for the rows that the next head will read, a few with every tile of the present one, while memory is idle.
+// Asks for rows that will be needed next, a few with every tile of the present head, while memory is idle.
 class NextHead {
  public:
   // Forget what was asked for and spread what is added over `tiles` steps.

@@ -135,25 +135,36 @@ struct ScoreBlock {
     if (x + kV - 1 <= index.low_end) return kLow;
     if (x - (kV - 1) >= index.high_start) return kHigh;
     if (!index.smooth) return kAny;
-    return index.query_slot(x + kV - 1) - index.query_slot(x - (kV - 1)) == 2 * kV - 2 ? kLinear : kSmooth;
+    const int32_t* slots = index.query_slots_at(x);
+    return slots[kV - 1] - slots[1 - kV] == 2 * kV - 2 ? kLinear : kSmooth;
   }
 
   static bool is_far(Zone zone) { return zone == kLow || zone == kHigh; }
   int64_t distance(int r, int64_t k) const { return rows.panels[r].row - keys.panels[k].position; }
-  Zone zone_of_tile(int r, int64_t k) const { return zone_of(distance(r, k), keys.panels[k].has_position); }
-  // Zone of the tiles of key panels [first, first + count) with row panel r together: kLow, kHigh or kMixed.
-  Zone zone_of_tiles(int r, int64_t first, int count) const {
-    const Zone zone = zone_of_tile(r, first);
-    for (int i = 1; i < count; i++)
-      if (zone_of_tile(r, first + i) != zone) return kMixed;
-    return is_far(zone) ? zone : kMixed;
+
+  // Zones of all row panels with some key panels.
+  struct Zones {
+    Zone tile[kMostRows / kV][kMicroVectors];
+    Zone together[kMostRows / kV];  // kLow or kHigh where all tiles are in it, else kMixed
+  };
+  void find_zones(int64_t first, int count, Zones& zones) const {
+    for (int r = 0; r < rows.count; r++) {
+      Zone together = kMixed;
+      for (int i = 0; i < count; i++) {
+        const Zone zone = zone_of(distance(r, first + i), keys.panels[first + i].has_position);
+        zones.tile[r][i] = zone;
+        if (i == 0 && is_far(zone)) together = zone;
+        if (zone != together) together = kMixed;
+      }
+      zones.together[r] = together;
+    }
   }
 
-  // The rows of pos_query that the near tiles of key panel k need, among the row panels in a kMixed zone.
-  Window near_window(int64_t k, const Zone* zones) const {
+  // The rows of pos_query that the near tiles of key panel k, the i-th of `zones`, need beside tiles in other zones.
+  Window near_window(int64_t k, int i, const Zones& zones) const {
     int first = rows.count, last = -1;
     for (int r = 0; r < rows.count; r++) {
-      if (zones[r] != kMixed || is_far(zone_of_tile(r, k))) continue;
+      if (zones.together[r] != kMixed || is_far(zones.tile[r][i])) continue;
       first = std::min(first, r);
       last = r;
     }
@@ -181,8 +192,7 @@ struct ScoreBlock {
   }
 
   // The position terms of key panel k with row panel r, [kV][kBiasStride]; -inf where a key is masked.
-  void bias_tile(int64_t k, int r, Window w, const float* p2c, float* to) const {
-    const Zone zone = zone_of_tile(r, k);
+  void bias_tile(Zone zone, int64_t k, int r, Window w, const float* p2c, float* to) const {
     if (is_far(zone) || zone == kNone) return far_tile(k, r, zone, to);
     if (zone == kLinear) near_tile<kLinear>(k, r, w, p2c, to);
     else if (zone == kSmooth) near_tile<kSmooth>(k, r, w, p2c, to);
@@ -258,7 +268,7 @@ struct ScoreBlock {
     return bits_from_bytes(pair_mask + (row.row + r) * params.pair_mask_stride_q + key.key, key.count);
   }
 
-  // Scores of kMicroRows rows: products, and the bias as it stands in `bias` or, of a saturated tile, from its two terms.
+  // Scores of kMicroRows rows: products, and the bias from `bias_rows` or, of saturated tiles, from its two terms.
   template <int kVectors, bool kFar>
   DK_INLINE_MEMBER void score_rows(RowSource q, ColumnSource k, const float* bias_rows, FarTerms far, float* scores,
                                    float* maxima) const {
@@ -284,23 +294,25 @@ struct ScoreBlock {
   template <int kVectors>
   DK_NOINLINE void score_panels(int64_t first, float* scores, float* maxima) const {
     const ColumnSource k{keys.columns + first * words * kV, (ptrdiff_t)words * kV, kV};
-    Zone zones[kMostRows / kV];
-    for (int r = 0; r < rows.count; r++) zones[r] = zone_of_tiles(r, first, kVectors);
+    Zones zones;
+    find_zones(first, kVectors, zones);
     Window windows[kVectors];
-    for (int n = 0; n < kVectors; n++) windows[n] = near_window(first + n, zones);
+    for (int n = 0; n < kVectors; n++) windows[n] = near_window(first + n, n, zones);
     start_panels(first, kVectors, windows);
     alignas(64) float bias[kV * kBiasStride];
     for (int r = 0; r < rows.count; r++) {
-      FarTerms far = far_terms(r, first, zones[r]);
+      const bool mixed = zones.together[r] == kMixed;
+      FarTerms far = far_terms(r, first, zones.together[r]);
       for (int n = 0; n < kVectors; n++) {
         next_head->step();
-        if (zones[r] == kMixed) bias_tile(first + n, r, windows[n], p2c + n * p2c_size(index), bias + n * kV);
+        if (mixed)
+          bias_tile(zones.tile[r][n], first + n, r, windows[n], p2c + n * p2c_size(index), bias + n * kV);
       }
       for (int i = 0; i < kV; i += kMicroRows, far.rows += kMicroRows * far.row_step) {
         const int row = r * kV + i;
         const RowSource q{this->rows.words + row * padded, padded, 1};
         float *to = scores + row * kBlockKeys, *maximum = maxima ? maxima + row * kV : nullptr;
-        if (zones[r] == kMixed) score_rows<kVectors, false>(q, k, bias + i * kBiasStride, far, to, maximum);
+        if (mixed) score_rows<kVectors, false>(q, k, bias + i * kBiasStride, far, to, maximum);
         else score_rows<kVectors, true>(q, k, nullptr, far, to, maximum);
       }
     }
@@ -363,10 +375,13 @@ static HeadKeys pack_keys(const AttentionParams& p, const SlotIndex& index, cons
   if ((tables.pos_key || tables.pos_query) && (s.nq > index.high_start || -s.nk < index.low_end)) {
     for (int end = 0; end < 2; end++) {
       const int64_t slot = index.query_slot(end ? index.reach : -index.reach);
+      const int64_t at = slot / kV * kV * words + slot % kV;
       for (int64_t i = 0; i < count; i++) {
         float* to = (end ? high : low) + i * kV;
         if (!tables.pos_query) store(to, zero());
-        else micro_kernel<Word, 1, 1>({tables.pos_query + slot / kV * kV * words + slot % kV, 0, kV}, {columns + i * words * kV, 0, kV}, to, 0, words, false);
+        else
+          micro_kernel<Word, 1, 1>({tables.pos_query + at, 0, kV}, {columns + i * words * kV, 0, kV}, to, 0, words,
+                                   false);
         store(to, select(panels[i].allowed, load(to), set1(-INFINITY)));
       }
     }
