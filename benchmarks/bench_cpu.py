@@ -9,7 +9,6 @@ python benchmarks/bench_cpu.py --isa all        each instruction set of the libr
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import subprocess
@@ -21,7 +20,6 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ISAS = ("avx512_bf16", "avx512", "avx2", "generic")
-SCHEMA = 1
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -38,11 +36,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def note(text: str) -> None:
-    """Show progress, apart from the results on stdout."""
-    print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
-
-
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Run the groups wanted and return what the JSON file holds."""
     import torch
@@ -51,29 +44,16 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_interop_threads(1)
     import machine
     import measuring
+    import recording
 
     groups = frozenset(filter(None, options.only.split(","))) or frozenset(measuring.GROUPS)
     if unknown := groups - set(measuring.GROUPS):
         raise SystemExit(f"--only: unknown {', '.join(sorted(unknown))}; there are {', '.join(measuring.GROUPS)}")
-    plan = measuring.Plan(groups, options.backend, options.threads, options.quick, note)
+    plan = measuring.Plan(groups, options.backend, options.threads, options.quick, recording.note)
     started = time.perf_counter()
-    result: dict[str, Any] = {
-        "schema": SCHEMA,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": machine.commit(),
-        "device": machine.device_name(),
-        "machine": machine.describe(),
-        "versions": machine.versions(),
-        "library": {key: value for key, value in machine.library().items() if key != "path"},
-        "settings": {
-            "threads": options.threads,
-            "backend": options.backend,
-            "quick": options.quick,
-            "clock": "process CPU time" if options.threads == 1 else "wall clock",
-        },
-        "rates_gflops": machine.rates(plan.pace),
-    }
-    note(f"rates: {result['rates_gflops']}")
+    result = recording.preamble("cpu", options.threads, options.backend, quick=options.quick)
+    result["rates_gflops"] = machine.rates(plan.pace)
+    recording.note(f"rates: {result['rates_gflops']}")
     lines = []
     for name, wanted, run in (
         ("core", measuring.CORE_GROUPS, measuring.measure_core),
@@ -90,21 +70,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def store(result: dict[str, Any], where: str) -> None:
-    """Write the JSON file."""
-    if where == "-":
-        return
-    stamp = result["date"][:19].replace(":", "").replace("T", "-")
-    isa = result["settings"].get("isa")
-    name = f"cpu-{stamp}-{(result['commit']['id'] or 'unknown')[:8]}{'-' + isa if isa else ''}.json"
-    path = Path(where) if where else HERE / "results" / result["device"] / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    note(f"written: {path}")
-
-
 def every_isa(options: argparse.Namespace) -> int:
     """Measure each instruction set in a process of its own, since the library chooses once; print them side by side."""
+    from recording import note, store
     from report import side_by_side
 
     results, status = {}, 0
@@ -137,6 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
         return every_isa(options)
     if options.isa:
         os.environ["DEBERTA_KERNELS_CPU_ISA"] = options.isa
+    from recording import note, store
     from report import table
 
     result = measure(options)

@@ -135,7 +135,7 @@ def _line(figure: Figure, **values: Any) -> Line:
     unit = {"time": "", "speed": "x", "fraction": "%"}[figure.sense]
     must, aim = figure.must, figure.aim
     if figure.sense == "fraction":
-        must, aim = 100 * must, None if aim is None else 100 * aim
+        must, aim = (None if bound is None else 100 * bound for bound in (must, aim))
     return Line(figure.group, figure.title, figure.shape.label + form, must, aim, higher, unit, **values)
 
 

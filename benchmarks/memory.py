@@ -12,20 +12,27 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-__all__ = ["extra_bytes"]
+__all__ = ["extra_bytes", "peak", "run_alone"]
 
 
 def extra_bytes(length: int, dtype: str, backend: str, threads: int, *, backward: bool = False) -> dict[str, Any]:
     """Return {"bytes": extra} of a fresh process, or {"error": text}."""
-    command = [sys.executable, __file__, str(length), "--dtype", dtype, "--backend", backend]
-    command += ["--threads", str(threads), *(["--backward"] if backward else [])]
+    arguments = [str(length), "--dtype", dtype, "--backend", backend, "--threads", str(threads)]
+    return run_alone(__file__, [*arguments, *(["--backward"] if backward else [])])
+
+
+def run_alone(program: str, arguments: list[str]) -> dict[str, Any]:
+    """Run a program that prints JSON in a process of its own; return that, or {"error": text}."""
     root = str(Path(__file__).resolve().parent.parent)
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": path})
+    environment = {**os.environ, "PYTHONPATH": path}
+    command = [sys.executable, program, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
@@ -40,8 +47,26 @@ def _status(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}; memory is measured on Linux only")
 
 
+def peak(call: Callable[[], list[Any]]) -> dict[str, Any]:
+    """Return the high-water mark of one call above what the process held before, less the bytes of what it returns.
+
+    Args:
+        call: returns the tensors that are results; something smaller should have been run before, so that libraries are
+            loaded and threads started.
+    """
+    gc.collect()
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)  # glibc: freed pages would be reused unseen
+    Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to the present
+    before = _status("VmRSS")
+    results = call()
+    highest = _status("VmHWM")
+    returned = sum(x.numel() * x.element_size() for x in results)
+    return {"bytes": highest - before - returned, "returned": returned, "held_before": before}
+
+
 def _measure(length: int, dtype: str, backend: str, *, backward: bool) -> dict[str, Any]:
-    """Return the high-water mark of one call above the inputs, less the bytes of what it returns."""
+    """Return the `peak` of one call above the inputs."""
     import torch
     from baselines import draw, ours
     from shapes import Shape
@@ -56,15 +81,7 @@ def _measure(length: int, dtype: str, backend: str, *, backward: bool) -> dict[s
     if backward:
         short, inputs = short.requiring_grad(), inputs.requiring_grad()
     run(short)  # loads the library and starts the threads, which is not the call's own memory
-    gc.collect()
-    with suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)  # glibc: freed pages would be reused unseen
-    Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to the present
-    before = _status("VmRSS")
-    results = run(inputs)
-    peak = _status("VmHWM")
-    returned = sum(x.numel() * x.element_size() for x in results)
-    return {"bytes": peak - before - returned, "returned": returned}
+    return peak(lambda: run(inputs))
 
 
 def main() -> None:

@@ -1,9 +1,10 @@
-"""Turn a result of bench_cpu.py into a table, a README section and a picture, so that no number is typed by hand.
+"""Turn a result into a table, a README section and a picture, so that no number is typed by hand.
 
-    python benchmarks/report.py                                newest result, as markdown
+    python benchmarks/report.py                                newest result of bench_cpu.py, as markdown
     python benchmarks/report.py RESULT.json --plot docs/images/cpu.png --update README.md
+    python benchmarks/report.py --kind model --plot docs/images/model.png
 
-`--update` replaces what stands between the lines `<!-- bench-cpu:begin -->` and `<!-- bench-cpu:end -->`.
+`--update` replaces what stands between the lines `<!-- bench-KIND:begin -->` and `<!-- bench-KIND:end -->`.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-__all__ = ["conditions", "markdown", "side_by_side", "table"]
+__all__ = ["conditions", "figures_markdown", "kind_of", "markdown", "side_by_side", "table", "wrapped"]
 
 RESULTS = Path(__file__).resolve().parent / "results"
-BEGIN, END = "<!-- bench-cpu:begin -->", "<!-- bench-cpu:end -->"
-SKIPPED = "not in --quick"
+SKIPPED = ("not in --quick", "not in this run")
+# Colours: this package, the line of eager, what has no position terms.
 OURS, EAGER, PLAIN = "#0f766e", "#b45309", "#64748b"
 
 
@@ -38,7 +39,7 @@ def _bound(figure: dict[str, Any], name: str) -> str:
 def _rows(result: dict[str, Any]) -> list[list[str]]:
     rows = []
     for figure in result["figures"]:
-        if figure["reason"] == SKIPPED:
+        if figure["reason"] in SKIPPED:
             continue
         values = [_number(figure[name], figure["unit"]) for name in ("median", "best")]
         values.append("" if figure["at_peak"] is None else _number(figure["at_peak"], figure["unit"]))
@@ -71,7 +72,7 @@ def table(result: dict[str, Any]) -> str:
     rates = ", ".join(f"{name} {'-' if x is None else f'{x:.0f}'}" for name, x in result["rates_gflops"].items())
     counts: dict[str, int] = {}
     for figure in result["figures"]:
-        name = SKIPPED if figure["reason"] == SKIPPED else figure["verdict"]
+        name = figure["reason"] if figure["reason"] in SKIPPED else figure["verdict"]
         counts[name] = counts.get(name, 0) + 1
     tally = ", ".join(f"{count} {name}" for name, count in counts.items())
     return "\n".join([conditions(result), f"GFLOP/s: {rates}", "", *lines, "", f"{tally}; {result['seconds']:.0f} s"])
@@ -105,9 +106,18 @@ def markdown(result: dict[str, Any]) -> str:
             red = not record["checks"].get(name, {"ok": True})["ok"]
             cells.append("red" if red else "" if samples is None else f"{samples['median'] * 1e3:.2f} ms")
         lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", "| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
-    lines += ["| " + " | ".join(row) + " |" for row in _rows(result)]
-    return "\n".join([*lines, "", f"Medians. {conditions(result)}."])
+    return "\n".join([*lines, "", *figures_markdown(result), "", f"Medians. {conditions(result)}."])
+
+
+def figures_markdown(result: dict[str, Any]) -> list[str]:
+    """Return the lines of a markdown table of every figure."""
+    lines = ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
+    return lines + ["| " + " | ".join(row) + " |" for row in _rows(result)]
+
+
+def kind_of(result: dict[str, Any]) -> str:
+    """Return which benchmark wrote a result; the first ones did not say."""
+    return str(result.get("kind", "cpu"))
 
 
 def side_by_side(results: dict[str, dict[str, Any]]) -> str:
@@ -168,7 +178,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     right.legend(frameon=False, fontsize=8, loc="upper right")
     for panel in (left, right):
         panel.spines[["top", "right"]].set_visible(False)
-    picture.supxlabel(_wrapped(conditions(result)), fontsize=7)
+    picture.supxlabel(wrapped(conditions(result)), fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
     picture.savefig(path)
 
@@ -178,43 +188,51 @@ def _ratio(record: dict[str, Any], other: str, ours: str) -> float:
     return float(samples[other]["median"] / samples[ours if ours in samples else "bare"]["median"])
 
 
-def _wrapped(text: str) -> str:
+def wrapped(text: str) -> str:
+    """Break a line in two at a semicolon near its middle."""
     half = text.find("; ", len(text) // 2)
     return text if half < 0 else f"{text[: half + 1]}\n{text[half + 2 :]}"
 
 
-def update(readme: Path, text: str) -> None:
-    """Replace what stands between the two marker lines.
+def update(readme: Path, text: str, kind: str) -> None:
+    """Replace what stands between the two marker lines of a kind of result.
 
     Raises:
         ValueError: the file lacks a marker.
     """
+    begin, end = f"<!-- bench-{kind}:begin -->", f"<!-- bench-{kind}:end -->"
     content = readme.read_text(encoding="utf-8")
-    if BEGIN not in content or END not in content:
-        raise ValueError(f"{readme} must contain the lines {BEGIN} and {END}; put them where the table belongs.")
-    before, rest = content.split(BEGIN, 1)
-    after = rest.split(END, 1)[1]
-    readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+    if begin not in content or end not in content:
+        raise ValueError(f"{readme} must contain the lines {begin} and {end}; put them where the table belongs.")
+    before, rest = content.split(begin, 1)
+    after = rest.split(end, 1)[1]
+    readme.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("result", nargs="?", type=Path, help="a JSON file; else the newest under benchmarks/results")
+    parser.add_argument("--kind", default="cpu", choices=("cpu", "model"), help="of the newest result")
     parser.add_argument("--plot", type=Path, help="draw a picture here")
     parser.add_argument("--update", type=Path, help="put the tables into this markdown file")
     parser.add_argument("--text", action="store_true", help="print the aligned table instead of markdown")
     options = parser.parse_args(arguments)
-    path = options.result or max(RESULTS.glob("*/cpu-*.json"), key=lambda p: p.name, default=None)
+    import model_report
+
+    path = options.result or max(RESULTS.glob(f"*/{options.kind}-*.json"), key=lambda p: p.name, default=None)
     if path is None:
-        print("no result yet; run benchmarks/bench_cpu.py", file=sys.stderr)
+        print(f"no result yet; run make bench-{options.kind}", file=sys.stderr)
         return 1
     result = json.loads(path.read_text(encoding="utf-8"))
-    print(table(result) if options.text else markdown(result))
+    kind = kind_of(result)
+    text = model_report.markdown(result) if kind == "model" else markdown(result)
+    aligned = model_report.text(result) if kind == "model" else table(result)
+    print(aligned if options.text else text)
     if options.plot:
-        draw(result, options.plot)
+        (model_report.draw if kind == "model" else draw)(result, options.plot)
     if options.update:
-        update(options.update, markdown(result))
+        update(options.update, text, kind)
     return 0
 
 

@@ -65,7 +65,7 @@ class Figure:
         shape: where.
         ours: candidate of ours, as `baselines` names it.
         other: candidate compared with; "" for a figure that compares with no candidate.
-        must: bound that has to hold.
+        must: bound that has to hold; None for a figure that is only shown.
         aim: bound worth reaching, or None.
         sense: "time" (ours / other, lower is better), "speed" (other / ours, higher is better) or
             "fraction" (needed FLOP/s over the kernel's own peak, higher is better).
@@ -76,7 +76,7 @@ class Figure:
     shape: Shape
     ours: str
     other: str
-    must: float
+    must: float | None
     aim: float | None
     sense: str
 
