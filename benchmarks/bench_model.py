@@ -68,12 +68,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
     def so_far(records: list[dict[str, Any]]) -> None:
         result["models"] = records
-        finish(judge(records, plan.pick))
+        finish(judge(records, plan.pick, result["rates_gflops"]))
         store(result, options.json)
 
     so_far(measure_shapes(workshop, shapes, so_far))
     if not options.no_peaks:
-        lines = judge(result["models"], plan.pick)
+        lines = judge(result["models"], plan.pick, result["rates_gflops"])
         result["peaks"] = measure_peaks(workshop, shapes)
         finish(lines)
     return result

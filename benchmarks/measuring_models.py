@@ -13,7 +13,7 @@ from measuring import Line, Plan
 from model_checking import Tolerance, Truth, check_call, tolerance, truths
 from model_shapes import BETTER_RUNTIME, MODEL_FIGURES, Batch, ModelShape, draw_batches
 from rivals import Call, build, candidate_names, export, load_plain, missing_packages
-from shapes import Figure
+from shapes import Figure, needed_flops_of_model
 from timing import Pace, interleave
 
 __all__ = ["RUNTIMES", "Workshop", "judge", "measure_shapes"]
@@ -85,7 +85,10 @@ def _measure(
 ) -> dict[str, Any]:
     plan, title = workshop.plan, f"{shape.label} {shape.dtype}"
     record: dict[str, Any] = {**shape.__dict__, "label": shape.label, "checks": {}, "samples": {}, "missing": {}}
-    record["tokens"] = [int(batch.attention_mask.sum()) for batch in batches]
+    record["lengths"] = [batch.attention_mask.sum(1).tolist() for batch in batches]
+    if not workshop.source:
+        needed = [needed_flops_of_model(lengths) for lengths in record["lengths"]]
+        record["needed_gflop"] = sum(needed) / len(needed) / 1e9
     calls: dict[str, Call] = {}
     for name in candidate_names(shape):
         if absent := missing_packages(name):
@@ -118,18 +121,29 @@ def _turning(call: Call, batches: list[Batch]) -> Callable[[int], object]:
     return lambda index: call(batches[index % len(batches)])
 
 
-def judge(records: list[dict[str, Any]], pick: Callable[[dict[str, Any]], tuple[float, float]]) -> list[Line]:
+Pick = Callable[[dict[str, Any]], tuple[float, float]]
+
+
+def judge(records: list[dict[str, Any]], pick: Pick, rates: dict[str, float | None] | None = None) -> list[Line]:
     """Return the lines of all figures.
 
     Args:
         records: of `measure_shapes`.
         pick: samples of a candidate -> median and minimum, seconds.
+        rates: GFLOP/s of matrix products, whose names end in their dtype; the highest bounds what can be reached.
     """
     by_shape = {(r["label"], r["dtype"]): r for r in records}
-    return [_line(figure, by_shape.get((figure.shape.label, figure.shape.dtype)), pick) for figure in MODEL_FIGURES]
+    peaks: dict[str, float] = {}
+    for name, rate in (rates or {}).items():
+        dtype = name.split()[-1]
+        peaks[dtype] = max(peaks.get(dtype, 0.0), rate or 0.0)
+    return [
+        _line(figure, by_shape.get((figure.shape.label, figure.shape.dtype)), pick, peaks.get(figure.shape.dtype))
+        for figure in MODEL_FIGURES
+    ]
 
 
-def _line(figure: Figure, record: dict[str, Any] | None, pick: Callable[[dict[str, Any]], tuple[float, float]]) -> Line:
+def _line(figure: Figure, record: dict[str, Any] | None, pick: Pick, peak: float | None) -> Line:
     def line(case: str = figure.shape.label, **values: Any) -> Line:
         unit = "x" if figure.sense == "speed" else ""
         return Line(figure.group, figure.title, case, figure.must, figure.aim, figure.sense != "time", unit, **values)
@@ -148,7 +162,11 @@ def _line(figure: Figure, record: dict[str, Any] | None, pick: Callable[[dict[st
     case = figure.shape.label
     if len(others) > 1:
         case += f", {min(rivals, key=lambda name: rivals[name][0])}"
-    return line(case, median=figure.value(ours[0], median), best=figure.value(ours[1], minimum))
+    shortest = record["needed_gflop"] / peak if peak and "needed_gflop" in record else None
+    # A model faster than the peak means that a busy machine lowered the peak: then it bounds nothing.
+    credible = shortest is not None and shortest <= ours[1] and figure.other != "padded"
+    at_peak = figure.value(shortest, minimum) if shortest is not None and credible else None
+    return line(case, median=figure.value(ours[0], median), best=figure.value(ours[1], minimum), at_peak=at_peak)
 
 
 def _why(record: dict[str, Any], name: str) -> str:

@@ -27,9 +27,12 @@ if TYPE_CHECKING:
 __all__ = ["LARGE", "Large", "measure_large", "measure_peaks"]
 
 WARM_UP = 8  # tokens
-# One size of each kind: the others follow from it, and a process for each candidate takes its time.
+# Short, long and ragged: a process for each candidate takes its time, and the other sizes follow from these.
+PEAK_SIZES = ((1, 512), (1, 2048))
 PEAK_SHAPES = tuple(
-    shape for shape in MODEL_SHAPES if shape.fill < 1.0 or (shape.batch, shape.length) in ((1, 512), (1, 2048))
+    shape
+    for shape in MODEL_SHAPES
+    if shape.dtype == "float32" and (shape.fill < 1.0 or (shape.batch, shape.length) in PEAK_SIZES)
 )
 CHECKED_LAYERS = 3
 

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["FIGURES", "GEOMETRY", "MODEL_LENGTHS", "Figure", "Geometry", "Shape", "find", "needed_flops"]
+__all__ = [
+    "FIGURES",
+    "GEOMETRY",
+    "MODEL_LENGTHS",
+    "Figure",
+    "Geometry",
+    "Shape",
+    "find",
+    "needed_flops",
+    "needed_flops_of_model",
+]
 
 
 @dataclass(frozen=True)
@@ -161,3 +171,16 @@ def needed_flops(shape: Shape) -> float:
     # Query i sees the window of distances [i - (n - 1), i]; key j sees [-j, n - 1 - j], the same windows.
     pairs = sum(int(rows[start : start + n].unique().numel()) for start in range(n))
     return 2.0 * GEOMETRY.dim * (2 * n * n + 2 * pairs) * GEOMETRY.heads * shape.batch
+
+
+def needed_flops_of_model(lengths: list[int]) -> float:
+    """Count the floating-point operations of a whole model on the real tokens of a batch, as `needed_flops` does.
+
+    Linear layers and attention; the position tables count as cached, and everything that is no product as free.
+
+    Args:
+        lengths: real tokens of each sample.
+    """
+    weights = 4 * GEOMETRY.hidden**2 + 2 * GEOMETRY.hidden * GEOMETRY.intermediate
+    attention = sum(lengths.count(n) * needed_flops(Shape(1, n)) for n in set(lengths))
+    return GEOMETRY.layers * (2.0 * weights * sum(lengths) + attention)
