@@ -21,7 +21,7 @@ TF4_TESTS ?= tests/integrations tests/unit
 OFFLINE = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-tf4 lint format types build bench-cpu env-demo env-test env-tf4 clean
+.PHONY: help demo test test-tf4 lint format types build bench-cpu bench-model env-demo env-test env-bench env-tf4 clean
 MAKEFLAGS += --no-print-directory
 
 help: ## list these targets
@@ -54,6 +54,9 @@ build: env-demo ## build the native library, and fail if that is not possible
 bench-cpu: env-test ## time the CPU kernel against PyTorch and Hugging Face
 	@$(RUN) benchmarks/bench_cpu.py $(ARGS)
 
+bench-model: env-bench ## time whole models against eager, ONNX Runtime, OpenVINO and BERT
+	@$(RUN) benchmarks/bench_model.py $(MODEL) $(ARGS)
+
 clean: ## delete the environments and everything built
 	rm -rf $(VENV) $(VENV_TF4) build dist deberta_kernels/lib deberta_kernels.egg-info demo-results
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
@@ -66,6 +69,10 @@ env-demo:
 
 env-test:
 	@$(ENVIRONMENT) --venv $(VENV) --extras demo,test,dev
+	@$(RUN) -W ignore setup.py -q build_native
+
+env-bench:
+	@$(ENVIRONMENT) --venv $(VENV) --extras demo,bench
 	@$(RUN) -W ignore setup.py -q build_native
 
 env-tf4:
