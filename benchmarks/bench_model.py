@@ -68,6 +68,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
     def so_far(records: list[dict[str, Any]]) -> None:
         result["models"] = records
+        result["complete"] = len(records) == len(shapes)
         finish(judge(records, plan.pick, result["rates_gflops"]))
         store(result, options.json)
 

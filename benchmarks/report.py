@@ -91,6 +91,7 @@ def conditions(result: dict[str, Any]) -> str:
         f"load {machine['load_average'][0]} before, {result['load_average_after'][0]} after"
         + ("; the library is older than its sources" if result["library"]["stale"] else "")
         + ("; quick" if settings["quick"] else "")
+        + ("" if result.get("complete", True) else "; stopped before its last shapes")
     )
 
 
