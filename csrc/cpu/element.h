@@ -79,6 +79,13 @@ DK_INLINE void read_elements(const char* from, int count, float* to) {
     to[d] = to_float(x);
   }
 }
+DK_INLINE void read_bfloat16(const char* from, int count, float* to) {
+  int d = 0;
+#ifdef DK_HAS_BF16_DOT
+  for (; d + kV <= count; d += kV) store(to + d, load_bf16(reinterpret_cast<const uint16_t*>(from) + d));
+#endif
+  read_elements<bfloat16>(from + d * sizeof(bfloat16), count - d, to + d);
+}
 DK_INLINE void write_bfloat16(const float* from, int count, char* to) {
   int d = 0;
 #ifdef DK_HAS_BF16_DOT
@@ -117,7 +124,7 @@ static void read_row(const Rows& rows, int64_t i, int count, int padded, float* 
   const char* from = rows.row(i);
   prefetch_row<0>(rows, i + kRowsAhead, count);
   if (rows.type == kFloat32) copy_floats(reinterpret_cast<const float*>(from), count, to);
-  else if (rows.type == kBFloat16) read_elements<bfloat16>(from, count, to);
+  else if (rows.type == kBFloat16) read_bfloat16(from, count, to);
   else read_elements<float16>(from, count, to);
   for (int d = count; d < padded; d++) to[d] = 0.0f;
 }

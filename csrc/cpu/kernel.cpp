@@ -60,7 +60,7 @@ int forward(const AttentionParams& p) {
 
 int backward(const AttentionParams& p) {
   const SlotIndex index(p);
-  return Backward(p, index).run() ? kOk : kOutOfMemory;
+  return Backward<FloatWord>(p, index).run() ? kOk : kOutOfMemory;
 }
 
 double thread_seconds() {

@@ -53,30 +53,37 @@ static void pack_panel(const Rows& rows, int64_t first, LaneBits present, int he
   }
 }
 
-// kV value rows as words along the summed (key) dimension: rows [kV / kPerWord][padded head_dim], absent rows zero.
-DK_INLINE void pack_values(FloatWord, const Rows& rows, int64_t first, LaneBits present, int head_dim, int padded,
-                           float* to) {
-  for (int c = 0; c < kV; c++) {
-    if (present >> c & 1) read_row(rows, first + c, head_dim, padded, to + c * padded);
+// Rows of a head as words along the tokens, [row / kPerWord][padded head_dim], which a product over tokens reads.
+
+// Rows i and j, or zeros where they are not `present`.
+DK_INLINE void pack_two(FloatWord, const Rows& rows, int64_t i, int64_t j, int head_dim, int padded, float* to,
+                        LaneBits present = 3) {
+  for (int c = 0; c < 2; c++) {
+    if (present >> c & 1) read_row(rows, c ? j : i, head_dim, padded, to + c * padded);
     else std::memset(to + c * padded, 0, (size_t)padded * sizeof(float));
   }
 }
 #ifdef DK_HAS_BF16_DOT
-DK_INLINE void pack_values(BFloat16Word, const Rows& rows, int64_t first, LaneBits present, int head_dim, int padded,
-                           float* to) {
+DK_INLINE void pack_two(BFloat16Word, const Rows& rows, int64_t i, int64_t j, int head_dim, int padded, float* to,
+                        LaneBits present = 3) {
   static const uint16_t kZeros[kMaxHeadDim] = {};
-  for (int c = 0; c < kV; c += 2) {
-    const auto row = [&](int lane) {
-      return present >> lane & 1 ? reinterpret_cast<const uint16_t*>(rows.row(first + lane)) : kZeros;
-    };
-    const uint16_t *even = row(c), *odd = row(c + 1);
-    uint32_t* pair = reinterpret_cast<uint32_t*>(to) + c / 2 * padded;
-    int d = 0;
-    for (; d + kV <= head_dim; d += kV) interleave_bf16(even + d, odd + d, pair + d);
-    for (; d < head_dim; d++) pair[d] = even[d] | (uint32_t)odd[d] << 16;
-    for (; d < padded; d++) pair[d] = 0;
-  }
+  const uint16_t* even = present & 1 ? reinterpret_cast<const uint16_t*>(rows.row(i)) : kZeros;
+  const uint16_t* odd = present & 2 ? reinterpret_cast<const uint16_t*>(rows.row(j)) : kZeros;
+  uint32_t* pair = reinterpret_cast<uint32_t*>(to);
+  int d = 0;
+  for (; d + kV <= head_dim; d += kV) interleave_bf16(even + d, odd + d, pair + d);
+  for (; d < head_dim; d++) pair[d] = even[d] | (uint32_t)odd[d] << 16;
+  for (; d < padded; d++) pair[d] = 0;
 }
 #endif
+
+// kV rows; absent ones are zero.
+template <class Word>
+DK_INLINE void pack_values(Word word, const Rows& rows, int64_t first, LaneBits present, int head_dim, int padded,
+                           float* to) {
+  for (int c = 0; c < kV; c += 2)
+    pack_two(word, rows, first + c, first + c + 1, head_dim, padded, to + c / Word::kPerWord * padded,
+             present >> c & 3);
+}
 
 }  // namespace

@@ -5,7 +5,7 @@
 
 namespace dk {
 
-constexpr int64_t kAbiVersion = 1;
+constexpr int64_t kAbiVersion = 2;
 constexpr int kMaxHeadDim = 256;
 
 enum DataType : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
@@ -22,13 +22,13 @@ struct AttentionParams {
   int64_t heads;
   int64_t nq, nk;        // tokens per sample; no sequence is longer when cu_seqlens is given
   int64_t head_dim;
-  int64_t dtype;         // DataType of q, k, v, out, dout, pos_key, pos_query
+  int64_t dtype;         // DataType of tokens (q, k, v, out, their gradients) and of pos_key, pos_query
   int64_t threads;
 
   Tensor4 q, k, v;
   Tensor4 out;           // written by forward, read by backward
   Tensor4 dout;
-  Tensor4 dq, dk, dv;    // float32; data may be null where no gradient is wanted
+  Tensor4 dq, dk, dv;    // data may be null where no gradient is wanted
   float* lse;            // (batch, heads, nq), or (heads, tokens) when packed; natural log
   const float* dlse;     // layout of lse, or null
   int64_t lse_stride_b, lse_stride_h;

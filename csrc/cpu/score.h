@@ -75,39 +75,35 @@ struct ScoreBlock {
   static int64_t p2c_size(const SlotIndex& index) { return kV * c2p_stride(index); }
   int64_t c2p_stride() const { return c2p_stride(index); }
 
-  struct Window {  // columns [first, stop) of a table, multiples of kV
+  struct Window {  // columns [first, stop) of a table
     int64_t first, stop;
   };
-  // Columns that distances low ... high need.
-  Window query_window(int64_t low, int64_t high) const {
+  // Columns from slot low to slot high, rounded outwards to multiples of `unit`.
+  Window window(int64_t low, int64_t high, int unit) const {
     if (!index.smooth) return {0, index.columns};
-    return {index.query_slot(low) / kV * kV, round_to_vector(index.query_slot(high) + 1)};
-  }
-  Window key_window(int64_t low, int64_t high) const {
-    if (!index.smooth) return {0, index.columns};
-    return {index.key_slot(low) / kV * kV, round_to_vector(index.key_slot(high) + 1)};
+    return {low / unit * unit, (high + unit) / unit * unit};
   }
   ColumnSource table_columns(const float* table, int64_t first) const {
     return {table + first * words, (ptrdiff_t)words * kV, kV};
   }
 
   // Columns of pos_key that row panel r needs for any key.
-  Window c2p_window(int r) const {
+  Window c2p_window(int r, int unit = kV) const {
     int64_t low = INT64_MAX, high = INT64_MIN;
     for (const int64_t k : {(int64_t)0, keys.count - 1}) {
       low = std::min(low, keys.panels[k].position);
       high = std::max(high, keys.panels[k].position + kV - 1);
     }
     const int64_t row = rows.panels[r].row;
-    return key_window(low - (row + kV - 1), high - row);
+    return window(index.key_slot(low - (row + kV - 1)), index.key_slot(high - row), unit);
   }
   // Columns of pos_query that key panel k needs for any row of the block; empty if every tile is saturated.
-  Window p2c_window(int64_t k) const {
+  Window p2c_window(int64_t k, int unit = kV) const {
     const int64_t position = keys.panels[k].position;
     const int64_t low = rows.panels[0].row - position - (kV - 1);
     const int64_t high = rows.panels[rows.count - 1].row - position + (kV - 1);
     if (high <= index.low_end || low >= index.high_start) return {0, 0};
-    return query_window(low, high);
+    return window(index.query_slot(low), index.query_slot(high), unit);
   }
 
   // c2p = rows . pos_key for every row of the block. Call once per block.

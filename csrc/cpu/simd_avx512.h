@@ -114,6 +114,15 @@ DK_INLINE void interleave_bf16(const uint16_t* even, const uint16_t* odd, uint32
   _mm512_storeu_si512(pairs, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
 }
 DK_INLINE void store_bf16(uint16_t* p, vf x, vf next) { _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(next, x)); }
+DK_INLINE vf load_bf16(const uint16_t* p) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+}
+// Pairs of even[c] in the low half and odd[c] in the high half, rounded.
+DK_INLINE void store_bf16_pairs(float* pairs, vf even, vf odd) {
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  _mm512_storeu_si512(pairs, _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(odd, even)));
+}
 DK_INLINE void store_bf16(uint16_t* p, vf x) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(x)); }
 #endif
 

@@ -24,7 +24,7 @@ __all__ = ["NAME", "backward", "forward", "gemm_rate", "library_status", "prepar
 NAME = "cpu"
 
 # csrc/cpu/params.h in its order: q = 8-byte integer or address, d = double.
-_ABI_VERSION = 1
+_ABI_VERSION = 2
 _PARAMS = struct.Struct("=73q d q d q")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _MAX_HEAD_DIM = 256
@@ -205,13 +205,12 @@ def backward(
     tokens = []
     for need, x in zip(needs, (problem.q, problem.k, problem.v)):
         batch, heads, length, head_dim = x.shape
-        tokens.append(_empty(batch, length, heads, head_dim).transpose(1, 2) if need else None)
+        tokens.append(_empty(x.dtype, batch, length, heads, head_dim).transpose(1, 2) if need else None)
     tables, windows = _table_gradients(whole, problem, needs[3:])
     dlse = None if dlse is None else dlse.contiguous()
     call = _Call(problem, library, out=out, lse=lse, dout=dout, dlse=dlse, tokens=tokens, tables=windows)
     library.call("dk_cpu_backward", call.pack())
-    dtype = problem.q.dtype
-    return Gradients(*(None if g is None else g.to(dtype) for g in (*tokens, *tables)))
+    return Gradients(*tokens, *(None if g is None else g.to(problem.q.dtype) for g in tables))
 
 
 def prepare(pos_key: Tensor | None, pos_query: Tensor | None, position: PositionSpec) -> Tensor | None:
@@ -242,9 +241,9 @@ def prepare(pos_key: Tensor | None, pos_query: Tensor | None, position: Position
     return packed
 
 
-def _empty(*shape: int) -> Tensor:
-    """Return what the kernel writes gradients to: float32 on the CPU, whatever torch's defaults are."""
-    return torch.empty(shape, dtype=torch.float32, device="cpu")
+def _empty(dtype: torch.dtype, *shape: int) -> Tensor:
+    """Return what the kernel writes gradients to: on the CPU, whatever torch's defaults are."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
 
 
 def _check_prepared(prepared: Tensor | None, library: _Library, params: bytes) -> None:
@@ -286,7 +285,7 @@ def _table_gradients(
     windows: list[Tensor | None] = []
     tables = ((whole.pos_key, problem.pos_key), (whole.pos_query, problem.pos_query))
     for need, (table, used) in zip(needs, tables):
-        gradient = _empty(*table.shape) if need and table is not None else None
+        gradient = _empty(torch.float32, *table.shape) if need and table is not None else None
         window = None
         if gradient is not None and used is not None:
             stop = start + used.shape[1]
