@@ -5,6 +5,7 @@
 // floats apart for the next word of the summed dimension, which describes both column panels [columns/kV][K][kV]
 // (panel = K * kV, step = kV) and plain rows [K][columns] (panel = kV, step = row length).
 #pragma once
+#include <algorithm>
 #include <cstddef>
 
 #include "simd.h"
@@ -82,14 +83,14 @@ DK_INLINE void micro_kernel(RowSource a, ColumnSource b, float* c, ptrdiff_t ldc
 template <class Word, int kVectors>
 DK_NOINLINE static void gemm_rows(int rows, RowSource a, ColumnSource b, float* c, ptrdiff_t ldc, int words,
                                   bool accumulate) {
+  constexpr int kRows = kVectors > kMicroVectors ? kMicroRows / 2 : kMicroRows;
   int r = 0;
   if (kVectors == 1)  // more rows, or there would be too few independent sums
     for (; r + 2 * kMicroRows <= rows; r += 2 * kMicroRows)
       micro_kernel<Word, 2 * kMicroRows, kVectors>({a.data + r * a.row, a.row, a.step}, b, c + r * ldc, ldc, words,
                                                    accumulate);
-  for (; r + kMicroRows <= rows; r += kMicroRows)
-    micro_kernel<Word, kMicroRows, kVectors>({a.data + r * a.row, a.row, a.step}, b, c + r * ldc, ldc, words,
-                                             accumulate);
+  for (; r + kRows <= rows; r += kRows)
+    micro_kernel<Word, kRows, kVectors>({a.data + r * a.row, a.row, a.step}, b, c + r * ldc, ldc, words, accumulate);
   for (; r < rows; r++)
     micro_kernel<Word, 1, kVectors>({a.data + r * a.row, a.row, a.step}, b, c + r * ldc, ldc, words, accumulate);
 }
@@ -106,9 +107,11 @@ DK_NOINLINE static void gemm(int rows, int vectors, int words, RowSource a, Colu
                              bool accumulate) {
   int n = 0;
   while (n < vectors) {
-    const int take = next_vectors(vectors - n);
+    // With registers for it 4 at once read plain rows of 4 vectors, the common head size, from end to end.
+    const int left = vectors - n, take = kMicroRows >= 8 && left == 4 ? 4 : next_vectors(left);
     const ColumnSource columns{b.data + n * b.panel, b.panel, b.step};
-    if (take == 3) gemm_rows<Word, 3>(rows, a, columns, c + n * kV, ldc, words, accumulate);
+    if (kMicroRows >= 8 && take == 4) gemm_rows<Word, 4>(rows, a, columns, c + n * kV, ldc, words, accumulate);
+    else if (take == 3) gemm_rows<Word, 3>(rows, a, columns, c + n * kV, ldc, words, accumulate);
     else if (take == 2) gemm_rows<Word, 2>(rows, a, columns, c + n * kV, ldc, words, accumulate);
     else gemm_rows<Word, 1>(rows, a, columns, c + n * kV, ldc, words, accumulate);
     n += take;
