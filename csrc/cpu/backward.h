@@ -18,6 +18,10 @@ namespace {
 
 constexpr int kBackwardRows = 128;    // rows per block: a p2c band of 128 rows wastes 1/8 of its columns, 64 rows 1/4
 constexpr int64_t kChunkRows = 1024;  // spreads one long sequence over cores; spares short samples a table sum each
+// Up to here rounded weights are not multiplied: errors of so few terms do not average out, and dv would err as much as
+// a gradient may.
+constexpr int64_t kFewRows = 32;
+
 template <class Word>
 class Backward {
   using Score = ScoreBlock<Word>;

@@ -16,7 +16,7 @@ namespace {
 
 using namespace dk;
 
-// Call run(word) with the words that this variant multiplies in the forward pass for a data type.
+// Call run(word) with the words that this variant multiplies for a data type.
 template <class Run>
 auto with_word(int64_t dtype, const Run& run) {
 #ifdef DK_HAS_BF16_DOT
@@ -60,7 +60,9 @@ int forward(const AttentionParams& p) {
 
 int backward(const AttentionParams& p) {
   const SlotIndex index(p);
-  return Backward<FloatWord>(p, index).run() ? kOk : kOutOfMemory;
+  if (p.nq <= kFewRows) return Backward<FloatWord>(p, index).run() ? kOk : kOutOfMemory;
+  const bool done = with_word(p.dtype, [&](auto word) { return Backward<decltype(word)>(p, index).run(); });
+  return done ? kOk : kOutOfMemory;
 }
 
 double thread_seconds() {
