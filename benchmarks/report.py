@@ -144,7 +144,8 @@ def side_by_side(results: dict[str, dict[str, Any]]) -> str:
 
 
 def _label(record: dict[str, Any]) -> str:
-    return f"{record['label']}{' fwd + bwd' if record['backward'] else ''}"
+    dtype = "" if record["dtype"] == "float32" else f" {record['dtype']}"
+    return f"{record['label']}{' fwd + bwd' if record['backward'] else ''}{dtype}"
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
@@ -164,7 +165,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     left.bar_label(drawn, [f"{value:.1f}x" for _, value in bars], padding=3, fontsize=8)
     left.axvline(1.0, color=EAGER, linewidth=1)
     left.margins(x=0.12)
-    left.set_title("times faster than Hugging Face eager, float32", fontsize=10)
+    left.set_title("times faster than Hugging Face eager, float32 if not said", fontsize=10)
     plain = [r for r in result.get("core", []) if {"sdpa", "prepared"} <= set(r["samples"])]
     labels = list(dict.fromkeys(r["label"] for r in plain))
     for offset, (dtype, colour) in ((-0.2, ("float32", OURS)), (0.2, ("bfloat16", PLAIN))):

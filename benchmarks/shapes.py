@@ -128,6 +128,10 @@ def _against_eager() -> list[Figure]:
         title = "core forward + backward float32, times faster than eager"
         shape = Shape(batch, length, backward=True)
         figures.append(Figure("backward", title, shape, "bare", "huggingface", must, aim, "speed"))
+    for batch, length in BACKWARD:
+        title = "core forward + backward bfloat16, times faster than eager bfloat16"
+        shape = Shape(batch, length, "bfloat16", backward=True)
+        figures.append(Figure("backward", title, shape, "bare", "huggingface", None, None, "speed"))
     return figures
 
 
