@@ -198,8 +198,9 @@ class Backward {
     const int64_t stop = chunk + 1 == chunks_ ? rows : std::min(rows, (chunk + 1) * chunk_panels);
     for (int64_t r = chunk * chunk_panels; r < stop; r += per_block) {
       const BlockRows block{scratch.row_panels + r, (int)std::min(per_block, stop - r), scratch.queries};
-      row_block(s, h, keys, tables, block, bands, scratch);
+      row_block(s, h, keys, tables, block, bands, r > chunk * chunk_panels, scratch);
     }
+    if (stop <= chunk * chunk_panels) clear_keys(0, count, scratch);
     bands.finish_head(s, count * kV, pos_query_rows(p_, h), head_dim_);
     return keys;
   }
@@ -213,10 +214,12 @@ class Backward {
       pack_values(Word(), k, panel.key, panel.allowed, head_dim_, padded_,
                   scratch.key_rows + i * kV / Word::kPerWord * padded_);
     }
-    clear(scratch.dk, count * kV * padded_);
-    clear(scratch.dv, count * kV * padded_);
     clear(scratch.dmean, padded_);
     return pack_keys<Word>(p_, index_, tables, s, k, scratch.key_panels, count, scratch.key_columns, scratch.far);
+  }
+
+  void clear_keys(int64_t first, int64_t panels, Scratch& scratch) const {
+    for (float* sums : {scratch.dk, scratch.dv}) clear(sums + first * kV * padded_, panels * kV * padded_);
   }
 
   // A query that got the mean of v hands its gradient to every key alike.
@@ -287,8 +290,9 @@ class Backward {
     return reduce_add(dot);
   }
 
+  // `later`: a block before this one has started dk and dv.
   void row_block(const Sample& s, int64_t h, const HeadKeys& keys, const PackedTables<Word>& tables,
-                 const BlockRows& rows, BandGradient<Word>& bands, Scratch& scratch) const {
+                 const BlockRows& rows, BandGradient<Word>& bands, bool later, Scratch& scratch) const {
     start_block(s, h, rows, keys.count <= kBlockKeys / kV, scratch);
     const uint8_t* pair = p_.pair_mask;
     if (pair) pair += s.index * p_.pair_mask_stride_b + h * p_.pair_mask_stride_h;
@@ -302,14 +306,17 @@ class Backward {
     const uint64_t stream = (uint64_t)(s.index * p_.heads + h);
     for (int64_t k = 0; k < keys.count; k += kBlockKeys / kV) {
       const int panels = (int)std::min<int64_t>(kBlockKeys / kV, keys.count - k);
-      if (!score.any_allowed(k, panels)) continue;
+      if (!score.any_allowed(k, panels)) {
+        if (!later) clear_keys(k, panels, scratch);
+        continue;
+      }
       score.scores(k, panels, scratch.scores);
       gemm<Word>(rows.count * kV, panels, words_, {scratch.douts, padded_words_, 1},
                  {scratch.value_columns + k * words_ * kV, (ptrdiff_t)words_ * kV, kV}, scratch.dscores, kBlockKeys,
                  false);
       for (int r = 0; r < rows.count; r++)
         gradient.row_panel(stream, rows.panels[r], r * kV, keys.panels + k, panels, panels == keys.count);
-      token_gradients(rows.count * kV, k, panels, gradient, scratch);
+      token_gradients(rows.count * kV, k, panels, gradient, later, scratch);
       if (tables.pos_key || tables.pos_query)
         for (int i = 0; i < panels; i++)
           if (keys.panels[k + i].has_position) bands.add_panel(score, k + i, scratch.dscores + i * kV);
@@ -318,17 +325,17 @@ class Backward {
     if (p_.dq.data) store_dq(s, h, rows, scratch);
   }
 
-  // dq, dk, dv through the content term.
-  void token_gradients(int count, int64_t first, int panels, const ScoreGradient<Word>& gradient,
+  // dq, dk, dv through the content term; adds to dk and dv if they are `started`.
+  void token_gradients(int count, int64_t first, int panels, const ScoreGradient<Word>& gradient, bool started,
                        Scratch& scratch) const {
     const int keys = panels * kV, vectors = padded_ / kV, row_words = count / Word::kPerWord;
     const Weights<Word> p = gradient.probabilities(), ds = gradient.gradients();
     if (p_.dv.data)
       gemm<Word>(keys, vectors, row_words, p.over_rows(0, 0), rows_of(scratch.dout_rows),
-                 scratch.dv + first * kV * padded_, padded_, true);
+                 scratch.dv + first * kV * padded_, padded_, started);
     if (p_.dk.data)
       gemm<Word>(keys, vectors, row_words, ds.over_rows(0, 0), rows_of(scratch.query_rows),
-                 scratch.dk + first * kV * padded_, padded_, true);
+                 scratch.dk + first * kV * padded_, padded_, started);
     if (p_.dq.data)
       gemm<Word>(count, vectors, keys / Word::kPerWord, ds.over_columns(0, 0),
                  rows_of(scratch.key_rows + first * kV / Word::kPerWord * padded_), scratch.dq, padded_, true);

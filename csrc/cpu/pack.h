@@ -21,9 +21,13 @@ DK_INLINE void read_words(FloatWord, const Rows& rows, int64_t i, int head_dim, 
 }
 #ifdef DK_HAS_BF16_DOT
 DK_INLINE void read_words(BFloat16Word, const Rows& rows, int64_t i, int head_dim, float* to) {
-  const size_t used = (size_t)head_dim * 2, bytes = (size_t)padded_words<BFloat16Word>(head_dim) * sizeof(float);
-  std::memcpy(to, rows.row(i), used);
-  std::memset(reinterpret_cast<char*>(to) + used, 0, bytes - used);
+  const char* from = rows.row(i);
+  const int words = head_dim / 2;
+  int w = 0;
+  for (; w + kV <= words; w += kV) store(to + w, load(reinterpret_cast<const float*>(from) + w));
+  std::memcpy(to + w, from + w * sizeof(float), (size_t)head_dim * 2 - w * sizeof(float));
+  std::memset(reinterpret_cast<char*>(to) + head_dim * 2, 0,
+              (size_t)padded_words<BFloat16Word>(head_dim) * sizeof(float) - head_dim * 2);
 }
 #endif
 

@@ -35,14 +35,17 @@ DK_INLINE vf lookup(const float* values, const int32_t* index) {
 DK_INLINE vf run_sums(vf x, const int32_t* index) {
   const __m512i i = _mm512_loadu_si512(index), nothing = _mm512_setzero_si512();
   // After the step of distance s every lane holds the sum of up to 2s lanes from itself on within its run.
-#define DK_STEP(s)                                                                                             \
-  x = _mm512_mask_add_ps(x, _mm512_cmpeq_epi32_mask(_mm512_alignr_epi32(_mm512_set1_epi32(-1), i, s), i), x, \
-                         _mm512_castsi512_ps(_mm512_alignr_epi32(nothing, _mm512_castps_si512(x), s)));
-  DK_STEP(1)
-  DK_STEP(2)
-  DK_STEP(4)
-  DK_STEP(8)
+#define DK_SAME(s) _mm512_cmpeq_epi32_mask(_mm512_alignr_epi32(_mm512_set1_epi32(-1), i, s), i)
+#define DK_STEP(s, same) \
+  x = _mm512_mask_add_ps(x, same, x, _mm512_castsi512_ps(_mm512_alignr_epi32(nothing, _mm512_castps_si512(x), s)));
+  DK_STEP(1, DK_SAME(1))
+  DK_STEP(2, DK_SAME(2))
+  if (const __mmask16 same = DK_SAME(4)) {  // runs of more than 4 are rare before the index saturates
+    DK_STEP(4, same)
+    DK_STEP(8, DK_SAME(8))
+  }
 #undef DK_STEP
+#undef DK_SAME
   const __mmask16 first = _mm512_cmpneq_epi32_mask(_mm512_alignr_epi32(i, _mm512_set1_epi32(-1), 15), i);
   return _mm512_maskz_compress_ps(first, x);
 }

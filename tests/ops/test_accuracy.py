@@ -79,6 +79,8 @@ def test_position_settings(check_case, case):
         Case(batch=1, heads=1, nq=640, head_dim=40, reachable=True, mask="holes_tokens"),
         Case(batch=1, heads=1, nq=1151, head_dim=32),
         Case(batch=1, heads=1, nq=1151, head_dim=32, dtype=torch.bfloat16, dropout_p=0.1),
+        Case(batch=2, heads=2, nq=1100, head_dim=16, dtype=torch.float16, mask="left"),
+        Case(batch=2, heads=2, nq=1100, head_dim=16, dtype=torch.bfloat16, packed=True),
         Case(batch=1, heads=1, nq=1300, nk=1100, head_dim=16, terms="p2c"),
         Case(batch=1, heads=1, nq=1100, nk=1300, head_dim=16, terms="c2p"),
         Case(batch=1, heads=1, nq=90, nk=2300, head_dim=16),

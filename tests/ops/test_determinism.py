@@ -14,6 +14,7 @@ SHAPES = (
     {"batch": 1, "heads": 1, "nq": 530, "head_dim": 24},
     {"batch": 1, "heads": 2, "nq": 70, "nk": 300, "head_dim": 32, "dropout_p": 0.2},
     {"batch": 6, "heads": 2, "nq": 70, "head_dim": 32, "packed": True},
+    {"batch": 1, "heads": 2, "nq": 1100, "head_dim": 8},
 )
 CASES = [Case(dtype=dtype, **shape) for shape in SHAPES for dtype in DTYPES]
 
