@@ -36,6 +36,7 @@ _MODULES = {
     "reference": "deberta_kernels.impl.reference",
     "torch": "deberta_kernels.impl.torch_tiled",
     "cpu": "deberta_kernels.impl.cpu",
+    "triton": "deberta_kernels.impl.triton",
 }
 
 # What backend="auto" tries per device type, best first. The reference runs only when asked for by name.

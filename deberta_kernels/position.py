@@ -18,7 +18,15 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from deberta_kernels.types import PositionSpec
 
-__all__ = ["PositionIndex", "attention_span", "delta", "log_bucket", "position_index", "reachable_rows"]
+__all__ = [
+    "PositionIndex",
+    "attention_span",
+    "delta",
+    "log_bucket",
+    "plain_tensors",
+    "position_index",
+    "reachable_rows",
+]
 
 # A table always covers this many distances more than it must, so that a kernel may read a whole tile past the end.
 _MARGIN = 64
@@ -152,7 +160,7 @@ _constant_rows._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @contextmanager
-def _plain_tensors() -> Iterator[None]:
+def plain_tensors() -> Iterator[None]:
     """Compute real, ordinary tensors whatever is active: a cached fake or inference tensor would poison later calls."""
     with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
         yield
@@ -162,7 +170,7 @@ def _plain_tensors() -> Iterator[None]:
 def _cached_index(length: int, position_buckets: int, max_relative_positions: int) -> PositionIndex:
     spec = PositionSpec(position_buckets, max_relative_positions)
     reach = length + _MARGIN
-    with _plain_tensors():
+    with plain_tensors():
         table = delta(torch.arange(-reach, reach + 1, device="cpu"), spec)
         far = delta(torch.tensor([-_FAR, _FAR], device="cpu"), spec).tolist()
         low_run = _equal_run(table)
@@ -187,7 +195,7 @@ def _equal_run(values: Tensor) -> int:
 @lru_cache(maxsize=4096)
 def _cached_rows(nq: int, nk: int, position_buckets: int, max_relative_positions: int) -> tuple[int, int]:
     index = position_index(max(nq, nk), PositionSpec(position_buckets, max_relative_positions))
-    with _plain_tensors():
+    with plain_tensors():
         first, last = (min(max(x, -index.reach), index.reach) + index.reach for x in (1 - nk, nq - 1))
         low, high = torch.aminmax(index.delta[first : last + 1])
         return int(low), int(high) + 1

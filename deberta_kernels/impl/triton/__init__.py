@@ -1,0 +1,122 @@
+"""Run attention in Triton kernels on a GPU, or in Triton's interpreter. A thin door: triton loads at the first call."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from deberta_kernels.types import AttentionProblem, Gradients, PositionSpec
+
+__all__ = ["NAME", "backward", "forward", "prepare", "refusal"]
+
+NAME = "triton"
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_MAX_HEAD_DIM = 256
+_OLDEST = (3, 6)
+_ARCHITECTURES = ("gfx942",)
+
+
+def refusal(problem: AttentionProblem) -> str | None:
+    """Return why the Triton kernels cannot run `problem`, or None when they can."""
+    q = problem.q
+    if q.dtype not in _DTYPES:
+        return f"it computes float32, bfloat16 and float16, not {_name(q.dtype)}"
+    if q.shape[-1] > _MAX_HEAD_DIM:
+        return f"head_dim {q.shape[-1]} is more than {_MAX_HEAD_DIM}"
+    if problem.scale <= 0:
+        return "the scale is not positive"
+    return _device_refusal(q.device, q.dtype) or _triton_refusal()
+
+
+def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
+    """Compute attention; see `AttentionProblem`.
+
+    Returns:
+        out: (B, H, Nq, D) view of memory laid out (B, Nq, H, D), dtype of q.
+        lse: (B, H, Nq) float32, natural log.
+    """
+    from deberta_kernels.impl.triton import execute
+
+    return execute.forward(problem)
+
+
+def backward(
+    problem: AttentionProblem, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor,
+    needs: tuple[bool, bool, bool, bool, bool],
+) -> Gradients:  # fmt: skip
+    """Compute the gradients asked for; every sum has one fixed order, so the same call gives the same bits.
+
+    Args:
+        problem: what forward got.
+        dout: (B, H, Nq, D) dtype of q, any strides.
+        dlse: (B, H, Nq) float32 or None.
+        out: what forward returned.
+        lse: what forward returned.
+        needs: whether dq, dk, dv, dpos_key, dpos_query are wanted.
+    """
+    from deberta_kernels.impl.triton import execute
+
+    return execute.backward(problem, dout, dlse, out, lse, needs)
+
+
+def prepare(pos_key: Tensor | None, pos_query: Tensor | None, position: PositionSpec) -> Tensor | None:
+    """Expand the tables by distance, for reuse while they do not change.
+
+    Args:
+        pos_key: (H, rows, D) or None.
+        pos_query: (H, rows, D) or None.
+        position: see `PositionSpec`.
+
+    Returns:
+        (2, H, distances, D padded) in the dtype of the tables; None when there is nothing worth keeping.
+    """
+    from deberta_kernels.impl.triton import execute
+
+    return execute.prepare(pos_key, pos_query, position)
+
+
+def interpreted() -> bool:
+    """Tell whether Triton's interpreter runs the kernels, on the CPU; Triton reads the variable when it is imported."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+@lru_cache(maxsize=1)
+def _triton_refusal() -> str | None:
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        try:
+            version = importlib.metadata.version("pytorch-triton-rocm")
+        except importlib.metadata.PackageNotFoundError:
+            return "triton is not installed (pip install 'triton>=3.6')"
+    oldest = ".".join(map(str, _OLDEST))
+    numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit())
+    return None if numbers >= _OLDEST else f"triton {version} is older than {oldest}"
+
+
+def _device_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    if interpreted():
+        if device.type != "cpu":
+            return f"TRITON_INTERPRET is set, so it runs on cpu tensors, not {device.type}"
+        return "Triton's interpreter does not compute bfloat16" if dtype == torch.bfloat16 else None
+    if device.type != "cuda":
+        return f"it runs on cuda tensors, not {device.type}"
+    return _capability_refusal(device)
+
+
+@lru_cache(maxsize=32)
+def _capability_refusal(device: torch.device) -> str | None:
+    if torch.version.hip is not None:
+        architecture = str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
+        return None if architecture in _ARCHITECTURES else f"{architecture} is not one of {', '.join(_ARCHITECTURES)}"
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if major >= 8 else f"the GPU has compute capability {major}.{minor}, older than 8.0"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,488 @@
+"""Differentiate by recomputation: once with queries fixed (dq), once with keys fixed (dk, dv). No atomics anywhere."""
+
+import triton
+import triton.language as tl
+
+from deberta_kernels.impl.triton.primitives import (
+    LOG2E,
+    along_columns,
+    along_rows,
+    difference,
+    excluded,
+    far_operands,
+    kept,
+    key_segments,
+    load_block,
+    load_rows,
+    near_reach,
+    sequence,
+    store_rows,
+    total,
+    two_blocks,
+    when,
+)
+from deberta_kernels.impl.triton.tile_list import occupied
+
+__all__ = ["bwd_dkv_kernel", "bwd_dq_kernel", "bwd_preprocess_kernel", "sum_kernel"]
+
+RUNTIME = (
+    "stride_qb", "stride_qh", "stride_qn", "stride_kb", "stride_kh", "stride_kn", "stride_vb", "stride_vh",
+    "stride_vn", "stride_ob", "stride_oh", "stride_on", "stride_mb", "stride_mn", "stride_ub", "stride_um", "stride_pb",
+    "stride_ph", "stride_pm", "stride_pn", "stride_lb", "stride_lh", "stride_ln", "heads", "nq", "nk", "prefix",
+    "packed", "row_tiles", "key_tiles", "list_size", "row_list_size", "low_end", "high_start", "table_offset",
+    "table_rows", "threshold", "has_pair", "has_dlse", "has_far", "stats_size", "far_size", "parts", "n",
+)  # fmt: skip
+POINTERS = (
+    "key_mask_ptr", "query_mask_ptr", "pair_mask_ptr", "tile_list_ptr", "row_list_ptr", "cu_seqlens_ptr", "seed_ptr",
+    "dlse_ptr",
+)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=POINTERS)
+def bwd_preprocess_kernel(
+    q_ptr, out_ptr, dout_ptr, lse_ptr, dlse_ptr, pos_key_ptr, stats_ptr, dmean_ptr, cu_seqlens_ptr,
+    stride_qb: tl.int64, stride_qh: tl.int64, stride_qn, stride_ob: tl.int64, stride_oh: tl.int64, stride_on,
+    stride_lb: tl.int64, stride_lh: tl.int64, stride_ln: tl.int64, heads, nq, nk, packed, row_tiles, table_rows,
+    stats_size: tl.int64, has_dlse,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, UNIT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """Write what the other kernels need of each query; the grid is (B * H * row_tiles,).
+
+    stats: (4, B, H, Nq) float32: log2 of the softmax denominator, +inf on padded rows; sum of out * dout less dlse;
+    q . pos_key of the saturated distances, smallest, then largest. dmean: (B * H, row_tiles, BLOCK_D) float32: what
+    the padded rows of the tile add to every dv.
+    """
+    pid = tl.program_id(0)
+    batch_head = pid // row_tiles
+    tile_row = pid % row_tiles
+    b = batch_head // heads
+    h = batch_head % heads
+    batch = tl.where(packed != 0, 0, b).to(tl.int64)
+    memory_rows = nq
+    start, nq, nk = sequence(cu_seqlens_ptr, packed, b, nq, nk)
+    offs_t = tl.arange(0, TILE)
+    offs_d = tl.arange(0, BLOCK_D)
+    m_mask = tile_row * TILE + offs_t < nq
+    first_row = (start + tile_row * TILE).to(tl.int64)
+    stats = (batch * heads + h) * memory_rows + first_row + offs_t
+    lse = tl.load(lse_ptr + stats, mask=m_mask, other=0.0)
+    padded = lse == -float("inf")
+    out_base = out_ptr + ((batch * memory_rows + first_row) * heads + h) * HEAD_DIM
+    dout_base = dout_ptr + (batch * stride_ob + h * stride_oh + first_row * stride_on) * UNIT
+    out = load_rows(out_base, offs_t, offs_d, heads * HEAD_DIM, m_mask, HEAD_DIM, BLOCK_D).to(tl.float32)
+    dout = load_rows(dout_base, offs_t, offs_d, stride_on * UNIT, m_mask, HEAD_DIM, BLOCK_D).to(tl.float32)
+    dlse_rows = b * stride_lb + h * stride_lh + (first_row + offs_t) * stride_ln
+    dlse = tl.load(dlse_ptr + dlse_rows, mask=when(m_mask, has_dlse), other=0.0)
+    out_dot_dout = tl.sum(out * dout, 1) - dlse
+    tl.store(stats_ptr + stats, tl.where(padded, float("inf"), lse * LOG2E), mask=m_mask)
+    tl.store(stats_ptr + stats_size + stats, tl.where(padded, 0.0, out_dot_dout), mask=m_mask)
+    if HAS_BIAS:
+        q_base = q_ptr + (batch * stride_qb + h * stride_qh + first_row * stride_qn) * UNIT
+        q = load_rows(q_base, offs_t, offs_d, stride_qn * UNIT, m_mask & (padded == 0), HEAD_DIM, BLOCK_D)
+        pos_key = pos_key_ptr + h.to(tl.int64) * table_rows * BLOCK_D
+        for side in tl.static_range(2):
+            row = tl.load(pos_key + side * (table_rows - 1) * BLOCK_D + offs_d).to(tl.float32)
+            far = tl.sum(q.to(tl.float32) * row[None, :], 1)
+            tl.store(stats_ptr + (2 + side) * stats_size + stats, far, mask=m_mask)
+    if MASKED:
+        dmean = tl.sum(tl.where((padded & m_mask)[:, None], dout, 0.0), 0) / nk
+        tl.store(dmean_ptr + pid.to(tl.int64) * BLOCK_D + offs_d, dmean)
+
+
+@triton.jit(do_not_specialize=("n",))
+def sum_kernel(parts_ptr, sum_ptr, n, BLOCK_D: tl.constexpr, ROWS: tl.constexpr):
+    """Sum (groups, n, BLOCK_D) float32 over n, always in the same order; the grid is (groups,)."""
+    offs_n = tl.arange(0, ROWS)
+    offs_d = tl.arange(0, BLOCK_D)
+    base = parts_ptr + tl.program_id(0).to(tl.int64) * n * BLOCK_D
+    acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for first in range(0, n, ROWS):
+        offs = (first + offs_n)[:, None].to(tl.int64) * BLOCK_D + offs_d[None, :]
+        acc += tl.load(base + offs, mask=(first + offs_n < n)[:, None], other=0.0)
+    tl.store(sum_ptr + tl.program_id(0) * BLOCK_D + offs_d, tl.sum(acc, 0))
+
+
+@triton.jit
+def score_gradient(
+    score, shift, dp, out_dot_dout, keep, keep_scale, qk_scale, DROPOUT: tl.constexpr
+):  # fmt: skip
+    """Return (p after dropout, ds), ds without the factor `scale`; all (T, T) float32.
+
+    Args:
+        score: raw scores, -inf where forbidden.
+        shift: row constant less log2 of the denominator, broadcast along the keys.
+        dp: dout . v, raw.
+        out_dot_dout: broadcast along the keys.
+        keep: see `kept`.
+    """
+    p = tl.exp2(score * qk_scale + shift)
+    dropped = p
+    if DROPOUT:
+        dp = tl.where(keep, dp * keep_scale, 0.0)
+        dropped = tl.where(keep, p * keep_scale, 0.0)
+    return dropped, p * (dp - out_dot_dout)
+
+
+@triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=POINTERS)
+def bwd_dq_kernel(
+    q_ptr, k_ptr, v_ptr, dout_ptr, dq_ptr, stats_ptr, far_ptr, pos_key_ptr, pos_query_ptr,
+    key_mask_ptr, pair_mask_ptr, tile_list_ptr, cu_seqlens_ptr, seed_ptr,
+    stride_qb: tl.int64, stride_qh: tl.int64, stride_qn, stride_kb: tl.int64, stride_kh: tl.int64, stride_kn,
+    stride_vb: tl.int64, stride_vh: tl.int64, stride_vn, stride_ob: tl.int64, stride_oh: tl.int64, stride_on,
+    stride_mb: tl.int64, stride_mn: tl.int64, stride_pb: tl.int64, stride_ph: tl.int64, stride_pm: tl.int64,
+    stride_pn: tl.int64, heads, nq, nk, prefix, packed, row_tiles, list_size, low_end, high_start, table_offset,
+    table_rows, stats_size: tl.int64, far_size: tl.int64, threshold, has_pair, qk_scale, scale, keep_scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, UNIT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Write dq of one tile of queries and its share of the saturated rows' gradients; the grid is (B * H * row_tiles,).
+
+    far: (2 tables, 2 sides, H, far_size = B * row_tiles, BLOCK_D) float32; side 0 holds the smallest distances.
+    """
+    # Program ids.
+    pid = tl.program_id(0)
+    batch_head = pid // row_tiles
+    tile_row = pid % row_tiles
+    b = batch_head // heads
+    h = batch_head % heads
+    batch = tl.where(packed != 0, 0, b).to(tl.int64)
+    memory_rows = nq
+    start, nq, nk = sequence(cu_seqlens_ptr, packed, b, nq, nk)
+    if tile_row * TILE >= nq:
+        return
+    if not HAS_BIAS:
+        prefix = nk
+    prefix_tiles, tiles, key_start = key_segments(nk, prefix, TILE)
+
+    # Offsets, and what stays for the whole loop.
+    offs_t = tl.arange(0, TILE)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_i = tile_row * TILE + offs_t
+    m_mask = offs_i < nq
+    first_row = (start + tile_row * TILE).to(tl.int64)
+    stats = stats_ptr + (batch * heads + h) * memory_rows + first_row + offs_t
+    lse = tl.load(stats, mask=m_mask, other=float("inf"))
+    out_dot_dout = tl.load(stats + stats_size, mask=m_mask, other=0.0)
+    row_valid = lse != float("inf")
+    q_base = q_ptr + (batch * stride_qb + h * stride_qh + first_row * stride_qn) * UNIT
+    k_base = k_ptr + (batch * stride_kb + h * stride_kh + start.to(tl.int64) * stride_kn) * UNIT
+    v_base = v_ptr + (batch * stride_vb + h * stride_vh + start.to(tl.int64) * stride_vn) * UNIT
+    dout_base = dout_ptr + (batch * stride_ob + h * stride_oh + first_row * stride_on) * UNIT
+    pair_base = pair_mask_ptr + b * stride_pb + h * stride_ph + offs_i[:, None] * stride_pm
+    pos_key = pos_key_ptr + h.to(tl.int64) * table_rows * BLOCK_D
+    pos_query = pos_query_ptr + h.to(tl.int64) * table_rows * BLOCK_D
+    tile_list = tile_list_ptr + b * list_size * 3
+    q = load_rows(q_base, offs_t, offs_d, stride_qn * UNIT, row_valid, HEAD_DIM, BLOCK_D)
+    dout = load_rows(dout_base, offs_t, offs_d, stride_on * UNIT, row_valid, HEAD_DIM, BLOCK_D)
+    dq = tl.zeros([TILE, BLOCK_D], tl.float32)
+    keep = m_mask
+
+    near_start = tiles
+    near_stop = tiles
+    if HAS_BIAS:
+        left, right = near_reach(prefix - key_start, low_end, high_start, TILE)
+        near_start = tl.minimum(prefix_tiles + tl.maximum(tile_row + 1 - left, 0), tiles)
+        near_stop = tl.minimum(prefix_tiles + tl.maximum(tile_row + right, 0), tiles)
+    for zone in range(3 if HAS_BIAS else 1):
+        n0 = tl.where(zone == 0, 0, tl.where(zone == 1, prefix_tiles, near_stop))
+        n1 = tl.where(zone == 0, prefix_tiles, tl.where(zone == 1, near_start, tiles))
+        origin = tl.where(zone == 0, 0, key_start - prefix_tiles * TILE)
+        first_key = tl.where(zone == 0, 0, prefix)
+        last_key = tl.where(zone == 0, prefix, nk)
+        if MASKED:
+            n0 = tl.load(tile_list + n0)
+            n1 = tl.load(tile_list + n1)
+        if n0 < n1:
+            far_q = q
+            shift = -lse
+            if HAS_BIAS:
+                far_q, row = far_operands(
+                    q, pos_key, pos_query, tl.where(zone == 1, table_rows - 1, 0), offs_d, zone, BLOCK_D
+                )
+                shift = row * qk_scale - lse
+            dq_zone = tl.zeros([TILE, BLOCK_D], tl.float32)
+            ds_sum = tl.zeros([TILE], tl.float32)
+            for n in range(n0, n1):
+                tile = n
+                if MASKED:
+                    tile = tl.load(tile_list + list_size + n)
+                j0 = origin + tile * TILE
+                offs_j = j0 + offs_t
+                valid = (offs_j >= first_key) & (offs_j < last_key)
+                partial = (j0 < first_key) | (j0 + TILE > last_key)
+                if MASKED:
+                    valid = valid & (
+                        tl.load(key_mask_ptr + b * stride_mb + offs_j * stride_mn, mask=valid, other=0) != 0
+                    )
+                    partial = tl.load(tile_list + 2 * list_size + tile) < TILE
+                k_tile = k_base + j0.to(tl.int64) * stride_kn * UNIT
+                v_tile = v_base + j0.to(tl.int64) * stride_vn * UNIT
+                k = load_rows(k_tile, offs_t, offs_d, stride_kn * UNIT, valid, HEAD_DIM, BLOCK_D)
+                v = load_rows(v_tile, offs_t, offs_d, stride_vn * UNIT, valid, HEAD_DIM, BLOCK_D)
+                score = excluded(
+                    tl.dot(far_q, k.T, input_precision=PRECISION), valid[None, :], partial,
+                    pair_base + offs_j[None, :] * stride_pn, m_mask[:, None] & valid[None, :], has_pair, MASKED,
+                )  # fmt: skip
+                if DROPOUT:
+                    keep = kept(seed_ptr, batch_head, tile_row * TILE, j0, threshold, TILE)
+                dp = tl.dot(dout, v.T, input_precision=PRECISION)
+                _, ds = score_gradient(
+                    score, shift[:, None], dp, out_dot_dout[:, None], keep, keep_scale, qk_scale, DROPOUT
+                )
+                ds_sum += tl.sum(ds, 1)
+                dq_zone = tl.dot(ds.to(k.dtype), k, dq_zone, input_precision=PRECISION)
+            dq += dq_zone
+            if HAS_BIAS:
+                if zone > 0:
+                    side = 2 - zone  # zone 1 holds the largest distances, side 1
+                    far_row = tl.where(zone == 1, table_rows - 1, 0)
+                    pos_row = tl.load(pos_key + far_row * BLOCK_D + offs_d).to(tl.float32)
+                    dq += ds_sum[:, None] * pos_row[None, :]
+                    far = far_ptr + ((side * heads + h) * far_size + b * row_tiles + tile_row) * BLOCK_D + offs_d
+                    tl.store(far, tl.sum(ds_sum[:, None] * q.to(tl.float32), 0))
+                    tl.store(far + 2 * heads * far_size * BLOCK_D, tl.sum(dq_zone, 0))
+
+    if HAS_BIAS:
+        if MASKED:
+            near_start, near_stop = occupied(tile_list, list_size, near_start, near_stop)
+        if near_start < near_stop:
+            distance = difference(TILE)
+            high_row = offs_t[:, None] >= offs_t[None, :]
+            upper = offs_t[:, None] + offs_t[None, :] < TILE
+            block = (tile_row - near_start + prefix_tiles) * TILE + prefix - key_start + table_offset
+            key_block = load_block(pos_key, block, offs_t, offs_d, BLOCK_D)
+            c2p_high = along_rows(tl.dot(q, key_block.T, input_precision=PRECISION), distance, TILE)
+            high = load_block(pos_query, block, offs_t, offs_d, BLOCK_D)
+            ds_high = tl.zeros([TILE, TILE], q.dtype)
+            for tile in tl.range(near_start, near_stop, num_stages=1):
+                j0 = key_start + (tile - prefix_tiles) * TILE
+                offs_j = j0 + offs_t
+                valid = (offs_j >= prefix) & (offs_j < nk)
+                partial = (j0 < prefix) | (j0 + TILE > nk)
+                if MASKED:
+                    valid = valid & (
+                        tl.load(key_mask_ptr + b * stride_mb + offs_j * stride_mn, mask=valid, other=0) != 0
+                    )
+                    partial = tl.load(tile_list + 2 * list_size + tile) < TILE
+                k_tile = k_base + j0.to(tl.int64) * stride_kn * UNIT
+                v_tile = v_base + j0.to(tl.int64) * stride_vn * UNIT
+                k = load_rows(k_tile, offs_t, offs_d, stride_kn * UNIT, valid, HEAD_DIM, BLOCK_D)
+                v = load_rows(v_tile, offs_t, offs_d, stride_vn * UNIT, valid, HEAD_DIM, BLOCK_D)
+                low = load_block(pos_query, block - TILE, offs_t, offs_d, BLOCK_D)
+                low_key_block = load_block(pos_key, block - TILE, offs_t, offs_d, BLOCK_D)
+                c2p_low = along_rows(tl.dot(q, low_key_block.T, input_precision=PRECISION), distance, TILE)
+                bias = along_columns(two_blocks(high, low, upper, k, PRECISION), distance, TILE)
+                bias += tl.where(high_row, c2p_high, c2p_low)
+                c2p_high = c2p_low
+                high = low
+                score = excluded(
+                    tl.dot(q, k.T, bias, input_precision=PRECISION), valid[None, :], partial,
+                    pair_base + offs_j[None, :] * stride_pn, m_mask[:, None] & valid[None, :], has_pair, MASKED,
+                )  # fmt: skip
+                if DROPOUT:
+                    keep = kept(seed_ptr, batch_head, tile_row * TILE, j0, threshold, TILE)
+                dp = tl.dot(dout, v.T, input_precision=PRECISION)
+                _, ds = score_gradient(
+                    score, -lse[:, None], dp, out_dot_dout[:, None], keep, keep_scale, qk_scale, DROPOUT
+                )
+                ds = ds.to(q.dtype)
+                dq = tl.dot(ds, k, dq, input_precision=PRECISION)
+                # ds by distance: what this tile and the one before it add to the rows of one table block.
+                by_distance = along_rows(ds, distance, TILE)
+                block_ds = tl.where(high_row, by_distance, ds_high)
+                ds_high = by_distance
+                dq = tl.dot(block_ds, key_block, dq, input_precision=PRECISION)
+                key_block = low_key_block
+                block -= TILE
+            last_ds = tl.where(high_row, tl.zeros_like(ds_high), ds_high)
+            dq = tl.dot(last_ds, key_block, dq, input_precision=PRECISION)
+
+    dq_base = dq_ptr + ((batch * memory_rows + first_row) * heads + h) * HEAD_DIM
+    store_rows(dq_base, offs_t, offs_d, heads * HEAD_DIM, m_mask, dq * scale, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=POINTERS)
+def bwd_dkv_kernel(
+    q_ptr, k_ptr, v_ptr, dout_ptr, dk_ptr, dv_ptr, stats_ptr, dmean_ptr, pos_key_ptr, pos_query_ptr,
+    key_mask_ptr, pair_mask_ptr, tile_list_ptr, row_list_ptr, cu_seqlens_ptr, seed_ptr,
+    stride_qb: tl.int64, stride_qh: tl.int64, stride_qn, stride_kb: tl.int64, stride_kh: tl.int64, stride_kn,
+    stride_vb: tl.int64, stride_vh: tl.int64, stride_vn, stride_ob: tl.int64, stride_oh: tl.int64, stride_on,
+    stride_mb: tl.int64, stride_mn: tl.int64, stride_pb: tl.int64, stride_ph: tl.int64, stride_pm: tl.int64,
+    stride_pn: tl.int64, heads, nq, nk, prefix, packed, key_tiles, list_size, row_list_size, low_end, high_start,
+    table_offset, table_rows, stats_size: tl.int64, threshold, has_pair, qk_scale, scale, keep_scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, UNIT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Write dk and dv of one tile of keys; tiles are (keys, queries); the grid is (B * H * key_tiles,)."""
+    # Program ids.
+    pid = tl.program_id(0)
+    batch_head = pid // key_tiles
+    tile = pid % key_tiles
+    b = batch_head // heads
+    h = batch_head % heads
+    batch = tl.where(packed != 0, 0, b).to(tl.int64)
+    query_rows = nq
+    key_rows = nk
+    start, nq, nk = sequence(cu_seqlens_ptr, packed, b, nq, nk)
+    if not HAS_BIAS:
+        prefix = nk
+    prefix_tiles, tiles, key_start = key_segments(nk, prefix, TILE)
+    if tile >= tiles:
+        return
+    row_tiles = tl.cdiv(nq, TILE)
+
+    # Offsets, and what stays for the whole loop.
+    offs_t = tl.arange(0, TILE)
+    offs_d = tl.arange(0, BLOCK_D)
+    is_prefix = tile < prefix_tiles
+    j0 = tl.where(is_prefix, tile * TILE, key_start + (tile - prefix_tiles) * TILE)
+    first_key = tl.where(is_prefix, 0, prefix)
+    last_key = tl.where(is_prefix, prefix, nk)
+    offs_j = j0 + offs_t
+    n_mask = (offs_j >= first_key) & (offs_j < last_key)
+    valid = n_mask
+    partial = (j0 < first_key) | (j0 + TILE > last_key)
+    row_list = row_list_ptr + b * row_list_size * 3
+    if MASKED:
+        valid = n_mask & (tl.load(key_mask_ptr + b * stride_mb + offs_j * stride_mn, mask=n_mask, other=0) != 0)
+        tile_list = tile_list_ptr + b * list_size * 3
+        count = tl.load(tile_list + 2 * list_size + tile)
+        partial = count < TILE
+        row_tiles = tl.where(count == 0, 0, row_tiles)
+    first_row = (start + j0).to(tl.int64)
+    k_base = k_ptr + (batch * stride_kb + h * stride_kh + first_row * stride_kn) * UNIT
+    v_base = v_ptr + (batch * stride_vb + h * stride_vh + first_row * stride_vn) * UNIT
+    q_base = q_ptr + (batch * stride_qb + h * stride_qh + start.to(tl.int64) * stride_qn) * UNIT
+    dout_base = dout_ptr + (batch * stride_ob + h * stride_oh + start.to(tl.int64) * stride_on) * UNIT
+    stats_base = stats_ptr + (batch * heads + h) * query_rows + start
+    pair_base = pair_mask_ptr + b * stride_pb + h * stride_ph + offs_j[:, None] * stride_pn
+    pos_key = pos_key_ptr + h.to(tl.int64) * table_rows * BLOCK_D
+    pos_query = pos_query_ptr + h.to(tl.int64) * table_rows * BLOCK_D
+    k = load_rows(k_base, offs_t, offs_d, stride_kn * UNIT, valid, HEAD_DIM, BLOCK_D)
+    v = load_rows(v_base, offs_t, offs_d, stride_vn * UNIT, valid, HEAD_DIM, BLOCK_D)
+    dk = tl.zeros([TILE, BLOCK_D], tl.float32)
+    dv = tl.zeros([TILE, BLOCK_D], tl.float32)
+    keep = valid
+
+    # Far zones: rows above (the smallest distances) and below (the largest); all rows of a prefix key.
+    near_start = 0
+    near_stop = 0
+    if HAS_BIAS:
+        left, right = near_reach(prefix - key_start, low_end, high_start, TILE)
+        position_tile = tile - prefix_tiles
+        near_start = tl.where(is_prefix, row_tiles, tl.minimum(tl.maximum(position_tile + 1 - right, 0), row_tiles))
+        near_stop = tl.where(is_prefix, row_tiles, tl.minimum(tl.maximum(position_tile + left, 0), row_tiles))
+    for side in range(2 if HAS_BIAS else 1):
+        n0 = tl.where(side == 0, 0, near_stop)
+        n1 = row_tiles
+        if HAS_BIAS:
+            n1 = tl.where(side == 0, near_start, row_tiles)
+        if MASKED:
+            n0 = tl.load(row_list + n0)
+            n1 = tl.load(row_list + n1)
+        if n0 < n1:
+            pos_row = tl.zeros([BLOCK_D], tl.float32)
+            if HAS_BIAS:
+                far_row = side * (table_rows - 1)
+                has_position = when(offs_d < BLOCK_D, 1 - is_prefix.to(tl.int32))
+                pos_row = tl.load(pos_query + far_row * BLOCK_D + offs_d, mask=has_position, other=0.0).to(tl.float32)
+            for n in range(n0, n1):
+                tile_row = n
+                if MASKED:
+                    tile_row = tl.load(row_list + row_list_size + n)
+                i0 = tile_row * TILE
+                m_mask = i0 + offs_t < nq
+                stats = stats_base + i0 + offs_t
+                lse = tl.load(stats, mask=m_mask, other=float("inf"))
+                out_dot_dout = tl.load(stats + stats_size, mask=m_mask, other=0.0)
+                row_valid = m_mask
+                if MASKED:
+                    row_valid = lse != float("inf")
+                q_tile = q_base + i0.to(tl.int64) * stride_qn * UNIT
+                dout_tile = dout_base + i0.to(tl.int64) * stride_on * UNIT
+                q = load_rows(q_tile, offs_t, offs_d, stride_qn * UNIT, row_valid, HEAD_DIM, BLOCK_D)
+                dout = load_rows(dout_tile, offs_t, offs_d, stride_on * UNIT, row_valid, HEAD_DIM, BLOCK_D)
+                shift = -lse
+                if HAS_BIAS:
+                    # The same rounding as in `far_operands`.
+                    q = (q.to(tl.float32) + pos_row[None, :]).to(q.dtype)
+                    has_row = when(m_mask, 1 - is_prefix.to(tl.int32))
+                    shift += tl.load(stats + (2 + side) * stats_size, mask=has_row, other=0.0) * qk_scale
+                score = excluded(
+                    tl.dot(k, q.T, input_precision=PRECISION), valid[:, None], partial,
+                    pair_base + (i0 + offs_t)[None, :] * stride_pm, valid[:, None] & m_mask[None, :], has_pair, MASKED,
+                )  # fmt: skip
+                if DROPOUT:
+                    keep = kept(seed_ptr, batch_head, i0, j0, threshold, TILE).T
+                dp = tl.dot(v, dout.T, input_precision=PRECISION)
+                p, ds = score_gradient(
+                    score, shift[None, :], dp, out_dot_dout[None, :], keep, keep_scale, qk_scale, DROPOUT
+                )
+                dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
+                dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+
+    if HAS_BIAS:
+        if MASKED:
+            near_start, near_stop = occupied(row_list, row_list_size, near_start, near_stop)
+        if near_start < near_stop:
+            # Here rows are keys: y = (column - row) mod T, and the high block serves columns >= rows.
+            distance = (TILE - difference(TILE)) & (TILE - 1)
+            high_pair = offs_t[:, None] <= offs_t[None, :]
+            below = offs_t[:, None] + offs_t[None, :] < TILE
+            back = total(TILE)
+            block = (near_start - tile + prefix_tiles) * TILE + prefix - key_start + table_offset - TILE
+            query_block = load_block(pos_query, block, offs_t, offs_d, BLOCK_D)
+            p2c_low = along_rows(tl.dot(k, query_block.T, input_precision=PRECISION), distance, TILE)
+            low = load_block(pos_key, block, offs_t, offs_d, BLOCK_D)
+            ds_low = tl.zeros([TILE, TILE], k.dtype)
+            for tile_row in tl.range(near_start, near_stop, num_stages=1):
+                i0 = tile_row * TILE
+                m_mask = i0 + offs_t < nq
+                stats = stats_base + i0 + offs_t
+                lse = tl.load(stats, mask=m_mask, other=float("inf"))
+                out_dot_dout = tl.load(stats + stats_size, mask=m_mask, other=0.0)
+                row_valid = m_mask
+                if MASKED:
+                    row_valid = lse != float("inf")
+                q_tile = q_base + i0.to(tl.int64) * stride_qn * UNIT
+                dout_tile = dout_base + i0.to(tl.int64) * stride_on * UNIT
+                q = load_rows(q_tile, offs_t, offs_d, stride_qn * UNIT, row_valid, HEAD_DIM, BLOCK_D)
+                dout = load_rows(dout_tile, offs_t, offs_d, stride_on * UNIT, row_valid, HEAD_DIM, BLOCK_D)
+                high_query_block = load_block(pos_query, block + TILE, offs_t, offs_d, BLOCK_D)
+                high = load_block(pos_key, block + TILE, offs_t, offs_d, BLOCK_D)
+                p2c_high = along_rows(tl.dot(k, high_query_block.T, input_precision=PRECISION), distance, TILE)
+                # In the product of a block with the queries, row y of query r is of the high block where y <= r.
+                bias = along_columns(two_blocks(high, low, high_pair, q, PRECISION), distance, TILE)
+                bias += tl.where(high_pair, p2c_high, p2c_low)
+                p2c_low = p2c_high
+                low = high
+                score = excluded(
+                    tl.dot(k, q.T, bias, input_precision=PRECISION), valid[:, None], partial,
+                    pair_base + (i0 + offs_t)[None, :] * stride_pm, valid[:, None] & m_mask[None, :], has_pair, MASKED,
+                )  # fmt: skip
+                if DROPOUT:
+                    keep = kept(seed_ptr, batch_head, i0, j0, threshold, TILE).T
+                dp = tl.dot(v, dout.T, input_precision=PRECISION)
+                p, ds = score_gradient(
+                    score, -lse[None, :], dp, out_dot_dout[None, :], keep, keep_scale, qk_scale, DROPOUT
+                )
+                dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
+                ds = ds.to(q.dtype)
+                dk = tl.dot(ds, q, dk, input_precision=PRECISION)
+                by_distance = along_rows(ds, back, TILE)
+                block_ds = tl.where(below, ds_low, by_distance)
+                ds_low = by_distance
+                dk = tl.dot(block_ds, query_block, dk, input_precision=PRECISION)
+                query_block = high_query_block
+                block += TILE
+            last_ds = tl.where(below, ds_low, tl.zeros_like(ds_low))
+            dk = tl.dot(last_ds, query_block, dk, input_precision=PRECISION)
+
+    # Epilogue and stores.
+    if MASKED:
+        dmean = tl.load(dmean_ptr + batch_head * BLOCK_D + offs_d)
+        dv += dmean[None, :]
+    target = ((batch * key_rows + first_row) * heads + h) * HEAD_DIM
+    store_rows(dk_ptr + target, offs_t, offs_d, heads * HEAD_DIM, n_mask, dk * scale, HEAD_DIM, BLOCK_D)
+    store_rows(dv_ptr + target, offs_t, offs_d, heads * HEAD_DIM, n_mask, dv, HEAD_DIM, BLOCK_D)

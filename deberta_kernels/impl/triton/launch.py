@@ -1,0 +1,463 @@
+"""Turn an attention problem into kernel launches: grids, arguments and scratch memory. No value is read here.
+
+Nothing in this file waits for a device or looks at the contents of a tensor, so it also works on `meta` tensors; a tool
+that compiles the kernels for a machine that is not there gets its signatures this way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deberta_kernels import dropout
+from deberta_kernels.impl.triton import backward_kernels as bwd
+from deberta_kernels.impl.triton import tuning
+from deberta_kernels.impl.triton.forward_kernels import forward_kernel
+from deberta_kernels.impl.triton.position_grad import bwd_position_kernel
+from deberta_kernels.impl.triton.primitives import LOG2E, PREFIX_STEP
+from deberta_kernels.impl.triton.table_kernels import expand_kernel, fold_kernel
+from deberta_kernels.impl.triton.tables import DeviceTables, Window, device_tables, full_window, window
+from deberta_kernels.impl.triton.tile_list import tile_list_kernel
+from deberta_kernels.position import plain_tensors
+from deberta_kernels.types import AttentionProblem, Gradients, PositionSpec
+
+__all__ = ["Launch", "Plan", "backward_launches", "expand_launch", "forward_launches", "run"]
+
+# A row stride below this cannot overflow 32 bits inside one tile.
+_MAX_ROW_STRIDE = 1 << 23
+# Programs of the position gradient to aim for: two for each multiprocessor of the largest devices.
+_POSITION_PROGRAMS = 264
+_MAX_PARTS = 4
+_TABLE_TILE = 32
+_SUM_ROWS = 32
+_FOLD_ROWS = 16
+_FOLD_CHUNK = 8
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Hold one kernel launch.
+
+    Attributes:
+        kernel: the jitted function.
+        grid: programs per dimension.
+        arguments: tensors and numbers by parameter name.
+        constants: compile-time parameters by name.
+        num_warps: warps per program.
+        num_stages: depth of the software pipeline.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Hold the launches of one call, in order, and the tensors they fill.
+
+    Attributes:
+        launches: what to run.
+        results: (out, lse) of a forward, `Gradients` of a backward.
+    """
+
+    launches: list[Launch]
+    results: Any
+
+
+def run(launch: Launch) -> None:
+    """Run one launch on the current stream."""
+    launch.kernel[launch.grid](
+        **launch.arguments, **launch.constants, num_warps=launch.num_warps, num_stages=launch.num_stages
+    )
+
+
+def forward_launches(
+    problem: AttentionProblem, device_key: str, config: tuning.TileConfig | None = None, precision: str = "ieee"
+) -> Plan:
+    """Plan a forward.
+
+    Args:
+        problem: the call; tensors may be on the `meta` device.
+        device_key: which tile table to use, see `tuning.device_key`.
+        config: tiles to use instead of the table's.
+        precision: of float32 products: "ieee" or "tf32".
+
+    Returns:
+        a plan whose results are out: (B, H, Nq, D), a view of (B, Nq, H, D) memory, and lse: (B, H, Nq) float32.
+    """
+    call = _Call(
+        problem, config or tuning.config(device_key, problem.q.dtype, problem.q.shape[-1], "forward"), precision
+    )
+    q = problem.q
+    batch, heads, nq, head_dim = q.shape
+    out = torch.empty(batch, nq, heads, head_dim, dtype=q.dtype, device=q.device)
+    lse = torch.empty(batch, heads, nq, dtype=torch.float32, device=q.device)
+    mean = call.nothing(torch.float32)
+    if call.masked:
+        mean = problem.v.mean(2, dtype=torch.float32).contiguous()
+    tables = call.tables()
+    call.add(
+        forward_kernel,
+        (call.batch * heads * call.row_tiles,),
+        {
+            **call.tokens("q", "k", "v"), **call.key_masks(), **call.query_mask(), **tables,
+            "out_ptr": out, "lse_ptr": lse, "mean_ptr": mean, "row_tiles": call.row_tiles,
+        },
+    )  # fmt: skip
+    return Plan(call.launches, (out.transpose(1, 2), lse))
+
+
+def backward_launches(
+    problem: AttentionProblem, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor,
+    needs: tuple[bool, bool, bool, bool, bool], device_key: str, config: tuning.TileConfig | None = None,
+    precision: str = "ieee",
+) -> Plan:  # fmt: skip
+    """Plan a backward.
+
+    Args:
+        problem: what the forward got.
+        dout: (B, H, Nq, D), any strides.
+        dlse: (B, H, Nq) float32 or None.
+        out: what the forward returned.
+        lse: what the forward returned.
+        needs: whether q, k, v, pos_key and pos_query need a gradient.
+        device_key: as in `forward_launches`.
+        config: as there.
+        precision: as there.
+
+    Returns:
+        a plan whose results are `Gradients`.
+    """
+    config = config or tuning.config(device_key, problem.q.dtype, problem.q.shape[-1], "backward")
+    return _Backward(problem, config, precision, dout, needs).plan(out, lse, dlse)
+
+
+def expand_launch(
+    pos_key: Tensor | None, pos_query: Tensor | None, position: PositionSpec, tables: DeviceTables, covered: Window
+) -> tuple[Launch, Tensor]:
+    """Plan the expansion of the position tables over the distances `covered`.
+
+    Returns:
+        the launch, and the (2, H, covered.rows, block of D) tensor it fills.
+    """
+    some = pos_key if pos_key is not None else pos_query
+    if some is None:
+        raise ValueError("pos_key or pos_query must be given to expand the tables; got neither.")
+    heads, table_rows, head_dim = some.shape
+    block = _block(head_dim)
+    expanded = torch.empty(2, heads, covered.rows, block, dtype=some.dtype, device=some.device)
+    key, query = (some if x is None else _unit_stride(x) for x in (pos_key, pos_query))
+    key, query = (x if x.stride(-1) == 1 else _unit_stride(x) for x in (key, query))
+    arguments = {
+        "pos_key_ptr": key, "pos_query_ptr": query, "expanded_ptr": expanded, "delta_ptr": tables.delta,
+        "stride_kh": key.stride(0), "stride_kn": key.stride(1), "stride_qh": query.stride(0),
+        "stride_qn": query.stride(1), "rows": covered.rows, "skipped": covered.first - tables.first,
+        "first_row": position.first_row, "table_rows": table_rows, "has_key": int(pos_key is not None),
+        "has_query": int(pos_query is not None),
+    }  # fmt: skip
+    constants = {"HEAD_DIM": head_dim, "BLOCK_D": block, "TILE": _TABLE_TILE}
+    grid = (-(-covered.rows // _TABLE_TILE), heads, 2)
+    return Launch(expand_kernel, grid, arguments, constants, 4, 1), expanded
+
+
+class _Call:
+    """What the launches of one call have in common."""
+
+    def __init__(self, problem: AttentionProblem, config: tuning.TileConfig, precision: str) -> None:
+        self.problem, self.config = problem, config
+        q, position, masks = problem.q, problem.position, problem.masks
+        self.batch, self.heads, self.nq, self.head_dim = q.shape
+        self.nk = problem.k.shape[2]
+        self.packed = problem.cu_seqlens is not None
+        self.longest_q, self.longest_k = self.nq, self.nk
+        if problem.cu_seqlens is not None:
+            self.batch = problem.cu_seqlens.numel() - 1
+            self.longest_q = self.longest_k = problem.max_seqlen
+        tile = config.tile
+        self.prefix = position.prefix_length
+        self.biased = (problem.pos_key is not None or problem.pos_query is not None) and self.longest_k > self.prefix
+        self.masked = any(x is not None for x in (masks.key, masks.query, masks.pair))
+        self.row_tiles = -(-self.longest_q // tile)
+        prefix = self.prefix if self.biased else self.longest_k
+        aligned = prefix // PREFIX_STEP.value * PREFIX_STEP.value
+        self.prefix_tiles = -(-prefix // tile)
+        self.position_tiles = -(-(self.longest_k - aligned) // tile) if self.longest_k > prefix else 0
+        self.key_tiles = self.prefix_tiles + self.position_tiles
+        self.block = _block(self.head_dim)
+        lanes = 16 // q.element_size()
+        self.unit = lanes if self.head_dim % lanes == 0 else 1
+        self.launches: list[Launch] = []
+        self.dropping = problem.dropout_p > 0
+        self.features = {
+            "HEAD_DIM": self.head_dim, "BLOCK_D": self.block, "TILE": tile, "UNIT": self.unit,
+            "HAS_BIAS": self.biased, "MASKED": self.masked, "DROPOUT": self.dropping,
+            "PRECISION": precision if q.dtype == torch.float32 else "ieee",
+        }  # fmt: skip
+        self.sizes = {
+            "heads": self.heads, "nq": self.nq, "nk": self.nk, "prefix": self.prefix, "packed": int(self.packed),
+            "cu_seqlens_ptr": problem.cu_seqlens.contiguous() if problem.cu_seqlens is not None
+            else self.nothing(torch.int32),
+            "seed_ptr": problem.seed if problem.seed is not None else self.nothing(torch.int64),
+            "threshold": dropout.threshold(problem.dropout_p) if self.dropping else 0,
+            "keep_scale": dropout.keep_scale(problem.dropout_p) if self.dropping else 1.0,
+            "qk_scale": problem.scale * LOG2E.value, "scale": problem.scale,
+        }  # fmt: skip
+
+    def nothing(self, dtype: torch.dtype) -> Tensor:
+        """Return an empty tensor to stand for a pointer that is never followed."""
+        return torch.empty(0, dtype=dtype, device=self.problem.q.device)
+
+    def add(self, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], stages: int | None = None) -> None:
+        """Append a launch; of `arguments` and the shared sizes and features the kernel's own parameters are passed."""
+        names = set(kernel.arg_names)
+        given = {name: x for name, x in {**self.sizes, **arguments}.items() if name in names}
+        constants = {name: x for name, x in self.features.items() if name in names}
+        stages = self.config.num_stages if stages is None else stages
+        self.launches.append(Launch(kernel, grid, given, constants, self.config.num_warps, stages))
+
+    def tokens(self, *names: str) -> dict[str, Any]:
+        """Return pointers and strides (in units) of q, k or v, copied first where a kernel cannot read them."""
+        found: dict[str, Any] = {}
+        for name in names:
+            found.update(self.strided(name, name, getattr(self.problem, name)))
+        return found
+
+    def strided(self, name: str, letter: str, x: Tensor) -> dict[str, Any]:
+        x = _readable(x, self.unit)
+        b, h, n = (stride // self.unit for stride in x.stride()[:3])
+        return {f"{name}_ptr": x, f"stride_{letter}b": b, f"stride_{letter}h": h, f"stride_{letter}n": n}
+
+    def key_masks(self) -> dict[str, Any]:
+        """Return the arguments of key mask and pair mask, and list the occupied key tiles."""
+        masks = self.problem.masks
+        found: dict[str, Any] = {
+            "key_mask_ptr": self.nothing(torch.uint8), "stride_mb": 0, "stride_mn": 0, "has_pair": 0,
+            "pair_mask_ptr": self.nothing(torch.uint8), "stride_pb": 0, "stride_ph": 0, "stride_pm": 0, "stride_pn": 0,
+            "tile_list_ptr": self.nothing(torch.int32), "list_size": 0,
+        }  # fmt: skip
+        if not self.masked:
+            return found
+        key = masks.key.view(torch.uint8) if masks.key is not None else self.all_valid(self.nk)
+        found.update(key_mask_ptr=key, stride_mb=key.stride(0), stride_mn=key.stride(1))
+        found["tile_list_ptr"], found["list_size"] = self.tile_list(key, self.nk, self.key_tiles, self.biased)
+        if masks.pair is not None:
+            pair = masks.pair.view(torch.uint8)
+            b, h, m, n = pair.stride()
+            found.update(pair_mask_ptr=pair, has_pair=1, stride_pb=b, stride_pm=m, stride_pn=n)
+            found["stride_ph"] = h if pair.shape[1] > 1 else 0
+        return found
+
+    def query_mask(self) -> dict[str, Any]:
+        """Return the arguments of the query mask."""
+        mask = self.problem.masks.query
+        if not self.masked:
+            return {"query_mask_ptr": self.nothing(torch.uint8), "stride_ub": 0, "stride_um": 0}
+        query = mask.view(torch.uint8) if mask is not None else self.all_valid(self.nq)
+        return {"query_mask_ptr": query, "stride_ub": query.stride(0), "stride_um": query.stride(1)}
+
+    def all_valid(self, length: int) -> Tensor:
+        """Return a (B, length) mask of ones, one byte in memory."""
+        return _one(self.problem.q.device).expand(self.batch, length)
+
+    def tile_list(self, mask: Tensor, length: int, tiles: int, positioned: bool) -> tuple[Tensor, int]:
+        """Plan the list of occupied tiles of a (B, length) mask; see `tile_list`."""
+        size = tiles + 1
+        found = torch.empty(self.batch, 3, size, dtype=torch.int32, device=mask.device)
+        arguments = {
+            "mask_ptr": mask, "tile_list_ptr": found, "stride_mb": mask.stride(0), "stride_mn": mask.stride(1),
+            "length": length, "prefix": self.prefix if positioned else length, "list_size": size,
+        }  # fmt: skip
+        self.launches.append(Launch(tile_list_kernel, (self.batch,), arguments, {"TILE": self.config.tile}, 4, 1))
+        return found, size
+
+    def tables(self) -> dict[str, Any]:
+        """Return the arguments of the expanded tables, prepared or planned here."""
+        problem, q = self.problem, self.problem.q
+        if not self.biased:
+            empty = self.nothing(q.dtype)
+            return {
+                "pos_key_ptr": empty, "pos_query_ptr": empty, "low_end": 0, "high_start": 0, "table_offset": 0,
+                "table_rows": 0,
+            }  # fmt: skip
+        positioned = self.longest_k - self.prefix
+        self.device_tables = device_tables(max(self.longest_q, positioned), problem.position, q.device)
+        full = full_window(self.device_tables)
+        expanded = problem.prepared
+        if expanded is not None:
+            if full is None or tuple(expanded.shape) != (2, self.heads, full.rows, self.block):
+                raise ValueError(
+                    "prepared must be what prepare returned for these tables, got shape "
+                    f"{tuple(expanded.shape)}; prepare the tables again."
+                )
+            self.window = full
+        else:
+            self.window = window(self.device_tables, self.longest_q, positioned)
+            launch, expanded = expand_launch(
+                problem.pos_key, problem.pos_query, problem.position, self.device_tables, self.window
+            )
+            self.launches.append(launch)
+        return {
+            "pos_key_ptr": expanded[0], "pos_query_ptr": expanded[1], "low_end": self.device_tables.low_end,
+            "high_start": self.device_tables.high_start, "table_offset": self.window.offset,
+            "table_rows": self.window.rows,
+        }  # fmt: skip
+
+
+class _Backward(_Call):
+    """The launches of one backward: statistics of the rows, dq, dk and dv, position gradients."""
+
+    def __init__(
+        self, problem: AttentionProblem, config: tuning.TileConfig, precision: str, dout: Tensor,
+        needs: tuple[bool, bool, bool, bool, bool],
+    ) -> None:  # fmt: skip
+        super().__init__(problem, config, precision)
+        self.dout, self.needs = dout, needs
+        self.wants_tables = self.biased and any(
+            need and x is not None for need, x in zip(needs[3:], (problem.pos_key, problem.pos_query))
+        )
+
+    def plan(self, out: Tensor, lse: Tensor, dlse: Tensor | None) -> Plan:
+        q, k, v = (self.gradient(x) for x in (self.problem.q, self.problem.k, self.problem.v))
+        shared = {**self.tokens("q", "k", "v"), **self.strided("dout", "o", self.dout), **self.tables()}
+        shared.update(self.key_masks())
+        self.preprocess(shared, out, lse, dlse)
+        far = None
+        if self.needs[0] or self.wants_tables:
+            far = self.query_pass(shared, q)
+        if self.needs[1] or self.needs[2]:
+            self.key_pass(shared, k, v)
+        tables = self.table_gradients(shared, far)
+        dq, dk, dv = (x.transpose(1, 2) if need else None for x, need in zip((q, k, v), self.needs))
+        return Plan(self.launches, Gradients(dq, dk, dv, *tables))
+
+    def gradient(self, x: Tensor) -> Tensor:
+        """Return uninitialised (B, N, H, D) memory."""
+        batch, heads, length, head_dim = x.shape
+        return torch.empty(batch, length, heads, head_dim, dtype=x.dtype, device=x.device)
+
+    def preprocess(self, shared: dict[str, Any], out: Tensor, lse: Tensor, dlse: Tensor | None) -> None:
+        device = self.problem.q.device
+        batch, heads, nq = lse.shape
+        stats = torch.empty(4, batch, heads, nq, dtype=torch.float32, device=device)
+        groups = self.batch * heads
+        partial = self.nothing(torch.float32)
+        if self.masked:
+            partial = torch.empty(groups, self.row_tiles, self.block, dtype=torch.float32, device=device)
+        shared.update(stats_ptr=stats, stats_size=batch * heads * nq, row_tiles=self.row_tiles)
+        out = out.transpose(1, 2).contiguous()
+        strides = dlse.stride() if dlse is not None else (0, 0, 0)
+        self.add(
+            bwd.bwd_preprocess_kernel,
+            (groups * self.row_tiles,),
+            {
+                **shared, "out_ptr": out, "lse_ptr": lse.contiguous(), "dmean_ptr": partial,
+                "dlse_ptr": self.nothing(torch.float32) if dlse is None else dlse, "has_dlse": int(dlse is not None),
+                "stride_lb": strides[0], "stride_lh": strides[1], "stride_ln": strides[2],
+            },
+        )  # fmt: skip
+        shared["dmean_ptr"] = self.summed(partial, groups) if self.masked and self.needs[2] else partial
+
+    def summed(self, parts: Tensor, groups: int) -> Tensor:
+        """Plan the sum of (groups, n, block) over n."""
+        n = parts.numel() // (groups * self.block)
+        total = torch.empty(groups, self.block, dtype=torch.float32, device=parts.device)
+        arguments = {"parts_ptr": parts, "sum_ptr": total, "n": n}
+        constants = {"BLOCK_D": self.block, "ROWS": _SUM_ROWS}
+        self.launches.append(Launch(bwd.sum_kernel, (groups,), arguments, constants, 4, 1))
+        return total
+
+    def query_pass(self, shared: dict[str, Any], dq: Tensor) -> Tensor:
+        """Plan dq; return the sums over the saturated pairs, (2 tables, 2 sides, H, block)."""
+        far, far_size = self.nothing(torch.float32), self.batch * self.row_tiles
+        if self.biased:
+            size = (4 * self.heads, far_size, self.block)
+            far = torch.zeros(size, dtype=torch.float32, device=dq.device)
+        grid = (self.batch * self.heads * self.row_tiles,)
+        self.add(bwd.bwd_dq_kernel, grid, {**shared, "dq_ptr": dq, "far_ptr": far, "far_size": far_size})
+        if not self.wants_tables:
+            return far
+        return self.summed(far, 4 * self.heads).view(2, 2, self.heads, self.block)
+
+    def key_pass(self, shared: dict[str, Any], dk: Tensor, dv: Tensor) -> None:
+        arguments = {**shared, "dk_ptr": dk, "dv_ptr": dv, "key_tiles": self.key_tiles}
+        arguments.update(row_list_ptr=self.nothing(torch.int32), row_list_size=0)
+        if self.masked:
+            query = self.query_mask()["query_mask_ptr"]
+            rows, size = self.tile_list(query, self.nq, self.row_tiles, False)
+            arguments.update(row_list_ptr=rows, row_list_size=size)
+        self.add(bwd.bwd_dkv_kernel, (self.batch * self.heads * self.key_tiles,), arguments)
+
+    def table_gradients(self, shared: dict[str, Any], far: Tensor | None) -> list[Tensor | None]:
+        """Plan the gradients of the position tables; return them."""
+        tables = (self.problem.pos_key, self.problem.pos_query)
+        wanted = [need and x is not None for need, x in zip(self.needs[3:], tables)]
+        if not self.wants_tables or far is None:
+            return [torch.zeros_like(x, memory_format=torch.contiguous_format) if need and x is not None else None
+                    for need, x in zip(wanted, tables)]  # fmt: skip
+        near, parts = self.near_gradients(shared)
+        found: list[Tensor | None] = []
+        for which, (need, table) in enumerate(zip(wanted, tables)):
+            gradient = None
+            if need and table is not None:
+                gradient = torch.empty(table.shape, dtype=table.dtype, device=table.device)
+                self.fold(near[which], far[which], gradient, parts)
+            found.append(gradient)
+        return found
+
+    def near_gradients(self, shared: dict[str, Any]) -> tuple[Tensor, int]:
+        """Plan the gradients of the expanded tables: (2 tables, parts * 2, H, rows, block) float32."""
+        tile, shift = self.config.tile, self.prefix % PREFIX_STEP.value
+        left = -(-(self.device_tables.high_start + tile - 1 - shift) // tile)
+        right = -(-(shift + tile - 1 - self.device_tables.low_end) // tile)
+        first, last = max(1 - right, 1 - self.position_tiles), min(left - 1, self.row_tiles - 1)
+        diagonals = last - first + 1
+        parts = min(max(_POSITION_PROGRAMS // (diagonals * self.heads), 1), _MAX_PARTS, self.batch * self.row_tiles)
+        size = (2, parts * 2, self.heads, self.window.rows, self.block)
+        near = torch.zeros(size, dtype=torch.float32, device=self.problem.q.device)
+        arguments = {**shared, "near_ptr": near, "samples": self.batch, "first_diagonal": first, "parts": parts}
+        self.add(bwd_position_kernel, (diagonals, self.heads, parts), arguments, stages=1)
+        return near, parts * 2
+
+    def fold(self, near: Tensor, far: Tensor, gradient: Tensor, parts: int) -> None:
+        delta = self.device_tables
+        arguments = {
+            "near_ptr": near, "far_ptr": far, "dpos_ptr": gradient, "order_ptr": delta.order,
+            "bounds_ptr": delta.bounds, "rows": self.window.rows, "skipped": self.window.first - delta.first,
+            "first_row": self.problem.position.first_row, "table_rows": gradient.shape[1], "parts": parts,
+            "heads": self.heads, "low_row": delta.low_row, "high_row": delta.high_row, "scale": self.problem.scale,
+        }  # fmt: skip
+        constants = {"HEAD_DIM": self.head_dim, "BLOCK_D": self.block, "ROWS": _FOLD_ROWS, "CHUNK": _FOLD_CHUNK}
+        grid = (-(-gradient.shape[1] // _FOLD_ROWS), self.heads)
+        self.launches.append(Launch(fold_kernel, grid, arguments, constants, 4, 1))
+
+
+def _block(head_dim: int) -> int:
+    """Return the power of two, at least 16, that a matrix product needs for a head size."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 and not x.is_neg() else x.resolve_neg().contiguous()
+
+
+def _readable(x: Tensor, unit: int) -> Tensor:
+    """Return x in memory that the kernels can read: unit last stride, and rows on 16-byte boundaries where D allows."""
+    strides = [stride for stride, size in zip(x.stride()[:3], x.shape[:3]) if size > 1]
+    aligned = all(stride % unit == 0 for stride in strides) and (unit == 1 or x.data_ptr() % 16 == 0)
+    if x.stride(-1) == 1 and aligned and x.stride(2) < _MAX_ROW_STRIDE and not x.is_neg():
+        return x
+    return x.resolve_neg().transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
+
+
+@lru_cache(maxsize=16)
+def _one(device: torch.device) -> Tensor:
+    with plain_tensors():
+        return torch.ones(1, 1, dtype=torch.uint8, device=device)

@@ -1,0 +1,136 @@
+"""Differentiate by the position tables: one program per diagonal of tiles, which owns its rows and needs no atomics.
+
+All tiles of a diagonal read the same two blocks of the expanded tables, so their gradients are two sums that stay in
+registers. The scores are recomputed a third time; in exchange the sums have one fixed order, and the same call gives
+the same bits. Saturated tiles are not here: `bwd_dq_kernel` sums their gradients on its way.
+"""
+
+import triton
+import triton.language as tl
+
+from deberta_kernels.impl.triton.backward_kernels import POINTERS, RUNTIME, score_gradient
+from deberta_kernels.impl.triton.primitives import (
+    along_columns,
+    along_rows,
+    difference,
+    excluded,
+    kept,
+    key_segments,
+    load_block,
+    load_rows,
+    sequence,
+    total,
+    two_blocks,
+)
+
+__all__ = ["bwd_position_kernel"]
+
+
+@triton.jit(
+    do_not_specialize=(*RUNTIME, "samples", "first_diagonal", "rows_of_part"), do_not_specialize_on_alignment=POINTERS
+)
+def bwd_position_kernel(
+    q_ptr, k_ptr, v_ptr, dout_ptr, stats_ptr, near_ptr, pos_key_ptr, pos_query_ptr,
+    key_mask_ptr, pair_mask_ptr, tile_list_ptr, cu_seqlens_ptr, seed_ptr,
+    stride_qb: tl.int64, stride_qh: tl.int64, stride_qn, stride_kb: tl.int64, stride_kh: tl.int64, stride_kn,
+    stride_vb: tl.int64, stride_vh: tl.int64, stride_vn, stride_ob: tl.int64, stride_oh: tl.int64, stride_on,
+    stride_mb: tl.int64, stride_mn: tl.int64, stride_pb: tl.int64, stride_ph: tl.int64, stride_pm: tl.int64,
+    stride_pn: tl.int64, heads, nq, nk, prefix, packed, samples, first_diagonal, row_tiles, parts, list_size, low_end,
+    high_start, table_offset, table_rows, stats_size: tl.int64, threshold, has_pair, qk_scale, keep_scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, UNIT: tl.constexpr, MASKED: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Write the gradients of the rows of one diagonal of near tiles; the grid is (diagonals, H, parts).
+
+    near: (2 tables, parts, 2 halves, H, table_rows, BLOCK_D) float32, zero where nothing is written. Half 0 holds the
+    pairs r >= c of tiles, half 1 the others, of which the diagonal next to it writes the same rows.
+    """
+    diagonal = first_diagonal + tl.program_id(0)
+    h = tl.program_id(1)
+    part = tl.program_id(2)
+    memory_rows = nq
+    padded_nk = nk
+    offs_t = tl.arange(0, TILE)
+    offs_d = tl.arange(0, BLOCK_D)
+    shift = prefix - prefix // 16 * 16
+    block = diagonal * TILE + shift + table_offset
+    pos_key = pos_key_ptr + h.to(tl.int64) * table_rows * BLOCK_D
+    pos_query = pos_query_ptr + h.to(tl.int64) * table_rows * BLOCK_D
+    high_key = load_block(pos_key, block, offs_t, offs_d, BLOCK_D)
+    low_key = load_block(pos_key, block - TILE, offs_t, offs_d, BLOCK_D)
+    high_query = load_block(pos_query, block, offs_t, offs_d, BLOCK_D)
+    low_query = load_block(pos_query, block - TILE, offs_t, offs_d, BLOCK_D)
+    distance = difference(TILE)
+    around = total(TILE)
+    high_row = offs_t[:, None] >= offs_t[None, :]
+    upper = offs_t[:, None] + offs_t[None, :] < TILE
+    dkey_high = tl.zeros([TILE, BLOCK_D], tl.float32)
+    dkey_low = tl.zeros([TILE, BLOCK_D], tl.float32)
+    dquery_high = tl.zeros([TILE, BLOCK_D], tl.float32)
+    dquery_low = tl.zeros([TILE, BLOCK_D], tl.float32)
+    keep = upper
+    # A part takes every parts-th tile of the diagonals of all samples, one after the other.
+    for n in tl.range(part, samples * row_tiles, parts, num_stages=1):
+        b = n // row_tiles
+        tile_row = n % row_tiles
+        batch = tl.where(packed != 0, 0, b).to(tl.int64)
+        start, nq_b, nk_b = sequence(cu_seqlens_ptr, packed, b, memory_rows, padded_nk)
+        prefix_tiles, tiles, key_start = key_segments(nk_b, prefix, TILE)
+        position_tile = tile_row - diagonal
+        tile = position_tile + prefix_tiles
+        inside = (tile_row * TILE < nq_b) & (position_tile >= 0) & (tile < tiles)
+        if MASKED:
+            tile_list = tile_list_ptr + b * list_size * 3
+            inside = inside & (tl.load(tile_list + 2 * list_size + tile, mask=inside, other=0) > 0)
+        if inside:
+            i0 = tile_row * TILE
+            j0 = key_start + position_tile * TILE
+            m_mask = i0 + offs_t < nq_b
+            offs_j = j0 + offs_t
+            valid = (offs_j >= prefix) & (offs_j < nk_b)
+            if MASKED:
+                valid = valid & (tl.load(key_mask_ptr + b * stride_mb + offs_j * stride_mn, mask=valid, other=0) != 0)
+            stats = stats_ptr + (batch * heads + h) * memory_rows + start + i0 + offs_t
+            lse = tl.load(stats, mask=m_mask, other=float("inf"))
+            out_dot_dout = tl.load(stats + stats_size, mask=m_mask, other=0.0)
+            row_valid = lse != float("inf")
+            first_row = (start + i0).to(tl.int64)
+            first_key = (start + j0).to(tl.int64)
+            q_tile = q_ptr + (batch * stride_qb + h * stride_qh + first_row * stride_qn) * UNIT
+            dout_tile = dout_ptr + (batch * stride_ob + h * stride_oh + first_row * stride_on) * UNIT
+            k_tile = k_ptr + (batch * stride_kb + h * stride_kh + first_key * stride_kn) * UNIT
+            v_tile = v_ptr + (batch * stride_vb + h * stride_vh + first_key * stride_vn) * UNIT
+            q = load_rows(q_tile, offs_t, offs_d, stride_qn * UNIT, row_valid, HEAD_DIM, BLOCK_D)
+            dout = load_rows(dout_tile, offs_t, offs_d, stride_on * UNIT, row_valid, HEAD_DIM, BLOCK_D)
+            k = load_rows(k_tile, offs_t, offs_d, stride_kn * UNIT, valid, HEAD_DIM, BLOCK_D)
+            v = load_rows(v_tile, offs_t, offs_d, stride_vn * UNIT, valid, HEAD_DIM, BLOCK_D)
+            c2p_high = tl.dot(q, high_key.T, input_precision=PRECISION)
+            c2p_low = tl.dot(q, low_key.T, input_precision=PRECISION)
+            # Row r of the product reads entry y of the high block where y <= r, which is where r >= c.
+            bias = along_rows(tl.where(high_row, c2p_high, c2p_low), distance, TILE)
+            bias += along_columns(two_blocks(high_query, low_query, upper, k, PRECISION), distance, TILE)
+            pair = pair_mask_ptr + b * stride_pb + h * stride_ph + (i0 + offs_t)[:, None] * stride_pm
+            score = excluded(
+                tl.dot(q, k.T, bias, input_precision=PRECISION), valid[None, :], True,
+                pair + offs_j[None, :] * stride_pn, m_mask[:, None] & valid[None, :], has_pair, MASKED,
+            )  # fmt: skip
+            if DROPOUT:
+                keep = kept(seed_ptr, b * heads + h, i0, j0, threshold, TILE)
+            dp = tl.dot(dout, v.T, input_precision=PRECISION)
+            _, ds = score_gradient(score, -lse[:, None], dp, out_dot_dout[:, None], keep, keep_scale, qk_scale, DROPOUT)
+            ds = ds.to(q.dtype)
+            nothing = tl.zeros_like(ds)
+            by_query = along_rows(ds, distance, TILE)  # (r, y)
+            by_key = along_columns(ds, around, TILE)  # (y, c)
+            dkey_high = tl.dot(tl.where(high_row, by_query, nothing).T, q, dkey_high, input_precision=PRECISION)
+            dkey_low = tl.dot(tl.where(high_row, nothing, by_query).T, q, dkey_low, input_precision=PRECISION)
+            dquery_high = tl.dot(tl.where(upper, by_key, nothing), k, dquery_high, input_precision=PRECISION)
+            dquery_low = tl.dot(tl.where(upper, nothing, by_key), k, dquery_low, input_precision=PRECISION)
+    half = heads.to(tl.int64) * table_rows * BLOCK_D
+    inner = (h.to(tl.int64) * table_rows + block + offs_t[:, None]) * BLOCK_D + offs_d[None, :]
+    high_target = near_ptr + part * 2 * half + inner
+    low_target = high_target + half - TILE * BLOCK_D
+    tl.store(high_target, dkey_high)
+    tl.store(low_target, dkey_low)
+    tl.store(high_target + parts * 2 * half, dquery_high)
+    tl.store(low_target + parts * 2 * half, dquery_low)

@@ -1,0 +1,192 @@
+"""Compute what the forward and the backward share: tiles of tokens, position bias, masks, dropout.
+
+One tile is T queries by T keys. With x0 the distance of its first pair, the pair (r, c) has distance x0 + r - c. Let
+y = (r - c) mod T: where r >= c the pair reads row x0 + y of the distance-expanded tables, elsewhere row x0 - T + y. So
+the bias of a tile is a product with two blocks of T table rows, read back along diagonals: a rotation of the rows
+(or columns) of the product, done by a gather through shared memory. `docs/gpu.md` derives it.
+
+Kernels run over keys in two segments: the prefix keys, which have no position, and the others, whose tiles start at a
+multiple of `PREFIX_STEP`, so that the groups of eight keys that share a dropout counter never straddle two tiles.
+"""
+
+# No postponed annotations here: Triton reads the annotations of kernels as objects.
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+PREFIX_STEP = tl.constexpr(16)
+
+
+@triton.jit
+def when(mask, flag):
+    """Return mask where the integer scalar flag is not 0, else all False.
+
+    `mask & (flag != 0)` says the same, but Triton's interpreter makes int32 of it, which masks no load.
+    """
+    return mask & ((tl.zeros_like(mask).to(tl.int32) + flag) != 0)
+
+
+@triton.jit
+def load_rows(base, offs_n, offs_d, stride, row_mask, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Load (T, BLOCK_D) elements; rows outside row_mask and columns beyond HEAD_DIM are zero."""
+    mask = row_mask[:, None]
+    if HEAD_DIM != BLOCK_D:
+        mask = mask & (offs_d < HEAD_DIM)[None, :]
+    return tl.load(base + offs_n[:, None] * stride + offs_d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(base, offs_n, offs_d, stride, row_mask, values, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Store (T, BLOCK_D) elements, rounded to the dtype of the memory."""
+    mask = row_mask[:, None]
+    if HEAD_DIM != BLOCK_D:
+        mask = mask & (offs_d < HEAD_DIM)[None, :]
+    values = values.to(base.dtype.element_ty)
+    tl.store(base + offs_n[:, None] * stride + offs_d[None, :], values, mask=mask)
+
+
+@triton.jit
+def load_block(table, row, offs_t, offs_d, BLOCK_D: tl.constexpr):
+    """Load T consecutive rows of an expanded table, (T, BLOCK_D); the tables have a margin, so none is outside."""
+    return tl.load(table + (row + offs_t)[:, None] * BLOCK_D + offs_d[None, :])
+
+
+@triton.jit
+def sequence(cu_seqlens_ptr, packed, b, nq, nk):
+    """Return the first token and the lengths (start, nq, nk) of sample or packed sequence b."""
+    start = tl.load(cu_seqlens_ptr + b, mask=packed != 0, other=0)
+    stop = tl.load(cu_seqlens_ptr + b + 1, mask=packed != 0, other=0)
+    nq = tl.where(packed != 0, stop - start, nq)
+    nk = tl.where(packed != 0, stop - start, nk)
+    return start, nq, nk
+
+
+@triton.jit
+def key_segments(nk, prefix, TILE: tl.constexpr):
+    """Return (prefix tiles, all tiles, first key of the tiles that have a position)."""
+    prefix_tiles = tl.cdiv(prefix, TILE)
+    start = prefix // PREFIX_STEP * PREFIX_STEP
+    tiles = prefix_tiles + tl.where(nk > prefix, tl.cdiv(nk - start, TILE), 0)
+    return prefix_tiles, tiles, start
+
+
+@triton.jit
+def near_reach(shift, low_end, high_start, TILE: tl.constexpr):
+    """Return (left, right): the tile of queries I is near the key tiles I - left < J < I + right, and far from others.
+
+    In a far tile every pair is saturated. `shift` is the distance of the pair (0, 0) of tiles I = J.
+    """
+    left = tl.cdiv(high_start + TILE - 1 - shift, TILE)
+    right = tl.cdiv(shift + TILE - 1 - low_end, TILE)
+    return left, right
+
+
+@triton.jit
+def difference(TILE: tl.constexpr):
+    """Return (row - column) mod TILE, (TILE, TILE), in the factored form that keeps the gather cheap."""
+    row = tl.arange(0, TILE)[:, None]
+    col = tl.arange(0, TILE)[None, :]
+    low = (row & 7) - (col & 7)
+    return (low & 7) | ((((row >> 3) - (col >> 3) + (low >> 3)) << 3) & (TILE - 1))
+
+
+@triton.jit
+def total(TILE: tl.constexpr):
+    """Return (row + column) mod TILE, (TILE, TILE), factored."""
+    row = tl.arange(0, TILE)[:, None]
+    col = tl.arange(0, TILE)[None, :]
+    low = (row & 7) + (col & 7)
+    return (low & 7) | ((((row >> 3) + (col >> 3) + (low >> 3)) << 3) & (TILE - 1))
+
+
+@triton.jit
+def staging_address(row, col, TILE: tl.constexpr, BITS: tl.constexpr):
+    """Return where `staged` puts element (row, col): 8 x 8 blocks, in which no two lanes of a warp share a bank.
+
+    32-bit elements also have the lowest column bit moved above the rows of the block: an accumulator's lane holds two
+    neighbouring columns, and stores one of them at a time.
+    """
+    block = (row >> 3) * (8 * TILE) + (col >> 3) * 64
+    if BITS == 32:
+        return block + (col & 1) * 32 + (row & 7) * 4 + ((col >> 1) & 3)
+    else:
+        return block + (row & 7) * 8 + (col & 7)
+
+
+@triton.jit
+def staged(x, TILE: tl.constexpr):
+    """Return the elements of a tile in the order of `staging_address`, (TILE * TILE,)."""
+    if x.dtype.primitive_bitwidth == 32:
+        blocks = x.reshape(TILE // 8, 8, TILE // 8, 4, 2).permute(0, 2, 4, 1, 3)
+    else:
+        blocks = x.reshape(TILE // 8, 8, TILE // 8, 8).permute(0, 2, 1, 3)
+    return blocks.reshape(TILE * TILE)
+
+
+@triton.jit
+def along_rows(x, column, TILE: tl.constexpr):
+    """Return x[row, column[row, col]], (TILE, TILE)."""
+    row = tl.arange(0, TILE)[:, None] + tl.zeros_like(column)
+    address = staging_address(row, column, TILE, x.dtype.primitive_bitwidth)
+    return tl.gather(staged(x, TILE), address.reshape(TILE * TILE), 0).reshape(TILE, TILE)
+
+
+@triton.jit
+def along_columns(x, row, TILE: tl.constexpr):
+    """Return x[row[row, col], col], (TILE, TILE)."""
+    col = tl.arange(0, TILE)[None, :] + tl.zeros_like(row)
+    address = staging_address(row, col, TILE, x.dtype.primitive_bitwidth)
+    return tl.gather(staged(x, TILE), address.reshape(TILE * TILE), 0).reshape(TILE, TILE)
+
+
+@triton.jit
+def far_operands(q, pos_key, pos_query, row, offs_d, positioned, BLOCK_D: tl.constexpr):
+    """Return what the saturated zone needs: q + b[row] rounded to the dtype of q, and q . a[row], (T,) float32.
+
+    With them a saturated score is (q_i + b) . k_j + q_i . a: plain attention with another query and a row constant.
+    Without a position (prefix keys) they are q and 0.
+    """
+    mask = when(offs_d < BLOCK_D, positioned)
+    a = tl.load(pos_key + row * BLOCK_D + offs_d, mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(pos_query + row * BLOCK_D + offs_d, mask=mask, other=0.0).to(tl.float32)
+    wide = q.to(tl.float32)
+    return (wide + b[None, :]).to(q.dtype), tl.sum(wide * a[None, :], 1)
+
+
+@triton.jit
+def two_blocks(high, low, upper, x, PRECISION: tl.constexpr):
+    """Return the product of two table blocks with the tokens x, (T, T): row y from `high` where upper, else `low`."""
+    return tl.where(upper, tl.dot(high, x.T, input_precision=PRECISION), tl.dot(low, x.T, input_precision=PRECISION))
+
+
+@triton.jit
+def excluded(score, valid, partial, pair, pair_mask, has_pair, MASKED: tl.constexpr):
+    """Return the scores with -inf wherever attention is forbidden.
+
+    Args:
+        score: (rows, columns), float32; queries by keys or keys by queries.
+        valid: which keys are valid, (rows, 1) or (1, columns).
+        partial: scalar; whether some key of the tile is not valid.
+        pair: (rows, columns) pointers into the pair mask; read only when has_pair is not 0.
+        pair_mask: (rows, columns), which of them exist.
+    """
+    if partial:
+        score = tl.where(valid, score, -float("inf"))
+    if MASKED:
+        if has_pair != 0:
+            score = tl.where(tl.load(pair, mask=pair_mask, other=0) != 0, score, -float("inf"))
+    return score
+
+
+@triton.jit
+def kept(seed_ptr, batch_head, row_start, col_start, threshold, TILE: tl.constexpr):
+    """Return which probabilities of a tile dropout keeps, (queries, keys) bool; `dropout.py` states the contract."""
+    zero = tl.zeros([TILE, TILE // 8], tl.int32)
+    group = (col_start >> 3) + tl.arange(0, TILE // 8)[None, :] + zero
+    row = row_start + tl.arange(0, TILE)[:, None] + zero
+    w0, w1, w2, w3 = tl.philox(tl.load(seed_ptr), group, row, zero + batch_head, zero)
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # (TILE, TILE / 8, 2, 2): words 0 to 3 in order
+    draws = tl.join(words & 0xFFFF, words >> 16).reshape(TILE, TILE)
+    return draws.to(tl.int32) >= threshold

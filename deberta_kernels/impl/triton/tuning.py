@@ -1,0 +1,119 @@
+"""Choose tile sizes: the committed table of the device, else its nearest entry, else a pinned default.
+
+Nothing is timed in a user's step. `make tune` measures `candidates` on a device and writes `configs/<device>.json`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["DIRECTIONS", "LARGEST_TILE", "TileConfig", "candidates", "config", "device_key", "shrunk"]
+
+DIRECTIONS = ("forward", "backward")
+CONFIGS = Path(__file__).resolve().parent / "configs"
+# Expanded tables have a margin of two of these.
+LARGEST_TILE = 64
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """Say how one direction of one head size is compiled.
+
+    Attributes:
+        tile: queries and keys per tile; 16, 32 or 64.
+        num_warps: warps per program.
+        num_stages: tiles in flight in the loops that only load keys and values.
+    """
+
+    tile: int
+    num_warps: int
+    num_stages: int
+
+
+def device_key(device: torch.device) -> str:
+    """Return the name of a device in `configs/`: sm_90 for an NVIDIA GPU, gfx942 for an AMD one, else its type."""
+    if device.type != "cuda":
+        return device.type
+    if torch.version.hip is not None:
+        return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def config(key: str, dtype: torch.dtype, head_dim: int, direction: str) -> TileConfig:
+    """Return the tiles to use: measured on this device, or on it for the nearest head size, or the default.
+
+    Args:
+        key: what `device_key` returned.
+        dtype: of q.
+        head_dim: D.
+        direction: one of `DIRECTIONS`.
+    """
+    known = _shrunk.get((key, dtype, head_dim, direction))
+    if known is not None:
+        return known
+    entries = [e for e in _table(key) if e["direction"] == direction and e["dtype"] == _short(dtype)]
+    if entries:
+        best = min(entries, key=lambda e: (abs(e["head_dim"] - head_dim), e["head_dim"]))
+        if best["head_dim"] >= head_dim:  # a tile measured for smaller heads may not fit
+            return TileConfig(best["tile"], best["num_warps"], best["num_stages"])
+    return _default(dtype, head_dim, direction)
+
+
+def candidates(dtype: torch.dtype, head_dim: int, direction: str) -> list[TileConfig]:
+    """Return the configurations worth timing on a device, the pinned default first."""
+    first = _default(dtype, head_dim, direction)
+    others = [
+        TileConfig(tile, warps, stages)
+        for tile in (32, 64)
+        for warps in (4, 8)
+        for stages in (1, 2, 3)
+        if tile >= first.tile // 2 and tile * warps <= 1024
+    ]
+    return [first, *(c for c in others if c != first)]
+
+
+def shrunk(key: str, dtype: torch.dtype, head_dim: int, direction: str, after: TileConfig) -> TileConfig | None:
+    """Remember and return what to try when `after` needs more than the device has; None when nothing is left."""
+    if after.num_stages > 1:
+        smaller = TileConfig(after.tile, after.num_warps, 1)
+    elif after.tile > 16:
+        smaller = TileConfig(after.tile // 2, min(after.num_warps, 4), 1)
+    else:
+        return None
+    _shrunk[key, dtype, head_dim, direction] = smaller
+    return smaller
+
+
+_shrunk: dict[tuple[str, torch.dtype, int, str], TileConfig] = {}
+
+
+def _default(dtype: torch.dtype, head_dim: int, direction: str) -> TileConfig:
+    """Return the pinned default; the reasons are counts of compiled instructions and bytes, no device was at hand."""
+    wide = dtype == torch.float32
+    if head_dim <= 64 and not wide:
+        # 64 x 64 by 4 warps: the largest tile whose forward keeps its far loop free of spills on sm_90.
+        return TileConfig(64, 4, 2)
+    if head_dim <= 128 and not (wide and head_dim > 64):
+        # Twice the bytes a token: one stage keeps six tiles of tokens and tables within 99 KiB (sm_86, sm_120).
+        return TileConfig(64, 4, 1)
+    return TileConfig(32, 4, 1)
+
+
+@lru_cache(maxsize=16)
+def _table(key: str) -> list[dict[str, Any]]:
+    path = CONFIGS / f"{key}.json"
+    if not path.is_file():
+        return []
+    entries: list[dict[str, Any]] = json.loads(path.read_text())["entries"]
+    return entries
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
