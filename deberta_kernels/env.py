@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import os
 
-__all__ = ["BACKEND", "CPU_ISA", "LIBRARY", "VARIABLES", "cpu_isa", "forced_backend", "library_path", "variables_set"]
+__all__ = [
+    "BACKEND",
+    "CPU_ISA",
+    "LIBRARY",
+    "VARIABLES",
+    "cpu_isa",
+    "forced_backend",
+    "library_path",
+    "triton_interpreted",
+    "variables_set",
+]
 
 BACKEND = "DEBERTA_KERNELS_BACKEND"
 CPU_ISA = "DEBERTA_KERNELS_CPU_ISA"
@@ -40,6 +50,11 @@ def cpu_isa() -> str | None:
 def library_path() -> str | None:
     """Return the path of the native CPU library to load instead of the installed one, or None."""
     return os.environ.get(LIBRARY) or None
+
+
+def triton_interpreted() -> bool:
+    """Tell whether Triton interprets kernels, on the CPU; it reads its own variable when it is imported."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
 def variables_set() -> dict[str, str]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from deberta_kernels import env
 from deberta_kernels.types import AttentionProblem, Gradients, PositionSpec
 
 __all__ = ["NAME", "backward", "forward", "prepare", "refusal"]
@@ -80,11 +80,6 @@ def prepare(pos_key: Tensor | None, pos_query: Tensor | None, position: Position
     return execute.prepare(pos_key, pos_query, position)
 
 
-def interpreted() -> bool:
-    """Tell whether Triton's interpreter runs the kernels, on the CPU; Triton reads the variable when it is imported."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
-
-
 @lru_cache(maxsize=1)
 def _triton_refusal() -> str | None:
     try:
@@ -100,7 +95,7 @@ def _triton_refusal() -> str | None:
 
 
 def _device_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
-    if interpreted():
+    if env.triton_interpreted():
         if device.type != "cpu":
             return f"TRITON_INTERPRET is set, so it runs on cpu tensors, not {device.type}"
         return "Triton's interpreter does not compute bfloat16" if dtype == torch.bfloat16 else None

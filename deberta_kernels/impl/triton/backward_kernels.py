@@ -8,7 +8,6 @@ from deberta_kernels.impl.triton.primitives import (
     along_columns,
     along_rows,
     difference,
-    excluded,
     far_operands,
     kept,
     key_segments,
@@ -19,21 +18,23 @@ from deberta_kernels.impl.triton.primitives import (
     store_rows,
     total,
     two_blocks,
+    valid_keys,
     when,
+    without_pairs,
 )
-from deberta_kernels.impl.triton.tile_list import occupied
+from deberta_kernels.impl.triton.tile_list import ALL, ROWS, is_partial, kind_range, listed, occupied
 
 __all__ = ["bwd_dkv_kernel", "bwd_dq_kernel", "bwd_preprocess_kernel", "sum_kernel"]
 
 RUNTIME = (
     "stride_qb", "stride_qh", "stride_qn", "stride_kb", "stride_kh", "stride_kn", "stride_vb", "stride_vh",
-    "stride_vn", "stride_ob", "stride_oh", "stride_on", "stride_mb", "stride_mn", "stride_ub", "stride_um", "stride_pb",
+    "stride_vn", "stride_ob", "stride_oh", "stride_on", "stride_mb", "stride_pb",
     "stride_ph", "stride_pm", "stride_pn", "stride_lb", "stride_lh", "stride_ln", "heads", "nq", "nk", "prefix",
     "packed", "row_tiles", "key_tiles", "list_size", "row_list_size", "low_end", "high_start", "table_offset",
     "table_rows", "threshold", "has_pair", "has_dlse", "has_far", "stats_size", "far_size", "parts", "n",
 )  # fmt: skip
 POINTERS = (
-    "key_mask_ptr", "query_mask_ptr", "pair_mask_ptr", "tile_list_ptr", "row_list_ptr", "cu_seqlens_ptr", "seed_ptr",
+    "key_mask_ptr", "pair_mask_ptr", "tile_list_ptr", "row_list_ptr", "cu_seqlens_ptr", "seed_ptr",
     "dlse_ptr",
 )  # fmt: skip
 
@@ -105,20 +106,23 @@ def sum_kernel(parts_ptr, sum_ptr, n, BLOCK_D: tl.constexpr, ROWS: tl.constexpr)
 
 @triton.jit
 def score_gradient(
-    score, shift, dp, out_dot_dout, keep, keep_scale, qk_scale, DROPOUT: tl.constexpr
+    score, shift, dp, out_dot_dout, seed_ptr, batch_head, i0, j0, threshold, keep_scale, qk_scale,
+    KEYS_FIRST: tl.constexpr, DROPOUT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Return (p after dropout, ds), ds without the factor `scale`; all (T, T) float32.
 
     Args:
-        score: raw scores, -inf where forbidden.
+        score: raw scores, -inf where forbidden; keys by queries when KEYS_FIRST, else queries by keys.
         shift: row constant less log2 of the denominator, broadcast along the keys.
         dp: dout . v, raw.
         out_dot_dout: broadcast along the keys.
-        keep: see `kept`.
     """
     p = tl.exp2(score * qk_scale + shift)
     dropped = p
     if DROPOUT:
+        keep = kept(seed_ptr, batch_head, i0, j0, threshold, TILE)
+        if KEYS_FIRST:
+            keep = keep.T
         dp = tl.where(keep, dp * keep_scale, 0.0)
         dropped = tl.where(keep, p * keep_scale, 0.0)
     return dropped, p * (dp - out_dot_dout)
@@ -130,7 +134,7 @@ def bwd_dq_kernel(
     key_mask_ptr, pair_mask_ptr, tile_list_ptr, cu_seqlens_ptr, seed_ptr,
     stride_qb: tl.int64, stride_qh: tl.int64, stride_qn, stride_kb: tl.int64, stride_kh: tl.int64, stride_kn,
     stride_vb: tl.int64, stride_vh: tl.int64, stride_vn, stride_ob: tl.int64, stride_oh: tl.int64, stride_on,
-    stride_mb: tl.int64, stride_mn: tl.int64, stride_pb: tl.int64, stride_ph: tl.int64, stride_pm: tl.int64,
+    stride_mb: tl.int64, stride_pb: tl.int64, stride_ph: tl.int64, stride_pm: tl.int64,
     stride_pn: tl.int64, heads, nq, nk, prefix, packed, row_tiles, list_size, low_end, high_start, table_offset,
     table_rows, stats_size: tl.int64, far_size: tl.int64, threshold, has_pair, qk_scale, scale, keep_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, UNIT: tl.constexpr, HAS_BIAS: tl.constexpr,
@@ -149,7 +153,8 @@ def bwd_dq_kernel(
     batch = tl.where(packed != 0, 0, b).to(tl.int64)
     memory_rows = nq
     start, nq, nk = sequence(cu_seqlens_ptr, packed, b, nq, nk)
-    if tile_row * TILE >= nq:
+    i0 = tile_row * TILE
+    if i0 >= nq:
         return
     if not HAS_BIAS:
         prefix = nk
@@ -158,25 +163,28 @@ def bwd_dq_kernel(
     # Offsets, and what stays for the whole loop.
     offs_t = tl.arange(0, TILE)
     offs_d = tl.arange(0, BLOCK_D)
-    offs_i = tile_row * TILE + offs_t
-    m_mask = offs_i < nq
-    first_row = (start + tile_row * TILE).to(tl.int64)
+    m_mask = i0 + offs_t < nq
+    first_row = (start + i0).to(tl.int64)
     stats = stats_ptr + (batch * heads + h) * memory_rows + first_row + offs_t
     lse = tl.load(stats, mask=m_mask, other=float("inf"))
     out_dot_dout = tl.load(stats + stats_size, mask=m_mask, other=0.0)
     row_valid = lse != float("inf")
-    q_base = q_ptr + (batch * stride_qb + h * stride_qh + first_row * stride_qn) * UNIT
-    k_base = k_ptr + (batch * stride_kb + h * stride_kh + start.to(tl.int64) * stride_kn) * UNIT
-    v_base = v_ptr + (batch * stride_vb + h * stride_vh + start.to(tl.int64) * stride_vn) * UNIT
-    dout_base = dout_ptr + (batch * stride_ob + h * stride_oh + first_row * stride_on) * UNIT
-    pair_base = pair_mask_ptr + b * stride_pb + h * stride_ph + offs_i[:, None] * stride_pm
+    stride_qn = stride_qn * UNIT
+    stride_kn = stride_kn * UNIT
+    stride_vn = stride_vn * UNIT
+    stride_on = stride_on * UNIT
+    q_base = q_ptr + (batch * stride_qb + h * stride_qh) * UNIT + first_row * stride_qn
+    k_base = k_ptr + (batch * stride_kb + h * stride_kh) * UNIT + start.to(tl.int64) * stride_kn
+    v_base = v_ptr + (batch * stride_vb + h * stride_vh) * UNIT + start.to(tl.int64) * stride_vn
+    dout_base = dout_ptr + (batch * stride_ob + h * stride_oh) * UNIT + first_row * stride_on
+    key_mask = key_mask_ptr + b * stride_mb
+    pair_mask = pair_mask_ptr + b * stride_pb + h * stride_ph
     pos_key = pos_key_ptr + h.to(tl.int64) * table_rows * BLOCK_D
     pos_query = pos_query_ptr + h.to(tl.int64) * table_rows * BLOCK_D
-    tile_list = tile_list_ptr + b * list_size * 3
-    q = load_rows(q_base, offs_t, offs_d, stride_qn * UNIT, row_valid, HEAD_DIM, BLOCK_D)
-    dout = load_rows(dout_base, offs_t, offs_d, stride_on * UNIT, row_valid, HEAD_DIM, BLOCK_D)
+    tile_list = tile_list_ptr + b.to(tl.int64) * list_size * ROWS
+    q = load_rows(q_base, offs_t, offs_d, stride_qn, row_valid, HEAD_DIM, BLOCK_D)
+    dout = load_rows(dout_base, offs_t, offs_d, stride_on, row_valid, HEAD_DIM, BLOCK_D)
     dq = tl.zeros([TILE, BLOCK_D], tl.float32)
-    keep = m_mask
 
     near_start = tiles
     near_stop = tiles
@@ -191,8 +199,7 @@ def bwd_dq_kernel(
         first_key = tl.where(zone == 0, 0, prefix)
         last_key = tl.where(zone == 0, prefix, nk)
         if MASKED:
-            n0 = tl.load(tile_list + n0)
-            n1 = tl.load(tile_list + n1)
+            n0, n1 = kind_range(tile_list, list_size, n0, n1, ALL)
         if n0 < n1:
             far_q = q
             shift = -lse
@@ -206,30 +213,23 @@ def bwd_dq_kernel(
             for n in range(n0, n1):
                 tile = n
                 if MASKED:
-                    tile = tl.load(tile_list + list_size + n)
+                    tile = listed(tile_list, list_size, n, ALL)
                 j0 = origin + tile * TILE
-                offs_j = j0 + offs_t
-                valid = (offs_j >= first_key) & (offs_j < last_key)
+                valid = valid_keys(j0 + offs_t, first_key, last_key, key_mask, MASKED)
                 partial = (j0 < first_key) | (j0 + TILE > last_key)
                 if MASKED:
-                    valid = valid & (
-                        tl.load(key_mask_ptr + b * stride_mb + offs_j * stride_mn, mask=valid, other=0) != 0
-                    )
-                    partial = tl.load(tile_list + 2 * list_size + tile) < TILE
-                k_tile = k_base + j0.to(tl.int64) * stride_kn * UNIT
-                v_tile = v_base + j0.to(tl.int64) * stride_vn * UNIT
-                k = load_rows(k_tile, offs_t, offs_d, stride_kn * UNIT, valid, HEAD_DIM, BLOCK_D)
-                v = load_rows(v_tile, offs_t, offs_d, stride_vn * UNIT, valid, HEAD_DIM, BLOCK_D)
-                score = excluded(
-                    tl.dot(far_q, k.T, input_precision=PRECISION), valid[None, :], partial,
-                    pair_base + offs_j[None, :] * stride_pn, m_mask[:, None] & valid[None, :], has_pair, MASKED,
-                )  # fmt: skip
-                if DROPOUT:
-                    keep = kept(seed_ptr, batch_head, tile_row * TILE, j0, threshold, TILE)
+                    partial = is_partial(tile_list, list_size, tile, TILE)
+                k = load_rows(k_base + j0.to(tl.int64) * stride_kn, offs_t, offs_d, stride_kn, valid, HEAD_DIM, BLOCK_D)
+                v = load_rows(v_base + j0.to(tl.int64) * stride_vn, offs_t, offs_d, stride_vn, valid, HEAD_DIM, BLOCK_D)
+                score = tl.dot(far_q, k.T, input_precision=PRECISION)
+                if partial:
+                    score = tl.where(valid[None, :], score, -float("inf"))
+                score = without_pairs(score, pair_mask, has_pair, i0, j0, nq, nk, stride_pm, stride_pn, MASKED, TILE)
                 dp = tl.dot(dout, v.T, input_precision=PRECISION)
                 _, ds = score_gradient(
-                    score, shift[:, None], dp, out_dot_dout[:, None], keep, keep_scale, qk_scale, DROPOUT
-                )
+                    score, shift[:, None], dp, out_dot_dout[:, None], seed_ptr, batch_head, i0, j0, threshold,
+                    keep_scale, qk_scale, False, DROPOUT, TILE,
+                )  # fmt: skip
                 ds_sum += tl.sum(ds, 1)
                 dq_zone = tl.dot(ds.to(k.dtype), k, dq_zone, input_precision=PRECISION)
             dq += dq_zone
@@ -257,18 +257,12 @@ def bwd_dq_kernel(
             ds_high = tl.zeros([TILE, TILE], q.dtype)
             for tile in tl.range(near_start, near_stop, num_stages=1):
                 j0 = key_start + (tile - prefix_tiles) * TILE
-                offs_j = j0 + offs_t
-                valid = (offs_j >= prefix) & (offs_j < nk)
+                valid = valid_keys(j0 + offs_t, prefix, nk, key_mask, MASKED)
                 partial = (j0 < prefix) | (j0 + TILE > nk)
                 if MASKED:
-                    valid = valid & (
-                        tl.load(key_mask_ptr + b * stride_mb + offs_j * stride_mn, mask=valid, other=0) != 0
-                    )
-                    partial = tl.load(tile_list + 2 * list_size + tile) < TILE
-                k_tile = k_base + j0.to(tl.int64) * stride_kn * UNIT
-                v_tile = v_base + j0.to(tl.int64) * stride_vn * UNIT
-                k = load_rows(k_tile, offs_t, offs_d, stride_kn * UNIT, valid, HEAD_DIM, BLOCK_D)
-                v = load_rows(v_tile, offs_t, offs_d, stride_vn * UNIT, valid, HEAD_DIM, BLOCK_D)
+                    partial = is_partial(tile_list, list_size, tile, TILE)
+                k = load_rows(k_base + j0.to(tl.int64) * stride_kn, offs_t, offs_d, stride_kn, valid, HEAD_DIM, BLOCK_D)
+                v = load_rows(v_base + j0.to(tl.int64) * stride_vn, offs_t, offs_d, stride_vn, valid, HEAD_DIM, BLOCK_D)
                 low = load_block(pos_query, block - TILE, offs_t, offs_d, BLOCK_D)
                 low_key_block = load_block(pos_key, block - TILE, offs_t, offs_d, BLOCK_D)
                 c2p_low = along_rows(tl.dot(q, low_key_block.T, input_precision=PRECISION), distance, TILE)
@@ -276,16 +270,15 @@ def bwd_dq_kernel(
                 bias += tl.where(high_row, c2p_high, c2p_low)
                 c2p_high = c2p_low
                 high = low
-                score = excluded(
-                    tl.dot(q, k.T, bias, input_precision=PRECISION), valid[None, :], partial,
-                    pair_base + offs_j[None, :] * stride_pn, m_mask[:, None] & valid[None, :], has_pair, MASKED,
-                )  # fmt: skip
-                if DROPOUT:
-                    keep = kept(seed_ptr, batch_head, tile_row * TILE, j0, threshold, TILE)
+                score = tl.dot(q, k.T, bias, input_precision=PRECISION)
+                if partial:
+                    score = tl.where(valid[None, :], score, -float("inf"))
+                score = without_pairs(score, pair_mask, has_pair, i0, j0, nq, nk, stride_pm, stride_pn, MASKED, TILE)
                 dp = tl.dot(dout, v.T, input_precision=PRECISION)
                 _, ds = score_gradient(
-                    score, -lse[:, None], dp, out_dot_dout[:, None], keep, keep_scale, qk_scale, DROPOUT
-                )
+                    score, -lse[:, None], dp, out_dot_dout[:, None], seed_ptr, batch_head, i0, j0, threshold,
+                    keep_scale, qk_scale, False, DROPOUT, TILE,
+                )  # fmt: skip
                 ds = ds.to(q.dtype)
                 dq = tl.dot(ds, k, dq, input_precision=PRECISION)
                 # ds by distance: what this tile and the one before it add to the rows of one table block.
@@ -308,7 +301,7 @@ def bwd_dkv_kernel(
     key_mask_ptr, pair_mask_ptr, tile_list_ptr, row_list_ptr, cu_seqlens_ptr, seed_ptr,
     stride_qb: tl.int64, stride_qh: tl.int64, stride_qn, stride_kb: tl.int64, stride_kh: tl.int64, stride_kn,
     stride_vb: tl.int64, stride_vh: tl.int64, stride_vn, stride_ob: tl.int64, stride_oh: tl.int64, stride_on,
-    stride_mb: tl.int64, stride_mn: tl.int64, stride_pb: tl.int64, stride_ph: tl.int64, stride_pm: tl.int64,
+    stride_mb: tl.int64, stride_pb: tl.int64, stride_ph: tl.int64, stride_pm: tl.int64,
     stride_pn: tl.int64, heads, nq, nk, prefix, packed, key_tiles, list_size, row_list_size, low_end, high_start,
     table_offset, table_rows, stats_size: tl.int64, threshold, has_pair, qk_scale, scale, keep_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, UNIT: tl.constexpr, HAS_BIAS: tl.constexpr,
@@ -339,31 +332,33 @@ def bwd_dkv_kernel(
     j0 = tl.where(is_prefix, tile * TILE, key_start + (tile - prefix_tiles) * TILE)
     first_key = tl.where(is_prefix, 0, prefix)
     last_key = tl.where(is_prefix, prefix, nk)
-    offs_j = j0 + offs_t
-    n_mask = (offs_j >= first_key) & (offs_j < last_key)
-    valid = n_mask
+    n_mask = (j0 + offs_t >= first_key) & (j0 + offs_t < last_key)
+    valid = valid_keys(j0 + offs_t, first_key, last_key, key_mask_ptr + b * stride_mb, MASKED)
     partial = (j0 < first_key) | (j0 + TILE > last_key)
-    row_list = row_list_ptr + b * row_list_size * 3
+    row_list = row_list_ptr + b.to(tl.int64) * row_list_size * ROWS
     if MASKED:
-        valid = n_mask & (tl.load(key_mask_ptr + b * stride_mb + offs_j * stride_mn, mask=n_mask, other=0) != 0)
-        tile_list = tile_list_ptr + b * list_size * 3
-        count = tl.load(tile_list + 2 * list_size + tile)
-        partial = count < TILE
-        row_tiles = tl.where(count == 0, 0, row_tiles)
+        tile_list = tile_list_ptr + b.to(tl.int64) * list_size * ROWS
+        partial = is_partial(tile_list, list_size, tile, TILE)
     first_row = (start + j0).to(tl.int64)
-    k_base = k_ptr + (batch * stride_kb + h * stride_kh + first_row * stride_kn) * UNIT
-    v_base = v_ptr + (batch * stride_vb + h * stride_vh + first_row * stride_vn) * UNIT
-    q_base = q_ptr + (batch * stride_qb + h * stride_qh + start.to(tl.int64) * stride_qn) * UNIT
-    dout_base = dout_ptr + (batch * stride_ob + h * stride_oh + start.to(tl.int64) * stride_on) * UNIT
+    stride_qn = stride_qn * UNIT
+    stride_kn = stride_kn * UNIT
+    stride_vn = stride_vn * UNIT
+    stride_on = stride_on * UNIT
+    q_base = q_ptr + (batch * stride_qb + h * stride_qh) * UNIT + start.to(tl.int64) * stride_qn
+    k_base = k_ptr + (batch * stride_kb + h * stride_kh) * UNIT + first_row * stride_kn
+    v_base = v_ptr + (batch * stride_vb + h * stride_vh) * UNIT + first_row * stride_vn
+    dout_base = dout_ptr + (batch * stride_ob + h * stride_oh) * UNIT + start.to(tl.int64) * stride_on
     stats_base = stats_ptr + (batch * heads + h) * query_rows + start
-    pair_base = pair_mask_ptr + b * stride_pb + h * stride_ph + offs_j[:, None] * stride_pn
+    pair_mask = pair_mask_ptr + b * stride_pb + h * stride_ph
     pos_key = pos_key_ptr + h.to(tl.int64) * table_rows * BLOCK_D
     pos_query = pos_query_ptr + h.to(tl.int64) * table_rows * BLOCK_D
-    k = load_rows(k_base, offs_t, offs_d, stride_kn * UNIT, valid, HEAD_DIM, BLOCK_D)
-    v = load_rows(v_base, offs_t, offs_d, stride_vn * UNIT, valid, HEAD_DIM, BLOCK_D)
+    k = load_rows(k_base, offs_t, offs_d, stride_kn, valid, HEAD_DIM, BLOCK_D)
+    v = load_rows(v_base, offs_t, offs_d, stride_vn, valid, HEAD_DIM, BLOCK_D)
+    if MASKED:
+        n0, n1 = kind_range(tile_list, list_size, tile, tile + 1, ALL)
+        row_tiles = tl.where(n0 < n1, row_tiles, 0)
     dk = tl.zeros([TILE, BLOCK_D], tl.float32)
     dv = tl.zeros([TILE, BLOCK_D], tl.float32)
-    keep = valid
 
     # Far zones: rows above (the smallest distances) and below (the largest); all rows of a prefix key.
     near_start = 0
@@ -379,8 +374,7 @@ def bwd_dkv_kernel(
         if HAS_BIAS:
             n1 = tl.where(side == 0, near_start, row_tiles)
         if MASKED:
-            n0 = tl.load(row_list + n0)
-            n1 = tl.load(row_list + n1)
+            n0, n1 = kind_range(row_list, row_list_size, n0, n1, ALL)
         if n0 < n1:
             pos_row = tl.zeros([BLOCK_D], tl.float32)
             if HAS_BIAS:
@@ -390,7 +384,7 @@ def bwd_dkv_kernel(
             for n in range(n0, n1):
                 tile_row = n
                 if MASKED:
-                    tile_row = tl.load(row_list + row_list_size + n)
+                    tile_row = listed(row_list, row_list_size, n, ALL)
                 i0 = tile_row * TILE
                 m_mask = i0 + offs_t < nq
                 stats = stats_base + i0 + offs_t
@@ -399,26 +393,24 @@ def bwd_dkv_kernel(
                 row_valid = m_mask
                 if MASKED:
                     row_valid = lse != float("inf")
-                q_tile = q_base + i0.to(tl.int64) * stride_qn * UNIT
-                dout_tile = dout_base + i0.to(tl.int64) * stride_on * UNIT
-                q = load_rows(q_tile, offs_t, offs_d, stride_qn * UNIT, row_valid, HEAD_DIM, BLOCK_D)
-                dout = load_rows(dout_tile, offs_t, offs_d, stride_on * UNIT, row_valid, HEAD_DIM, BLOCK_D)
+                i = i0.to(tl.int64)
+                q = load_rows(q_base + i * stride_qn, offs_t, offs_d, stride_qn, row_valid, HEAD_DIM, BLOCK_D)
+                dout = load_rows(dout_base + i * stride_on, offs_t, offs_d, stride_on, row_valid, HEAD_DIM, BLOCK_D)
                 shift = -lse
                 if HAS_BIAS:
                     # The same rounding as in `far_operands`.
                     q = (q.to(tl.float32) + pos_row[None, :]).to(q.dtype)
                     has_row = when(m_mask, 1 - is_prefix.to(tl.int32))
                     shift += tl.load(stats + (2 + side) * stats_size, mask=has_row, other=0.0) * qk_scale
-                score = excluded(
-                    tl.dot(k, q.T, input_precision=PRECISION), valid[:, None], partial,
-                    pair_base + (i0 + offs_t)[None, :] * stride_pm, valid[:, None] & m_mask[None, :], has_pair, MASKED,
-                )  # fmt: skip
-                if DROPOUT:
-                    keep = kept(seed_ptr, batch_head, i0, j0, threshold, TILE).T
+                score = tl.dot(k, q.T, input_precision=PRECISION)
+                if partial:
+                    score = tl.where(valid[:, None], score, -float("inf"))
+                score = without_pairs(score, pair_mask, has_pair, j0, i0, nk, nq, stride_pn, stride_pm, MASKED, TILE)
                 dp = tl.dot(v, dout.T, input_precision=PRECISION)
                 p, ds = score_gradient(
-                    score, shift[None, :], dp, out_dot_dout[None, :], keep, keep_scale, qk_scale, DROPOUT
-                )
+                    score, shift[None, :], dp, out_dot_dout[None, :], seed_ptr, batch_head, i0, j0, threshold,
+                    keep_scale, qk_scale, True, DROPOUT, TILE,
+                )  # fmt: skip
                 dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
                 dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
 
@@ -445,10 +437,9 @@ def bwd_dkv_kernel(
                 row_valid = m_mask
                 if MASKED:
                     row_valid = lse != float("inf")
-                q_tile = q_base + i0.to(tl.int64) * stride_qn * UNIT
-                dout_tile = dout_base + i0.to(tl.int64) * stride_on * UNIT
-                q = load_rows(q_tile, offs_t, offs_d, stride_qn * UNIT, row_valid, HEAD_DIM, BLOCK_D)
-                dout = load_rows(dout_tile, offs_t, offs_d, stride_on * UNIT, row_valid, HEAD_DIM, BLOCK_D)
+                i = i0.to(tl.int64)
+                q = load_rows(q_base + i * stride_qn, offs_t, offs_d, stride_qn, row_valid, HEAD_DIM, BLOCK_D)
+                dout = load_rows(dout_base + i * stride_on, offs_t, offs_d, stride_on, row_valid, HEAD_DIM, BLOCK_D)
                 high_query_block = load_block(pos_query, block + TILE, offs_t, offs_d, BLOCK_D)
                 high = load_block(pos_key, block + TILE, offs_t, offs_d, BLOCK_D)
                 p2c_high = along_rows(tl.dot(k, high_query_block.T, input_precision=PRECISION), distance, TILE)
@@ -457,16 +448,15 @@ def bwd_dkv_kernel(
                 bias += tl.where(high_pair, p2c_high, p2c_low)
                 p2c_low = p2c_high
                 low = high
-                score = excluded(
-                    tl.dot(k, q.T, bias, input_precision=PRECISION), valid[:, None], partial,
-                    pair_base + (i0 + offs_t)[None, :] * stride_pm, valid[:, None] & m_mask[None, :], has_pair, MASKED,
-                )  # fmt: skip
-                if DROPOUT:
-                    keep = kept(seed_ptr, batch_head, i0, j0, threshold, TILE).T
+                score = tl.dot(k, q.T, bias, input_precision=PRECISION)
+                if partial:
+                    score = tl.where(valid[:, None], score, -float("inf"))
+                score = without_pairs(score, pair_mask, has_pair, j0, i0, nk, nq, stride_pn, stride_pm, MASKED, TILE)
                 dp = tl.dot(v, dout.T, input_precision=PRECISION)
                 p, ds = score_gradient(
-                    score, -lse[None, :], dp, out_dot_dout[None, :], keep, keep_scale, qk_scale, DROPOUT
-                )
+                    score, -lse[None, :], dp, out_dot_dout[None, :], seed_ptr, batch_head, i0, j0, threshold,
+                    keep_scale, qk_scale, True, DROPOUT, TILE,
+                )  # fmt: skip
                 dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
                 ds = ds.to(q.dtype)
                 dk = tl.dot(ds, q, dk, input_precision=PRECISION)

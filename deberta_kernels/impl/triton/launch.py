@@ -7,7 +7,6 @@ that compiles the kernels for a machine that is not there gets its signatures th
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,14 +14,12 @@ from torch import Tensor
 
 from deberta_kernels import dropout
 from deberta_kernels.impl.triton import backward_kernels as bwd
-from deberta_kernels.impl.triton import tuning
+from deberta_kernels.impl.triton import tile_list, tuning
 from deberta_kernels.impl.triton.forward_kernels import forward_kernel
 from deberta_kernels.impl.triton.position_grad import bwd_position_kernel
 from deberta_kernels.impl.triton.primitives import LOG2E, PREFIX_STEP
 from deberta_kernels.impl.triton.table_kernels import expand_kernel, fold_kernel
 from deberta_kernels.impl.triton.tables import DeviceTables, Window, device_tables, full_window, window
-from deberta_kernels.impl.triton.tile_list import tile_list_kernel
-from deberta_kernels.position import plain_tensors
 from deberta_kernels.types import AttentionProblem, Gradients, PositionSpec
 
 __all__ = ["Launch", "Plan", "backward_launches", "expand_launch", "forward_launches", "run"]
@@ -239,15 +236,16 @@ class _Call:
         """Return the arguments of key mask and pair mask, and list the occupied key tiles."""
         masks = self.problem.masks
         found: dict[str, Any] = {
-            "key_mask_ptr": self.nothing(torch.uint8), "stride_mb": 0, "stride_mn": 0, "has_pair": 0,
+            "key_mask_ptr": self.nothing(torch.uint8), "stride_mb": 0, "has_pair": 0,
             "pair_mask_ptr": self.nothing(torch.uint8), "stride_pb": 0, "stride_ph": 0, "stride_pm": 0, "stride_pn": 0,
             "tile_list_ptr": self.nothing(torch.int32), "list_size": 0,
         }  # fmt: skip
         if not self.masked:
             return found
-        key = masks.key.view(torch.uint8) if masks.key is not None else self.all_valid(self.nk)
-        found.update(key_mask_ptr=key, stride_mb=key.stride(0), stride_mn=key.stride(1))
-        found["tile_list_ptr"], found["list_size"] = self.tile_list(key, self.nk, self.key_tiles, self.biased)
+        key = self.token_mask(masks.key, self.nk)
+        found.update(key_mask_ptr=key, stride_mb=key.stride(0))
+        prefix = self.prefix if self.biased else self.nk
+        found["tile_list_ptr"], found["list_size"] = self.tile_list(key, self.key_tiles, prefix, masks.pair is not None)
         if masks.pair is not None:
             pair = masks.pair.view(torch.uint8)
             b, h, m, n = pair.stride()
@@ -257,25 +255,27 @@ class _Call:
 
     def query_mask(self) -> dict[str, Any]:
         """Return the arguments of the query mask."""
-        mask = self.problem.masks.query
         if not self.masked:
-            return {"query_mask_ptr": self.nothing(torch.uint8), "stride_ub": 0, "stride_um": 0}
-        query = mask.view(torch.uint8) if mask is not None else self.all_valid(self.nq)
-        return {"query_mask_ptr": query, "stride_ub": query.stride(0), "stride_um": query.stride(1)}
+            return {"query_mask_ptr": self.nothing(torch.uint8), "stride_ub": 0}
+        query = self.token_mask(self.problem.masks.query, self.nq)
+        return {"query_mask_ptr": query, "stride_ub": query.stride(0)}
 
-    def all_valid(self, length: int) -> Tensor:
-        """Return a (B, length) mask of ones, one byte in memory."""
-        return _one(self.problem.q.device).expand(self.batch, length)
+    def token_mask(self, mask: Tensor | None, length: int) -> Tensor:
+        """Return a (B, length) mask as bytes that lie together; None is a mask of ones."""
+        if mask is None:
+            return torch.ones(1, length, dtype=torch.uint8, device=self.problem.q.device).expand(self.batch, length)
+        return mask.view(torch.uint8) if mask.stride(1) == 1 or length == 1 else mask.contiguous().view(torch.uint8)
 
-    def tile_list(self, mask: Tensor, length: int, tiles: int, positioned: bool) -> tuple[Tensor, int]:
-        """Plan the list of occupied tiles of a (B, length) mask; see `tile_list`."""
+    def tile_list(self, mask: Tensor, tiles: int, prefix: int, all_partial: bool) -> tuple[Tensor, int]:
+        """Plan the list of a (B, length) mask, see `tile_list`; return it and its size."""
         size = tiles + 1
-        found = torch.empty(self.batch, 3, size, dtype=torch.int32, device=mask.device)
+        found = torch.empty(self.batch, tile_list.ROWS.value, size, dtype=torch.int32, device=mask.device)
         arguments = {
-            "mask_ptr": mask, "tile_list_ptr": found, "stride_mb": mask.stride(0), "stride_mn": mask.stride(1),
-            "length": length, "prefix": self.prefix if positioned else length, "list_size": size,
+            "mask_ptr": mask, "tile_list_ptr": found, "stride_mb": mask.stride(0), "length": mask.shape[1],
+            "prefix": prefix, "size": size, "all_partial": int(all_partial),
         }  # fmt: skip
-        self.launches.append(Launch(tile_list_kernel, (self.batch,), arguments, {"TILE": self.config.tile}, 4, 1))
+        constants = {"TILE": self.config.tile}
+        self.launches.append(Launch(tile_list.tile_list_kernel, (self.batch,), arguments, constants, 4, 1))
         return found, size
 
     def tables(self) -> dict[str, Any]:
@@ -391,7 +391,7 @@ class _Backward(_Call):
         arguments.update(row_list_ptr=self.nothing(torch.int32), row_list_size=0)
         if self.masked:
             query = self.query_mask()["query_mask_ptr"]
-            rows, size = self.tile_list(query, self.nq, self.row_tiles, False)
+            rows, size = self.tile_list(query, self.row_tiles, self.nq, False)
             arguments.update(row_list_ptr=rows, row_list_size=size)
         self.add(bwd.bwd_dkv_kernel, (self.batch * self.heads * self.key_tiles,), arguments)
 
@@ -455,9 +455,3 @@ def _readable(x: Tensor, unit: int) -> Tensor:
     if x.stride(-1) == 1 and aligned and x.stride(2) < _MAX_ROW_STRIDE and not x.is_neg():
         return x
     return x.resolve_neg().transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
-
-
-@lru_cache(maxsize=16)
-def _one(device: torch.device) -> Tensor:
-    with plain_tensors():
-        return torch.ones(1, 1, dtype=torch.uint8, device=device)

@@ -13,15 +13,16 @@ from deberta_kernels.impl.triton.primitives import (
     along_columns,
     along_rows,
     difference,
-    excluded,
-    kept,
     key_segments,
     load_block,
     load_rows,
     sequence,
     total,
     two_blocks,
+    valid_keys,
+    without_pairs,
 )
+from deberta_kernels.impl.triton.tile_list import ALL, ROWS, kind_range
 
 __all__ = ["bwd_position_kernel"]
 
@@ -34,7 +35,7 @@ def bwd_position_kernel(
     key_mask_ptr, pair_mask_ptr, tile_list_ptr, cu_seqlens_ptr, seed_ptr,
     stride_qb: tl.int64, stride_qh: tl.int64, stride_qn, stride_kb: tl.int64, stride_kh: tl.int64, stride_kn,
     stride_vb: tl.int64, stride_vh: tl.int64, stride_vn, stride_ob: tl.int64, stride_oh: tl.int64, stride_on,
-    stride_mb: tl.int64, stride_mn: tl.int64, stride_pb: tl.int64, stride_ph: tl.int64, stride_pm: tl.int64,
+    stride_mb: tl.int64, stride_pb: tl.int64, stride_ph: tl.int64, stride_pm: tl.int64,
     stride_pn: tl.int64, heads, nq, nk, prefix, packed, samples, first_diagonal, row_tiles, parts, list_size, low_end,
     high_start, table_offset, table_rows, stats_size: tl.int64, threshold, has_pair, qk_scale, keep_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, UNIT: tl.constexpr, MASKED: tl.constexpr,
@@ -68,7 +69,6 @@ def bwd_position_kernel(
     dkey_low = tl.zeros([TILE, BLOCK_D], tl.float32)
     dquery_high = tl.zeros([TILE, BLOCK_D], tl.float32)
     dquery_low = tl.zeros([TILE, BLOCK_D], tl.float32)
-    keep = upper
     # A part takes every parts-th tile of the diagonals of all samples, one after the other.
     for n in tl.range(part, samples * row_tiles, parts, num_stages=1):
         b = n // row_tiles
@@ -80,16 +80,15 @@ def bwd_position_kernel(
         tile = position_tile + prefix_tiles
         inside = (tile_row * TILE < nq_b) & (position_tile >= 0) & (tile < tiles)
         if MASKED:
-            tile_list = tile_list_ptr + b * list_size * 3
-            inside = inside & (tl.load(tile_list + 2 * list_size + tile, mask=inside, other=0) > 0)
+            tile_list = tile_list_ptr + b.to(tl.int64) * list_size * ROWS
+            first_tile = tl.where(inside, tile, 0)
+            n0, n1 = kind_range(tile_list, list_size, first_tile, first_tile + 1, ALL)
+            inside = inside & (n0 < n1)
         if inside:
             i0 = tile_row * TILE
             j0 = key_start + position_tile * TILE
             m_mask = i0 + offs_t < nq_b
-            offs_j = j0 + offs_t
-            valid = (offs_j >= prefix) & (offs_j < nk_b)
-            if MASKED:
-                valid = valid & (tl.load(key_mask_ptr + b * stride_mb + offs_j * stride_mn, mask=valid, other=0) != 0)
+            valid = valid_keys(j0 + offs_t, prefix, nk_b, key_mask_ptr + b * stride_mb, MASKED)
             stats = stats_ptr + (batch * heads + h) * memory_rows + start + i0 + offs_t
             lse = tl.load(stats, mask=m_mask, other=float("inf"))
             out_dot_dout = tl.load(stats + stats_size, mask=m_mask, other=0.0)
@@ -109,15 +108,16 @@ def bwd_position_kernel(
             # Row r of the product reads entry y of the high block where y <= r, which is where r >= c.
             bias = along_rows(tl.where(high_row, c2p_high, c2p_low), distance, TILE)
             bias += along_columns(two_blocks(high_query, low_query, upper, k, PRECISION), distance, TILE)
-            pair = pair_mask_ptr + b * stride_pb + h * stride_ph + (i0 + offs_t)[:, None] * stride_pm
-            score = excluded(
-                tl.dot(q, k.T, bias, input_precision=PRECISION), valid[None, :], True,
-                pair + offs_j[None, :] * stride_pn, m_mask[:, None] & valid[None, :], has_pair, MASKED,
+            pair_mask = pair_mask_ptr + b * stride_pb + h * stride_ph
+            score = tl.where(valid[None, :], tl.dot(q, k.T, bias, input_precision=PRECISION), -float("inf"))
+            score = without_pairs(
+                score, pair_mask, has_pair, i0, j0, nq_b, nk_b, stride_pm, stride_pn, MASKED, TILE
             )  # fmt: skip
-            if DROPOUT:
-                keep = kept(seed_ptr, b * heads + h, i0, j0, threshold, TILE)
             dp = tl.dot(dout, v.T, input_precision=PRECISION)
-            _, ds = score_gradient(score, -lse[:, None], dp, out_dot_dout[:, None], keep, keep_scale, qk_scale, DROPOUT)
+            _, ds = score_gradient(
+                score, -lse[:, None], dp, out_dot_dout[:, None], seed_ptr, b * heads + h, i0, j0, threshold, keep_scale,
+                qk_scale, False, DROPOUT, TILE,
+            )  # fmt: skip
             ds = ds.to(q.dtype)
             nothing = tl.zeros_like(ds)
             by_query = along_rows(ds, distance, TILE)  # (r, y)

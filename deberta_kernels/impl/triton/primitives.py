@@ -30,11 +30,18 @@ def when(mask, flag):
 
 @triton.jit
 def load_rows(base, offs_n, offs_d, stride, row_mask, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Load (T, BLOCK_D) elements; rows outside row_mask and columns beyond HEAD_DIM are zero."""
-    mask = row_mask[:, None]
-    if HEAD_DIM != BLOCK_D:
-        mask = mask & (offs_d < HEAD_DIM)[None, :]
-    return tl.load(base + offs_n[:, None] * stride + offs_d[None, :], mask=mask, other=0.0)
+    """Load (T, BLOCK_D) elements; rows outside row_mask (None: none are) and columns beyond HEAD_DIM are zero."""
+    pointers = base + offs_n[:, None] * stride + offs_d[None, :]
+    if row_mask is None:
+        if HEAD_DIM == BLOCK_D:
+            return tl.load(pointers)
+        else:
+            return tl.load(pointers, mask=(offs_d < HEAD_DIM)[None, :] & (offs_n >= 0)[:, None], other=0.0)
+    else:
+        mask = row_mask[:, None]
+        if HEAD_DIM != BLOCK_D:
+            mask = mask & (offs_d < HEAD_DIM)[None, :]
+        return tl.load(pointers, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -162,21 +169,35 @@ def two_blocks(high, low, upper, x, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def excluded(score, valid, partial, pair, pair_mask, has_pair, MASKED: tl.constexpr):
-    """Return the scores with -inf wherever attention is forbidden.
+def valid_keys(offs_j, first_key, last_key, key_mask, MASKED: tl.constexpr):
+    """Return which keys are in [first_key, last_key) and not masked, (T,) bool."""
+    valid = (offs_j >= first_key) & (offs_j < last_key)
+    if MASKED:
+        valid = valid & (tl.load(key_mask + offs_j, mask=valid, other=0) != 0)
+    return valid
+
+
+@triton.jit
+def without_pairs(
+    score, pair_mask, has_pair, row_start, col_start, rows, cols, stride_row, stride_col, MASKED: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """Return the scores with -inf where the pair mask forbids attention.
 
     Args:
-        score: (rows, columns), float32; queries by keys or keys by queries.
-        valid: which keys are valid, (rows, 1) or (1, columns).
-        partial: scalar; whether some key of the tile is not valid.
-        pair: (rows, columns) pointers into the pair mask; read only when has_pair is not 0.
-        pair_mask: (rows, columns), which of them exist.
+        score: (T, T) float32; queries by keys or keys by queries.
+        pair_mask: the mask of this sample and head; read only when has_pair is not 0.
+        row_start: token of the first row of the tile; columns alike.
+        rows: number of tokens there are; columns alike.
+        stride_row: of the mask, from row to row of the tile; columns alike.
     """
-    if partial:
-        score = tl.where(valid, score, -float("inf"))
     if MASKED:
         if has_pair != 0:
-            score = tl.where(tl.load(pair, mask=pair_mask, other=0) != 0, score, -float("inf"))
+            row = row_start + tl.arange(0, TILE)
+            col = col_start + tl.arange(0, TILE)
+            pointers = pair_mask + row[:, None] * stride_row + col[None, :] * stride_col
+            allowed = tl.load(pointers, mask=(row < rows)[:, None] & (col < cols)[None, :], other=0) != 0
+            score = tl.where(allowed, score, -float("inf"))
     return score
 
 
