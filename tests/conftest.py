@@ -10,6 +10,9 @@ import torch
 
 from deberta_kernels.testing import backends, budget, inputs
 
+# Cases of one test that a slow target runs.
+_SAMPLE = 12
+
 hypothesis.settings.register_profile(
     "ci",
     derandomize=True,
@@ -34,6 +37,33 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--every-case",
+        action="store_true",
+        help="run slow targets on every case of their size, not on a sample of at most 12 of each test",
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out what a target cannot run; of what is left, slow targets run a sample of each test."""
+    chosen, by_test = [], {}
+    for item in items:
+        target = getattr(item, "callspec", None) and item.callspec.params.get("target")
+        if target is None or target.most_tiles is None:
+            chosen.append(item)
+        elif _unable(target, item.callspec.params) is None:
+            by_test.setdefault(item.function, []).append(item)
+    sampled = set()
+    for group in by_test.values():
+        # A step that shifts by one each time, so that no inner parameter keeps a single value.
+        step = 1 if config.getoption("--every-case") else -(-len(group) // _SAMPLE)
+        sampled.update(item for i, item in enumerate(group) if i % step == i // step % step)
+    sampled.update(chosen)
+    config.hook.pytest_deselected(items=[item for item in items if item not in sampled])
+    items[:] = [item for item in items if item in sampled]
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_generate_tests(metafunc):
     """Make the targets the inner loop, after every other parameter, so that they share the oracle of a case."""
@@ -47,6 +77,9 @@ def target(request):
     reason = request.param.skip_reason()
     if reason is not None:
         pytest.skip(reason)
+    reason = _unable(request.param, request.node.callspec.params)
+    if reason is not None:
+        pytest.skip(reason)
     with request.param.pinned():
         yield request.param
 
@@ -56,7 +89,7 @@ def run_case(target):
     """Run a case on the target, seeded, and return its results by name."""
 
     def run(case, problem=None, dout=None, dlse=None):
-        _need_dtype(target, case.dtype)
+        _need_able(target, case)
         torch.manual_seed(case.seed)
         problem = inputs.problem(case, target.device) if problem is None else problem
         return budget.evaluate(target.run, problem, dout, dlse)
@@ -69,7 +102,7 @@ def check_case(target, run_case):
     """Hold every result and gradient of a case to the error budget."""
 
     def check(case, with_dlse=False):
-        _need_dtype(target, case.dtype)
+        _need_able(target, case)
         against = _truth(case, target.device, with_dlse)
         results = run_case(case, against.problem, against.dout, against.dlse)
         report = budget.measure(results, against, f"{target.name} {case.id}")
@@ -89,6 +122,16 @@ def _truth(case, device, with_dlse):
     return budget.truth(problem, inputs.dout(case, problem), dlse)
 
 
-def _need_dtype(target, dtype):
-    if dtype not in target.dtypes:
-        pytest.skip(f"{target.name} does not promise {dtype}")
+def _need_able(target, case):
+    reason = _unable(target, {"case": case})
+    if reason is not None:
+        pytest.skip(reason)
+
+
+def _unable(target, parameters):
+    """Return why a target cannot run a test with these parameters, as far as they say."""
+    case = parameters.get("case")
+    dtype = parameters.get("dtype", getattr(case, "dtype", None))
+    if dtype is not None and dtype not in target.dtypes:
+        return f"{target.name} does not promise {dtype}"
+    return None if case is None else target.case_skip_reason(case.batch, case.heads, case.nq, case.keys)

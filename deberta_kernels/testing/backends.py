@@ -10,12 +10,13 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from deberta_kernels import api
-from deberta_kernels.types import AttentionProblem
+from deberta_kernels import api, dispatch, env
+from deberta_kernels.types import AttentionProblem, Masks, PositionSpec
 
 __all__ = ["TARGETS", "Target", "available"]
 
 _LOW = (torch.bfloat16, torch.float16)
+_TILE = 64
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Target:
         isa: instruction-set variant of the native library, or None for the best one.
         device: where its inputs live.
         thread_invariant: results are bit-equal for every number of threads.
+        most_tiles: leave out cases of more tiles than this, 64 queries by 64 keys of one head; for a backend that takes
+            a tenth of a second a tile. The random cases, thousands of them, leave such a backend out.
     """
 
     name: str
@@ -37,10 +40,20 @@ class Target:
     isa: str | None = None
     device: str = "cpu"
     thread_invariant: bool = False
+    most_tiles: int | None = None
 
     def skip_reason(self) -> str | None:
         """Return why this target cannot be tested on this machine, or None."""
+        if self.backend == "triton":
+            return _triton_skip_reason(self.device)
         return _cpu_skip_reason(self.isa) if self.backend == "cpu" else None
+
+    def case_skip_reason(self, batch: int, heads: int, nq: int, nk: int) -> str | None:
+        """Return why a case of this size is left out, or None."""
+        tiles = batch * heads * -(-nq // _TILE) * -(-nk // _TILE)
+        if self.most_tiles is None or tiles <= self.most_tiles:
+            return None
+        return f"{self.name} is slow: {tiles} tiles are more than {self.most_tiles}"
 
     def run(self, problem: AttentionProblem) -> tuple[Tensor, Tensor]:
         """Run a problem through the public machinery, differentiably.
@@ -85,12 +98,15 @@ TARGETS = (
         Target(f"cpu_{isa}", "cpu", (torch.float32, *_LOW), isa=isa, thread_invariant=True)
         for isa in ("generic", "avx2", "avx512", "avx512_bf16")
     ),
+    Target("triton", "triton", (torch.float32, *_LOW), device="cuda"),
+    Target("triton_interpreted", "triton", (torch.float32, torch.float16), most_tiles=24),
 )
 
 
 def available(dtype: torch.dtype | None = None) -> list[Target]:
-    """Return the targets that this machine can run, all or those that promise a dtype."""
-    return [t for t in TARGETS if t.skip_reason() is None and (dtype is None or dtype in t.dtypes)]
+    """Return the targets that this machine can run many cases on, all or those that promise a dtype."""
+    fast = [t for t in TARGETS if t.most_tiles is None and t.skip_reason() is None]
+    return [t for t in fast if dtype is None or dtype in t.dtypes]
 
 
 @cache
@@ -105,3 +121,13 @@ def _cpu_skip_reason(isa: str | None) -> str | None:
     if isa is not None and isa not in status["variants"]:
         return f"the native library has no {isa} variant for this processor, only {', '.join(status['variants'])}"
     return None
+
+
+@cache
+def _triton_skip_reason(device: str) -> str | None:
+    if env.triton_interpreted() != (device == "cpu"):
+        return f"TRITON_INTERPRET is {'' if env.triton_interpreted() else 'not '}set"
+    if device == "cuda" and not torch.cuda.is_available():
+        return "there is no CUDA device"
+    q = torch.empty(1, 1, 1, 16, device=device)
+    return dispatch.refusal("triton", AttentionProblem(q, q, q, None, None, Masks(), PositionSpec(), 1.0))

@@ -1,4 +1,4 @@
-"""Run attention in Triton kernels on a GPU, or in Triton's interpreter. A thin door: triton loads at the first call."""
+"""Run attention in Triton kernels on a GPU, or in Triton's interpreter; triton is imported at the first call."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def refusal(problem: AttentionProblem) -> str | None:
         return f"head_dim {q.shape[-1]} is more than {_MAX_HEAD_DIM}"
     if problem.scale <= 0:
         return "the scale is not positive"
-    return _device_refusal(q.device, q.dtype) or _triton_refusal()
+    return _device_refusal(q.device, q.dtype) or _triton_refusal() or _compile_refusal(problem)
 
 
 def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
@@ -92,6 +92,16 @@ def _triton_refusal() -> str | None:
     oldest = ".".join(map(str, _OLDEST))
     numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit())
     return None if numbers >= _OLDEST else f"triton {version} is older than {oldest}"
+
+
+def _compile_refusal(problem: AttentionProblem) -> str | None:
+    if env.triton_interpreted() or type(problem.q) not in (Tensor, torch.nn.Parameter):
+        return None
+    try:
+        from deberta_kernels.impl.triton import execute
+    except (ImportError, OSError) as error:
+        return f"triton does not import ({error})"
+    return execute.compile_refusal(problem)
 
 
 def _device_refusal(device: torch.device, dtype: torch.dtype) -> str | None:

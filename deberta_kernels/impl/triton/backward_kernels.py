@@ -83,7 +83,10 @@ def bwd_preprocess_kernel(
         q = load_rows(q_base, offs_t, offs_d, stride_qn * UNIT, m_mask & (padded == 0), HEAD_DIM, BLOCK_D)
         pos_key = pos_key_ptr + h.to(tl.int64) * table_rows * BLOCK_D
         for side in tl.static_range(2):
-            row = tl.load(pos_key + side * (table_rows - 1) * BLOCK_D + offs_d).to(tl.float32)
+            has_table = when(offs_d < BLOCK_D, table_rows)
+            row = tl.load(pos_key + side * (table_rows - 1) * BLOCK_D + offs_d, mask=has_table, other=0.0).to(
+                tl.float32
+            )
             far = tl.sum(q.to(tl.float32) * row[None, :], 1)
             tl.store(stats_ptr + (2 + side) * stats_size + stats, far, mask=m_mask)
     if MASKED:
@@ -120,9 +123,7 @@ def score_gradient(
     p = tl.exp2(score * qk_scale + shift)
     dropped = p
     if DROPOUT:
-        keep = kept(seed_ptr, batch_head, i0, j0, threshold, TILE)
-        if KEYS_FIRST:
-            keep = keep.T
+        keep = kept(seed_ptr, batch_head, i0, j0, threshold, KEYS_FIRST, TILE)
         dp = tl.where(keep, dp * keep_scale, 0.0)
         dropped = tl.where(keep, p * keep_scale, 0.0)
     return dropped, p * (dp - out_dot_dout)

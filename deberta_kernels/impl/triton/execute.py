@@ -1,8 +1,11 @@
-"""Run planned launches, with smaller tiles where a device lacks the memory for the planned ones."""
+"""Compile and run planned launches, with smaller tiles where a device lacks the memory for the planned ones."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,9 +13,70 @@ from triton.runtime.errors import OutOfResources
 
 from deberta_kernels.impl.triton import launch, tuning
 from deberta_kernels.impl.triton.tables import device_tables, full_window
-from deberta_kernels.types import AttentionProblem, Gradients, PositionSpec
+from deberta_kernels.types import AttentionProblem, Gradients, Masks, PositionSpec
 
-__all__ = ["backward", "forward", "prepare"]
+__all__ = ["backward", "compile_refusal", "forward", "prepare"]
+
+# Variant: why its kernels do not compile, or None when they do.
+_compiled: dict[tuple[Any, ...], str | None] = {}
+_lock = threading.Lock()
+
+
+def compile_refusal(problem: AttentionProblem) -> str | None:
+    """Compile the kernels of a call, once per variant; return why that is not possible, or None.
+
+    A compiler that fails on a device is found out here, where another backend can still be chosen, and not in the
+    middle of a forward. The kernels of the backward are compiled with those of the forward where a gradient is needed.
+    """
+    q = problem.q
+    inputs = (problem.q, problem.k, problem.v, problem.pos_key, problem.pos_query)
+    differentiated = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    masks = problem.masks
+    masked = 2 if masks.pair is not None else int(masks.key is not None or masks.query is not None)
+    biased = problem.pos_key is not None or problem.pos_query is not None
+    variant = (q.device, q.dtype, q.shape[-1], masked, biased, problem.dropout_p > 0, differentiated, _precision(q))
+    if variant not in _compiled:
+        with _lock:
+            if variant not in _compiled:
+                _compiled[variant] = _compile(problem, differentiated)
+    return _compiled[variant]
+
+
+def _compile(problem: AttentionProblem, differentiated: bool) -> str | None:
+    key, precision = tuning.device_key(problem.q.device), _precision(problem.q)
+    shapes = _without_values(problem)
+    try:
+        planned = launch.forward_launches(shapes, key, precision=precision)
+        steps = planned.launches
+        if differentiated:
+            out, lse = planned.results
+            needs = (True,) * 5
+            steps = (
+                steps
+                + launch.backward_launches(
+                    shapes, torch.empty_like(out), None, out, lse, needs, key, precision=precision
+                ).launches
+            )
+        with _on(problem.q.device):
+            for step in steps:
+                launch.build(step)
+    except Exception as error:  # the compiler raises errors of many kinds, and for none of them a call must fail
+        cause = str(error).strip().splitlines() or [""]
+        return f"its kernels do not compile for {key} ({type(error).__name__}: {cause[-1][:200]})"
+    return None
+
+
+def _without_values(problem: AttentionProblem) -> AttentionProblem:
+    """Return the same problem with tensors that have shapes and strides only."""
+
+    def empty(x: Tensor | None) -> Any:
+        return None if x is None else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+    names = ("q", "k", "v", "pos_key", "pos_query", "seed", "cu_seqlens", "prepared")
+    masks = Masks(*(empty(x) for x in (problem.masks.key, problem.masks.query, problem.masks.pair)))
+    seed = torch.empty(1, dtype=torch.int64, device="meta")  # not drawn yet when a backend is chosen
+    tensors = {name: empty(getattr(problem, name)) for name in names}
+    return replace(problem, masks=masks, **{**tensors, "seed": seed})
 
 
 def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:

@@ -59,7 +59,7 @@ def _online_softmax(
     alpha = tl.exp2(m - base)
     total = total * alpha + tl.sum(p, 1)
     if DROPOUT:
-        p = tl.where(kept(seed_ptr, batch_head, i0, j0, threshold, TILE), p, 0.0)
+        p = tl.where(kept(seed_ptr, batch_head, i0, j0, threshold, False, TILE), p, 0.0)
     acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
     return new_m, total, acc
 

@@ -22,14 +22,14 @@ from deberta_kernels.impl.triton.table_kernels import expand_kernel, fold_kernel
 from deberta_kernels.impl.triton.tables import DeviceTables, Window, device_tables, full_window, window
 from deberta_kernels.types import AttentionProblem, Gradients, PositionSpec
 
-__all__ = ["Launch", "Plan", "backward_launches", "expand_launch", "forward_launches", "run"]
+__all__ = ["Launch", "Plan", "backward_launches", "build", "expand_launch", "forward_launches", "run"]
 
 # A row stride below this cannot overflow 32 bits inside one tile.
 _MAX_ROW_STRIDE = 1 << 23
 # Programs of the position gradient to aim for: two for each multiprocessor of the largest devices.
 _POSITION_PROGRAMS = 264
 _MAX_PARTS = 4
-_TABLE_TILE = 32
+_EXPAND_ROWS = 32
 _SUM_ROWS = 32
 _FOLD_ROWS = 16
 _FOLD_CHUNK = 8
@@ -74,6 +74,14 @@ def run(launch: Launch) -> None:
     launch.kernel[launch.grid](
         **launch.arguments, **launch.constants, num_warps=launch.num_warps, num_stages=launch.num_stages
     )
+
+
+def build(launch: Launch) -> None:
+    """Compile the kernel of a launch for the current device, without running it."""
+    launch.kernel.warmup(
+        **launch.arguments, **launch.constants, grid=launch.grid, num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+    )  # fmt: skip
 
 
 def forward_launches(
@@ -160,8 +168,9 @@ def expand_launch(
         "first_row": position.first_row, "table_rows": table_rows, "has_key": int(pos_key is not None),
         "has_query": int(pos_query is not None),
     }  # fmt: skip
-    constants = {"HEAD_DIM": head_dim, "BLOCK_D": block, "TILE": _TABLE_TILE}
-    grid = (-(-covered.rows // _TABLE_TILE), heads, 2)
+    tile = _rows(_EXPAND_ROWS, some.device)
+    constants = {"HEAD_DIM": head_dim, "BLOCK_D": block, "TILE": tile}
+    grid = (-(-covered.rows // tile), heads, 2)
     return Launch(expand_kernel, grid, arguments, constants, 4, 1), expanded
 
 
@@ -181,9 +190,9 @@ class _Call:
         tile = config.tile
         self.prefix = position.prefix_length
         self.biased = (problem.pos_key is not None or problem.pos_query is not None) and self.longest_k > self.prefix
-        self.masked = any(x is not None for x in (masks.key, masks.query, masks.pair))
+        self.masked = 2 if masks.pair is not None else int(masks.key is not None or masks.query is not None)
         self.row_tiles = -(-self.longest_q // tile)
-        prefix = self.prefix if self.biased else self.longest_k
+        prefix = self.prefix if self.biased else self.longest_k  # a key without a position is a prefix key
         aligned = prefix // PREFIX_STEP.value * PREFIX_STEP.value
         self.prefix_tiles = -(-prefix // tile)
         self.position_tiles = -(-(self.longest_k - aligned) // tile) if self.longest_k > prefix else 0
@@ -195,11 +204,13 @@ class _Call:
         self.dropping = problem.dropout_p > 0
         self.features = {
             "HEAD_DIM": self.head_dim, "BLOCK_D": self.block, "TILE": tile, "UNIT": self.unit,
-            "HAS_BIAS": self.biased, "MASKED": self.masked, "DROPOUT": self.dropping,
+            # Masks without positions are rare: they take the kernel with positions, all keys being prefix keys, so
+            # that there are eight variants: (no bias; bias without masks, with token masks, with pair masks) x dropout.
+            "HAS_BIAS": self.biased or self.masked > 0, "MASKED": self.masked, "DROPOUT": self.dropping,
             "PRECISION": precision if q.dtype == torch.float32 else "ieee",
         }  # fmt: skip
         self.sizes = {
-            "heads": self.heads, "nq": self.nq, "nk": self.nk, "prefix": self.prefix, "packed": int(self.packed),
+            "heads": self.heads, "nq": self.nq, "nk": self.nk, "prefix": prefix, "packed": int(self.packed),
             "cu_seqlens_ptr": problem.cu_seqlens.contiguous() if problem.cu_seqlens is not None
             else self.nothing(torch.int32),
             "seed_ptr": problem.seed if problem.seed is not None else self.nothing(torch.int64),
@@ -419,7 +430,8 @@ class _Backward(_Call):
         right = -(-(shift + tile - 1 - self.device_tables.low_end) // tile)
         first, last = max(1 - right, 1 - self.position_tiles), min(left - 1, self.row_tiles - 1)
         diagonals = last - first + 1
-        parts = min(max(_POSITION_PROGRAMS // (diagonals * self.heads), 1), _MAX_PARTS, self.batch * self.row_tiles)
+        programs = 1 if self.problem.q.device.type == "cpu" else _POSITION_PROGRAMS
+        parts = min(max(programs // (diagonals * self.heads), 1), _MAX_PARTS, self.batch * self.row_tiles)
         size = (2, parts * 2, self.heads, self.window.rows, self.block)
         near = torch.zeros(size, dtype=torch.float32, device=self.problem.q.device)
         arguments = {**shared, "near_ptr": near, "samples": self.batch, "first_diagonal": first, "parts": parts}
@@ -434,9 +446,15 @@ class _Backward(_Call):
             "first_row": self.problem.position.first_row, "table_rows": gradient.shape[1], "parts": parts,
             "heads": self.heads, "low_row": delta.low_row, "high_row": delta.high_row, "scale": self.problem.scale,
         }  # fmt: skip
-        constants = {"HEAD_DIM": self.head_dim, "BLOCK_D": self.block, "ROWS": _FOLD_ROWS, "CHUNK": _FOLD_CHUNK}
-        grid = (-(-gradient.shape[1] // _FOLD_ROWS), self.heads)
+        rows = _rows(_FOLD_ROWS, gradient.device)
+        constants = {"HEAD_DIM": self.head_dim, "BLOCK_D": self.block, "ROWS": rows, "CHUNK": _FOLD_CHUNK}
+        grid = (-(-gradient.shape[1] // rows), self.heads)
         self.launches.append(Launch(fold_kernel, grid, arguments, constants, 4, 1))
+
+
+def _rows(rows: int, device: torch.device) -> int:
+    """Return how many table rows a program takes: on the CPU more, since the interpreter pays by the operation."""
+    return 16 * rows if device.type == "cpu" else rows
 
 
 def _block(head_dim: int) -> int:

@@ -5,6 +5,8 @@ y = (r - c) mod T: where r >= c the pair reads row x0 + y of the distance-expand
 the bias of a tile is a product with two blocks of T table rows, read back along diagonals: a rotation of the rows
 (or columns) of the product, done by a gather through shared memory. `docs/gpu.md` derives it.
 
+MASKED says which masks a kernel is compiled for: 0 none, 1 of keys and queries, 2 of pairs as well.
+
 Kernels run over keys in two segments: the prefix keys, which have no position, and the others, whose tiles start at a
 multiple of `PREFIX_STEP`, so that the groups of eight keys that share a dropout counter never straddle two tiles.
 """
@@ -191,7 +193,7 @@ def without_pairs(
         rows: number of tokens there are; columns alike.
         stride_row: of the mask, from row to row of the tile; columns alike.
     """
-    if MASKED:
+    if MASKED == 2:
         if has_pair != 0:
             row = row_start + tl.arange(0, TILE)
             col = col_start + tl.arange(0, TILE)
@@ -202,12 +204,29 @@ def without_pairs(
 
 
 @triton.jit
-def kept(seed_ptr, batch_head, row_start, col_start, threshold, TILE: tl.constexpr):
-    """Return which probabilities of a tile dropout keeps, (queries, keys) bool; `dropout.py` states the contract."""
-    zero = tl.zeros([TILE, TILE // 8], tl.int32)
-    group = (col_start >> 3) + tl.arange(0, TILE // 8)[None, :] + zero
-    row = row_start + tl.arange(0, TILE)[:, None] + zero
+def kept(seed_ptr, batch_head, i0, j0, threshold, KEYS_FIRST: tl.constexpr, TILE: tl.constexpr):
+    """Return which probabilities of a tile dropout keeps, (T, T) bool; `dropout.py` states the contract.
+
+    Args:
+        seed_ptr: one int64.
+        batch_head: b * H + h.
+        i0: first query of the tile; j0: first key, a multiple of 8.
+        threshold: draws below it drop.
+        KEYS_FIRST: keys by queries instead of queries by keys.
+    """
+    offs_t = tl.arange(0, TILE)
+    offs_g = tl.arange(0, TILE // 8)
+    if KEYS_FIRST:
+        zero = tl.zeros([TILE // 8, TILE], tl.int32)
+        group = (j0 >> 3) + offs_g[:, None] + zero
+        row = i0 + offs_t[None, :] + zero
+    else:
+        zero = tl.zeros([TILE, TILE // 8], tl.int32)
+        group = (j0 >> 3) + offs_g[None, :] + zero
+        row = i0 + offs_t[:, None] + zero
     w0, w1, w2, w3 = tl.philox(tl.load(seed_ptr), group, row, zero + batch_head, zero)
-    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # (TILE, TILE / 8, 2, 2): words 0 to 3 in order
-    draws = tl.join(words & 0xFFFF, words >> 16).reshape(TILE, TILE)
-    return draws.to(tl.int32) >= threshold
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # words 0 to 3 in the order of the last two dimensions
+    draws = tl.join(words & 0xFFFF, words >> 16)
+    if KEYS_FIRST:
+        draws = draws.permute(0, 2, 3, 4, 1)
+    return draws.reshape(TILE, TILE).to(tl.int32) >= threshold

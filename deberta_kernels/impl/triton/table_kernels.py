@@ -73,10 +73,11 @@ def fold_kernel(
         listed = entry < count[:, None]
         x = tl.load(order_ptr + first[:, None] + entry, mask=listed, other=0) - skipped
         inside = listed & (x >= 0) & (x < rows)
-        for part in range(0, parts):
-            source = near_ptr + ((part * heads + h).to(tl.int64) * rows + x) * BLOCK_D
-            values = tl.load(source[:, :, None] + offs_d[None, None, :], mask=inside[:, :, None], other=0.0)
-            acc += tl.sum(values, 1)
+        if tl.max(tl.max(inside.to(tl.int32), 1), 0) != 0:
+            for part in range(0, parts):
+                source = near_ptr + ((part * heads + h).to(tl.int64) * rows + x) * BLOCK_D
+                values = tl.load(source[:, :, None] + offs_d[None, None, :], mask=inside[:, :, None], other=0.0)
+                acc += tl.sum(values, 1)
     low = exists & (row + first_row == low_row)
     high = exists & (row + first_row == high_row)
     far = far_ptr + h * BLOCK_D + offs_d[None, :] + tl.zeros([ROWS, BLOCK_D], tl.int32)
