@@ -11,7 +11,7 @@ import torch
 from deberta_kernels.testing import backends, budget, inputs
 
 # Cases of one test that a slow target runs.
-_SAMPLE = 12
+_SAMPLE = 6
 
 hypothesis.settings.register_profile(
     "ci",
@@ -41,7 +41,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--every-case",
         action="store_true",
-        help="run slow targets on every case of their size, not on a sample of at most 12 of each test",
+        help="run slow targets on every case of their size, not on a sample of at most 6 of each test",
     )
 
 

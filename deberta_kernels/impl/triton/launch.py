@@ -19,7 +19,7 @@ from deberta_kernels.impl.triton.forward_kernels import forward_kernel
 from deberta_kernels.impl.triton.position_grad import bwd_position_kernel
 from deberta_kernels.impl.triton.primitives import LOG2E, PREFIX_STEP
 from deberta_kernels.impl.triton.table_kernels import expand_kernel, fold_kernel
-from deberta_kernels.impl.triton.tables import DeviceTables, Window, device_tables, full_window, window
+from deberta_kernels.impl.triton.tables import DeviceTables, Window, device_tables, full_window, near_reach, window
 from deberta_kernels.types import AttentionProblem, Gradients, PositionSpec
 
 __all__ = ["Launch", "Plan", "backward_launches", "build", "expand_launch", "forward_launches", "run"]
@@ -426,12 +426,11 @@ class _Backward(_Call):
     def near_gradients(self, shared: dict[str, Any]) -> tuple[Tensor, int]:
         """Plan the gradients of the expanded tables: (2 tables, parts * 2, H, rows, block) float32."""
         tile, shift = self.config.tile, self.prefix % PREFIX_STEP.value
-        left = -(-(self.device_tables.high_start + tile - 1 - shift) // tile)
-        right = -(-(shift + tile - 1 - self.device_tables.low_end) // tile)
+        left, right = near_reach(self.device_tables, shift, tile)
         first, last = max(1 - right, 1 - self.position_tiles), min(left - 1, self.row_tiles - 1)
         diagonals = last - first + 1
-        programs = 1 if self.problem.q.device.type == "cpu" else _POSITION_PROGRAMS
-        parts = min(max(programs // (diagonals * self.heads), 1), _MAX_PARTS, self.batch * self.row_tiles)
+        parts = min(_POSITION_PROGRAMS // (diagonals * self.heads), _MAX_PARTS, self.batch * self.row_tiles)
+        parts = max(parts, 1)
         size = (2, parts * 2, self.heads, self.window.rows, self.block)
         near = torch.zeros(size, dtype=torch.float32, device=self.problem.q.device)
         arguments = {**shared, "near_ptr": near, "samples": self.batch, "first_diagonal": first, "parts": parts}

@@ -16,7 +16,7 @@ from deberta_kernels.impl.triton.tuning import LARGEST_TILE
 from deberta_kernels.position import attention_span, plain_tensors, position_index
 from deberta_kernels.types import PositionSpec
 
-__all__ = ["MARGIN", "DeviceTables", "Window", "device_tables", "full_window", "window"]
+__all__ = ["MARGIN", "DeviceTables", "Window", "device_tables", "full_window", "near_reach", "window"]
 
 # Rows beyond the last distance in use, on each side: two of the largest tile.
 MARGIN = 2 * LARGEST_TILE
@@ -72,6 +72,19 @@ def window(tables: DeviceTables, nq: int, positioned: int) -> Window:
     first = max(tables.low_end, min(1 - positioned, -1)) - MARGIN
     last = min(tables.high_start, max(nq - 1, 0)) + MARGIN
     return Window(first, last - first)
+
+
+def near_reach(tables: DeviceTables, shift: int, tile: int) -> tuple[int, int]:
+    """Return (left, right): tile I of queries is near the key tiles I - left < J < I + right, and far from all others.
+
+    In a far tile all pairs are saturated. The kernels compute the same (`primitives.near_reach`).
+
+    Args:
+        tables: where the saturated distances start.
+        shift: distance of the first pair of the tiles I = J, in tokens; less than a tile.
+        tile: queries and keys per tile.
+    """
+    return -(-(tables.high_start + tile - 1 - shift) // tile), -(-(shift + tile - 1 - tables.low_end) // tile)
 
 
 def full_window(tables: DeviceTables) -> Window | None:
