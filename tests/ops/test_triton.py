@@ -169,14 +169,22 @@ def test_prepared_tables_give_the_same_bits(terms):
 
 def test_tables_prepared_for_others_are_refused():
     problem = inputs.problem(Case(batch=1, heads=2, nq=8, head_dim=16))
-    with pytest.raises(ValueError, match=r"prepared must be what prepare returned for these tables, got shape \(1, 2\)"):
+    with pytest.raises(
+        ValueError, match=r"prepared must be what prepare returned for these tables, got shape \(1, 2\)"
+    ):
         backend.forward(replace(problem, prepared=torch.zeros(1, 2)))
 
 
 def features():
     """Every combination of what a call can have."""
     names = ("terms", "mask", "dropout_p", "prefix_length", "packed")
-    options = (inputs.TERMS, ("none", "right", "right_tokens", "sparse", "sparse+holes"), (0.0, 0.1), (0, 5), (False, True))
+    options = (
+        inputs.TERMS,
+        ("none", "right", "right_tokens", "sparse", "sparse+holes"),
+        (0.0, 0.1),
+        (0, 5),
+        (False, True),
+    )
     for values in itertools.product(*options):
         chosen = dict(zip(names, values))
         if chosen["packed"] and (chosen["prefix_length"] or chosen["mask"] != "none"):
@@ -287,7 +295,9 @@ def test_what_does_not_compile_is_a_refusal_found_out_once(monkeypatch):
 
 def test_failed_compilation_is_one_warning_and_the_next_backend(monkeypatch):
     monkeypatch.setitem(dispatch._ORDER, "cpu", ("triton", "torch"))
-    monkeypatch.setattr(backend, "_compile_refusal", lambda problem: "its kernels do not compile for sm_90 (ptxas died)")
+    monkeypatch.setattr(
+        backend, "_compile_refusal", lambda problem: "its kernels do not compile for sm_90 (ptxas died)"
+    )
     monkeypatch.setattr(dispatch, "_warned", set())
     problem = inputs.problem(Case(batch=1, heads=1, nq=8, head_dim=16))
     with pytest.warns(dispatch.DebertaKernelsWarning, match=r"runs backend 'torch'.*do not compile for sm_90"):

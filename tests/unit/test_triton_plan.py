@@ -1,6 +1,7 @@
 """What the Triton backend decides before any kernel runs: tables, zones, tiles, refusals. None of it needs triton."""
 
 import importlib.metadata
+import itertools
 import json
 
 import pytest
@@ -36,7 +37,7 @@ def test_device_tables_hold_delta_and_its_inverse(spec):
     bounds = found.bounds.tolist()
     assert bounds[0] == 0
     assert bounds[-1] == found.delta.numel()
-    for row, (start, stop) in enumerate(zip(bounds, bounds[1:])):
+    for row, (start, stop) in enumerate(itertools.pairwise(bounds)):
         positions = found.order[start:stop].long()
         assert bool((expected[positions] == row).all())
         assert bool((positions.diff() > 0).all())

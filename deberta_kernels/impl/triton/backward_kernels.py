@@ -13,6 +13,7 @@ from deberta_kernels.impl.triton.primitives import (
     key_segments,
     load_block,
     load_rows,
+    load_tokens,
     near_reach,
     sequence,
     store_rows,
@@ -109,8 +110,8 @@ def sum_kernel(parts_ptr, sum_ptr, n, BLOCK_D: tl.constexpr, ROWS: tl.constexpr)
 
 @triton.jit
 def score_gradient(
-    score, shift, dp, out_dot_dout, seed_ptr, batch_head, i0, j0, threshold, keep_scale, qk_scale,
-    KEYS_FIRST: tl.constexpr, DROPOUT: tl.constexpr, TILE: tl.constexpr,
+    score, shift, dp, out_dot_dout, drop, i0, j0, keep_scale, qk_scale, KEYS_FIRST: tl.constexpr,
+    DROPOUT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Return (p after dropout, ds), ds without the factor `scale`; all (T, T) float32.
 
@@ -123,10 +124,134 @@ def score_gradient(
     p = tl.exp2(score * qk_scale + shift)
     dropped = p
     if DROPOUT:
+        seed_ptr, batch_head, threshold = drop
         keep = kept(seed_ptr, batch_head, i0, j0, threshold, KEYS_FIRST, TILE)
         dp = tl.where(keep, dp * keep_scale, 0.0)
         dropped = tl.where(keep, p * keep_scale, 0.0)
     return dropped, p * (dp - out_dot_dout)
+
+
+@triton.jit
+def _dq_far_zones(
+    q, dout, lse, out_dot_dout, keys, masks, tables, place, drop, i0, near_start, near_stop, far_ptr, far_table,
+    far_side, qk_scale, keep_scale, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Return what prefix keys and saturated keys add to dq; store what they add to the saturated table rows.
+
+    Args:
+        far_ptr: where the sums of pos_key and the smallest distances of this tile go.
+        far_table: from there to those of pos_query, in elements.
+        far_side: from there to those of the largest distances.
+    """
+    key_mask, tile_list, list_size, pair_mask, has_pair, stride_pm, stride_pn = masks
+    pos_key, pos_query, table_rows, table_offset = tables
+    nq, nk, prefix, prefix_tiles, tiles, key_start = place
+    offs_t = tl.arange(0, TILE)
+    offs_d = tl.arange(0, BLOCK_D)
+    dq = tl.zeros([TILE, BLOCK_D], tl.float32)
+    for zone in range(3 if HAS_BIAS else 1):
+        n0 = tl.where(zone == 0, 0, tl.where(zone == 1, prefix_tiles, near_stop))
+        n1 = tl.where(zone == 0, prefix_tiles, tl.where(zone == 1, near_start, tiles))
+        if MASKED:
+            n0, n1 = kind_range(tile_list, list_size, n0, n1, ALL)
+        if n0 < n1:
+            origin = tl.where(zone == 0, 0, key_start - prefix_tiles * TILE)
+            first_key = tl.where(zone == 0, 0, prefix)
+            last_key = tl.where(zone == 0, prefix, nk)
+            far_q = q
+            shift = -lse
+            side_row = tl.where(zone == 1, table_rows - 1, 0)
+            if HAS_BIAS:
+                far_q, row = far_operands(q, pos_key, pos_query, side_row, offs_d, zone, BLOCK_D)
+                shift = row * qk_scale - lse
+            dq_zone = tl.zeros([TILE, BLOCK_D], tl.float32)
+            ds_sum = tl.zeros([TILE], tl.float32)
+            for n in range(n0, n1):
+                tile = n
+                if MASKED:
+                    tile = listed(tile_list, list_size, n, ALL)
+                j0 = origin + tile * TILE
+                valid = valid_keys(j0 + offs_t, first_key, last_key, key_mask, MASKED)
+                partial = (j0 < first_key) | (j0 + TILE > last_key)
+                if MASKED:
+                    partial = is_partial(tile_list, list_size, tile, TILE)
+                k, v = load_tokens(keys, j0, offs_t, offs_d, valid, HEAD_DIM, BLOCK_D)
+                score = tl.dot(far_q, k.T, input_precision=PRECISION)
+                if partial:
+                    score = tl.where(valid[None, :], score, -float("inf"))
+                score = without_pairs(score, masks, place, i0, j0, False, MASKED, TILE)
+                dp = tl.dot(dout, v.T, input_precision=PRECISION)
+                _, ds = score_gradient(
+                    score, shift[:, None], dp, out_dot_dout[:, None], drop, i0, j0, keep_scale, qk_scale, False,
+                    DROPOUT, TILE,
+                )  # fmt: skip
+                ds_sum += tl.sum(ds, 1)
+                dq_zone = tl.dot(ds.to(k.dtype), k, dq_zone, input_precision=PRECISION)
+            dq += dq_zone
+            if HAS_BIAS:
+                if zone > 0:
+                    pos_row = tl.load(pos_key + side_row * BLOCK_D + offs_d).to(tl.float32)
+                    dq += ds_sum[:, None] * pos_row[None, :]
+                    far = far_ptr + (2 - zone) * far_side + offs_d  # zone 1 holds the largest distances, side 1
+                    tl.store(far, tl.sum(ds_sum[:, None] * q.to(tl.float32), 0))
+                    tl.store(far + far_table, tl.sum(dq_zone, 0))
+    return dq
+
+
+@triton.jit
+def _dq_near_zone(
+    q, dout, lse, out_dot_dout, dq, keys, masks, tables, place, drop, i0, near_start, near_stop, qk_scale, keep_scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Return dq with what the near keys add."""
+    key_mask, tile_list, list_size, pair_mask, has_pair, stride_pm, stride_pn = masks
+    pos_key, pos_query, table_rows, table_offset = tables
+    nq, nk, prefix, prefix_tiles, tiles, key_start = place
+    offs_t = tl.arange(0, TILE)
+    offs_d = tl.arange(0, BLOCK_D)
+    distance = difference(TILE)
+    high_row = offs_t[:, None] >= offs_t[None, :]
+    upper = offs_t[:, None] + offs_t[None, :] < TILE
+    block = i0 - (near_start - prefix_tiles) * TILE + prefix - key_start + table_offset
+    key_block = load_block(pos_key, block, offs_t, offs_d, BLOCK_D)
+    c2p_high = along_rows(tl.dot(q, key_block.T, input_precision=PRECISION), distance, TILE)
+    high = load_block(pos_query, block, offs_t, offs_d, BLOCK_D)
+    ds_high = tl.zeros([TILE, TILE], q.dtype)
+    for tile in tl.range(near_start, near_stop, num_stages=1):
+        j0 = key_start + (tile - prefix_tiles) * TILE
+        valid = valid_keys(j0 + offs_t, prefix, nk, key_mask, MASKED)
+        partial = (j0 < prefix) | (j0 + TILE > nk)
+        if MASKED:
+            partial = is_partial(tile_list, list_size, tile, TILE)
+        k, v = load_tokens(keys, j0, offs_t, offs_d, valid, HEAD_DIM, BLOCK_D)
+        block -= TILE
+        low = load_block(pos_query, block, offs_t, offs_d, BLOCK_D)
+        low_key_block = load_block(pos_key, block, offs_t, offs_d, BLOCK_D)
+        c2p_low = along_rows(tl.dot(q, low_key_block.T, input_precision=PRECISION), distance, TILE)
+        bias = along_columns(two_blocks(high, low, upper, k, PRECISION), distance, TILE)
+        bias += tl.where(high_row, c2p_high, c2p_low)
+        c2p_high = c2p_low
+        high = low
+        score = tl.dot(q, k.T, bias, input_precision=PRECISION)
+        if partial:
+            score = tl.where(valid[None, :], score, -float("inf"))
+        score = without_pairs(score, masks, place, i0, j0, False, MASKED, TILE)
+        dp = tl.dot(dout, v.T, input_precision=PRECISION)
+        _, ds = score_gradient(
+            score, -lse[:, None], dp, out_dot_dout[:, None], drop, i0, j0, keep_scale, qk_scale, False, DROPOUT, TILE
+        )
+        ds = ds.to(q.dtype)
+        dq = tl.dot(ds, k, dq, input_precision=PRECISION)
+        # ds by distance: what this tile and the one before it add to the rows of one table block.
+        by_distance = along_rows(ds, distance, TILE)
+        block_ds = tl.where(high_row, by_distance, ds_high)
+        ds_high = by_distance
+        dq = tl.dot(block_ds, key_block, dq, input_precision=PRECISION)
+        key_block = low_key_block
+    last_ds = tl.where(high_row, tl.zeros_like(ds_high), ds_high)
+    return tl.dot(last_ds, key_block, dq, input_precision=PRECISION)
 
 
 @triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=POINTERS)
@@ -178,122 +303,169 @@ def bwd_dq_kernel(
     k_base = k_ptr + (batch * stride_kb + h * stride_kh) * UNIT + start.to(tl.int64) * stride_kn
     v_base = v_ptr + (batch * stride_vb + h * stride_vh) * UNIT + start.to(tl.int64) * stride_vn
     dout_base = dout_ptr + (batch * stride_ob + h * stride_oh) * UNIT + first_row * stride_on
-    key_mask = key_mask_ptr + b * stride_mb
-    pair_mask = pair_mask_ptr + b * stride_pb + h * stride_ph
-    pos_key = pos_key_ptr + h.to(tl.int64) * table_rows * BLOCK_D
-    pos_query = pos_query_ptr + h.to(tl.int64) * table_rows * BLOCK_D
+    keys = (k_base, v_base, stride_kn, stride_vn)
     tile_list = tile_list_ptr + b.to(tl.int64) * list_size * ROWS
+    pair_mask = pair_mask_ptr + b * stride_pb + h * stride_ph
+    masks = (key_mask_ptr + b * stride_mb, tile_list, list_size, pair_mask, has_pair, stride_pm, stride_pn)
+    table = h.to(tl.int64) * table_rows * BLOCK_D
+    tables = (pos_key_ptr + table, pos_query_ptr + table, table_rows, table_offset)
+    place = (nq, nk, prefix, prefix_tiles, tiles, key_start)
+    drop = (seed_ptr, batch_head, threshold)
     q = load_rows(q_base, offs_t, offs_d, stride_qn, row_valid, HEAD_DIM, BLOCK_D)
     dout = load_rows(dout_base, offs_t, offs_d, stride_on, row_valid, HEAD_DIM, BLOCK_D)
-    dq = tl.zeros([TILE, BLOCK_D], tl.float32)
 
+    # Loops.
     near_start = tiles
     near_stop = tiles
     if HAS_BIAS:
         left, right = near_reach(prefix - key_start, low_end, high_start, TILE)
         near_start = tl.minimum(prefix_tiles + tl.maximum(tile_row + 1 - left, 0), tiles)
         near_stop = tl.minimum(prefix_tiles + tl.maximum(tile_row + right, 0), tiles)
-    for zone in range(3 if HAS_BIAS else 1):
-        n0 = tl.where(zone == 0, 0, tl.where(zone == 1, prefix_tiles, near_stop))
-        n1 = tl.where(zone == 0, prefix_tiles, tl.where(zone == 1, near_start, tiles))
-        origin = tl.where(zone == 0, 0, key_start - prefix_tiles * TILE)
-        first_key = tl.where(zone == 0, 0, prefix)
-        last_key = tl.where(zone == 0, prefix, nk)
-        if MASKED:
-            n0, n1 = kind_range(tile_list, list_size, n0, n1, ALL)
-        if n0 < n1:
-            far_q = q
-            shift = -lse
-            if HAS_BIAS:
-                far_q, row = far_operands(
-                    q, pos_key, pos_query, tl.where(zone == 1, table_rows - 1, 0), offs_d, zone, BLOCK_D
-                )
-                shift = row * qk_scale - lse
-            dq_zone = tl.zeros([TILE, BLOCK_D], tl.float32)
-            ds_sum = tl.zeros([TILE], tl.float32)
-            for n in range(n0, n1):
-                tile = n
-                if MASKED:
-                    tile = listed(tile_list, list_size, n, ALL)
-                j0 = origin + tile * TILE
-                valid = valid_keys(j0 + offs_t, first_key, last_key, key_mask, MASKED)
-                partial = (j0 < first_key) | (j0 + TILE > last_key)
-                if MASKED:
-                    partial = is_partial(tile_list, list_size, tile, TILE)
-                k = load_rows(k_base + j0.to(tl.int64) * stride_kn, offs_t, offs_d, stride_kn, valid, HEAD_DIM, BLOCK_D)
-                v = load_rows(v_base + j0.to(tl.int64) * stride_vn, offs_t, offs_d, stride_vn, valid, HEAD_DIM, BLOCK_D)
-                score = tl.dot(far_q, k.T, input_precision=PRECISION)
-                if partial:
-                    score = tl.where(valid[None, :], score, -float("inf"))
-                score = without_pairs(score, pair_mask, has_pair, i0, j0, nq, nk, stride_pm, stride_pn, MASKED, TILE)
-                dp = tl.dot(dout, v.T, input_precision=PRECISION)
-                _, ds = score_gradient(
-                    score, shift[:, None], dp, out_dot_dout[:, None], seed_ptr, batch_head, i0, j0, threshold,
-                    keep_scale, qk_scale, False, DROPOUT, TILE,
-                )  # fmt: skip
-                ds_sum += tl.sum(ds, 1)
-                dq_zone = tl.dot(ds.to(k.dtype), k, dq_zone, input_precision=PRECISION)
-            dq += dq_zone
-            if HAS_BIAS:
-                if zone > 0:
-                    side = 2 - zone  # zone 1 holds the largest distances, side 1
-                    far_row = tl.where(zone == 1, table_rows - 1, 0)
-                    pos_row = tl.load(pos_key + far_row * BLOCK_D + offs_d).to(tl.float32)
-                    dq += ds_sum[:, None] * pos_row[None, :]
-                    far = far_ptr + ((side * heads + h) * far_size + b * row_tiles + tile_row) * BLOCK_D + offs_d
-                    tl.store(far, tl.sum(ds_sum[:, None] * q.to(tl.float32), 0))
-                    tl.store(far + 2 * heads * far_size * BLOCK_D, tl.sum(dq_zone, 0))
-
+    far = far_ptr + (h * far_size + b * row_tiles + tile_row) * BLOCK_D
+    dq = _dq_far_zones(
+        q, dout, lse, out_dot_dout, keys, masks, tables, place, drop, i0, near_start, near_stop, far,
+        2 * heads * far_size * BLOCK_D, heads * far_size * BLOCK_D, qk_scale, keep_scale, HEAD_DIM, BLOCK_D, TILE,
+        HAS_BIAS, MASKED, DROPOUT, PRECISION,
+    )  # fmt: skip
     if HAS_BIAS:
         if MASKED:
             near_start, near_stop = occupied(tile_list, list_size, near_start, near_stop)
         if near_start < near_stop:
-            distance = difference(TILE)
-            high_row = offs_t[:, None] >= offs_t[None, :]
-            upper = offs_t[:, None] + offs_t[None, :] < TILE
-            block = (tile_row - near_start + prefix_tiles) * TILE + prefix - key_start + table_offset
-            key_block = load_block(pos_key, block, offs_t, offs_d, BLOCK_D)
-            c2p_high = along_rows(tl.dot(q, key_block.T, input_precision=PRECISION), distance, TILE)
-            high = load_block(pos_query, block, offs_t, offs_d, BLOCK_D)
-            ds_high = tl.zeros([TILE, TILE], q.dtype)
-            for tile in tl.range(near_start, near_stop, num_stages=1):
-                j0 = key_start + (tile - prefix_tiles) * TILE
-                valid = valid_keys(j0 + offs_t, prefix, nk, key_mask, MASKED)
-                partial = (j0 < prefix) | (j0 + TILE > nk)
-                if MASKED:
-                    partial = is_partial(tile_list, list_size, tile, TILE)
-                k = load_rows(k_base + j0.to(tl.int64) * stride_kn, offs_t, offs_d, stride_kn, valid, HEAD_DIM, BLOCK_D)
-                v = load_rows(v_base + j0.to(tl.int64) * stride_vn, offs_t, offs_d, stride_vn, valid, HEAD_DIM, BLOCK_D)
-                low = load_block(pos_query, block - TILE, offs_t, offs_d, BLOCK_D)
-                low_key_block = load_block(pos_key, block - TILE, offs_t, offs_d, BLOCK_D)
-                c2p_low = along_rows(tl.dot(q, low_key_block.T, input_precision=PRECISION), distance, TILE)
-                bias = along_columns(two_blocks(high, low, upper, k, PRECISION), distance, TILE)
-                bias += tl.where(high_row, c2p_high, c2p_low)
-                c2p_high = c2p_low
-                high = low
-                score = tl.dot(q, k.T, bias, input_precision=PRECISION)
-                if partial:
-                    score = tl.where(valid[None, :], score, -float("inf"))
-                score = without_pairs(score, pair_mask, has_pair, i0, j0, nq, nk, stride_pm, stride_pn, MASKED, TILE)
-                dp = tl.dot(dout, v.T, input_precision=PRECISION)
-                _, ds = score_gradient(
-                    score, -lse[:, None], dp, out_dot_dout[:, None], seed_ptr, batch_head, i0, j0, threshold,
-                    keep_scale, qk_scale, False, DROPOUT, TILE,
-                )  # fmt: skip
-                ds = ds.to(q.dtype)
-                dq = tl.dot(ds, k, dq, input_precision=PRECISION)
-                # ds by distance: what this tile and the one before it add to the rows of one table block.
-                by_distance = along_rows(ds, distance, TILE)
-                block_ds = tl.where(high_row, by_distance, ds_high)
-                ds_high = by_distance
-                dq = tl.dot(block_ds, key_block, dq, input_precision=PRECISION)
-                key_block = low_key_block
-                block -= TILE
-            last_ds = tl.where(high_row, tl.zeros_like(ds_high), ds_high)
-            dq = tl.dot(last_ds, key_block, dq, input_precision=PRECISION)
+            dq = _dq_near_zone(
+                q, dout, lse, out_dot_dout, dq, keys, masks, tables, place, drop, i0, near_start, near_stop, qk_scale,
+                keep_scale, HEAD_DIM, BLOCK_D, TILE, MASKED, DROPOUT, PRECISION,
+            )  # fmt: skip
 
+    # Stores.
     dq_base = dq_ptr + ((batch * memory_rows + first_row) * heads + h) * HEAD_DIM
     store_rows(dq_base, offs_t, offs_d, heads * HEAD_DIM, m_mask, dq * scale, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def _load_queries(queries, stats, stats_size, i0, offs_t, offs_d, nq, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+                  MASKED: tl.constexpr):  # fmt: skip
+    """Return q, dout, log2 of the denominators (+inf on padded rows) and sums of out * dout of a tile of queries."""
+    m_mask = i0 + offs_t < nq
+    lse = tl.load(stats + i0 + offs_t, mask=m_mask, other=float("inf"))
+    out_dot_dout = tl.load(stats + stats_size + i0 + offs_t, mask=m_mask, other=0.0)
+    row_valid = m_mask
+    if MASKED:
+        row_valid = lse != float("inf")
+    q, dout = load_tokens(queries, i0, offs_t, offs_d, row_valid, HEAD_DIM, BLOCK_D)
+    return q, dout, lse, out_dot_dout
+
+
+@triton.jit
+def _dkv_far_zones(
+    k, v, valid, partial, queries, stats, stats_size, masks, tables, place, drop, row_list, row_list_size, tile, j0,
+    row_tiles, near_start, near_stop, qk_scale, keep_scale, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    TILE: tl.constexpr, HAS_BIAS: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Return what the saturated queries add to dk and dv, above (side 0, smallest distances) and below (side 1).
+
+    For a tile of prefix keys all queries are on side 1, without a position.
+    """
+    pos_key, pos_query, table_rows, table_offset = tables
+    nq, nk, prefix, prefix_tiles, tiles, key_start = place
+    offs_t = tl.arange(0, TILE)
+    offs_d = tl.arange(0, BLOCK_D)
+    positioned = (tile >= prefix_tiles).to(tl.int32)
+    dk = tl.zeros([TILE, BLOCK_D], tl.float32)
+    dv = tl.zeros([TILE, BLOCK_D], tl.float32)
+    for side in range(2):
+        n0 = tl.where(side == 0, 0, near_stop)
+        n1 = tl.where(side == 0, near_start, row_tiles)
+        if MASKED:
+            n0, n1 = kind_range(row_list, row_list_size, n0, n1, ALL)
+        if n0 < n1:
+            pos_row = tl.zeros([BLOCK_D], tl.float32)
+            if HAS_BIAS:
+                far_row = pos_query + side * (table_rows - 1) * BLOCK_D + offs_d
+                pos_row = tl.load(far_row, mask=when(offs_d < BLOCK_D, positioned), other=0.0).to(tl.float32)
+            for n in range(n0, n1):
+                tile_row = n
+                if MASKED:
+                    tile_row = listed(row_list, row_list_size, n, ALL)
+                i0 = tile_row * TILE
+                q, dout, lse, out_dot_dout = _load_queries(
+                    queries, stats, stats_size, i0, offs_t, offs_d, nq, HEAD_DIM, BLOCK_D, MASKED
+                )
+                shift = -lse
+                if HAS_BIAS:
+                    # The same rounding as in `far_operands`.
+                    q = (q.to(tl.float32) + pos_row[None, :]).to(q.dtype)
+                    has_row = when(i0 + offs_t < nq, positioned)
+                    shift += tl.load(stats + (2 + side) * stats_size + i0 + offs_t, mask=has_row, other=0.0) * qk_scale
+                score = tl.dot(k, q.T, input_precision=PRECISION)
+                if partial:
+                    score = tl.where(valid[:, None], score, -float("inf"))
+                score = without_pairs(score, masks, place, i0, j0, True, MASKED, TILE)
+                dp = tl.dot(v, dout.T, input_precision=PRECISION)
+                p, ds = score_gradient(
+                    score, shift[None, :], dp, out_dot_dout[None, :], drop, i0, j0, keep_scale, qk_scale, True, DROPOUT,
+                    TILE,
+                )  # fmt: skip
+                dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
+                dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit
+def _dkv_near_zone(
+    k, v, dk, dv, valid, partial, queries, stats, stats_size, masks, tables, place, drop, tile, j0, near_start,
+    near_stop, qk_scale, keep_scale, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
+    MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Return dk and dv with what the near queries add.
+
+    Here rows are keys: y = (column - row) mod T, and the high block serves the columns >= rows. In the product of a
+    block with the queries, row y of query r is of the high block where y <= r, the same condition.
+    """
+    pos_key, pos_query, table_rows, table_offset = tables
+    nq, nk, prefix, prefix_tiles, tiles, key_start = place
+    offs_t = tl.arange(0, TILE)
+    offs_d = tl.arange(0, BLOCK_D)
+    distance = (TILE - difference(TILE)) & (TILE - 1)
+    back = total(TILE)
+    high_pair = offs_t[:, None] <= offs_t[None, :]
+    below = offs_t[:, None] + offs_t[None, :] < TILE
+    block = (near_start - tile + prefix_tiles - 1) * TILE + prefix - key_start + table_offset
+    query_block = load_block(pos_query, block, offs_t, offs_d, BLOCK_D)
+    p2c_low = along_rows(tl.dot(k, query_block.T, input_precision=PRECISION), distance, TILE)
+    low = load_block(pos_key, block, offs_t, offs_d, BLOCK_D)
+    ds_low = tl.zeros([TILE, TILE], k.dtype)
+    for tile_row in tl.range(near_start, near_stop, num_stages=1):
+        i0 = tile_row * TILE
+        q, dout, lse, out_dot_dout = _load_queries(
+            queries, stats, stats_size, i0, offs_t, offs_d, nq, HEAD_DIM, BLOCK_D, MASKED
+        )
+        block += TILE
+        high_query_block = load_block(pos_query, block, offs_t, offs_d, BLOCK_D)
+        high = load_block(pos_key, block, offs_t, offs_d, BLOCK_D)
+        p2c_high = along_rows(tl.dot(k, high_query_block.T, input_precision=PRECISION), distance, TILE)
+        bias = along_columns(two_blocks(high, low, high_pair, q, PRECISION), distance, TILE)
+        bias += tl.where(high_pair, p2c_high, p2c_low)
+        p2c_low = p2c_high
+        low = high
+        score = tl.dot(k, q.T, bias, input_precision=PRECISION)
+        if partial:
+            score = tl.where(valid[:, None], score, -float("inf"))
+        score = without_pairs(score, masks, place, i0, j0, True, MASKED, TILE)
+        dp = tl.dot(v, dout.T, input_precision=PRECISION)
+        p, ds = score_gradient(
+            score, -lse[None, :], dp, out_dot_dout[None, :], drop, i0, j0, keep_scale, qk_scale, True, DROPOUT, TILE
+        )
+        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
+        ds = ds.to(q.dtype)
+        dk = tl.dot(ds, q, dk, input_precision=PRECISION)
+        by_distance = along_rows(ds, back, TILE)
+        block_ds = tl.where(below, ds_low, by_distance)
+        ds_low = by_distance
+        dk = tl.dot(block_ds, query_block, dk, input_precision=PRECISION)
+        query_block = high_query_block
+    last_ds = tl.where(below, ds_low, tl.zeros_like(ds_low))
+    dk = tl.dot(last_ds, query_block, dk, input_precision=PRECISION)
+    return dk, dv
 
 
 @triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=POINTERS)
@@ -337,138 +509,49 @@ def bwd_dkv_kernel(
     valid = valid_keys(j0 + offs_t, first_key, last_key, key_mask_ptr + b * stride_mb, MASKED)
     partial = (j0 < first_key) | (j0 + TILE > last_key)
     row_list = row_list_ptr + b.to(tl.int64) * row_list_size * ROWS
+    tile_list = tile_list_ptr + b.to(tl.int64) * list_size * ROWS
     if MASKED:
-        tile_list = tile_list_ptr + b.to(tl.int64) * list_size * ROWS
         partial = is_partial(tile_list, list_size, tile, TILE)
-    first_row = (start + j0).to(tl.int64)
-    stride_qn = stride_qn * UNIT
-    stride_kn = stride_kn * UNIT
-    stride_vn = stride_vn * UNIT
-    stride_on = stride_on * UNIT
-    q_base = q_ptr + (batch * stride_qb + h * stride_qh) * UNIT + start.to(tl.int64) * stride_qn
-    k_base = k_ptr + (batch * stride_kb + h * stride_kh) * UNIT + first_row * stride_kn
-    v_base = v_ptr + (batch * stride_vb + h * stride_vh) * UNIT + first_row * stride_vn
-    dout_base = dout_ptr + (batch * stride_ob + h * stride_oh) * UNIT + start.to(tl.int64) * stride_on
-    stats_base = stats_ptr + (batch * heads + h) * query_rows + start
-    pair_mask = pair_mask_ptr + b * stride_pb + h * stride_ph
-    pos_key = pos_key_ptr + h.to(tl.int64) * table_rows * BLOCK_D
-    pos_query = pos_query_ptr + h.to(tl.int64) * table_rows * BLOCK_D
-    k = load_rows(k_base, offs_t, offs_d, stride_kn, valid, HEAD_DIM, BLOCK_D)
-    v = load_rows(v_base, offs_t, offs_d, stride_vn, valid, HEAD_DIM, BLOCK_D)
-    if MASKED:
         n0, n1 = kind_range(tile_list, list_size, tile, tile + 1, ALL)
         row_tiles = tl.where(n0 < n1, row_tiles, 0)
-    dk = tl.zeros([TILE, BLOCK_D], tl.float32)
-    dv = tl.zeros([TILE, BLOCK_D], tl.float32)
+    first_row = (start + j0).to(tl.int64)
+    first_token = start.to(tl.int64)
+    k_base = k_ptr + (batch * stride_kb + h * stride_kh + first_token * stride_kn) * UNIT
+    v_base = v_ptr + (batch * stride_vb + h * stride_vh + first_token * stride_vn) * UNIT
+    q_base = q_ptr + (batch * stride_qb + h * stride_qh + first_token * stride_qn) * UNIT
+    dout_base = dout_ptr + (batch * stride_ob + h * stride_oh + first_token * stride_on) * UNIT
+    queries = (q_base, dout_base, stride_qn * UNIT, stride_on * UNIT)
+    stats = stats_ptr + (batch * heads + h) * query_rows + start
+    pair_mask = pair_mask_ptr + b * stride_pb + h * stride_ph
+    masks = (key_mask_ptr, tile_list, list_size, pair_mask, has_pair, stride_pm, stride_pn)
+    table = h.to(tl.int64) * table_rows * BLOCK_D
+    tables = (pos_key_ptr + table, pos_query_ptr + table, table_rows, table_offset)
+    place = (nq, nk, prefix, prefix_tiles, tiles, key_start)
+    drop = (seed_ptr, batch_head, threshold)
+    keys = (k_base, v_base, stride_kn * UNIT, stride_vn * UNIT)
+    k, v = load_tokens(keys, j0, offs_t, offs_d, valid, HEAD_DIM, BLOCK_D)
 
-    # Far zones: rows above (the smallest distances) and below (the largest); all rows of a prefix key.
+    # Loops.
     near_start = 0
     near_stop = 0
     if HAS_BIAS:
         left, right = near_reach(prefix - key_start, low_end, high_start, TILE)
         position_tile = tile - prefix_tiles
-        near_start = tl.where(is_prefix, row_tiles, tl.minimum(tl.maximum(position_tile + 1 - right, 0), row_tiles))
-        near_stop = tl.where(is_prefix, row_tiles, tl.minimum(tl.maximum(position_tile + left, 0), row_tiles))
-    for side in range(2 if HAS_BIAS else 1):
-        n0 = tl.where(side == 0, 0, near_stop)
-        n1 = row_tiles
-        if HAS_BIAS:
-            n1 = tl.where(side == 0, near_start, row_tiles)
-        if MASKED:
-            n0, n1 = kind_range(row_list, row_list_size, n0, n1, ALL)
-        if n0 < n1:
-            pos_row = tl.zeros([BLOCK_D], tl.float32)
-            if HAS_BIAS:
-                far_row = side * (table_rows - 1)
-                has_position = when(offs_d < BLOCK_D, 1 - is_prefix.to(tl.int32))
-                pos_row = tl.load(pos_query + far_row * BLOCK_D + offs_d, mask=has_position, other=0.0).to(tl.float32)
-            for n in range(n0, n1):
-                tile_row = n
-                if MASKED:
-                    tile_row = listed(row_list, row_list_size, n, ALL)
-                i0 = tile_row * TILE
-                m_mask = i0 + offs_t < nq
-                stats = stats_base + i0 + offs_t
-                lse = tl.load(stats, mask=m_mask, other=float("inf"))
-                out_dot_dout = tl.load(stats + stats_size, mask=m_mask, other=0.0)
-                row_valid = m_mask
-                if MASKED:
-                    row_valid = lse != float("inf")
-                i = i0.to(tl.int64)
-                q = load_rows(q_base + i * stride_qn, offs_t, offs_d, stride_qn, row_valid, HEAD_DIM, BLOCK_D)
-                dout = load_rows(dout_base + i * stride_on, offs_t, offs_d, stride_on, row_valid, HEAD_DIM, BLOCK_D)
-                shift = -lse
-                if HAS_BIAS:
-                    # The same rounding as in `far_operands`.
-                    q = (q.to(tl.float32) + pos_row[None, :]).to(q.dtype)
-                    has_row = when(m_mask, 1 - is_prefix.to(tl.int32))
-                    shift += tl.load(stats + (2 + side) * stats_size, mask=has_row, other=0.0) * qk_scale
-                score = tl.dot(k, q.T, input_precision=PRECISION)
-                if partial:
-                    score = tl.where(valid[:, None], score, -float("inf"))
-                score = without_pairs(score, pair_mask, has_pair, j0, i0, nk, nq, stride_pn, stride_pm, MASKED, TILE)
-                dp = tl.dot(v, dout.T, input_precision=PRECISION)
-                p, ds = score_gradient(
-                    score, shift[None, :], dp, out_dot_dout[None, :], seed_ptr, batch_head, i0, j0, threshold,
-                    keep_scale, qk_scale, True, DROPOUT, TILE,
-                )  # fmt: skip
-                dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
-                dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
-
+        near_start = tl.where(is_prefix, 0, tl.minimum(tl.maximum(position_tile + 1 - right, 0), row_tiles))
+        near_stop = tl.where(is_prefix, 0, tl.minimum(tl.maximum(position_tile + left, 0), row_tiles))
+    dk, dv = _dkv_far_zones(
+        k, v, valid, partial, queries, stats, stats_size, masks, tables, place, drop, row_list, row_list_size, tile, j0,
+        row_tiles, near_start, near_stop, qk_scale, keep_scale, HEAD_DIM, BLOCK_D, TILE, HAS_BIAS, MASKED, DROPOUT,
+        PRECISION,
+    )  # fmt: skip
     if HAS_BIAS:
         if MASKED:
             near_start, near_stop = occupied(row_list, row_list_size, near_start, near_stop)
         if near_start < near_stop:
-            # Here rows are keys: y = (column - row) mod T, and the high block serves columns >= rows.
-            distance = (TILE - difference(TILE)) & (TILE - 1)
-            high_pair = offs_t[:, None] <= offs_t[None, :]
-            below = offs_t[:, None] + offs_t[None, :] < TILE
-            back = total(TILE)
-            block = (near_start - tile + prefix_tiles) * TILE + prefix - key_start + table_offset - TILE
-            query_block = load_block(pos_query, block, offs_t, offs_d, BLOCK_D)
-            p2c_low = along_rows(tl.dot(k, query_block.T, input_precision=PRECISION), distance, TILE)
-            low = load_block(pos_key, block, offs_t, offs_d, BLOCK_D)
-            ds_low = tl.zeros([TILE, TILE], k.dtype)
-            for tile_row in tl.range(near_start, near_stop, num_stages=1):
-                i0 = tile_row * TILE
-                m_mask = i0 + offs_t < nq
-                stats = stats_base + i0 + offs_t
-                lse = tl.load(stats, mask=m_mask, other=float("inf"))
-                out_dot_dout = tl.load(stats + stats_size, mask=m_mask, other=0.0)
-                row_valid = m_mask
-                if MASKED:
-                    row_valid = lse != float("inf")
-                i = i0.to(tl.int64)
-                q = load_rows(q_base + i * stride_qn, offs_t, offs_d, stride_qn, row_valid, HEAD_DIM, BLOCK_D)
-                dout = load_rows(dout_base + i * stride_on, offs_t, offs_d, stride_on, row_valid, HEAD_DIM, BLOCK_D)
-                high_query_block = load_block(pos_query, block + TILE, offs_t, offs_d, BLOCK_D)
-                high = load_block(pos_key, block + TILE, offs_t, offs_d, BLOCK_D)
-                p2c_high = along_rows(tl.dot(k, high_query_block.T, input_precision=PRECISION), distance, TILE)
-                # In the product of a block with the queries, row y of query r is of the high block where y <= r.
-                bias = along_columns(two_blocks(high, low, high_pair, q, PRECISION), distance, TILE)
-                bias += tl.where(high_pair, p2c_high, p2c_low)
-                p2c_low = p2c_high
-                low = high
-                score = tl.dot(k, q.T, bias, input_precision=PRECISION)
-                if partial:
-                    score = tl.where(valid[:, None], score, -float("inf"))
-                score = without_pairs(score, pair_mask, has_pair, j0, i0, nk, nq, stride_pn, stride_pm, MASKED, TILE)
-                dp = tl.dot(v, dout.T, input_precision=PRECISION)
-                p, ds = score_gradient(
-                    score, -lse[None, :], dp, out_dot_dout[None, :], seed_ptr, batch_head, i0, j0, threshold,
-                    keep_scale, qk_scale, True, DROPOUT, TILE,
-                )  # fmt: skip
-                dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
-                ds = ds.to(q.dtype)
-                dk = tl.dot(ds, q, dk, input_precision=PRECISION)
-                by_distance = along_rows(ds, back, TILE)
-                block_ds = tl.where(below, ds_low, by_distance)
-                ds_low = by_distance
-                dk = tl.dot(block_ds, query_block, dk, input_precision=PRECISION)
-                query_block = high_query_block
-                block += TILE
-            last_ds = tl.where(below, ds_low, tl.zeros_like(ds_low))
-            dk = tl.dot(last_ds, query_block, dk, input_precision=PRECISION)
+            dk, dv = _dkv_near_zone(
+                k, v, dk, dv, valid, partial, queries, stats, stats_size, masks, tables, place, drop, tile, j0,
+                near_start, near_stop, qk_scale, keep_scale, HEAD_DIM, BLOCK_D, TILE, MASKED, DROPOUT, PRECISION,
+            )  # fmt: skip
 
     # Epilogue and stores.
     if MASKED:

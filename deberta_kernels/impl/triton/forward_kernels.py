@@ -13,6 +13,7 @@ from deberta_kernels.impl.triton.primitives import (
     key_segments,
     load_block,
     load_rows,
+    load_tokens,
     near_reach,
     sequence,
     store_rows,
@@ -44,8 +45,8 @@ POINTERS = ("key_mask_ptr", "query_mask_ptr", "pair_mask_ptr", "tile_list_ptr", 
 
 @triton.jit
 def _online_softmax(
-    score, row, m, total, acc, v, seed_ptr, batch_head, i0, j0, threshold, qk_scale, GUARD: tl.constexpr,
-    DROPOUT: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
+    score, row, m, total, acc, v, drop, i0, j0, qk_scale, GUARD: tl.constexpr, DROPOUT: tl.constexpr,
+    TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Fold one tile of scores into the running maximum m (log2), sum of exponentials `total` and values acc.
 
@@ -59,6 +60,7 @@ def _online_softmax(
     alpha = tl.exp2(m - base)
     total = total * alpha + tl.sum(p, 1)
     if DROPOUT:
+        seed_ptr, batch_head, threshold = drop
         p = tl.where(kept(seed_ptr, batch_head, i0, j0, threshold, False, TILE), p, 0.0)
     acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
     return new_m, total, acc
@@ -81,6 +83,104 @@ def _zone_ranges(
         part_start = 1 - (full_start - first_tile)
         part_stop = 1 + (last_tile - full_stop)
     return full_start, full_stop, part_start, part_stop
+
+
+@triton.jit
+def _far_zones(
+    q, m, total, acc, keys, masks, tables, place, drop, i0, near_start, near_stop, qk_scale, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, TILE: tl.constexpr, HAS_BIAS: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Attend to the prefix keys, then to the saturated keys on the left and on the right: plain attention each."""
+    key_mask, tile_list, list_size, pair_mask, has_pair, stride_pm, stride_pn = masks
+    pos_key, pos_query, table_rows, table_offset = tables
+    nq, nk, prefix, prefix_tiles, tiles, key_start = place
+    offs_t = tl.arange(0, TILE)
+    offs_d = tl.arange(0, BLOCK_D)
+    for zone in range(3 if HAS_BIAS else 1):
+        first_tile = tl.where(zone == 0, 0, tl.where(zone == 1, prefix_tiles, near_stop))
+        last_tile = tl.where(zone == 0, prefix_tiles, tl.where(zone == 1, near_start, tiles))
+        if first_tile < last_tile:
+            origin = tl.where(zone == 0, 0, key_start - prefix_tiles * TILE)
+            first_key = tl.where(zone == 0, 0, prefix)
+            last_key = tl.where(zone == 0, prefix, nk)
+            far_q = q
+            row = tl.zeros([TILE], tl.float32)
+            if HAS_BIAS:
+                side_row = tl.where(zone == 1, table_rows - 1, 0)
+                far_q, row = far_operands(q, pos_key, pos_query, side_row, offs_d, zone, BLOCK_D)
+                row = row * qk_scale
+            full_start, full_stop, part_start, part_stop = _zone_ranges(
+                tile_list, list_size, first_tile, last_tile, origin + first_tile * TILE < first_key,
+                origin + last_tile * TILE > last_key, MASKED,
+            )  # fmt: skip
+            for n in range(full_start, full_stop):
+                tile = n
+                if MASKED:
+                    tile = listed(tile_list, list_size, n, FULL)
+                j0 = origin + tile * TILE
+                k, v = load_tokens(keys, j0, offs_t, offs_d, None, HEAD_DIM, BLOCK_D)
+                score = tl.dot(far_q, k.T, input_precision=PRECISION)
+                m, total, acc = _online_softmax(
+                    score, row, m, total, acc, v, drop, i0, j0, qk_scale, False, DROPOUT, TILE, PRECISION
+                )
+            for n in tl.range(part_start, part_stop, num_stages=1):
+                tile = tl.where(n == 0, first_tile, last_tile - 1)
+                if MASKED:
+                    tile = listed(tile_list, list_size, n, PARTIAL)
+                j0 = origin + tile * TILE
+                valid = valid_keys(j0 + offs_t, first_key, last_key, key_mask, MASKED)
+                k, v = load_tokens(keys, j0, offs_t, offs_d, valid, HEAD_DIM, BLOCK_D)
+                score = tl.where(valid[None, :], tl.dot(far_q, k.T, input_precision=PRECISION), -float("inf"))
+                score = without_pairs(score, masks, place, i0, j0, False, MASKED, TILE)
+                m, total, acc = _online_softmax(
+                    score, row, m, total, acc, v, drop, i0, j0, qk_scale, MASKED, DROPOUT, TILE, PRECISION
+                )
+    return m, total, acc
+
+
+@triton.jit
+def _near_zone(
+    q, m, total, acc, keys, masks, tables, place, drop, i0, near_start, near_stop, qk_scale, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Attend to linear and logarithmic distances, and to the tiles where they meet the saturated ones."""
+    key_mask, tile_list, list_size, pair_mask, has_pair, stride_pm, stride_pn = masks
+    pos_key, pos_query, table_rows, table_offset = tables
+    nq, nk, prefix, prefix_tiles, tiles, key_start = place
+    offs_t = tl.arange(0, TILE)
+    offs_d = tl.arange(0, BLOCK_D)
+    distance = difference(TILE)
+    high_row = offs_t[:, None] >= offs_t[None, :]
+    upper = offs_t[:, None] + offs_t[None, :] < TILE
+    no_row = tl.zeros([TILE], tl.float32)
+    block = i0 - (near_start - prefix_tiles) * TILE + prefix - key_start + table_offset
+    key_block = load_block(pos_key, block, offs_t, offs_d, BLOCK_D)
+    c2p_high = along_rows(tl.dot(q, key_block.T, input_precision=PRECISION), distance, TILE)
+    high = load_block(pos_query, block, offs_t, offs_d, BLOCK_D)
+    for tile in tl.range(near_start, near_stop, num_stages=1):
+        j0 = key_start + (tile - prefix_tiles) * TILE
+        valid = valid_keys(j0 + offs_t, prefix, nk, key_mask, MASKED)
+        partial = (j0 < prefix) | (j0 + TILE > nk)
+        if MASKED:
+            partial = is_partial(tile_list, list_size, tile, TILE)
+        k, v = load_tokens(keys, j0, offs_t, offs_d, valid, HEAD_DIM, BLOCK_D)
+        block -= TILE
+        low = load_block(pos_query, block, offs_t, offs_d, BLOCK_D)
+        key_block = load_block(pos_key, block, offs_t, offs_d, BLOCK_D)
+        c2p_low = along_rows(tl.dot(q, key_block.T, input_precision=PRECISION), distance, TILE)
+        bias = along_columns(two_blocks(high, low, upper, k, PRECISION), distance, TILE)
+        bias += tl.where(high_row, c2p_high, c2p_low)
+        c2p_high = c2p_low
+        high = low
+        score = tl.dot(q, k.T, bias, input_precision=PRECISION)
+        if partial:
+            score = tl.where(valid[None, :], score, -float("inf"))
+        score = without_pairs(score, masks, place, i0, j0, False, MASKED, TILE)
+        m, total, acc = _online_softmax(
+            score, no_row, m, total, acc, v, drop, i0, j0, qk_scale, MASKED, DROPOUT, TILE, PRECISION
+        )
+    return m, total, acc
 
 
 @triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=POINTERS)
@@ -125,108 +225,38 @@ def forward_kernel(
     q_base = q_ptr + (batch * stride_qb + h * stride_qh) * UNIT + first_row * stride_qn
     k_base = k_ptr + (batch * stride_kb + h * stride_kh) * UNIT + start.to(tl.int64) * stride_kn
     v_base = v_ptr + (batch * stride_vb + h * stride_vh) * UNIT + start.to(tl.int64) * stride_vn
-    key_mask = key_mask_ptr + b * stride_mb
-    pair_mask = pair_mask_ptr + b * stride_pb + h * stride_ph
-    pos_key = pos_key_ptr + h.to(tl.int64) * table_rows * BLOCK_D
-    pos_query = pos_query_ptr + h.to(tl.int64) * table_rows * BLOCK_D
+    keys = (k_base, v_base, stride_kn, stride_vn)
     tile_list = tile_list_ptr + b.to(tl.int64) * list_size * ROWS
+    pair_mask = pair_mask_ptr + b * stride_pb + h * stride_ph
+    masks = (key_mask_ptr + b * stride_mb, tile_list, list_size, pair_mask, has_pair, stride_pm, stride_pn)
+    table = h.to(tl.int64) * table_rows * BLOCK_D
+    tables = (pos_key_ptr + table, pos_query_ptr + table, table_rows, table_offset)
+    place = (nq, nk, prefix, prefix_tiles, tiles, key_start)
+    drop = (seed_ptr, batch_head, threshold)
     q = load_rows(q_base, offs_t, offs_d, stride_qn, row_valid, HEAD_DIM, BLOCK_D)
     m = tl.full([TILE], -float("inf"), tl.float32)
     total = tl.zeros([TILE], tl.float32)
     acc = tl.zeros([TILE, BLOCK_D], tl.float32)
 
-    # Far zones: prefix keys, then the saturated keys to the left and to the right.
+    # Loops.
     near_start = tiles
     near_stop = tiles
     if HAS_BIAS:
         left, right = near_reach(prefix - key_start, low_end, high_start, TILE)
         near_start = tl.minimum(prefix_tiles + tl.maximum(tile_row + 1 - left, 0), tiles)
         near_stop = tl.minimum(prefix_tiles + tl.maximum(tile_row + right, 0), tiles)
-    for zone in range(3 if HAS_BIAS else 1):
-        first_tile = tl.where(zone == 0, 0, tl.where(zone == 1, prefix_tiles, near_stop))
-        last_tile = tl.where(zone == 0, prefix_tiles, tl.where(zone == 1, near_start, tiles))
-        if first_tile < last_tile:
-            origin = tl.where(zone == 0, 0, key_start - prefix_tiles * TILE)
-            first_key = tl.where(zone == 0, 0, prefix)
-            last_key = tl.where(zone == 0, prefix, nk)
-            far_q = q
-            row = tl.zeros([TILE], tl.float32)
-            if HAS_BIAS:
-                side_row = tl.where(zone == 1, table_rows - 1, 0)
-                far_q, row = far_operands(q, pos_key, pos_query, side_row, offs_d, zone, BLOCK_D)
-                row = row * qk_scale
-            full_start, full_stop, part_start, part_stop = _zone_ranges(
-                tile_list, list_size, first_tile, last_tile, origin + first_tile * TILE < first_key,
-                origin + last_tile * TILE > last_key, MASKED,
-            )  # fmt: skip
-            for n in range(full_start, full_stop):
-                tile = n
-                if MASKED:
-                    tile = listed(tile_list, list_size, n, FULL)
-                j0 = origin + tile * TILE
-                k = load_rows(k_base + j0.to(tl.int64) * stride_kn, offs_t, offs_d, stride_kn, None, HEAD_DIM, BLOCK_D)
-                v = load_rows(v_base + j0.to(tl.int64) * stride_vn, offs_t, offs_d, stride_vn, None, HEAD_DIM, BLOCK_D)
-                score = tl.dot(far_q, k.T, input_precision=PRECISION)
-                m, total, acc = _online_softmax(
-                    score, row, m, total, acc, v, seed_ptr, batch_head, i0, j0, threshold, qk_scale, False, DROPOUT,
-                    TILE, PRECISION,
-                )  # fmt: skip
-            for n in tl.range(part_start, part_stop, num_stages=1):
-                tile = tl.where(n == 0, first_tile, last_tile - 1)
-                if MASKED:
-                    tile = listed(tile_list, list_size, n, PARTIAL)
-                j0 = origin + tile * TILE
-                valid = valid_keys(j0 + offs_t, first_key, last_key, key_mask, MASKED)
-                k = load_rows(k_base + j0.to(tl.int64) * stride_kn, offs_t, offs_d, stride_kn, valid, HEAD_DIM, BLOCK_D)
-                v = load_rows(v_base + j0.to(tl.int64) * stride_vn, offs_t, offs_d, stride_vn, valid, HEAD_DIM, BLOCK_D)
-                score = tl.where(valid[None, :], tl.dot(far_q, k.T, input_precision=PRECISION), -float("inf"))
-                score = without_pairs(
-                    score, pair_mask, has_pair, i0, j0, nq, nk, stride_pm, stride_pn, MASKED, TILE
-                )  # fmt: skip
-                m, total, acc = _online_softmax(
-                    score, row, m, total, acc, v, seed_ptr, batch_head, i0, j0, threshold, qk_scale, MASKED, DROPOUT,
-                    TILE, PRECISION,
-                )  # fmt: skip
-
-    # Near zone: linear and logarithmic distances, and the tiles where they meet the saturated ones.
+    m, total, acc = _far_zones(
+        q, m, total, acc, keys, masks, tables, place, drop, i0, near_start, near_stop, qk_scale, HEAD_DIM, BLOCK_D,
+        TILE, HAS_BIAS, MASKED, DROPOUT, PRECISION,
+    )  # fmt: skip
     if HAS_BIAS:
         if MASKED:
             near_start, near_stop = occupied(tile_list, list_size, near_start, near_stop)
         if near_start < near_stop:
-            distance = difference(TILE)
-            high_row = offs_t[:, None] >= offs_t[None, :]
-            upper = offs_t[:, None] + offs_t[None, :] < TILE
-            no_row = tl.zeros([TILE], tl.float32)
-            block = (tile_row - near_start + prefix_tiles) * TILE + prefix - key_start + table_offset
-            key_block = load_block(pos_key, block, offs_t, offs_d, BLOCK_D)
-            c2p_high = along_rows(tl.dot(q, key_block.T, input_precision=PRECISION), distance, TILE)
-            high = load_block(pos_query, block, offs_t, offs_d, BLOCK_D)
-            for tile in tl.range(near_start, near_stop, num_stages=1):
-                j0 = key_start + (tile - prefix_tiles) * TILE
-                valid = valid_keys(j0 + offs_t, prefix, nk, key_mask, MASKED)
-                partial = (j0 < prefix) | (j0 + TILE > nk)
-                if MASKED:
-                    partial = is_partial(tile_list, list_size, tile, TILE)
-                k = load_rows(k_base + j0.to(tl.int64) * stride_kn, offs_t, offs_d, stride_kn, valid, HEAD_DIM, BLOCK_D)
-                v = load_rows(v_base + j0.to(tl.int64) * stride_vn, offs_t, offs_d, stride_vn, valid, HEAD_DIM, BLOCK_D)
-                block -= TILE
-                low = load_block(pos_query, block, offs_t, offs_d, BLOCK_D)
-                key_block = load_block(pos_key, block, offs_t, offs_d, BLOCK_D)
-                c2p_low = along_rows(tl.dot(q, key_block.T, input_precision=PRECISION), distance, TILE)
-                bias = along_columns(two_blocks(high, low, upper, k, PRECISION), distance, TILE)
-                bias += tl.where(high_row, c2p_high, c2p_low)
-                c2p_high = c2p_low
-                high = low
-                score = tl.dot(q, k.T, bias, input_precision=PRECISION)
-                if partial:
-                    score = tl.where(valid[None, :], score, -float("inf"))
-                score = without_pairs(
-                    score, pair_mask, has_pair, i0, j0, nq, nk, stride_pm, stride_pn, MASKED, TILE
-                )  # fmt: skip
-                m, total, acc = _online_softmax(
-                    score, no_row, m, total, acc, v, seed_ptr, batch_head, i0, j0, threshold, qk_scale, MASKED, DROPOUT,
-                    TILE, PRECISION,
-                )  # fmt: skip
+            m, total, acc = _near_zone(
+                q, m, total, acc, keys, masks, tables, place, drop, i0, near_start, near_stop, qk_scale, HEAD_DIM,
+                BLOCK_D, TILE, MASKED, DROPOUT, PRECISION,
+            )  # fmt: skip
 
     # Epilogue and stores.
     out = acc * (keep_scale / total)[:, None]

@@ -15,7 +15,7 @@ from deberta_kernels.impl.triton.primitives import (
     difference,
     key_segments,
     load_block,
-    load_rows,
+    load_tokens,
     sequence,
     total,
     two_blocks,
@@ -93,16 +93,15 @@ def bwd_position_kernel(
             lse = tl.load(stats, mask=m_mask, other=float("inf"))
             out_dot_dout = tl.load(stats + stats_size, mask=m_mask, other=0.0)
             row_valid = lse != float("inf")
-            first_row = (start + i0).to(tl.int64)
-            first_key = (start + j0).to(tl.int64)
-            q_tile = q_ptr + (batch * stride_qb + h * stride_qh + first_row * stride_qn) * UNIT
-            dout_tile = dout_ptr + (batch * stride_ob + h * stride_oh + first_row * stride_on) * UNIT
-            k_tile = k_ptr + (batch * stride_kb + h * stride_kh + first_key * stride_kn) * UNIT
-            v_tile = v_ptr + (batch * stride_vb + h * stride_vh + first_key * stride_vn) * UNIT
-            q = load_rows(q_tile, offs_t, offs_d, stride_qn * UNIT, row_valid, HEAD_DIM, BLOCK_D)
-            dout = load_rows(dout_tile, offs_t, offs_d, stride_on * UNIT, row_valid, HEAD_DIM, BLOCK_D)
-            k = load_rows(k_tile, offs_t, offs_d, stride_kn * UNIT, valid, HEAD_DIM, BLOCK_D)
-            v = load_rows(v_tile, offs_t, offs_d, stride_vn * UNIT, valid, HEAD_DIM, BLOCK_D)
+            head = h.to(tl.int64)
+            q_base = q_ptr + (batch * stride_qb + head * stride_qh) * UNIT
+            dout_base = dout_ptr + (batch * stride_ob + head * stride_oh) * UNIT
+            k_base = k_ptr + (batch * stride_kb + head * stride_kh) * UNIT
+            v_base = v_ptr + (batch * stride_vb + head * stride_vh) * UNIT
+            queries = (q_base, dout_base, stride_qn * UNIT, stride_on * UNIT)
+            keys = (k_base, v_base, stride_kn * UNIT, stride_vn * UNIT)
+            q, dout = load_tokens(queries, start + i0, offs_t, offs_d, row_valid, HEAD_DIM, BLOCK_D)
+            k, v = load_tokens(keys, start + j0, offs_t, offs_d, valid, HEAD_DIM, BLOCK_D)
             c2p_high = tl.dot(q, high_key.T, input_precision=PRECISION)
             c2p_low = tl.dot(q, low_key.T, input_precision=PRECISION)
             # Row r of the product reads entry y of the high block where y <= r, which is where r >= c.
@@ -110,13 +109,14 @@ def bwd_position_kernel(
             bias += along_columns(two_blocks(high_query, low_query, upper, k, PRECISION), distance, TILE)
             pair_mask = pair_mask_ptr + b * stride_pb + h * stride_ph
             score = tl.where(valid[None, :], tl.dot(q, k.T, bias, input_precision=PRECISION), -float("inf"))
-            score = without_pairs(
-                score, pair_mask, has_pair, i0, j0, nq_b, nk_b, stride_pm, stride_pn, MASKED, TILE
-            )  # fmt: skip
+            masks = (key_mask_ptr, tile_list_ptr, list_size, pair_mask, has_pair, stride_pm, stride_pn)
+            place = (nq_b, nk_b, prefix, prefix_tiles, tiles, key_start)
+            score = without_pairs(score, masks, place, i0, j0, False, MASKED, TILE)
             dp = tl.dot(dout, v.T, input_precision=PRECISION)
+            drop = (seed_ptr, b * heads + h, threshold)
             _, ds = score_gradient(
-                score, -lse[:, None], dp, out_dot_dout[:, None], seed_ptr, b * heads + h, i0, j0, threshold, keep_scale,
-                qk_scale, False, DROPOUT, TILE,
+                score, -lse[:, None], dp, out_dot_dout[:, None], drop, i0, j0, keep_scale, qk_scale, False, DROPOUT,
+                TILE,
             )  # fmt: skip
             ds = ds.to(q.dtype)
             nothing = tl.zeros_like(ds)

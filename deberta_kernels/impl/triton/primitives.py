@@ -5,6 +5,14 @@ y = (r - c) mod T: where r >= c the pair reads row x0 + y of the distance-expand
 the bias of a tile is a product with two blocks of T table rows, read back along diagonals: a rotation of the rows
 (or columns) of the product, done by a gather through shared memory. `docs/gpu.md` derives it.
 
+Values that travel together are tuples, always in this order:
+
+    keys     k, v of this sample and head, their row strides; queries: q, dout and theirs
+    masks    key mask, tile list and its size (`tile_list`), pair mask, whether there is one, its strides
+    tables   expanded pos_key and pos_query of this head, their rows, the row of distance 0
+    place    nq, nk, prefix, tiles of prefix keys, all tiles, first key of the tiles with a position (`key_segments`)
+    drop     pointer to the seed, b * H + h, threshold
+
 MASKED says which masks a kernel is compiled for: 0 none, 1 of keys and queries, 2 of pairs as well.
 
 Kernels run over keys in two segments: the prefix keys, which have no position, and the others, whose tiles start at a
@@ -180,27 +188,45 @@ def valid_keys(offs_j, first_key, last_key, key_mask, MASKED: tl.constexpr):
 
 
 @triton.jit
-def without_pairs(
-    score, pair_mask, has_pair, row_start, col_start, rows, cols, stride_row, stride_col, MASKED: tl.constexpr,
-    TILE: tl.constexpr,
-):  # fmt: skip
-    """Return the scores with -inf where the pair mask forbids attention.
+def without_pairs(score, masks, place, i0, j0, KEYS_FIRST: tl.constexpr, MASKED: tl.constexpr, TILE: tl.constexpr):
+    """Return the scores of a tile with -inf where the pair mask forbids attention.
 
     Args:
-        score: (T, T) float32; queries by keys or keys by queries.
-        pair_mask: the mask of this sample and head; read only when has_pair is not 0.
-        row_start: token of the first row of the tile; columns alike.
-        rows: number of tokens there are; columns alike.
-        stride_row: of the mask, from row to row of the tile; columns alike.
+        score: (T, T) float32, keys by queries when KEYS_FIRST, else queries by keys.
+        masks: see the head of this file.
+        place: see the head of this file.
+        i0: first query of the tile.
+        j0: first key.
     """
     if MASKED == 2:
+        key_mask, tile_list, list_size, pair_mask, has_pair, stride_pm, stride_pn = masks
+        nq, nk, prefix, prefix_tiles, tiles, key_start = place
         if has_pair != 0:
-            row = row_start + tl.arange(0, TILE)
-            col = col_start + tl.arange(0, TILE)
-            pointers = pair_mask + row[:, None] * stride_row + col[None, :] * stride_col
-            allowed = tl.load(pointers, mask=(row < rows)[:, None] & (col < cols)[None, :], other=0) != 0
-            score = tl.where(allowed, score, -float("inf"))
+            i = i0 + tl.arange(0, TILE)
+            j = j0 + tl.arange(0, TILE)
+            if KEYS_FIRST:
+                pointers = pair_mask + j[:, None] * stride_pn + i[None, :] * stride_pm
+                inside = (j < nk)[:, None] & (i < nq)[None, :]
+            else:
+                pointers = pair_mask + i[:, None] * stride_pm + j[None, :] * stride_pn
+                inside = (i < nq)[:, None] & (j < nk)[None, :]
+            score = tl.where(tl.load(pointers, mask=inside, other=0) != 0, score, -float("inf"))
     return score
+
+
+@triton.jit
+def load_tokens(pair, n0, offs_t, offs_d, row_mask, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Load a tile of two token tensors, keys and values or queries and dout; see `load_rows`.
+
+    Args:
+        pair: (pointer, pointer, row stride, row stride), of token 0 of this sample and head.
+        n0: first token.
+    """
+    first, second, first_stride, second_stride = pair
+    n = n0.to(tl.int64)
+    x = load_rows(first + n * first_stride, offs_t, offs_d, first_stride, row_mask, HEAD_DIM, BLOCK_D)
+    y = load_rows(second + n * second_stride, offs_t, offs_d, second_stride, row_mask, HEAD_DIM, BLOCK_D)
+    return x, y
 
 
 @triton.jit
