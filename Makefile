@@ -21,7 +21,7 @@ TF4_TESTS ?= tests/integrations tests/unit
 OFFLINE = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-tf4 lint format types build bench-cpu bench-model env-demo env-test env-bench env-tf4 clean
+.PHONY: help demo test test-tf4 test-triton lint format types build bench-cpu bench-model env-demo env-test env-bench env-tf4 env-triton clean
 MAKEFLAGS += --no-print-directory
 
 help: ## list these targets
@@ -36,6 +36,9 @@ test: env-test ## run the test suite
 
 test-tf4: env-tf4 ## run the integration tests against transformers 4.57.6 and adapters 1.3.0
 	@$(OFFLINE) $(VENV_TF4)/bin/python -m pytest $(TF4_TESTS) $(ARGS)
+
+test-triton: env-triton ## test the Triton kernels in Triton's interpreter, on the CPU
+	@$(OFFLINE) TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(RUN) -m pytest tests/ops -k "triton_interpreted or test_triton" $(ARGS)
 
 lint: env-test ## check style and formatting
 	@$(RUN) -m ruff check .
@@ -74,6 +77,10 @@ env-test:
 env-bench:
 	@$(ENVIRONMENT) --venv $(VENV) --extras demo,bench
 	@$(RUN) -W ignore setup.py -q build_native
+
+# In the same environment: Triton needs no GPU and no other torch, but takes a gigabyte on disk.
+env-triton:
+	@$(ENVIRONMENT) --venv $(VENV) --extras test,triton
 
 env-tf4:
 	@$(ENVIRONMENT) --venv $(VENV_TF4) --extras test $(TF4_PINS)

@@ -64,6 +64,8 @@ def test_other_calls_in_between_do_not_change_a_bit(target, dtype):
 
 
 def test_calls_from_many_python_threads_at_once_are_bit_equal(target):
+    if target.most_tiles is not None:
+        pytest.skip("Triton's interpreter runs in one thread")
     cases = [Case(batch=2, heads=2, nq=nq, head_dim=32, mask="holes") for nq in (3, 33, 64, 130)]
     drawn = [
         (problem, inputs.dout(case, problem)) for case in cases for problem in [inputs.problem(case, target.device)]

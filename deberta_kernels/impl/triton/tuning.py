@@ -19,6 +19,9 @@ DIRECTIONS = ("forward", "backward")
 CONFIGS = Path(__file__).resolve().parent / "configs"
 # Expanded tables have a margin of two of these.
 LARGEST_TILE = 64
+# Where a backward tile of 64 has room: matrix units that read operands from shared memory, which leaves the registers
+# to the accumulators, or 512 registers a lane; and the interpreter, which pays by the operation.
+_ROOMY = ("sm_90", "sm_100", "sm_103", "gfx942", "cpu")
 
 
 @dataclass(frozen=True)
@@ -63,12 +66,12 @@ def config(key: str, dtype: torch.dtype, head_dim: int, direction: str) -> TileC
         best = min(entries, key=lambda e: (abs(e["head_dim"] - head_dim), e["head_dim"]))
         if best["head_dim"] >= head_dim:  # a tile measured for smaller heads may not fit
             return TileConfig(best["tile"], best["num_warps"], best["num_stages"])
-    return _default(dtype, head_dim, direction)
+    return _default(key, dtype, head_dim, direction)
 
 
-def candidates(dtype: torch.dtype, head_dim: int, direction: str) -> list[TileConfig]:
+def candidates(key: str, dtype: torch.dtype, head_dim: int, direction: str) -> list[TileConfig]:
     """Return the configurations worth timing on a device, the pinned default first."""
-    first = _default(dtype, head_dim, direction)
+    first = _default(key, dtype, head_dim, direction)
     others = [
         TileConfig(tile, warps, stages)
         for tile in (32, 64)
@@ -94,16 +97,19 @@ def shrunk(key: str, dtype: torch.dtype, head_dim: int, direction: str, after: T
 _shrunk: dict[tuple[str, torch.dtype, int, str], TileConfig] = {}
 
 
-def _default(dtype: torch.dtype, head_dim: int, direction: str) -> TileConfig:
+def _default(key: str, dtype: torch.dtype, head_dim: int, direction: str) -> TileConfig:
     """Return the pinned default; the reasons are counts of compiled instructions and bytes, no device was at hand."""
     wide = dtype == torch.float32
-    if head_dim <= 64 and not wide:
-        # 64 x 64 by 4 warps: the largest tile whose forward keeps its far loop free of spills on sm_90.
-        return TileConfig(64, 4, 2)
-    if head_dim <= 128 and not (wide and head_dim > 64):
-        # Twice the bytes a token: one stage keeps six tiles of tokens and tables within 99 KiB (sm_86, sm_120).
-        return TileConfig(64, 4, 1)
-    return TileConfig(32, 4, 1)
+    if head_dim > (64 if wide else 128):
+        # Six tiles of tokens and tables, 64 numbers wide or more, would not fit the 99 KiB of sm_86 and sm_120.
+        return TileConfig(32, 4, 1)
+    if direction == "backward" and (wide or key not in _ROOMY):
+        # With operands in registers a backward tile of 64 spills: 13,808 instructions and 5 KiB of stack on sm_80,
+        # against 1,864 and none with 32.
+        return TileConfig(32, 4, 2 if head_dim <= 64 and not wide else 1)
+    # 64 x 64 by 4 warps: the largest tile whose far loop has no access to local memory on sm_90. Two stages of larger
+    # rows would not fit the 99 KiB.
+    return TileConfig(64, 4, 2 if head_dim <= 64 and not wide else 1)
 
 
 @lru_cache(maxsize=16)

@@ -1,0 +1,155 @@
+"""Plan a backward: statistics of the queries, dq, dk and dv, then the gradients of the position tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deberta_kernels.impl.triton import backward_kernels as bwd
+from deberta_kernels.impl.triton import tuning
+from deberta_kernels.impl.triton.plan import Call, Launch, Plan, rows_of_program
+from deberta_kernels.impl.triton.position_grad import bwd_position_kernel
+from deberta_kernels.impl.triton.primitives import PREFIX_STEP
+from deberta_kernels.impl.triton.table_kernels import fold_kernel
+from deberta_kernels.impl.triton.tables import near_reach
+from deberta_kernels.types import AttentionProblem, Gradients
+
+__all__ = ["Backward"]
+
+# Programs of the position gradient to aim for: two for each multiprocessor of the largest devices.
+_POSITION_PROGRAMS = 264
+_MAX_PARTS = 4
+_SUM_ROWS = 32
+_FOLD_ROWS = 16
+_FOLD_CHUNK = 8
+
+
+class Backward(Call):
+    """The launches of one backward: statistics of the rows, dq, dk and dv, position gradients."""
+
+    def __init__(
+        self, problem: AttentionProblem, config: tuning.TileConfig, precision: str, dout: Tensor,
+        needs: tuple[bool, bool, bool, bool, bool],
+    ) -> None:  # fmt: skip
+        super().__init__(problem, config, precision)
+        self.dout, self.needs = dout, needs
+        self.wants_tables = self.biased and any(
+            need and x is not None for need, x in zip(needs[3:], (problem.pos_key, problem.pos_query))
+        )
+
+    def plan(self, out: Tensor, lse: Tensor, dlse: Tensor | None) -> Plan:
+        q, k, v = (self.gradient(x) for x in (self.problem.q, self.problem.k, self.problem.v))
+        shared = {**self.tokens("q", "k", "v"), **self.strided("dout", "o", self.dout), **self.tables()}
+        shared.update(self.key_masks())
+        self.preprocess(shared, out, lse, dlse)
+        far = None
+        if self.needs[0] or self.wants_tables:
+            far = self.query_pass(shared, q)
+        if self.needs[1] or self.needs[2]:
+            self.key_pass(shared, k, v)
+        tables = self.table_gradients(shared, far)
+        dq, dk, dv = (x.transpose(1, 2) if need else None for x, need in zip((q, k, v), self.needs))
+        return Plan(self.launches, Gradients(dq, dk, dv, *tables))
+
+    def gradient(self, x: Tensor) -> Tensor:
+        """Return uninitialised (B, N, H, D) memory."""
+        batch, heads, length, head_dim = x.shape
+        return torch.empty(batch, length, heads, head_dim, dtype=x.dtype, device=x.device)
+
+    def preprocess(self, shared: dict[str, Any], out: Tensor, lse: Tensor, dlse: Tensor | None) -> None:
+        device = self.problem.q.device
+        batch, heads, nq = lse.shape
+        stats = torch.empty(4, batch, heads, nq, dtype=torch.float32, device=device)
+        groups = self.batch * heads
+        partial = self.nothing(torch.float32)
+        if self.masked:
+            partial = torch.empty(groups, self.row_tiles, self.block, dtype=torch.float32, device=device)
+        shared.update(stats_ptr=stats, stats_size=batch * heads * nq, row_tiles=self.row_tiles)
+        out = out.transpose(1, 2).contiguous()
+        strides = dlse.stride() if dlse is not None else (0, 0, 0)
+        self.add(
+            bwd.bwd_preprocess_kernel,
+            (groups * self.row_tiles,),
+            {
+                **shared, "out_ptr": out, "lse_ptr": lse.contiguous(), "dmean_ptr": partial,
+                "dlse_ptr": self.nothing(torch.float32) if dlse is None else dlse, "has_dlse": int(dlse is not None),
+                "stride_lb": strides[0], "stride_lh": strides[1], "stride_ln": strides[2],
+            },
+        )  # fmt: skip
+        shared["dmean_ptr"] = self.summed(partial, groups) if self.masked and self.needs[2] else partial
+
+    def summed(self, parts: Tensor, groups: int) -> Tensor:
+        """Plan the sum of (groups, n, block) over n."""
+        n = parts.numel() // (groups * self.block)
+        total = torch.empty(groups, self.block, dtype=torch.float32, device=parts.device)
+        arguments = {"parts_ptr": parts, "sum_ptr": total, "n": n}
+        constants = {"BLOCK_D": self.block, "ROWS": _SUM_ROWS}
+        self.launches.append(Launch(bwd.sum_kernel, (groups,), arguments, constants, 4, 1))
+        return total
+
+    def query_pass(self, shared: dict[str, Any], dq: Tensor) -> Tensor:
+        """Plan dq; return the sums over the saturated pairs, (2 tables, 2 sides, H, block)."""
+        far, far_size = self.nothing(torch.float32), self.batch * self.row_tiles
+        if self.biased:
+            size = (4 * self.heads, far_size, self.block)
+            far = torch.zeros(size, dtype=torch.float32, device=dq.device)
+        grid = (self.batch * self.heads * self.row_tiles,)
+        self.add(bwd.bwd_dq_kernel, grid, {**shared, "dq_ptr": dq, "far_ptr": far, "far_size": far_size})
+        if not self.wants_tables:
+            return far
+        return self.summed(far, 4 * self.heads).view(2, 2, self.heads, self.block)
+
+    def key_pass(self, shared: dict[str, Any], dk: Tensor, dv: Tensor) -> None:
+        arguments = {**shared, "dk_ptr": dk, "dv_ptr": dv, "key_tiles": self.key_tiles}
+        arguments.update(row_list_ptr=self.nothing(torch.int32), row_list_size=0)
+        if self.masked:
+            query = self.query_mask()["query_mask_ptr"]
+            rows, size = self.tile_list(query, self.row_tiles, self.nq, False)
+            arguments.update(row_list_ptr=rows, row_list_size=size)
+        self.add(bwd.bwd_dkv_kernel, (self.batch * self.heads * self.key_tiles,), arguments)
+
+    def table_gradients(self, shared: dict[str, Any], far: Tensor | None) -> list[Tensor | None]:
+        """Plan the gradients of the position tables; return them."""
+        tables = (self.problem.pos_key, self.problem.pos_query)
+        wanted = [need and x is not None for need, x in zip(self.needs[3:], tables)]
+        if not self.wants_tables or far is None:
+            return [torch.zeros_like(x, memory_format=torch.contiguous_format) if need and x is not None else None
+                    for need, x in zip(wanted, tables)]  # fmt: skip
+        near, parts = self.near_gradients(shared)
+        found: list[Tensor | None] = []
+        for which, (need, table) in enumerate(zip(wanted, tables)):
+            gradient = None
+            if need and table is not None:
+                gradient = torch.empty(table.shape, dtype=table.dtype, device=table.device)
+                self.fold(near[which], far[which], gradient, parts)
+            found.append(gradient)
+        return found
+
+    def near_gradients(self, shared: dict[str, Any]) -> tuple[Tensor, int]:
+        """Plan the gradients of the expanded tables: (2 tables, parts * 2, H, rows, block) float32."""
+        tile, shift = self.config.tile, self.prefix % PREFIX_STEP.value
+        left, right = near_reach(self.device_tables, shift, tile)
+        first, last = max(1 - right, 1 - self.position_tiles), min(left - 1, self.row_tiles - 1)
+        diagonals = last - first + 1
+        parts = min(_POSITION_PROGRAMS // (diagonals * self.heads), _MAX_PARTS, self.batch * self.row_tiles)
+        parts = max(parts, 1)
+        size = (2, parts * 2, self.heads, self.window.rows, self.block)
+        near = torch.zeros(size, dtype=torch.float32, device=self.problem.q.device)
+        arguments = {**shared, "near_ptr": near, "samples": self.batch, "first_diagonal": first, "parts": parts}
+        self.add(bwd_position_kernel, (diagonals, self.heads, parts), arguments, stages=1)
+        return near, parts * 2
+
+    def fold(self, near: Tensor, far: Tensor, gradient: Tensor, parts: int) -> None:
+        delta = self.device_tables
+        arguments = {
+            "near_ptr": near, "far_ptr": far, "dpos_ptr": gradient, "order_ptr": delta.order,
+            "bounds_ptr": delta.bounds, "rows": self.window.rows, "skipped": self.window.first - delta.first,
+            "first_row": self.problem.position.first_row, "table_rows": gradient.shape[1], "parts": parts,
+            "heads": self.heads, "low_row": delta.low_row, "high_row": delta.high_row, "scale": self.problem.scale,
+        }  # fmt: skip
+        rows = rows_of_program(_FOLD_ROWS, gradient.device)
+        constants = {"HEAD_DIM": self.head_dim, "BLOCK_D": self.block, "ROWS": rows, "CHUNK": _FOLD_CHUNK}
+        grid = (-(-gradient.shape[1] // rows), self.heads)
+        self.launches.append(Launch(fold_kernel, grid, arguments, constants, 4, 1))
