@@ -13,9 +13,20 @@ import torch
 from shapes import GEOMETRY, Shape
 from torch import Tensor, nn
 
+from deberta_kernels import dispatch
 from deberta_kernels.types import AttentionProblem, Masks, PositionSpec
 
-__all__ = ["Inputs", "candidates", "draw", "hugging_face_core", "models", "ours", "problem", "rotation"]
+__all__ = [
+    "CORES",
+    "Inputs",
+    "candidates",
+    "draw",
+    "hugging_face_core",
+    "models",
+    "ours",
+    "problem",
+    "rotation",
+]
 
 # Inputs rotate through this much memory: beyond the caches of one core, as the tables of twelve layers are.
 ROTATED_BYTES = 48 << 20
@@ -52,14 +63,14 @@ class Inputs:
         return Inputs(q, k, v, pos_key, pos_query, self.dout)
 
 
-def draw(shape: Shape, seed: int = 0) -> Inputs:
+def draw(shape: Shape, seed: int = 0, device: str = "cpu") -> Inputs:
     """Draw normal inputs in the timed dtype; the position tables are as large as the projections make them."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     dtype = getattr(torch, shape.dtype)
     heads, dim = GEOMETRY.heads, GEOMETRY.dim
 
     def normal(rows: int) -> Tensor:
-        return torch.randn(rows, heads, dim, generator=generator).to(dtype)
+        return torch.randn(rows, heads, dim, generator=generator, device=device).to(dtype)
 
     tokens = [normal(shape.batch * shape.length).view(shape.batch, shape.length, heads, dim) for _ in range(4)]
     tables = [normal(2 * GEOMETRY.position_buckets).transpose(0, 1) for _ in range(2)]
@@ -67,12 +78,12 @@ def draw(shape: Shape, seed: int = 0) -> Inputs:
     return Inputs(q, k, v, tables[0], tables[1], dout)
 
 
-def rotation(shape: Shape) -> list[Inputs]:
+def rotation(shape: Shape, device: str = "cpu") -> list[Inputs]:
     """Draw as many sets as `ROTATED_BYTES` hold, at least 2 and at most 8."""
-    first = draw(shape)
+    first = draw(shape, device=device)
     size = sum(x.numel() * x.element_size() for x in (*first.leaves, first.q))
     count = max(2, min(8, ROTATED_BYTES // size))
-    return [first, *(draw(shape, seed) for seed in range(1, count))]
+    return [first, *(draw(shape, seed, device) for seed in range(1, count))]
 
 
 def ours(inputs: Inputs, backend: str, *, prepare: bool, lse: bool = False) -> Callable[[], Any]:
@@ -120,11 +131,8 @@ def _spec(first_row: int = 0) -> PositionSpec:
 
 
 def _prepare(backend: str, pos_key: Tensor, pos_query: Tensor, spec: PositionSpec) -> Tensor | None:
-    if backend != "cpu":
-        return None
-    from deberta_kernels.impl import cpu
-
-    return cpu.prepare(pos_key, pos_query, spec)
+    prepare = getattr(dispatch.load(backend), "prepare", None)
+    return None if prepare is None else prepare(pos_key, pos_query, spec)
 
 
 class _Given(nn.Module):
@@ -136,12 +144,12 @@ class _Given(nn.Module):
         return self.value
 
 
-def hugging_face_core(sets: list[Inputs]) -> Callable[[int], Tensor]:
+def hugging_face_core(sets: list[Inputs], *, compiled: bool = False) -> Callable[[int], Tensor]:
     """Return Hugging Face's own `DisentangledSelfAttention.forward` with the projections taken out.
 
     Scores, both gathers, mask, softmax and probabilities times v run as transformers wrote them. The projected
     q, k, v and tables are handed over; relative positions and the (B, 1, N, N) mask are built beforehand, as the
-    encoder does once per forward.
+    encoder does once per forward. `compiled` passes it through `torch.compile`.
     """
     from transformers import DebertaV2Config
     from transformers.models.deberta_v2 import modeling_deberta_v2 as hub
@@ -153,17 +161,18 @@ def hugging_face_core(sets: list[Inputs]) -> Callable[[int], Tensor]:
         setattr(module, name, projection)
     q = sets[0].q
     batch, _, length, _ = q.shape
-    mask = torch.ones(batch, 1, length, length, dtype=torch.bool)
+    mask = torch.ones(batch, 1, length, length, dtype=torch.bool, device=q.device)
     positions = hub.build_relative_position(
         q, q, bucket_size=GEOMETRY.position_buckets, max_position=GEOMETRY.max_relative_positions
     )
     flat = [[_flat(x) for x in inputs.leaves] for inputs in sets]
-    embeddings = torch.empty(2 * GEOMETRY.position_buckets, GEOMETRY.hidden)
+    run = torch.compile(module, dynamic=False) if compiled else module
+    embeddings = torch.empty(2 * GEOMETRY.position_buckets, GEOMETRY.hidden, device=q.device)
 
     def call(index: int) -> Tensor:
         for projection, value in zip(given, flat[index % len(flat)], strict=True):
             projection.value = value
-        out: Tensor = module(given[0].value, mask, relative_pos=positions, rel_embeddings=embeddings)[0]
+        out: Tensor = run(given[0].value, mask, relative_pos=positions, rel_embeddings=embeddings)[0]
         return out.view(batch, length, GEOMETRY.heads, GEOMETRY.dim).transpose(1, 2)
 
     return call
@@ -175,13 +184,19 @@ def _flat(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
-def candidates(shape: Shape, wanted: frozenset[str], backend: str) -> dict[str, Callable[[int], object]]:
-    """Return the timed calls of one shape: "prepared", "bare", "sdpa", "huggingface", "eager" as wanted.
+# Attention cores written by others: name -> sets of inputs -> function of a counter that picks one and returns out.
+CORES: dict[str, Callable[[list[Inputs]], Callable[[int], Tensor]]] = {"huggingface": hugging_face_core}
+
+
+def candidates(
+    shape: Shape, wanted: frozenset[str], backend: str, device: str = "cpu"
+) -> dict[str, Callable[[int], object]]:
+    """Return the timed calls of one shape: "prepared", "bare", "sdpa", "eager" and those of `CORES`, as wanted.
 
     Each is a function of a counter that picks the inputs; all rotate through the same sets. With
-    `shape.backward` a call is a forward and a backward to all five gradients.
+    `shape.backward` a call is a forward and a backward to all five gradients (three for SDPA, which has no tables).
     """
-    sets = rotation(shape)
+    sets = rotation(shape, device)
     if shape.backward:
         sets = [inputs.requiring_grad() for inputs in sets]
     found: dict[str, Callable[[int], Any]] = {}
@@ -192,12 +207,13 @@ def candidates(shape: Shape, wanted: frozenset[str], backend: str) -> dict[str, 
     if "sdpa" in wanted:
         attention = nn.functional.scaled_dot_product_attention
         found["sdpa"] = lambda index: attention(*sets[index % len(sets)].leaves[:3])
-    if "huggingface" in wanted:
-        found["huggingface"] = hugging_face_core(sets)
+    for name in sorted(wanted & CORES.keys()):
+        found[name] = CORES[name](sets)
     if "eager" in wanted:
         found["eager"] = _eager_core(sets)
-    wrap = _with_backward if shape.backward else _without_grad
-    return {name: wrap(call, sets) for name, call in found.items()}
+    if not shape.backward:
+        return {name: _without_grad(call) for name, call in found.items()}
+    return {name: _with_backward(call, sets, 3 if name == "sdpa" else 5) for name, call in found.items()}
 
 
 def problem(inputs: Inputs) -> AttentionProblem:
@@ -217,7 +233,7 @@ def _turning(calls: list[Callable[[], Any]]) -> Callable[[int], Any]:
     return lambda index: calls[index % len(calls)]()
 
 
-def _without_grad(call: Callable[[int], Any], _: list[Inputs]) -> Callable[[int], object]:
+def _without_grad(call: Callable[[int], Any]) -> Callable[[int], object]:
     def run(index: int) -> object:
         with torch.no_grad():
             return call(index)
@@ -225,10 +241,10 @@ def _without_grad(call: Callable[[int], Any], _: list[Inputs]) -> Callable[[int]
     return run
 
 
-def _with_backward(call: Callable[[int], Any], sets: list[Inputs]) -> Callable[[int], object]:
+def _with_backward(call: Callable[[int], Any], sets: list[Inputs], count: int) -> Callable[[int], object]:
     def run(index: int) -> object:
         inputs = sets[index % len(sets)]
-        return torch.autograd.grad(call(index), inputs.leaves, inputs.dout)
+        return torch.autograd.grad(call(index), inputs.leaves[:count], inputs.dout)
 
     return run
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from baselines import Inputs, draw, hugging_face_core, ours, problem
+from baselines import CORES, Inputs, draw, ours, problem
 from shapes import GEOMETRY, Shape
 from torch import Tensor, nn
 
@@ -40,15 +40,17 @@ class Check:
         return {"ok": self.ok, "worst_of_allowed": worst, "text": "" if self.ok else self.text}
 
 
-def check_candidates(shape: Shape, names: list[str], backend: str) -> dict[str, Check]:
+def check_candidates(
+    shape: Shape, names: list[str], backend: str, device: str = "cpu", scores: int = ORACLE_SCORES
+) -> dict[str, Check]:
     """Check those candidates of a shape that compute disentangled attention, on the inputs of seed 0.
 
-    Every candidate computes all heads. The oracle computes as many as `ORACLE_SCORES` allows: first, last and some
+    Every candidate computes all heads. The oracle computes as many as `scores` allows: first, last and some
     between; heads do not depend on each other.
     """
-    inputs = draw(shape)
-    count = min(GEOMETRY.heads, max(2, ORACLE_SCORES // (shape.batch * shape.length**2)))
-    heads = torch.linspace(0, GEOMETRY.heads - 1, count).round().long()
+    inputs = draw(shape, device=device)
+    count = min(GEOMETRY.heads, max(2, scores // (shape.batch * shape.length**2)))
+    heads = torch.linspace(0, GEOMETRY.heads - 1, count).round().long().to(device)
     q, k, v, dout = (x[:, heads] for x in (inputs.q, inputs.k, inputs.v, inputs.dout))
     chosen = Inputs(q, k, v, inputs.pos_key[heads], inputs.pos_query[heads], dout)
     truth = budget.truth(problem(chosen), chosen.dout if shape.backward else None)
@@ -61,7 +63,7 @@ def _check(name: str, inputs: Inputs, heads: Tensor, truth: budget.Truth, backen
     except Exception as error:  # a candidate that raises is red, and the others are still timed
         return Check(False, f"{name}: {type(error).__name__}: {error}", float("inf"))
     per_head = {key: x[heads] if x.dim() == 3 and key != "lse" else x[:, heads] for key, x in results.items()}
-    if "lse" not in results:  # Hugging Face's code returns none
+    if "lse" not in results:  # the cores of others return none
         truth = replace(truth, oracle={key: x for key, x in truth.oracle.items() if key != "lse"})
     report = budget.measure(per_head, truth, name)
     worst = max(
@@ -74,8 +76,8 @@ def _check(name: str, inputs: Inputs, heads: Tensor, truth: budget.Truth, backen
 def _results(name: str, inputs: Inputs, backend: str, *, backward: bool) -> dict[str, Tensor]:
     leaves = inputs.requiring_grad() if backward else inputs
     with torch.set_grad_enabled(backward):
-        if name == "huggingface":
-            results = {"out": hugging_face_core([leaves])(0)}
+        if name in CORES:
+            results = {"out": CORES[name]([leaves])(0)}
         elif name == "eager":
             results = dict(zip(("out", "lse"), eager.attention(problem(leaves)), strict=True))
         else:

@@ -9,7 +9,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["Pace", "Samples", "interleave"]
+__all__ = ["Block", "Pace", "Samples", "interleave"]
+
+# Runs a call for `inner` counters from `first` on; returns two times of one call in seconds, the one that counts first.
+Block = Callable[[Callable[[int], object], int, int], tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -34,12 +37,12 @@ class Samples:
     """Hold the times of one candidate, in seconds of one call.
 
     Attributes:
-        median: of CPU time over all rounds.
-        minimum: of CPU time.
-        p20: 20th percentile of CPU time.
-        p80: 80th percentile of CPU time.
-        wall_median: of wall-clock time.
-        wall_minimum: of wall-clock time.
+        median: of CPU time over all rounds; on a GPU, of the time between two events.
+        minimum: of the same time.
+        p20: 20th percentile of the same time.
+        p80: 80th percentile of the same time.
+        wall_median: of wall-clock time; on a GPU, of the time the host needs to issue the work.
+        wall_minimum: of the same time.
         rounds: number of samples.
         inner: calls in one sample.
     """
@@ -86,7 +89,9 @@ def _block(call: Callable[[int], object], first: int, inner: int) -> tuple[float
     return (time.process_time() - cpu) / inner, (time.perf_counter() - wall) / inner
 
 
-def interleave(candidates: Mapping[str, Callable[[int], object]], pace: Pace) -> dict[str, Samples]:
+def interleave(
+    candidates: Mapping[str, Callable[[int], object]], pace: Pace, block: Block = _block
+) -> dict[str, Samples]:
     """Time the candidates in turn: A B C, then B C A, then C A B, and so on.
 
     CPU time is that of the whole process, so a candidate gains nothing from a hidden thread. Moving the start
@@ -95,6 +100,7 @@ def interleave(candidates: Mapping[str, Callable[[int], object]], pace: Pace) ->
     Args:
         candidates: name -> function of a counter; the counter picks the inputs, which rotate.
         pace: how long.
+        block: the clock; that of the process, unless another is given.
 
     Returns:
         Name -> samples, in the order given.
@@ -102,13 +108,13 @@ def interleave(candidates: Mapping[str, Callable[[int], object]], pace: Pace) ->
     names = list(candidates)
     inner = {}
     for name, call in candidates.items():
-        seconds = _block(call, 0, 1)[1]  # the first call loads, allocates and compiles
+        seconds = max(block(call, 0, 1))  # the first call loads, allocates and compiles
         if seconds < 100 * pace.block:
-            seconds = _block(call, 1, 1)[1]
+            seconds = max(block(call, 1, 1))
         inner[name] = max(1, min(256, round(pace.block / max(seconds, 1e-7))))
     for name in names:  # and a full block, so that the slowest warm-up is no sample
         if inner[name] > 1:
-            _block(candidates[name], 0, inner[name])
+            block(candidates[name], 0, inner[name])
     cpu: dict[str, list[float]] = {name: [] for name in names}
     wall: dict[str, list[float]] = {name: [] for name in names}
     collecting = gc.isenabled()
@@ -119,7 +125,7 @@ def interleave(candidates: Mapping[str, Callable[[int], object]], pace: Pace) ->
             if turn >= pace.least and time.perf_counter() - start > pace.seconds:
                 break
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                block_cpu, block_wall = _block(candidates[name], turn * inner[name], inner[name])
+                block_cpu, block_wall = block(candidates[name], turn * inner[name], inner[name])
                 cpu[name].append(block_cpu)
                 wall[name].append(block_wall)
     finally:

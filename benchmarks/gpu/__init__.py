@@ -1,0 +1,1 @@
+"""Prove and time the GPU kernels on the device at hand; `bench_gpu.py` runs it all."""

@@ -1,0 +1,66 @@
+"""Compile the kernels of all cases in many processes at once, so that the checks after it find them in the cache."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deberta_kernels.testing import budget, inputs
+from deberta_kernels.testing.backends import Target
+from deberta_kernels.testing.inputs import Case
+from gpu.cases import cases, long_cases
+from gpu.items import Item
+from gpu.plan import Plan
+
+__all__ = ["items", "run_share"]
+
+WORKER = Path(__file__).resolve().parent.parent / "bench_gpu.py"
+MOST_PROCESSES = 12
+
+
+def items(plan: Plan) -> list[Item]:
+    """Return the one item of this stage."""
+    return [Item("all variants", lambda: _together(plan))]
+
+
+def distinct(plan: Plan) -> list[Case]:
+    """Return the shortest case of each kind that can need another compiled variant."""
+    found: dict[Any, Case] = {}
+    for case in sorted([*cases(plan), *long_cases(plan)], key=lambda case: case.nq):
+        masked = case.mask != "none"
+        key = (case.dtype, case.head_dim, case.terms, masked, case.dropout_p > 0, case.packed, case.prefix_length > 0)
+        found.setdefault(key, case)
+    return list(found.values())
+
+
+def _together(plan: Plan) -> dict[str, Any]:
+    count = 1 if plan.small else max(1, min(MOST_PROCESSES, os.cpu_count() or 1))
+    command = [sys.executable, str(WORKER), "--plan", plan.as_text(), "--share"]
+    running = [
+        subprocess.Popen([*command, f"{i}/{count}"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for i in range(count)
+    ]
+    texts = [process.communicate()[0] for process in running]
+    bad = [text[-500:] for process, text in zip(running, texts, strict=True) if process.returncode]
+    # What does not compile or run fails again in the checks, under its own name.
+    return {"ok": True, "processes": count, "variants": len(distinct(plan)), "failed": bad}
+
+
+def run_share(plan: Plan, share: str) -> int:
+    """Run every n-th case once, for what is compiled on the way; `share` is "i/n"."""
+    index, count = (int(part) for part in share.split("/"))
+    target = Target(plan.backend, plan.backend, (torch.float32, torch.bfloat16, torch.float16), device=plan.device)
+    status = 0
+    for case in distinct(plan)[index::count]:
+        problem = inputs.problem(case, plan.device)
+        try:
+            budget.evaluate(target.run, problem, inputs.dout(case, problem))
+        except Exception as error:  # the next one may still compile
+            print(f"{case.id}: {type(error).__name__}: {error}", flush=True)
+            status = 1
+    return status

@@ -1,0 +1,181 @@
+"""Turn the result of a run into the figures that were promised and the table that is printed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["figures", "table"]
+
+# Columns of the tables: candidate -> heading.
+COLUMNS = {
+    "bare": "ours",
+    "prepared": "prepared",
+    "triton": "triton",
+    "cuda": "cuda",
+    "sdpa": "SDPA flash",
+    "huggingface": "HF eager",
+    "compiled": "HF compiled",
+    "flashdeberta": "flashdeberta",
+    "disentangled-flash": "disent.-flash",
+}
+PEERS = ("flashdeberta", "disentangled-flash")
+FLASH = {512: (0.30, 0.45), 2048: (0.50, 0.65), 8192: (0.75, 0.90)}
+MEGABYTE = 1e6
+
+
+def shapes(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return one record per timed shape, candidates of all stages together, with the anchors each stage had."""
+    found: dict[tuple[int, int, bool], dict[str, Any]] = {}
+    for stage in ("core", "rivals", "compiled"):
+        items = result["stages"].get(stage, {}).get("items", {})
+        for record in items.values():
+            if "samples" not in record:
+                continue
+            key = (record["batch"], record["length"], record["backward"])
+            whole = found.setdefault(key, {**record, "samples": {}, "memory": {}, "reasons": {}, "against": {}})
+            anchor = record["samples"].get("bare")
+            for name, sample in record["samples"].items():
+                whole["samples"].setdefault(name, sample)
+                if anchor:  # ratios are taken within one stage, where both ran in turn
+                    whole["against"].setdefault(name, sample["median"] / anchor["median"])
+            for name in ("memory", "reasons"):
+                for candidate, value in record[name].items():
+                    whole[name].setdefault(candidate, value)
+    return sorted(found.values(), key=lambda record: (record["backward"], record["length"]))
+
+
+def _figure(title: str, case: str, value: float | None, must: float, aim: float, *, higher: bool, unit: str) -> dict:
+    def reaches(bound: float) -> bool:
+        return value is not None and (value >= bound if higher else value <= bound)
+
+    verdict = "none" if value is None else "aim" if reaches(aim) else "must" if reaches(must) else "MISSED"
+    return {
+        "title": title, "case": case, "value": value, "must": must, "aim": aim,
+        "higher": higher, "unit": unit, "verdict": verdict,
+    }  # fmt: skip
+
+
+def figures(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return every promised figure with what was measured, or without a value where nothing was."""
+    by_key = {(record["length"], record["backward"]): record for record in shapes(result)}
+    found = []
+
+    def times(length: int, backward: bool, names: tuple[str, ...]) -> float | None:
+        """Return how many times longer than ours the best of some candidates takes."""
+        against = by_key.get((length, backward), {}).get("against", {})
+        known = [against[name] for name in names if name in against]
+        return min(known) if known else None
+
+    for length, (must, aim) in FLASH.items():
+        value = times(length, False, ("sdpa",))
+        found.append(_figure("forward, of SDPA flash's speed", f"N {length}", value, must, aim, higher=True, unit=""))
+    for length in FLASH:
+        value = times(length, False, PEERS)
+        found.append(_figure("forward, times the best peer", f"N {length}", value, 3, 5, higher=True, unit="x"))
+    for length in FLASH:
+        value = times(length, True, PEERS)
+        title = "forward + backward, times the best peer"
+        found.append(_figure(title, f"N {length}", value, 2.5, 4, higher=True, unit="x"))
+    for length, (must, aim) in {512: (4.0, 8.0), 2048: (10.0, 20.0)}.items():
+        value = times(length, True, ("huggingface",))
+        title = "forward + backward, times Hugging Face eager"
+        found.append(_figure(title, f"N {length}", value, must, aim, higher=True, unit="x"))
+    for backward, must, aim in ((False, 20.0, 12.0), (True, 60.0, 30.0)):
+        memory = by_key.get((8192, backward), {}).get("memory", {}).get("bare")
+        value = None if memory is None else memory["steady"] / MEGABYTE
+        title = f"extra memory, {'forward + backward' if backward else 'forward'}"
+        found.append(_figure(title, "N 8192", value, must, aim, higher=False, unit=" MB"))
+    return found
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
+             for row in rows]  # fmt: skip
+    return [line.rstrip() for line in lines]
+
+
+def _cell(record: dict[str, Any], name: str) -> str:
+    if name in record["samples"]:
+        text = f"{record['samples'][name]['median'] * 1e3:.3f}"
+        ratio = record["against"].get(name)
+        return text if ratio is None or name in ("bare",) else f"{text} ({ratio:.2f}x)"
+    reason = record["reasons"].get(name, "")
+    return (
+        "no memory"
+        if reason == "out of memory"
+        else "WRONG"
+        if reason.startswith("wrong")
+        else "failed"
+        if reason
+        else "-"
+    )
+
+
+def _times(result: dict[str, Any]) -> list[str]:
+    records = shapes(result)
+    names = [name for name in COLUMNS if any(name in r["samples"] or name in r["reasons"] for r in records)]
+    lines = []
+    for backward in (False, True):
+        chosen = [record for record in records if record["backward"] is backward]
+        if not chosen:
+            continue
+        head = ["forward + backward" if backward else "forward", *(COLUMNS[name] for name in names), "over floor"]
+        rows = [head]
+        for record in chosen:
+            floor, mine = record.get("floor"), record["samples"].get("bare")
+            over = f"{mine['median'] / floor['seconds']:.1f}x" if floor and mine else "-"
+            rows.append([record["label"], *(_cell(record, name) for name in names), over])
+        lines += [*_aligned(rows), ""]
+        rows = [["extra MB", *(COLUMNS[name] for name in names)]]
+        for record in chosen:
+            memory = {name: record["memory"].get(name) for name in names}
+            cells = ["-" if x is None else f"{x['steady'] / MEGABYTE:.1f}" for x in memory.values()]
+            rows.append([record["label"], *cells])
+        lines += [*_aligned(rows), ""]
+    return lines
+
+
+def _state(record: dict[str, Any]) -> str:
+    items = record["items"]
+    failed = [name for name, item in items.items() if item.get("ok") is False]
+    skipped = sorted({item["skipped"] for item in items.values() if "skipped" in item})
+    parts = [f"{len(items) - len(failed)} of {len(items)} fine"]
+    parts += [f"FAILED: {', '.join(failed[:8])}{' ...' if len(failed) > 8 else ''}"] if failed else []
+    parts += [f"skipped: {'; '.join(skipped)[:200]}"] if skipped else []
+    if not record["complete"]:
+        parts.append(f"not complete: {record['broken'][:200] or 'running'}")
+    return "; ".join(parts)
+
+
+def _models(result: dict[str, Any]) -> list[str]:
+    rows = [["whole model, ms", "", "extra MB", "times unpatched"]]
+    for name, record in result["stages"].get("models", {}).get("items", {}).items():
+        base = record.get("samples", {}).get("unpatched")
+        for candidate, sample in record.get("samples", {}).items():
+            memory = record["memory"].get(candidate)
+            extra = "-" if memory is None else f"{memory['steady'] / MEGABYTE:.0f}"
+            speed = f"{base['median'] / sample['median']:.2f}x" if base else "-"
+            rows.append([f"{name}, {candidate}", f"{sample['median'] * 1e3:.3f}", extra, speed])
+    return [*_aligned(rows), ""] if len(rows) > 1 else []
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return the whole result as aligned text: conditions, times, memory, figures, and what each stage came to."""
+    device, commit = result["device"], result["commit"]
+    versions = ", ".join(f"{name} {version}" for name, version in device.get("versions", {}).items())
+    changed = " with changes" if commit["modified"] else ""
+    lines = [f"{device.get('name', 'unknown device')}; {versions}; commit {(commit['id'] or 'unknown')[:8]}{changed}"]
+    lines.append(f"plan: {result['plan']}")
+    rates = result.get("rates", {})
+    if rates:
+        copy, product = rates.get("copy_bytes_per_second", 0), rates.get("bfloat16_flops_per_second", 0)
+        lines.append(f"ceilings: copy {copy / 1e12:.3f} TB/s, bfloat16 products {product / 1e12:.1f} TFLOP/s")
+    lines += ["times in ms, medians; (how many times ours)", "", *_times(result), *_models(result)]
+    rows = [["figure", "", "must", "aim", "measured", "verdict"]]
+    for x in result["figures"]:
+        sign, value = ("≥" if x["higher"] else "≤"), ("-" if x["value"] is None else f"{x['value']:.2f}{x['unit']}")
+        rows.append([x["title"], x["case"], f"{sign} {x['must']:g}", f"{sign} {x['aim']:g}", value, x["verdict"]])
+    lines += [*_aligned(rows), ""]
+    lines += [f"{name}: {_state(record)}, {record['seconds']:.0f} s" for name, record in result["stages"].items()]
+    return "\n".join([*lines, f"{result['seconds']:.0f} s in all"])

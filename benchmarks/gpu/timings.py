@@ -1,0 +1,136 @@
+"""Time the attention cores on the device, each shape only after every candidate has given the right answer."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from baselines import CORES, Inputs, candidates, hugging_face_core, ours
+from checking import check_candidates
+from shapes import Shape
+from timing import Pace, interleave
+
+from deberta_kernels import dispatch
+from gpu import rivals
+from gpu.device import Clock, peak_memory
+from gpu.floors import floor
+from gpu.items import Item
+from gpu.plan import Plan
+
+__all__ = ["compiled_items", "core_items", "rival_items"]
+
+# Memory the float64 oracle of one score takes with its gradients, in bytes.
+ORACLE_BYTES = 320
+SMALL_SCORES = 1 << 20
+
+
+def core_items(plan: Plan, rates: dict[str, Any]) -> list[Item]:
+    """Return one item per shape: ours, flash attention without positions, and Hugging Face's eager code."""
+    names = {"bare", "sdpa", "huggingface", *_others(plan)}
+    found = []
+    for shape in plan.shapes():
+        prepared = {"prepared"} if not shape.backward and hasattr(dispatch.load(plan.backend), "prepare") else set()
+        found.append(_item(plan, shape, names | prepared, rates))
+    return found
+
+
+def rival_items(plan: Plan, rates: dict[str, Any]) -> list[Item]:
+    """Return one item per rival and shape, with ours beside it; one item that says why, for a rival that is absent."""
+    rivals.register()
+    found = []
+    absent = {name: reason for name in rivals.RIVALS if (reason := rivals.available(name))}
+    for name, reason in absent.items():
+        found.append(Item(name, lambda reason=reason: {"ok": True, "skipped": reason}))
+    for shape in plan.shapes():
+        for name in rivals.RIVALS.keys() - absent.keys():
+            found.append(_item(plan, shape, {name, "bare"}, rates, prefix=f"{name} "))
+    return found
+
+
+def compiled_items(plan: Plan, rates: dict[str, Any]) -> list[Item]:
+    """Return one item per shape: Hugging Face's code through `torch.compile`, with ours beside it."""
+    CORES["compiled"] = partial(hugging_face_core, compiled=True)
+    return [_item(plan, shape, {"compiled", "bare"}, rates) for shape in plan.shapes()]
+
+
+def _others(plan: Plan) -> set[str]:
+    """Return the other GPU backends of this package, as candidates under their own names."""
+    found = set()
+    for name in ("triton", "cuda"):
+        try:
+            dispatch.load(name)
+        except (NotImplementedError, RuntimeError):
+            continue
+        if name != plan.backend and plan.device != "cpu":
+            CORES[name] = partial(_turning, name)
+            found.add(name)
+    return found
+
+
+def _turning(backend: str, sets: list[Inputs]) -> Callable[[int], torch.Tensor]:
+    calls = [ours(inputs, backend, prepare=False) for inputs in sets]
+    return lambda index: calls[index % len(calls)]()
+
+
+def _item(plan: Plan, shape: Shape, names: set[str], rates: dict[str, Any], prefix: str = "") -> Item:
+    wanted = names & set(plan.candidates) if plan.candidates else names
+    direction = "forward + backward" if shape.backward else "forward"
+    return Item(f"{prefix}{direction} {shape.label}", lambda: _measure(plan, shape, sorted(wanted), rates))
+
+
+def _measure(plan: Plan, shape: Shape, names: list[str], rates: dict[str, Any]) -> dict[str, Any]:
+    """Check, weigh and time the candidates of one shape; what fails is left out with its reason."""
+    record: dict[str, Any] = {**shape.__dict__, "label": shape.label, "reasons": {}, "memory": {}}
+    scores = SMALL_SCORES
+    if plan.device != "cpu":
+        only_flash()
+        scores = torch.cuda.get_device_properties(0).total_memory // ORACLE_BYTES
+    checks = check_candidates(shape, names, plan.backend, plan.device, scores)
+    record["checks"] = {name: check.as_json() for name, check in checks.items()}
+    _free(plan)
+    for name, check in checks.items():
+        if not check.ok:
+            record["reasons"][name] = reason_of(check.text)
+    calls = candidates(shape, frozenset(names) - record["reasons"].keys(), plan.backend, plan.device)
+    for name, call in list(calls.items()):
+        try:
+            record["memory"][name] = peak_memory(plan.device, call)
+        except Exception as error:  # its reason stands in the record, the others are still timed
+            record["reasons"][name] = reason_of(f"{type(error).__name__}: {error}")
+            del calls[name]
+        _free(plan)
+    pace = Pace(rounds=25, least=5, seconds=plan.seconds * len(calls), block=0.003 if plan.smoke else 0.006)
+    samples = interleave(calls, pace, Clock(plan.device).block) if calls else {}
+    record["samples"] = {name: one.as_json() for name, one in samples.items()}
+    record["floor"] = floor(shape, rates)
+    wrong = [name for name, reason in record["reasons"].items() if reason.startswith("wrong")]
+    ours_failed = [name for name in record["reasons"] if name in ("bare", "prepared", "triton", "cuda")]
+    record["ok"] = not ours_failed
+    record["text"] = "; ".join(f"{name}: {record['reasons'][name]}" for name in {*wrong, *ours_failed})
+    del calls
+    _free(plan)
+    return record
+
+
+def reason_of(text: str) -> str:
+    """Return why a candidate has no time: out of memory, an error, or a wrong answer."""
+    if "OutOfMemory" in text or "out of memory" in text:
+        return "out of memory"
+    return f"failed: {text[:400]}" if "Error" in text.split("\n", maxsplit=1)[0] else f"wrong: {text[:800]}"
+
+
+def only_flash() -> None:
+    """Let SDPA take its flash kernel or fail: what is compared with must not be another one."""
+    torch.backends.cuda.enable_flash_sdp(True)
+    torch.backends.cuda.enable_math_sdp(False)
+    torch.backends.cuda.enable_mem_efficient_sdp(False)
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def _free(plan: Plan) -> None:
+    gc.collect()
+    if plan.device != "cpu":
+        torch.cuda.empty_cache()
