@@ -5,11 +5,18 @@
 #   make demo MODEL=path-or-hub-id ARGS="--quick"
 #   make test PYTHON=python3.12     another Python (3.10 to 3.13)
 #   make test TORCH=torch==2.9.1    another torch, used when the environment is made
+#   make gpu GPU_PYTHON=python3     a Python that has torch and Triton already; nothing is installed then
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 VENV_TF4 ?= .venv-tf4
+# The newest Triton the kernels are compiled with, and the oldest that is supported.
+TRITON ?= 3.9.0
+TRITON_OLDEST ?= 3.6.0
+# The Python of the GPU programs: one that has a torch which sees a GPU already, else the environment made here.
+GPU_PYTHON ?= $(eval GPU_PYTHON := $(shell python3 -c "$(SEES_GPU)" 2>/dev/null))$(GPU_PYTHON)
+SEES_GPU = import torch; print('python3' if torch.cuda.is_available() else '')
 MODEL ?=
 ARGS ?=
 
@@ -22,11 +29,12 @@ OFFLINE = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-tf4 test-triton lint format types build bench-cpu bench-model env-demo env-test env-bench env-tf4 env-triton clean
+.PHONY: kernels-offline gpu gpu-smoke tune env-gpu
 MAKEFLAGS += --no-print-directory
 
 help: ## list these targets
 	@echo "Targets (each does its own set-up):"
-	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-23s %s\n", $$1, $$2}'
 
 demo: env-demo ## run real text through a DeBERTa before and after patching; print a table, draw a picture
 	@$(RUN) -m deberta_kernels demo $(MODEL) $(ARGS)
@@ -60,6 +68,18 @@ bench-cpu: env-test ## time the CPU kernel against PyTorch and Hugging Face
 bench-model: env-bench ## time whole models against eager, ONNX Runtime, OpenVINO and BERT
 	@$(RUN) benchmarks/bench_model.py $(MODEL) $(ARGS)
 
+kernels-offline: env-test build/triton-$(TRITON) build/triton-$(TRITON_OLDEST) ## compile the Triton kernels for devices not here; count
+	@$(RUN) tools/kernels_offline.py --triton build/triton-$(TRITON) --triton build/triton-$(TRITON_OLDEST) $(ARGS)
+
+gpu: env-gpu ## on a GPU: prove the kernels, time them beside everything else; 9 minutes
+	@$(OFFLINE) PYTHONPATH=. $(GPU_RUN) benchmarks/bench_gpu.py $(ARGS)
+
+gpu-smoke: env-gpu ## its 90-second form
+	@$(OFFLINE) PYTHONPATH=. $(GPU_RUN) benchmarks/bench_gpu.py --smoke $(ARGS)
+
+tune: env-gpu ## on a GPU: time tile sizes and write their table
+	@$(OFFLINE) PYTHONPATH=. $(GPU_RUN) benchmarks/tune.py $(ARGS)
+
 clean: ## delete the environments and everything built
 	rm -rf $(VENV) $(VENV_TF4) build dist deberta_kernels/lib deberta_kernels.egg-info demo-results
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
@@ -81,6 +101,16 @@ env-bench:
 # In the same environment: Triton needs no GPU and no other torch, but takes a gigabyte on disk.
 env-triton:
 	@$(ENVIRONMENT) --venv $(VENV) --extras test,triton
+
+# Nothing is installed where a Python with a GPU's torch is at hand or was named.
+GPU_RUN = $(or $(GPU_PYTHON),$(RUN))
+
+env-gpu:
+	@[ -n "$(GPU_PYTHON)" ] || $(MAKE) env-test
+
+# Beside the environment, not in it: two versions side by side, and neither is needed to use the package on a CPU.
+build/triton-%:
+	@rm -rf $@.partial && $(RUN) -m pip install -q --no-deps --target $@.partial triton==$* && mv $@.partial $@
 
 env-tf4:
 	@$(ENVIRONMENT) --venv $(VENV_TF4) --extras test $(TF4_PINS)

@@ -1,0 +1,123 @@
+"""List the launches to compile: every variant where it matters most, a representative elsewhere.
+
+A variant is a kernel, a dtype, a head size and a set of features. All eight feature sets are compiled for bfloat16 with
+head size 64 on sm_90, where most users and every figure are; other devices, dtypes, head sizes and the oldest Triton
+get the plainest and the fullest set, which bracket the others.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from deberta_kernels.types import AttentionProblem, Masks, PositionSpec
+
+__all__ = ["Variant", "kernel_title", "launches", "problem", "selection"]
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+PLAIN, FULL = "bias", "bias+mask+dropout"
+ALL_FEATURES = ("none", "mask", "dropout", "mask+dropout", "bias", "bias+mask", "bias+dropout", FULL)
+BATCH, HEADS, LENGTH = 2, 12, 2048
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Name one forward or backward to compile, with all its kernels.
+
+    Attributes:
+        chip: name of a device in `compiling.CHIPS`.
+        direction: "forward" or "backward".
+        dtype: "bf16", "fp16" or "fp32".
+        head_dim: D.
+        features: "none", or some of "bias", "mask" and "dropout" joined by "+".
+    """
+
+    chip: str
+    direction: str
+    dtype: str
+    head_dim: int
+    features: str
+
+    @property
+    def title(self) -> str:
+        """Return what every table calls it, without the chip."""
+        return f"{self.dtype} D{self.head_dim} {self.features}"
+
+
+def selection(*, oldest: bool) -> list[Variant]:
+    """Return the variants to compile, the longest compilations first.
+
+    Args:
+        oldest: True for the oldest supported Triton, which gets the representatives of the main dtype alone.
+    """
+    wanted: list[tuple[str, str, int, str]] = []
+    for chip in ("gfx942", "sm_100", "sm_80"):
+        wanted += [(chip, "bf16", 64, FULL), (chip, "bf16", 64, PLAIN)]
+    if oldest:
+        wanted += [("sm_90", "bf16", 64, features) for features in (FULL, PLAIN)]
+    else:
+        wanted += [("sm_90", "bf16", 64, features) for features in reversed(ALL_FEATURES)]
+        wanted += [("sm_90", "bf16", dim, FULL) for dim in (256, 128, 32)]
+        wanted += [("sm_90", dtype, 64, FULL) for dtype in ("fp32", "fp16")]
+        wanted += [("sm_86", "bf16", 64, FULL), ("sm_86", "bf16", 128, FULL), ("sm_86", "fp32", 64, FULL)]
+        wanted += [("sm_120", "bf16", 64, FULL)]
+    return [
+        Variant(chip, direction, dtype, dim, features)
+        for chip, dtype, dim, features in wanted
+        for direction in ("backward", "forward")
+    ]
+
+
+def problem(variant: Variant) -> AttentionProblem:
+    """Return a problem on the meta device that needs exactly the features of a variant."""
+    dtype, features = DTYPES[variant.dtype], variant.features.split("+")
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    q, k, v = (empty(BATCH, LENGTH, HEADS, variant.head_dim).transpose(1, 2) for _ in range(3))
+    tables = [empty(512, HEADS, variant.head_dim).transpose(0, 1) if "bias" in features else None for _ in range(2)]
+    tokens = empty(BATCH, LENGTH, dtype=torch.bool) if "mask" in features else None
+    dropout = "dropout" in features
+    return AttentionProblem(
+        q,
+        k,
+        v,
+        tables[0],
+        tables[1],
+        Masks(key=tokens, query=tokens),
+        PositionSpec(),
+        (3 * variant.head_dim) ** -0.5,
+        dropout_p=0.1 if dropout else 0.0,
+        seed=empty(1, dtype=torch.int64) if dropout else None,
+        max_seqlen=LENGTH,
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def launches(variant: Variant) -> tuple[Any, ...]:
+    """Return the launches of a variant as the package plans them; see `deberta_kernels.impl.triton.launch`."""
+    from deberta_kernels.impl.triton import launch
+
+    call = problem(variant)
+    forward = launch.forward_launches(call, variant.chip)
+    if variant.direction == "forward":
+        return tuple(forward.launches)
+    out, lse = forward.results
+    needs = (True, True, True, True, True)
+    return tuple(launch.backward_launches(call, torch.empty_like(out), None, out, lse, needs, variant.chip).launches)
+
+
+# Constant of a kernel -> the feature that sets it.
+_CONSTANTS = {"HAS_BIAS": "bias", "MASKED": "mask", "DROPOUT": "dropout"}
+
+
+def kernel_title(variant: Variant, launch: Any) -> str:
+    """Return the name of a kernel and of its variant: with those features alone that the kernel knows."""
+    present = [name for constant, name in _CONSTANTS.items() if launch.constants.get(constant)]
+    knows = any(constant in launch.constants for constant in _CONSTANTS)
+    features = f" {'+'.join(present) or 'none'}" if knows else ""
+    return f"{launch.kernel.__name__} {variant.dtype} D{variant.head_dim}{features}"
