@@ -35,7 +35,10 @@ LIMITS = {
     "sanitizer": ((90, 60), (0, 0)),
     "compiled": ((70, 60), (0, 0)),
     "models": ((50, 45), (0, 0)),
+    # Only when asked for: Nsight Compute repeats every kernel many times.
+    "counters": ((0, 0), (0, 0)),
 }
+ASKED_FOR = (300, 200)
 SECONDS, SMOKE_SECONDS = 525.0, 85.0
 
 
@@ -58,7 +61,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.add_argument(internal, default="", help=argparse.SUPPRESS)
     parser.add_argument("--share", default="", help=argparse.SUPPRESS)
     parser.add_argument("--skip", action="append", default=[], help=argparse.SUPPRESS)
-    parser.add_argument("--sanitized", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--small", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--profiled", default="", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 
@@ -96,6 +100,22 @@ def worker(options: argparse.Namespace) -> int:
     return work(items, Path(options.lines), frozenset(options.skip), lambda: healthy(plan.device))
 
 
+def child(options: argparse.Namespace) -> int:
+    """Do what a process was started for by another one of this program."""
+    from gpu.plan import Plan
+
+    plan = Plan.from_text(options.plan)
+    if options.worker:
+        return worker(options)
+    if options.share:
+        from gpu.precompile import run_share
+
+        return run_share(plan, options.share)
+    from gpu import watching
+
+    return watching.run_small(plan) if options.small else watching.run_profiled(plan, options.profiled)
+
+
 def stage_items(stage: str, plan: Any, rates: dict[str, Any]) -> list[Any]:
     """Return the items of a stage."""
     from gpu.items import Item
@@ -116,10 +136,10 @@ def stage_items(stage: str, plan: Any, rates: dict[str, Any]) -> list[Any]:
         from gpu.models import items as models
 
         return models(plan)
-    if stage == "sanitizer":
-        from gpu.sanitizer import items as sanitized
+    if stage in ("sanitizer", "counters"):
+        from gpu import watching
 
-        return sanitized(plan)
+        return watching.sanitizer_items(plan) if stage == "sanitizer" else watching.counter_items(plan)
     from gpu import timings
 
     makers = {"core": timings.core_items, "rivals": timings.rival_items, "compiled": timings.compiled_items}
@@ -184,18 +204,8 @@ class Run:
 def main(arguments: list[str] | None = None) -> int:
     """Run; return the exit status: 1 when an answer is wrong or something broke, 2 without a device."""
     options = parse(arguments)
-    if options.sanitized:
-        from gpu.plan import Plan
-        from gpu.sanitizer import run_cases
-
-        return run_cases(Plan.from_text(options.plan))
-    if options.share:
-        from gpu.plan import Plan
-        from gpu.precompile import run_share
-
-        return run_share(Plan.from_text(options.plan), options.share)
-    if options.worker:
-        return worker(options)
+    if options.plan:
+        return child(options)
     from gpu.items import note
     from gpu.supervisor import Stage, supervise
     from gpu.table import table
@@ -219,7 +229,7 @@ def main(arguments: list[str] | None = None) -> int:
         if left < 5:
             run.update(name, {"items": {}, "seconds": 0.0, "complete": False, "broken": "no time left"})
             continue
-        stage = Stage(name, seconds or whole[0], item_seconds or whole[1])
+        stage = Stage(name, *((seconds, item_seconds) if seconds else whole if whole[0] else ASKED_FOR))
         note(f"stage {name}, at most {min(stage.seconds, left):.0f} s")
         record = supervise(stage, plan, min(stage.seconds, left), lambda so_far, name=name: run.update(name, so_far))
         run.update(name, record)
