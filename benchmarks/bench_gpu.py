@@ -92,6 +92,8 @@ def worker(options: argparse.Namespace) -> int:
     from gpu.plan import Plan
 
     plan = Plan.from_text(options.plan)
+    # cuBLAS repeats its bits only with a workspace of a fixed size, which must be asked for before it starts.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if plan.device == "cpu":
         import torch
 

@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from baselines import candidates
+from shapes import Shape
 
 from deberta_kernels.testing import budget, inputs
 from deberta_kernels.testing.backends import Target
 from deberta_kernels.testing.inputs import Case
+from gpu import rivals, timings
 from gpu.cases import cases, long_cases
 from gpu.items import Item
 from gpu.plan import Plan
@@ -21,6 +24,8 @@ __all__ = ["items", "run_share"]
 
 WORKER = Path(__file__).resolve().parent.parent / "bench_gpu.py"
 MOST_PROCESSES = 12
+# Longest sequences for which Hugging Face's code, with its N x N tensors, is compiled beside a dozen other processes.
+MOST_COMPILED = 1024
 
 
 def items(plan: Plan) -> list[Item]:
@@ -36,6 +41,17 @@ def distinct(plan: Plan) -> list[Case]:
         key = (case.dtype, case.head_dim, case.terms, masked, case.dropout_p > 0, case.packed, case.prefix_length > 0)
         found.setdefault(key, case)
     return list(found.values())
+
+
+def foreign(plan: Plan) -> list[tuple[str, Shape]]:
+    """Return what other packages compile: (candidate, shape), where it takes no more memory than many can have at once.
+
+    Their compilers depend on the shape, so every one is there.
+    """
+    if plan.small or plan.smoke:
+        return []
+    names = ["compiled", *(name for name in rivals.RIVALS if not rivals.available(name))]
+    return [(name, s) for s in plan.shapes() for name in names if name != "compiled" or s.length <= MOST_COMPILED]
 
 
 def _together(plan: Plan) -> dict[str, Any]:
@@ -55,12 +71,23 @@ def run_share(plan: Plan, share: str) -> int:
     """Run every n-th case once, for what is compiled on the way; `share` is "i/n"."""
     index, count = (int(part) for part in share.split("/"))
     target = Target(plan.backend, plan.backend, (torch.float32, torch.bfloat16, torch.float16), device=plan.device)
-    status = 0
-    for case in distinct(plan)[index::count]:
+    rivals.register()
+    timings.register_compiled()
+
+    def ours(case: Case) -> None:
         problem = inputs.problem(case, plan.device)
+        budget.evaluate(target.run, problem, inputs.dout(case, problem))
+
+    def theirs(unit: tuple[str, Shape]) -> None:
+        name, shape = unit
+        candidates(shape, frozenset({name}), plan.backend, plan.device)[name](0)
+
+    work = [*((ours, case) for case in distinct(plan)), *((theirs, unit) for unit in foreign(plan))]
+    status = 0
+    for run, unit in work[index::count]:
         try:
-            budget.evaluate(target.run, problem, inputs.dout(case, problem))
+            run(unit)
         except Exception as error:  # the next one may still compile
-            print(f"{case.id}: {type(error).__name__}: {error}", flush=True)
+            print(f"{unit}: {type(error).__name__}: {error}", flush=True)
             status = 1
     return status

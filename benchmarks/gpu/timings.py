@@ -20,7 +20,7 @@ from gpu.floors import floor
 from gpu.items import Item
 from gpu.plan import Plan
 
-__all__ = ["compiled_items", "core_items", "rival_items"]
+__all__ = ["compiled_items", "core_items", "register_compiled", "rival_items"]
 
 # Memory the float64 oracle of one score takes with its gradients, in bytes.
 ORACLE_BYTES = 320
@@ -38,22 +38,25 @@ def core_items(plan: Plan, rates: dict[str, Any]) -> list[Item]:
 
 
 def rival_items(plan: Plan, rates: dict[str, Any]) -> list[Item]:
-    """Return one item per rival and shape, with ours beside it; one item that says why, for a rival that is absent."""
+    """Return one item per shape: the rivals, with ours beside them; and for an absent one an item that says why."""
     rivals.register()
-    found = []
     absent = {name: reason for name in rivals.RIVALS if (reason := rivals.available(name))}
-    for name, reason in absent.items():
-        found.append(Item(name, lambda reason=reason: {"ok": True, "skipped": reason}))
-    for shape in plan.shapes():
-        for name in rivals.RIVALS.keys() - absent.keys():
-            found.append(_item(plan, shape, {name, "bare"}, rates, prefix=f"{name} "))
+    found = [Item(name, lambda reason=reason: {"ok": True, "skipped": reason}) for name, reason in absent.items()]
+    present = rivals.RIVALS.keys() - absent.keys()
+    if present:
+        found += [_item(plan, shape, {*present, "bare"}, rates) for shape in plan.shapes()]
     return found
 
 
 def compiled_items(plan: Plan, rates: dict[str, Any]) -> list[Item]:
     """Return one item per shape: Hugging Face's code through `torch.compile`, with ours beside it."""
-    CORES["compiled"] = partial(hugging_face_core, compiled=True)
+    register_compiled()
     return [_item(plan, shape, {"compiled", "bare"}, rates) for shape in plan.shapes()]
+
+
+def register_compiled() -> None:
+    """Make Hugging Face's code through `torch.compile` a candidate."""
+    CORES["compiled"] = partial(hugging_face_core, compiled=True)
 
 
 def _others(plan: Plan) -> set[str]:
@@ -75,10 +78,10 @@ def _turning(backend: str, sets: list[Inputs]) -> Callable[[int], torch.Tensor]:
     return lambda index: calls[index % len(calls)]()
 
 
-def _item(plan: Plan, shape: Shape, names: set[str], rates: dict[str, Any], prefix: str = "") -> Item:
+def _item(plan: Plan, shape: Shape, names: set[str], rates: dict[str, Any]) -> Item:
     wanted = names & set(plan.candidates) if plan.candidates else names
     direction = "forward + backward" if shape.backward else "forward"
-    return Item(f"{prefix}{direction} {shape.label}", lambda: _measure(plan, shape, sorted(wanted), rates))
+    return Item(f"{direction} {shape.label}", lambda: _measure(plan, shape, sorted(wanted), rates))
 
 
 def _measure(plan: Plan, shape: Shape, names: list[str], rates: dict[str, Any]) -> dict[str, Any]:

@@ -144,6 +144,8 @@ class Truth:
         for _ in range(ORDERS):
             order = torch.randperm(self.problem.q.shape[-1], generator=generator).to(self.problem.q.device)
             for name, value in _reordered(self, order).items():
+                if name not in self.oracle:  # taken out by a caller whose code does not return it
+                    continue
                 errors = _errors(value, self.oracle[name])
                 # An order in which eager overflows says nothing.
                 if errors[0] < float("inf"):

@@ -171,6 +171,13 @@ def test_second_look_compares_with_eager_in_other_orders_and_is_reported():
         assert row.second_look == (error > limit)
 
 
+def test_a_second_look_leaves_out_what_was_taken_out_of_the_truth():
+    problem = inputs.problem(Case(batch=1, heads=1, nq=9, head_dim=8, spread=8.0))
+    known = budget.truth(problem)
+    del known.oracle["lse"]
+    assert known.errors_of_all_orders.keys() == {"out"}
+
+
 def test_check_raises_the_report():
     problem = inputs.problem(Case(batch=1, heads=1, nq=20, head_dim=16))
 

@@ -1,14 +1,8 @@
 """The tools that watch kernels are told their names: every kernel that a call launches must be among them."""
 
-import sys
-from pathlib import Path
-
 import pytest
 
 pytest.importorskip("triton", reason="needs Triton")
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "benchmarks")]
 
 from gpu.watching import KERNELS
 from offline.variants import FULL, Variant, kernel_title, launches, selection
