@@ -69,6 +69,7 @@ bench-model: env-bench ## time whole models against eager, ONNX Runtime, OpenVIN
 	@$(RUN) benchmarks/bench_model.py $(MODEL) $(ARGS)
 
 kernels-offline: env-test build/triton-$(TRITON) build/triton-$(TRITON_OLDEST) ## compile the Triton kernels for devices not here; count
+	@PYTHONPATH=build/triton-$(TRITON) $(RUN) -m pytest -q tests/triton
 	@$(RUN) tools/kernels_offline.py --triton build/triton-$(TRITON) --triton build/triton-$(TRITON_OLDEST) $(ARGS)
 
 gpu: env-gpu ## on a GPU: prove the kernels, time them beside everything else; 9 minutes

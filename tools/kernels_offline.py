@@ -157,14 +157,21 @@ def row(record: dict[str, Any]) -> list[str]:
     ]
 
 
-def report_on(result: dict[str, Any], bounds: dict[str, Any], *, update: bool) -> int:
-    """Print one line per kernel and what is wrong with it; return how many are wrong."""
+def report_on(result: dict[str, Any], bounds: dict[str, Any], missed: dict[str, str], *, update: bool) -> int:
+    """Print one line per kernel, then what is wrong and which promises are not kept; return how many are wrong.
+
+    Args:
+        result: what `measure` returned.
+        bounds: those of `bounds.json`; with update they are changed to what was measured.
+        missed: promises known not to be kept: "chip kernel and variant" -> the reason.
+        update: take what was measured as the new bounds.
+    """
     from offline import bounds as rules
     from offline.counting import Report
     from offline.table import aligned
 
     known = bounds.setdefault(result["triton"], {})
-    rows, wrong = [HEAD], {}
+    rows, wrong, unkept = [HEAD], {}, {}
     for record in sorted(result["records"], key=lambda record: (record["chip"], record["name"])):
         rows.append(row(record))
         title = rows[-1][0]
@@ -175,12 +182,18 @@ def report_on(result: dict[str, Any], bounds: dict[str, Any], *, update: bool) -
         entries = known.setdefault(record["chip"], {})
         if update:
             entries[record["name"]] = rules.limits(report)
-        bound = entries.get(record["name"])
-        problems = rules.judge(report, record["chip"], record["name"], bound, record.get("plain"))
+        problems = rules.judge(report, record["chip"], record["name"], entries.get(record["name"]))
+        broken = rules.broken_promises(report, record["chip"], record["name"], record.get("plain"))
+        if broken and title in missed:
+            unkept[title] = f"{'; '.join(broken)}: {missed[title]}"
+        else:
+            problems = [*broken, *problems]
         if problems:
             wrong[title] = problems
     print(f"\nTriton {result['release']}, {len(rows) - 1} kernels, {result['seconds']:.0f} s")
     print(aligned(rows))
+    for title, text in unkept.items():
+        print(f"MISSED {title}: {text}")
     for title, problems in wrong.items():
         print(f"WRONG {title}: {'; '.join(problems)}")
     return len(wrong)
@@ -195,7 +208,7 @@ def main(arguments: list[str] | None = None) -> int:
         return every_triton(options)
     result = measure(options)
     bounds = rules.load()
-    wrong = report_on(result, bounds, update=options.update)
+    wrong = report_on(result, bounds, rules.load(rules.MISSED), update=options.update)
     if options.update:
         rules.store(bounds)
     if options.json:

@@ -20,7 +20,8 @@ GOOD = Report(
 
 
 def judged(report=GOOD, chip="sm_90", name=NAME, plain=300, bound=None):
-    return bounds.judge(report, chip, name, bounds.limits(GOOD) if bound is None else bound, plain)
+    wrong = bounds.judge(report, chip, name, bounds.limits(GOOD) if bound is None else bound)
+    return wrong + bounds.broken_promises(report, chip, name, plain)
 
 
 def changed(**values):
@@ -52,7 +53,7 @@ def test_what_is_wrong_is_named(report, words):
 
 
 def test_a_kernel_without_a_bound_is_wrong():
-    assert "no bound is committed" in bounds.judge(GOOD, "sm_90", NAME, None, 300)[0]
+    assert "no bound is committed" in bounds.judge(GOOD, "sm_90", NAME, None)[0]
 
 
 def test_promises_hold_for_the_main_variant_alone():
@@ -81,3 +82,29 @@ def test_bounds_survive_the_file(tmp_path):
 
 def test_rows_are_aligned():
     assert aligned([["a", "b"], ["long", "12"], ["error", "text beyond", "all columns"]]).splitlines()[1] == "long  12"
+
+
+def record(name, report):
+    return {"chip": "sm_90", "name": name, "report": report.as_json(), "plain": 300}
+
+
+def test_a_miss_that_is_known_is_printed_and_one_that_is_not_is_wrong(capsys):
+    import kernels_offline
+
+    far = changed(far=Counts(instructions=331, matrix=8))
+    result = {"triton": "3.9", "release": "3.9.0", "seconds": 1.0, "records": [record(NAME, far)]}
+    known = {"3.9": {"sm_90": {NAME: bounds.limits(far)}}}
+    assert kernels_offline.report_on(result, known, {}, update=False) == 1
+    assert kernels_offline.report_on(result, known, {f"sm_90 {NAME}": "a reason"}, update=False) == 0
+    assert "MISSED sm_90 forward_kernel bf16 D64 bias: far loop 331" in capsys.readouterr().out
+    worse = {**result, "records": [record(NAME, changed(far=Counts(instructions=400, matrix=8)))]}
+    assert kernels_offline.report_on(worse, known, {f"sm_90 {NAME}": "a reason"}, update=False) == 1
+
+
+def test_a_kernel_that_does_not_compile_is_wrong(capsys):
+    import kernels_offline
+
+    result = {"triton": "3.9", "release": "3.9.0", "seconds": 1.0}
+    result["records"] = [{"chip": "sm_90", "name": NAME, "error": "CompilationError: no"}]
+    assert kernels_offline.report_on(result, {}, {}, update=True) == 1
+    assert "does not compile: CompilationError: no" in capsys.readouterr().out
