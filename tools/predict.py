@@ -92,35 +92,26 @@ def seconds(near: float, far: float, length: int) -> float:
     return heads * (near_tiles * near + far_tiles * far) / (DEVICE.multiprocessors * DEVICE.clock)
 
 
-def loops(records: list[dict[str, Any]], kernel: str) -> tuple[float, float]:
-    """Return the cycles of the near and of the far loop of one kernel, in its variant without masks and dropout.
+def counted(records: list[dict[str, Any]], kernel: str, variant: str) -> dict[str, Any]:
+    """Return the report of a kernel in one variant on sm_90, bfloat16, head size 64.
 
     Raises:
-        SystemExit: the counts lack the kernel.
+        SystemExit: the counts lack it.
     """
     for record in records:
-        name, features = record["name"].split()[0], record["name"].split()[-1]
-        if kernel not in name or features not in ("bias", "none") or "report" not in record:
-            continue
-        report = record["report"]
-        if record["chip"] == "sm_90" and " bf16 D64 " in record["name"] and report["near"]:
-            if report["far"] is None and kernel != "bwd_position":
-                continue  # the variant without tables
-            near_loads, far_loads = LOADED[kernel]
-            far = cycles(report["far"], far_loads) if report["far"] else 0.0
-            return cycles(report["near"], near_loads), far
-    raise SystemExit(f"no counts of {kernel} for sm_90 in bfloat16 with head size 64; run kernels_offline.py first")
+        names = record["name"].split()
+        asked_for = record["chip"] == "sm_90" and kernel in names[0] and names[1:] == ["bf16", "D64", variant]
+        if asked_for and "report" in record:
+            return dict(record["report"])
+    raise SystemExit(f"no counts of {kernel} bf16 D64 {variant} for sm_90; run kernels_offline.py first")
 
 
-def plain(records: list[dict[str, Any]]) -> float:
-    """Return the cycles of a plain flash attention's loop, from the counts of the variant without tables."""
-    for record in records:
-        if record["chip"] == "sm_90" and record["name"].endswith("bf16 D64 none") and "fwd" in record["name"]:
-            return cycles(record["report"]["near"], 2)
-    for record in records:
-        if record["chip"] == "sm_90" and record["name"].endswith("forward_kernel bf16 D64 none"):
-            return cycles(record["report"]["near"], 2)
-    raise SystemExit("no counts of the forward without tables for sm_90; run kernels_offline.py first")
+def loops(records: list[dict[str, Any]], kernel: str) -> tuple[float, float]:
+    """Return the cycles of the near and of the far loop of one kernel, without masks and dropout."""
+    # The pass by diagonals exists with tables only, and meets no far tiles.
+    report = counted(records, kernel, "none" if kernel == "bwd_position" else "bias")
+    near, far = LOADED[kernel]
+    return cycles(report["near"], near), cycles(report["far"], far) if report["far"] else 0.0
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -128,11 +119,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("counts", type=Path, help="what kernels_offline.py --json wrote")
     records = json.loads(parser.parse_args(arguments).counts.read_text(encoding="utf-8"))["records"]
-    forward_name = "forward" if any("forward" in record["name"] for record in records) else "fwd"
-    LOADED.setdefault("fwd", LOADED["forward"])
-    forward = loops(records, forward_name)
+    forward = loops(records, "forward")
     backward = {name: loops(records, name) for name in ("bwd_dq", "bwd_dkv", "bwd_position")}
-    flash = plain(records)
+    flash = cycles(counted(records, "forward", "none")["near"], 2)
     rows = [["cycles of one 64 x 64 tile", "near", "far"], ["plain flash attention", "", f"{flash:.0f}"]]
     rows += [[name, f"{near:.0f}", f"{far:.0f}"] for name, (near, far) in {"forward": forward, **backward}.items()]
     print(aligned(rows) + "\n")
