@@ -28,7 +28,7 @@ SCHEMA = 1
 # Stage: (limit in seconds, limit of one item in seconds), whole run and smoke; in this order.
 LIMITS = {
     "ceilings": ((45, 45), (25, 25)),
-    "compile": ((80, 80), (30, 30)),
+    "compile": ((100, 100), (30, 30)),
     "correctness": ((120, 60), (30, 25)),
     "core": ((100, 50), (30, 25)),
     "rivals": ((90, 50), (0, 0)),

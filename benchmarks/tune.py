@@ -33,7 +33,7 @@ DIRECTIONS = ("forward", "backward")
 SHAPES = ((128, 12, 128), (32, 12, 512), (8, 12, 2048))
 TINY_SHAPES = ((1, 1, 40),)
 MARGIN = 0.02
-MOST_PROCESSES = 12
+MOST_PROCESSES = 16
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -127,7 +127,7 @@ def measure(options: argparse.Namespace, entry: tuple[str, int, str], key: str) 
 
     dtype, dim, direction = entry
     small = options.device == "cpu"
-    candidates = tuning.candidates(getattr(torch, dtype), dim, direction)
+    candidates = tuning.candidates(key, getattr(torch, dtype), dim, direction)
     first, refused, times = candidates[0], {}, {}
     for config in candidates[:3] if small else candidates:
         try:
@@ -184,7 +184,7 @@ def compile_share(options: argparse.Namespace, key: str) -> int:
     units = [
         (entry, config)
         for entry in entries(options)
-        for config in tuning.candidates(getattr(torch, entry[0]), entry[1], entry[2])
+        for config in tuning.candidates(key, getattr(torch, entry[0]), entry[1], entry[2])
     ]
     for entry, config in units[index::count]:
         try:

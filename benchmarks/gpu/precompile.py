@@ -23,7 +23,7 @@ from gpu.plan import Plan
 __all__ = ["items", "run_share"]
 
 WORKER = Path(__file__).resolve().parent.parent / "bench_gpu.py"
-MOST_PROCESSES = 12
+MOST_PROCESSES = 16
 # Longest sequences for which Hugging Face's code, with its N x N tensors, is compiled beside a dozen other processes.
 MOST_COMPILED = 1024
 
@@ -34,13 +34,13 @@ def items(plan: Plan) -> list[Item]:
 
 
 def distinct(plan: Plan) -> list[Case]:
-    """Return the shortest case of each kind that can need another compiled variant."""
+    """Return the shortest case of each kind that can need another compiled variant, the main dtype and size first."""
     found: dict[Any, Case] = {}
     for case in sorted([*cases(plan), *long_cases(plan)], key=lambda case: case.nq):
         masked = case.mask != "none"
         key = (case.dtype, case.head_dim, case.terms, masked, case.dropout_p > 0, case.packed, case.prefix_length > 0)
         found.setdefault(key, case)
-    return list(found.values())
+    return sorted(found.values(), key=lambda case: (case.dtype != torch.bfloat16, case.head_dim != 64))
 
 
 def foreign(plan: Plan) -> list[tuple[str, Shape]]:
