@@ -37,6 +37,7 @@ def test_a_good_kernel_is_not_wrong():
     [
         (changed(shared=240000), "shared memory 240000 is more than the 232448 bytes"),
         (changed(whole=Counts(instructions=16)), "a stub: 16 instructions"),
+        (changed(matrix_name=""), "no matrix instruction"),
         (changed(matrix_name="HMMA"), "matrix instruction HMMA, not HGMMA"),
         (changed(whole=Counts(instructions=3000, local_loads=900)), "900 of 3000 instructions access local memory"),
         (changed(far=Counts(instructions=320, matrix=8, local_stores=1)), "1 accesses to local memory in the far loop"),

@@ -71,7 +71,7 @@ def judge(report: Report, chip: str, name: str, bound: dict[str, list[int]] | No
     Args:
         report: what it compiled to.
         chip: name of the device.
-        name: of the kernel and its variant; the attention kernels must use the matrix instructions of the device.
+        name: of the kernel and its variant; the attention kernels must use matrix instructions.
         bound: its entry in `bounds.json`, or None when it has none.
     """
     device, wrong = CHIPS[chip], []
@@ -80,9 +80,8 @@ def judge(report: Report, chip: str, name: str, bound: dict[str, list[int]] | No
     if attends(name):
         if report.whole.instructions < LEAST_INSTRUCTIONS:
             wrong.append(f"a stub: {report.whole.instructions} instructions")
-        # float32 is multiplied exactly, which no matrix instruction of NVIDIA's does.
-        if "fp32" not in name and not report.matrix_name.startswith(device.matrix):
-            wrong.append(f"matrix instruction {report.matrix_name or 'none'}, not {' or '.join(device.matrix)}")
+        if "fp32" not in name and not report.matrix_name:
+            wrong.append("no matrix instruction")
     if bound is None:
         return [*wrong, "no bound is committed for it; run with --update and look at what changes"]
     for measure, value in measures(report).items():
@@ -107,14 +106,19 @@ def broken_promises(report: Report, chip: str, name: str, plain: int | None) -> 
         name: of the kernel and its variant.
         plain: instructions of the loop of a plain flash attention with the same tile, or None where none was compiled.
     """
-    if attends(name) and report.whole.local > MOST_LOCAL * report.whole.instructions:
-        return [f"{report.whole.local} of {report.whole.instructions} instructions access local memory"]
+    if not attends(name):
+        return []
+    wrong, device = [], CHIPS[chip]
+    # float32 is multiplied exactly, which no matrix instruction of NVIDIA's does.
+    if "fp32" not in name and not report.matrix_name.startswith(device.matrix):
+        wrong.append(f"matrix instruction {report.matrix_name or 'none'}, not {' or '.join(device.matrix)}")
+    if report.whole.local > MOST_LOCAL * report.whole.instructions:
+        wrong.append(f"{report.whole.local} of {report.whole.instructions} instructions access local memory")
     forward = any(part in name.split()[0] for part in ("forward", "fwd"))
     if chip != "sm_90" or not forward or " D64 " not in name or "fp32" in name:
-        return []
-    wrong = []
+        return wrong
     if report.far is None:
-        return ["no far loop was found"] if "bias" in name else []
+        return [*wrong, "no far loop was found"] if "bias" in name else wrong
     if report.far.local:
         wrong.append(f"{report.far.local} accesses to local memory in the far loop")
     if name.endswith(" bf16 D64 bias"):

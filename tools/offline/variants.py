@@ -63,7 +63,6 @@ def selection(*, oldest: bool) -> list[Variant]:
         wanted += [("sm_90", "bf16", dim, FULL) for dim in (256, 128, 32)]
         wanted += [("sm_90", dtype, 64, FULL) for dtype in ("fp32", "fp16")]
         wanted += [("sm_86", "bf16", 64, FULL), ("sm_86", "bf16", 128, FULL), ("sm_86", "fp32", 64, FULL)]
-        wanted += [("sm_120", "bf16", 64, FULL)]
     return [
         Variant(chip, direction, dtype, dim, features)
         for chip, dtype, dim, features in wanted
