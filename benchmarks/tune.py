@@ -1,7 +1,7 @@
 """Time the tile sizes of the Triton kernels on the GPU at hand and write their table, which the package then reads.
 
-python benchmarks/tune.py                                   every dtype, head size and direction, about 20 minutes
-python benchmarks/tune.py --dtypes bfloat16 --dims 64       the main ones, about 4 minutes
+python benchmarks/tune.py                                   every dtype, head size and direction; 20 minutes (estimated)
+python benchmarks/tune.py --dtypes bfloat16 --dims 64       the main ones; 4 minutes (estimated)
 TRITON_INTERPRET=1 python benchmarks/tune.py --device cpu   no GPU: tries this program itself, on tiny shapes
 
 The candidates are those of `deberta_kernels.impl.triton.tuning`. A candidate must give the right answer before it is
