@@ -111,7 +111,8 @@ def zones(listing: Listing) -> tuple[Counts | None, Counts | None]:
     """Return the counts of the near and of the far loop.
 
     Loops over tiles are the innermost loops that multiply matrices. Those that multiply at least half as much again
-    as the leanest one are near loops. Of several of a kind the largest of each count is taken.
+    as the leanest one are near loops; of several, the largest of each count is taken. Of the others the shortest one is
+    the far loop: the longer ones run over the few tiles at an end of a zone, or with a mask.
     """
     multiplying = [loop for loop in listing.loops if count(listing.opcodes(loop.indices)).matrix]
     inner = [loop for loop in multiplying if not any(loop.holds(other) for other in multiplying)]
@@ -121,7 +122,7 @@ def zones(listing: Listing) -> tuple[Counts | None, Counts | None]:
     leanest = min(counts.matrix for counts in found)
     near = [counts for counts in found if counts.matrix >= _NEAR * leanest]
     far = [counts for counts in found if counts.matrix < _NEAR * leanest]
-    return (_largest(near), _largest(far)) if near else (_largest(far), None)
+    return (_largest(near), min(far, key=lambda counts: counts.instructions)) if near else (_largest(far), None)
 
 
 def _largest(counts: list[Counts]) -> Counts:

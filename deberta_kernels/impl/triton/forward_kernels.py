@@ -45,18 +45,18 @@ POINTERS = ("key_mask_ptr", "query_mask_ptr", "pair_mask_ptr", "tile_list_ptr", 
 
 @triton.jit
 def _online_softmax(
-    score, row, m, total, acc, v, drop, i0, j0, qk_scale, GUARD: tl.constexpr, DROPOUT: tl.constexpr,
-    TILE: tl.constexpr, PRECISION: tl.constexpr,
+    score, m, total, acc, v, drop, i0, j0, qk_scale, GUARD: tl.constexpr, DROPOUT: tl.constexpr, TILE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Fold one tile of scores into the running maximum m (log2), sum of exponentials `total` and values acc.
 
-    A pair's full score is score * qk_scale + row, in units of log2. GUARD: a row may have no key so far.
+    A pair's full score is score * qk_scale, in units of log2. GUARD: a row may have no key so far.
     """
-    new_m = tl.maximum(m, tl.max(score, 1) * qk_scale + row)
+    new_m = tl.maximum(m, tl.max(score, 1) * qk_scale)
     base = new_m
     if GUARD:
         base = tl.where(new_m == -float("inf"), 0.0, new_m)  # exp2(-inf - 0) is 0, exp2(-inf + inf) is NaN
-    p = tl.exp2(score * qk_scale - (base - row)[:, None])
+    p = tl.exp2(score * qk_scale - base[:, None])
     alpha = tl.exp2(m - base)
     total = total * alpha + tl.sum(p, 1)
     if DROPOUT:
@@ -110,6 +110,7 @@ def _far_zones(
                 side_row = tl.where(zone == 1, table_rows - 1, 0)
                 far_q, row = far_operands(q, pos_key, pos_query, side_row, offs_d, zone, BLOCK_D)
                 row = row * qk_scale
+            m -= row  # inside a zone its row constant is left out of scores and maximum alike
             full_start, full_stop, part_start, part_stop = _zone_ranges(
                 tile_list, list_size, first_tile, last_tile, origin + first_tile * TILE < first_key,
                 origin + last_tile * TILE > last_key, MASKED,
@@ -122,7 +123,7 @@ def _far_zones(
                 k, v = load_tokens(keys, j0, offs_t, offs_d, None, HEAD_DIM, BLOCK_D)
                 score = tl.dot(far_q, k.T, input_precision=PRECISION)
                 m, total, acc = _online_softmax(
-                    score, row, m, total, acc, v, drop, i0, j0, qk_scale, False, DROPOUT, TILE, PRECISION
+                    score, m, total, acc, v, drop, i0, j0, qk_scale, False, DROPOUT, TILE, PRECISION
                 )
             for n in tl.range(part_start, part_stop, num_stages=1):
                 tile = tl.where(n == 0, first_tile, last_tile - 1)
@@ -134,8 +135,9 @@ def _far_zones(
                 score = tl.where(valid[None, :], tl.dot(far_q, k.T, input_precision=PRECISION), -float("inf"))
                 score = without_pairs(score, masks, place, i0, j0, False, MASKED, TILE)
                 m, total, acc = _online_softmax(
-                    score, row, m, total, acc, v, drop, i0, j0, qk_scale, MASKED, DROPOUT, TILE, PRECISION
+                    score, m, total, acc, v, drop, i0, j0, qk_scale, MASKED, DROPOUT, TILE, PRECISION
                 )
+            m += row
     return m, total, acc
 
 
@@ -153,7 +155,6 @@ def _near_zone(
     distance = difference(TILE)
     high_row = offs_t[:, None] >= offs_t[None, :]
     upper = offs_t[:, None] + offs_t[None, :] < TILE
-    no_row = tl.zeros([TILE], tl.float32)
     block = i0 - (near_start - prefix_tiles) * TILE + prefix - key_start + table_offset
     key_block = load_block(pos_key, block, offs_t, offs_d, BLOCK_D)
     c2p_high = along_rows(tl.dot(q, key_block.T, input_precision=PRECISION), distance, TILE)
@@ -178,7 +179,7 @@ def _near_zone(
             score = tl.where(valid[None, :], score, -float("inf"))
         score = without_pairs(score, masks, place, i0, j0, False, MASKED, TILE)
         m, total, acc = _online_softmax(
-            score, no_row, m, total, acc, v, drop, i0, j0, qk_scale, MASKED, DROPOUT, TILE, PRECISION
+            score, m, total, acc, v, drop, i0, j0, qk_scale, MASKED, DROPOUT, TILE, PRECISION
         )
     return m, total, acc
 
