@@ -4,7 +4,8 @@ import triton
 import triton.language as tl
 
 from deberta_kernels.impl.triton.primitives import (
-    LOG2E,
+    LOG2E_HIGH,
+    LOG2E_LOW,
     along_columns,
     along_rows,
     difference,
@@ -45,14 +46,14 @@ def bwd_preprocess_kernel(
     q_ptr, out_ptr, dout_ptr, lse_ptr, dlse_ptr, pos_key_ptr, stats_ptr, dmean_ptr, cu_seqlens_ptr,
     stride_qb: tl.int64, stride_qh: tl.int64, stride_qn, stride_ob: tl.int64, stride_oh: tl.int64, stride_on,
     stride_lb: tl.int64, stride_lh: tl.int64, stride_ln: tl.int64, heads, nq, nk, packed, row_tiles, table_rows,
-    stats_size: tl.int64, has_dlse,
+    stats_size: tl.int64, has_dlse, qk_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, UNIT: tl.constexpr, HAS_BIAS: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
     """Write what the other kernels need of each query; the grid is (B * H * row_tiles,).
 
-    stats: (4, B, H, Nq) float32: log2 of the softmax denominator, +inf on padded rows; sum of out * dout less dlse;
-    q . pos_key of the saturated distances, smallest, then largest. dmean: (B * H, row_tiles, BLOCK_D) float32: what
+    stats: (4, B, H, Nq) float32: the log-sum-exp in units of a raw score, +inf on padded rows; sum of out * dout less
+    dlse; q . pos_key of the saturated distances, smallest, then largest. dmean: (B * H, row_tiles, BLOCK_D) float32: what
     the padded rows of the tile add to every dv.
     """
     pid = tl.program_id(0)
@@ -77,7 +78,10 @@ def bwd_preprocess_kernel(
     dlse_rows = b * stride_lb + h * stride_lh + (first_row + offs_t) * stride_ln
     dlse = tl.load(dlse_ptr + dlse_rows, mask=when(m_mask, has_dlse), other=0.0)
     out_dot_dout = tl.sum(out * dout, 1) - dlse
-    tl.store(stats_ptr + stats, tl.where(padded, float("inf"), lse * LOG2E), mask=m_mask)
+    # Rounded once: the weights are as exact as what is subtracted here, and a large score makes that coarse.
+    wide = lse.to(tl.float64)
+    raw = ((wide * LOG2E_HIGH + wide * LOG2E_LOW) / qk_scale).to(tl.float32)
+    tl.store(stats_ptr + stats, tl.where(padded, float("inf"), raw), mask=m_mask)
     tl.store(stats_ptr + stats_size + stats, tl.where(padded, 0.0, out_dot_dout), mask=m_mask)
     if HAS_BIAS:
         q_base = q_ptr + (batch * stride_qb + h * stride_qh + first_row * stride_qn) * UNIT
@@ -117,11 +121,11 @@ def score_gradient(
 
     Args:
         score: raw scores, -inf where forbidden; keys by queries when KEYS_FIRST, else queries by keys.
-        shift: row constant less log2 of the denominator, broadcast along the keys.
+        shift: row constant less log-sum-exp, raw, broadcast along the keys; added before scaling, which is more exact.
         dp: dout . v, raw.
         out_dot_dout: broadcast along the keys.
     """
-    p = tl.exp2(score * qk_scale + shift)
+    p = tl.exp2((score + shift) * qk_scale)
     dropped = p
     if DROPOUT:
         seed_ptr, batch_head, threshold = drop
@@ -164,7 +168,7 @@ def _dq_far_zones(
             side_row = tl.where(zone == 1, table_rows - 1, 0)
             if HAS_BIAS:
                 far_q, row = far_operands(q, pos_key, pos_query, side_row, offs_d, zone, BLOCK_D)
-                shift = row * qk_scale - lse
+                shift = row - lse
             dq_zone = tl.zeros([TILE, BLOCK_D], tl.float32)
             ds_sum = tl.zeros([TILE], tl.float32)
             for n in range(n0, n1):
@@ -395,7 +399,7 @@ def _dkv_far_zones(
                     # The same rounding as in `far_operands`.
                     q = (q.to(tl.float32) + pos_row[None, :]).to(q.dtype)
                     has_row = when(i0 + offs_t < nq, positioned)
-                    shift += tl.load(stats + (2 + side) * stats_size + i0 + offs_t, mask=has_row, other=0.0) * qk_scale
+                    shift += tl.load(stats + (2 + side) * stats_size + i0 + offs_t, mask=has_row, other=0.0)
                 score = tl.dot(k, q.T, input_precision=PRECISION)
                 if partial:
                     score = tl.where(valid[:, None], score, -float("inf"))

@@ -4,7 +4,8 @@ import triton
 import triton.language as tl
 
 from deberta_kernels.impl.triton.primitives import (
-    LN2,
+    LN2_HIGH,
+    LN2_LOW,
     along_columns,
     along_rows,
     difference,
@@ -44,20 +45,41 @@ POINTERS = ("key_mask_ptr", "query_mask_ptr", "pair_mask_ptr", "tile_list_ptr", 
 
 
 @triton.jit
+def unit_of_maximum(x, qk_scale):
+    """Return what the running maximum is multiplied by for units of log2, given a tensor of the inputs' dtype.
+
+    For float32 the maximum is subtracted from raw scores, before scaling: one more operation, and the difference of two
+    large scores is exact. Elsewhere scaling and subtraction are one operation.
+    """
+    if x.dtype == tl.float32:
+        return qk_scale
+    else:
+        return 1.0
+
+
+@triton.jit
 def _online_softmax(
     score, m, total, acc, v, drop, i0, j0, qk_scale, GUARD: tl.constexpr, DROPOUT: tl.constexpr, TILE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Fold one tile of scores into the running maximum m (log2), sum of exponentials `total` and values acc.
+    """Fold one tile of scores into the running maximum m, sum of exponentials `total` and values acc.
 
-    A pair's full score is score * qk_scale, in units of log2. GUARD: a row may have no key so far.
+    A pair's full score is score * qk_scale, in units of log2; m is in units of `unit_of_maximum`. GUARD: a row may have
+    no key so far.
     """
-    new_m = tl.maximum(m, tl.max(score, 1) * qk_scale)
+    if v.dtype == tl.float32:
+        new_m = tl.maximum(m, tl.max(score, 1))
+    else:
+        new_m = tl.maximum(m, tl.max(score, 1) * qk_scale)
     base = new_m
     if GUARD:
         base = tl.where(new_m == -float("inf"), 0.0, new_m)  # exp2(-inf - 0) is 0, exp2(-inf + inf) is NaN
-    p = tl.exp2(score * qk_scale - base[:, None])
-    alpha = tl.exp2(m - base)
+    if v.dtype == tl.float32:
+        p = tl.exp2((score - base[:, None]) * qk_scale)
+        alpha = tl.exp2((m - base) * qk_scale)
+    else:
+        p = tl.exp2(score * qk_scale - base[:, None])
+        alpha = tl.exp2(m - base)
     total = total * alpha + tl.sum(p, 1)
     if DROPOUT:
         seed_ptr, batch_head, threshold = drop
@@ -109,7 +131,7 @@ def _far_zones(
             if HAS_BIAS:
                 side_row = tl.where(zone == 1, table_rows - 1, 0)
                 far_q, row = far_operands(q, pos_key, pos_query, side_row, offs_d, zone, BLOCK_D)
-                row = row * qk_scale
+                row = row * (qk_scale / unit_of_maximum(q, qk_scale))
             m -= row  # inside a zone its row constant is left out of scores and maximum alike
             full_start, full_stop, part_start, part_stop = _zone_ranges(
                 tile_list, list_size, first_tile, last_tile, origin + first_tile * TILE < first_key,
@@ -261,7 +283,8 @@ def forward_kernel(
 
     # Epilogue and stores.
     out = acc * (keep_scale / total)[:, None]
-    lse = (m + tl.log2(total)) * LN2
+    wide = m.to(tl.float64) * unit_of_maximum(q, qk_scale) + tl.log2(total).to(tl.float64)
+    lse = (wide * LN2_HIGH + wide * LN2_LOW).to(tl.float32)
     if MASKED:
         padded = (total == 0.0) | (row_valid == 0)
         mean = tl.load(mean_ptr + batch_head.to(tl.int64) * HEAD_DIM + offs_d, mask=offs_d < HEAD_DIM, other=0.0)

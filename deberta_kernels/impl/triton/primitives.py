@@ -25,7 +25,11 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
+# A constant reaches a kernel as float32: what it loses comes with it, for the few sums in float64.
+LOG2E_HIGH = tl.constexpr(1.4426950216293335)
+LOG2E_LOW = tl.constexpr(1.925962989091e-8)
+LN2_HIGH = tl.constexpr(0.6931471824645996)
+LN2_LOW = tl.constexpr(-1.904654323148e-9)
 PREFIX_STEP = tl.constexpr(16)
 
 
