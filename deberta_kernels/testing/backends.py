@@ -98,8 +98,8 @@ TARGETS = (
         Target(f"cpu_{isa}", "cpu", (torch.float32, *_LOW), isa=isa, thread_invariant=True)
         for isa in ("generic", "avx2", "avx512", "avx512_bf16")
     ),
-    Target("triton", "triton", (torch.float32, *_LOW), device="cuda"),
-    Target("triton_interpreted", "triton", (torch.float32, torch.float16), most_tiles=24),
+    Target("triton", "triton", _LOW, device="cuda"),
+    Target("triton_interpreted", "triton", (torch.float16,), most_tiles=24),
 )
 
 
@@ -129,5 +129,5 @@ def _triton_skip_reason(device: str) -> str | None:
         return f"TRITON_INTERPRET is {'' if env.triton_interpreted() else 'not '}set"
     if device == "cuda" and not torch.cuda.is_available():
         return "there is no CUDA device"
-    q = torch.empty(1, 1, 1, 16, device=device)
+    q = torch.empty(1, 1, 1, 16, dtype=torch.float16, device=device)
     return dispatch.refusal("triton", AttentionProblem(q, q, q, None, None, Masks(), PositionSpec(), 1.0))

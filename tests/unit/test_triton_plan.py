@@ -149,12 +149,13 @@ def problem(device="meta", dtype=torch.float16, head_dim=64, scale=0.1):
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ({"dtype": torch.float64}, "it computes float32, bfloat16 and float16, not float64"),
+        ({"dtype": torch.float64}, "it computes bfloat16 and float16, not float64"),
+        ({"dtype": torch.float32}, "it computes bfloat16 and float16, not float32"),
         ({"head_dim": 300}, "head_dim 300 is more than 256"),
         ({"scale": -1.0}, "the scale is not positive"),
         ({"device": "meta"}, "it runs on cuda tensors, not meta"),
     ],
-    ids=["dtype", "head_dim", "scale", "device"],
+    ids=["float64", "float32", "head_dim", "scale", "device"],
 )
 def test_refusals_name_the_limit(monkeypatch, arguments, reason):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
