@@ -7,7 +7,15 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from . import dispatch
-from .integrations.huggingface import FusedAttention, FusedEncoder, dense_blocks, install, plan, uninstall
+from .integrations.huggingface import (
+    FusedAttention,
+    FusedEncoder,
+    attention_mixin,
+    dense_blocks,
+    install,
+    plan,
+    uninstall,
+)
 from .integrations.swap import Swapped, is_swapped, swap, undo
 from .modules import linear
 from .modules.positions import forget, forget_all
@@ -56,7 +64,8 @@ def patch(
     Patching again only changes the options. A model pickled while patched needs this package to be loaded.
 
     Args:
-        model: a Hugging Face model with any head, a model inside PEFT, or any module with DeBERTa somewhere inside.
+        model: a Hugging Face model with any head, one inside PEFT or with AdapterHub's adapters, or any module with
+            DeBERTa somewhere inside.
         backend: "auto" or the name of a backend, which then never falls back to another one.
         unpad: whether the encoder leaves out the padding of a batch: "auto", where that pays; True, wherever it can;
             False, never. Results are the same, padded rows included (without dropout).
@@ -98,7 +107,7 @@ def patch(
             else:
                 undo(block)
     for module in attentions:
-        swap(module, FusedAttention, options)
+        swap(module, attention_mixin(module), options)
     return PatchReport(len(attentions), left_alone, len(encoders))
 
 
@@ -134,7 +143,8 @@ def patch_all(
     """Make every DeBERTa-v2 and v3 of transformers run fused attention: those in memory and all made from now on.
 
     The forwards of their classes are replaced, so models keep their classes. A model that was given to `patch` keeps
-    its own options. Models whose attention is not Hugging Face's own run their own code, with one warning.
+    its own options. Models whose attention is neither Hugging Face's nor AdapterHub's run their own
+    code, with one warning.
 
     Args:
         backend: as in `patch`.

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deberta_kernels.integrations.adapter_attention import AdapterMask
 from deberta_kernels.integrations.swap import Swapped
 from deberta_kernels.masks import parse_huggingface_mask
+from deberta_kernels.modules.encoder_mask import EncoderMask
 from deberta_kernels.modules.packing import Packing, find_packing
-from deberta_kernels.modules.self_attention import AttentionOptions, EncoderMask, refusal_of, runs_original_code
+from deberta_kernels.modules.self_attention import AttentionOptions, refusal_of, runs_original_code
 
 __all__ = ["encode"]
 
@@ -39,6 +41,8 @@ def encode(
     query_states: Tensor | None = None,
     relative_pos: Tensor | None = None,
     return_dict: bool = True,
+    *,
+    adapted: bool = False,
 ) -> Any:
     """Run the encoder, all of whose attention modules are fused; arguments and result are Hugging Face's.
 
@@ -54,6 +58,8 @@ def encode(
         query_states: (B, N, hidden size) or None; another shape runs the original code.
         relative_pos: None; a tensor runs the original code.
         return_dict: return a `BaseModelOutput`, not a tuple.
+        adapted: the attention modules are AdapterHub's, which may give the states more tokens and samples than the
+            mask has.
     """
     plain = isinstance(hidden_states, Tensor) and hidden_states.dim() == 3 and isinstance(attention_mask, Tensor)
     if (
@@ -70,11 +76,13 @@ def encode(
             return_dict=return_dict,
         )  # fmt: skip
     batch, length, _ = hidden_states.shape
+    if adapted:
+        batch, length = attention_mask.shape[0], attention_mask.shape[-1]
     masks = parse_huggingface_mask(attention_mask, batch=batch, nq=length, nk=length)
     packing = None
-    if attention_mask.dim() == 2 and query_states is None and masks.key is not None:
+    if not adapted and attention_mask.dim() == 2 and query_states is None and masks.key is not None:
         packing = _packing(module, options, hidden_states, masks.key)
-    mask = EncoderMask(attention_mask, masks, packing)
+    mask = (AdapterMask if adapted else EncoderMask)(attention_mask, masks, packing)
     last, states = _run_layers(module, hidden_states, mask, query_states, output_hidden_states)
     if not return_dict:
         return (last,) if states is None else (last, states)
@@ -132,7 +140,7 @@ def _run_layers(
     module: Any, hidden_states: Tensor, mask: EncoderMask, query_states: Tensor | None, keep_states: bool
 ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
     rel_embeddings = module.get_rel_embedding()
-    packing = mask.packing
+    packing, source = mask.packing, mask.source
     states = [hidden_states]
     keys = hidden_states if packing is None else packing.pack(hidden_states)
     padded = hidden_states
@@ -144,7 +152,6 @@ def _run_layers(
         elif convolves or keep_states or number == len(module.layer) - 1:
             padded = packing.unpack(output)
         if convolves:
-            source = mask.source
             padded = module.conv(hidden_states, padded, source if source.dim() == 2 else source.sum(-2) > 0)
             output = padded if packing is None else packing.pack(padded)
         states.append(padded)

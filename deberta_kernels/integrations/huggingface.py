@@ -1,8 +1,11 @@
-"""Know Hugging Face's DeBERTa-v2 classes: which modules may be fused, and the forwards that stand in for theirs.
+"""Know the DeBERTa-v2 classes of Hugging Face and AdapterHub: which may be fused, and the forwards that stand in.
 
 Transformers 4.57 and 5.x differ in nothing that matters here. A module is fused only if the code it would run is
-exactly theirs; subclasses with a forward of their own (AdapterHub's attention among them), other packages' classes of
-the same name, and DeBERTa v1 are left alone, each for a reason that is reported.
+exactly theirs; other subclasses with a forward of their own, other packages' classes of the same name, and DeBERTa v1
+are left alone, each for a reason that is reported.
+
+`adapters.init` gives attention modules AdapterHub's class, patched or not. The patched encoder sees that at its next
+call and fuses them anew, so that neither the adapters nor the patch are lost, whichever came first.
 """
 
 from __future__ import annotations
@@ -12,24 +15,25 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable, Iterator
-from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from deberta_kernels import dispatch
+from deberta_kernels.integrations.adapter_attention import attend_with_adapters
 from deberta_kernels.integrations.encoder import encode
-from deberta_kernels.integrations.swap import ORIGINAL, Swapped, base_class, forward_of, original_forward
+from deberta_kernels.integrations.swap import ORIGINAL, Swapped, base_class, forward_of, original_forward, swap
 from deberta_kernels.modules.linear import apply_linear, apply_linear_gelu
 from deberta_kernels.modules.self_attention import AttentionOptions, DisentangledSelfAttention, attend
 
-__all__ = ["FusedAttention", "FusedEncoder", "dense_blocks", "install", "plan", "uninstall"]
+__all__ = ["FusedAttention", "FusedEncoder", "attention_mixin", "dense_blocks", "install", "plan", "uninstall"]
 
 _MODELING = "transformers.models.deberta_v2.modeling_deberta_v2"
+_ADAPTERHUB = "adapters.models.deberta_v2.modeling_deberta_v2"
 _ATTENTION, _ENCODER = "DisentangledSelfAttention", "DebertaV2Encoder"
-_UNFUSED = "an attention module of this encoder is not Hugging Face's own"
-_UNFUSED_REMEDY = "models with AdapterHub's or other custom attention are not fused in this release"
+_UNFUSED = "an attention module of this encoder is neither Hugging Face's nor AdapterHub's own"
+_UNFUSED_REMEDY = "models with custom attention are not fused"
 
 
 class FusedAttention(Swapped):
@@ -48,6 +52,25 @@ class FusedAttention(Swapped):
         return attend(
             self, self.swap_options, self.swap_original, hidden_states, attention_mask, output_attentions,
             query_states, relative_pos, rel_embeddings,
+        )  # fmt: skip
+
+
+class FusedAdapterAttention(FusedAttention):
+    """Mix the kernels into one attention module that AdapterHub made its own."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Any,
+        output_attentions: bool = False,
+        query_states: Tensor | None = None,
+        relative_pos: Tensor | None = None,
+        rel_embeddings: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend; see `attend` for the arguments."""
+        return attend(
+            self, self.swap_options, self.swap_original, hidden_states, attention_mask, output_attentions,
+            query_states, relative_pos, rel_embeddings, compute=attend_with_adapters,
         )  # fmt: skip
 
 
@@ -105,6 +128,13 @@ def _attention_forward(self: nn.Module, *arguments: Any, **named: Any) -> tuple[
     return attend(self, _installed, getattr(_attention_forward, ORIGINAL), *arguments, **named)
 
 
+@functools.wraps(FusedAttention.forward)
+def _adapter_forward(self: nn.Module, *arguments: Any, **named: Any) -> tuple[Tensor, Tensor | None]:
+    """Stand in for the forward of AdapterHub's attention class."""
+    original = getattr(_adapter_forward, ORIGINAL)
+    return attend(self, _installed, original, *arguments, compute=attend_with_adapters, **named)
+
+
 @functools.wraps(FusedEncoder.forward)
 def _encoder_forward(self: nn.Module, *arguments: Any, **named: Any) -> Any:
     """Stand in for the forward of Hugging Face's encoder class."""
@@ -129,11 +159,32 @@ def _self_output_forward(self: Any, hidden_states: Tensor, input_tensor: Tensor)
     return FusedOutput.forward(self, hidden_states, input_tensor)
 
 
-_FUSED: dict[str, Callable[..., Any]] = {_ATTENTION: _attention_forward, _ENCODER: _encoder_forward}
-_DENSE: dict[str, Callable[..., Any]] = {
-    "DebertaV2Intermediate": _intermediate_forward,
-    "DebertaV2Output": _output_forward,
-    "DebertaV2SelfOutput": _self_output_forward,
+class _Known(NamedTuple):
+    """Name a class whose forward this package can replace, and what else of it a module must not have changed."""
+
+    home: str
+    name: str
+    stand_in: Callable[..., Any]
+    methods: tuple[str, ...] = ()
+
+    def find(self) -> Any:
+        """Return the class; None unless somebody imported its module, since no model needs it then."""
+        return getattr(sys.modules.get(self.home), self.name, None)
+
+
+_BIAS = ("disentangled_attention_bias", "transpose_for_scores")
+_KNOWN_ATTENTION = _Known(_MODELING, _ATTENTION, _attention_forward, _BIAS)
+_KNOWN_ADAPTED = _Known(
+    _ADAPTERHUB, f"{_ATTENTION}WithAdapters", _adapter_forward, (*_BIAS, "transpose_for_scores_extended")
+)
+_KNOWN_ENCODER = _Known(_MODELING, _ENCODER, _encoder_forward, ("get_attention_mask", "get_rel_pos"))
+_DENSE = {
+    name: _Known(_MODELING, name, stand_in)
+    for name, stand_in in (
+        ("DebertaV2Intermediate", _intermediate_forward),
+        ("DebertaV2Output", _output_forward),
+        ("DebertaV2SelfOutput", _self_output_forward),
+    )
 }
 
 
@@ -142,17 +193,36 @@ def _encode_if_fused(module: Any, options: AttentionOptions, original: Any, *arg
 
     Attention modules may have been given another class since patching, as `adapters.init` does.
     """
-    if all(_is_fused(layer.attention.self) for layer in module.layer):
-        return encode(module, options, original, *arguments, **named)
-    if torch.compiler.is_compiling():
-        return original(module, *arguments, **named)
-    dispatch.fallback(_UNFUSED, _UNFUSED_REMEDY, options.strict)
-    return original(module, *arguments, **named)
+    attentions = [layer.attention.self for layer in module.layer]
+    if not all(map(_is_fused, attentions)):
+        if torch.compiler.is_compiling():
+            return original(module, *arguments, **named)
+        _fuse_again(module, options, attentions)
+        if not all(map(_is_fused, attentions)):
+            dispatch.fallback(_UNFUSED, _UNFUSED_REMEDY, options.strict)
+            return original(module, *arguments, **named)
+    adapted = any(forward_of(attention) in _ADAPTED_FORWARDS for attention in attentions)
+    return encode(module, options, original, *arguments, adapted=adapted, **named)
+
+
+_ADAPTED_FORWARDS = (FusedAdapterAttention.forward, _adapter_forward)
+_FUSED_FORWARDS = (FusedAttention.forward, _attention_forward, DisentangledSelfAttention.forward, *_ADAPTED_FORWARDS)
 
 
 def _is_fused(attention: nn.Module) -> bool:
-    forward = forward_of(attention)
-    return forward in (FusedAttention.forward, _attention_forward, DisentangledSelfAttention.forward)
+    return forward_of(attention) in _FUSED_FORWARDS
+
+
+def _fuse_again(encoder: nn.Module, options: AttentionOptions, attentions: list[nn.Module]) -> None:
+    """Fuse the attention modules that AdapterHub has made its own since the encoder was patched."""
+    for attention in attentions:
+        adapted = attention_mixin(attention) is FusedAdapterAttention
+        if _is_fused(attention) or not adapted or _attention_reason(attention) is not None:
+            continue
+        if isinstance(encoder, FusedEncoder):
+            swap(attention, FusedAdapterAttention, options)
+        else:
+            _replace(_KNOWN_ADAPTED)
 
 
 def install(options: AttentionOptions) -> None:
@@ -164,35 +234,36 @@ def install(options: AttentionOptions) -> None:
     """
     global _installed
     try:
-        hf: Any = importlib.import_module(_MODELING)
+        importlib.import_module(_MODELING)
     except ImportError as error:
         raise ImportError(
             f"patch_all() needs the package transformers, which does not import ({error}); "
             'pip install "deberta_kernels[transformers]".'
         ) from error
-    for name, stand_in in _FUSED.items():
-        reason = _unknown_code(getattr(hf, name), stand_in)
+    for known in (_KNOWN_ATTENTION, _KNOWN_ENCODER):
+        reason = _unknown_code(known)
         if reason is not None:
-            raise NotImplementedError(f"patch_all() cannot patch {name}: {reason}.")
+            raise NotImplementedError(f"patch_all() cannot patch {known.name}: {reason}.")
     uninstall()
     _installed = options
-    for name, stand_in in {**_FUSED, **(_DENSE if options.onednn else {})}.items():
-        cls = getattr(hf, name)
-        if _unknown_code(cls, stand_in) is None:
-            setattr(stand_in, ORIGINAL, cls.forward)
-            cls.forward = stand_in
+    for known in (_KNOWN_ATTENTION, _KNOWN_ENCODER, _KNOWN_ADAPTED, *(_DENSE.values() if options.onednn else ())):
+        if known.find() is not None and _unknown_code(known) is None:
+            _replace(known)
+
+
+def _replace(known: _Known) -> None:
+    cls = known.find()
+    if cls.forward is not known.stand_in:
+        setattr(known.stand_in, ORIGINAL, cls.forward)
+        cls.forward = known.stand_in
 
 
 def uninstall() -> bool:
     """Put the classes' own forwards back; return whether they had been replaced."""
-    hf: Any = _modeling()
-    replaced = [
-        cls
-        for name, stand_in in {**_FUSED, **_DENSE}.items()
-        if (cls := getattr(hf, name, None)) and cls.forward is stand_in
-    ]
-    for cls in replaced:
-        cls.forward = original_forward(cls)
+    all_known = (_KNOWN_ATTENTION, _KNOWN_ENCODER, _KNOWN_ADAPTED, *_DENSE.values())
+    replaced = [(cls, known) for known in all_known if (cls := known.find()) and cls.forward is known.stand_in]
+    for cls, known in replaced:
+        cls.forward = getattr(known.stand_in, ORIGINAL)
     return bool(replaced)
 
 
@@ -202,8 +273,8 @@ def dense_blocks(encoder: nn.Module) -> Iterator[tuple[nn.Module, type[Swapped]]
         for module, mixin in (
             (layer.attention.output, FusedOutput), (layer.intermediate, FusedIntermediate), (layer.output, FusedOutput),
         ):  # fmt: skip
-            name = base_class(module).__name__
-            if name in _DENSE and _reason(module, name, _DENSE[name], ()) is None:
+            known = _DENSE.get(base_class(module).__name__)
+            if known is not None and _reason(module, known) is None:
                 yield module, mixin
 
 
@@ -222,7 +293,7 @@ def plan(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module], dict[str, 
     for name, encoder in _named(model, _ENCODER):
         names = {f"{name}.layer.{i}.attention.self".lstrip("."): m for i, m in enumerate(_attention_of(encoder))}
         reasons = {key: _attention_reason(module) for key, module in names.items()}
-        own = _reason(encoder, _ENCODER, _encoder_forward, ("get_attention_mask", "get_rel_pos"))
+        own = _reason(encoder, _KNOWN_ENCODER)
         shared = own or next((f"beside {key}: {reason}" for key, reason in reasons.items() if reason), None)
         if shared is None:
             encoders.append(encoder)
@@ -253,29 +324,33 @@ def _attention_of(encoder: nn.Module) -> list[nn.Module]:
     return [module for module in found if isinstance(module, nn.Module)]
 
 
+def attention_mixin(module: nn.Module) -> type[FusedAttention]:
+    """Return what to mix into an attention module: what its class computes decides."""
+    adapted = _KNOWN_ADAPTED.find()
+    return FusedAdapterAttention if adapted and issubclass(base_class(module), adapted) else FusedAttention
+
+
 def _attention_reason(module: nn.Module) -> str | None:
     if isinstance(module, DisentangledSelfAttention):
         return None
-    return _reason(module, _ATTENTION, _attention_forward, ("disentangled_attention_bias", "transpose_for_scores"))
+    adapted = attention_mixin(module) is FusedAdapterAttention
+    return _reason(module, _KNOWN_ADAPTED if adapted else _KNOWN_ATTENTION)
 
 
-def _reason(module: nn.Module, class_name: str, stand_in: Callable[..., Any], methods: tuple[str, ...]) -> str | None:
-    """Return why a module must be left alone; None if it runs exactly Hugging Face's code."""
-    cls = base_class(module)
-    hf = _modeling()
-    known = getattr(hf, class_name, None)
-    if known is None or not issubclass(cls, known):
+def _reason(module: nn.Module, known: _Known) -> str | None:
+    """Return why a module must be left alone; None if it runs exactly the code of the known class."""
+    cls, original = base_class(module), known.find()
+    if original is None or not issubclass(cls, original):
         if any(c.__module__ == "transformers.models.deberta.modeling_deberta" for c in cls.__mro__):
             return "DeBERTa v1 computes another attention under the same class name"
         return f"{cls.__module__}.{cls.__qualname__} is not transformers' DeBERTa-v2"
-    unknown = _unknown_code(known, stand_in)
+    unknown = _unknown_code(known)
     if unknown is not None:
         return unknown
-    if original_forward(cls) is not original_forward(known):
-        if cls.__module__.startswith("adapters."):
-            return "AdapterHub's attention has a forward of its own (prefixes, LoRA); not fused in this release"
+    if original_forward(cls) is not original_forward(original):
         return f"{cls.__module__}.{cls.__qualname__} has a forward of its own"
-    changed = next((name for name in methods if getattr(cls, name, None) is not getattr(known, name, None)), None)
+    methods = known.methods
+    changed = next((name for name in methods if getattr(cls, name, None) is not getattr(original, name, None)), None)
     if changed is not None:
         return f"{cls.__module__}.{cls.__qualname__} has its own {changed}"
     hidden = next((name for name in methods if name in module.__dict__), None)
@@ -284,17 +359,13 @@ def _reason(module: nn.Module, class_name: str, stand_in: Callable[..., Any], me
     return None
 
 
-def _unknown_code(cls: type[nn.Module], stand_in: Callable[..., Any]) -> str | None:
-    """Return why the class's forward is not one that `stand_in` can replace; None if it is."""
-    forward = original_forward(cls)
-    if forward.__module__ != _MODELING:
-        return f"the forward of {cls.__name__} was replaced by {forward.__module__}.{forward.__qualname__}"
+def _unknown_code(known: _Known) -> str | None:
+    """Return why the class's forward is not one that the stand-in can replace; None if it is."""
+    forward = original_forward(known.find())
+    if forward.__module__ != known.home:
+        return f"the forward of {known.name} was replaced by {forward.__module__}.{forward.__qualname__}"
     found = list(inspect.signature(forward).parameters)
-    if found != list(inspect.signature(stand_in).parameters):
-        return f"the forward of {cls.__name__} in this transformers takes {found}, which this release does not know"
+    if found != list(inspect.signature(known.stand_in).parameters):
+        package = known.home.partition(".")[0]
+        return f"the forward of {known.name} in this {package} takes {found}, which this release does not know"
     return None
-
-
-def _modeling() -> ModuleType | None:
-    """Return Hugging Face's modeling module; None unless somebody imported it, since no model needs it then."""
-    return sys.modules.get(_MODELING)

@@ -117,6 +117,8 @@ def projected_tables(
         if not torch.compiler.is_compiling() and module.training:
             forget(module)
         start, stop = _rows(length, spec)
+        if not _keeps_rows_apart(projections):
+            start, stop = 0, 2 * attention_span(spec.position_buckets, spec.max_relative_positions)
         return _project(module, projections, rel, start, stop, spec)
     start, stop = reachable_rows(length, length, spec)
     kept = _kept.get(module)
@@ -202,6 +204,12 @@ def _checked(rel_embeddings: Tensor | None, spec: PositionSpec) -> Tensor:
             "pass the encoder's get_rel_embedding()."
         )
     return rel_embeddings
+
+
+def _keeps_rows_apart(projections: dict[str, nn.Module]) -> bool:
+    """Tell whether each projected row depends on that row alone: gates of AdapterHub's LoRA average over all rows."""
+    parts = (part for projection in projections.values() for part in projection.modules())
+    return not any(getattr(part, "use_gating", False) for part in parts)
 
 
 def _rows(length: int, spec: PositionSpec) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from deberta_kernels import dispatch
 from deberta_kernels.api import run_attention
 from deberta_kernels.masks import parse_huggingface_mask
+from deberta_kernels.modules.encoder_mask import EncoderMask
 from deberta_kernels.modules.linear import apply_linear
 from deberta_kernels.modules.packing import Packing
 from deberta_kernels.modules.positions import (
@@ -29,7 +30,17 @@ from deberta_kernels.modules.positions import (
 )
 from deberta_kernels.types import AttentionProblem, Masks
 
-__all__ = ["AttentionOptions", "DisentangledSelfAttention", "EncoderMask", "attend", "refusal_of", "runs_original_code"]
+__all__ = [
+    "AttentionOptions",
+    "DisentangledSelfAttention",
+    "attend",
+    "bind_module",
+    "cast_for_matmul",
+    "merge_heads",
+    "refusal_of",
+    "runs_original_code",
+    "split_heads",
+]
 
 
 @dataclass(frozen=True)
@@ -47,43 +58,6 @@ class AttentionOptions:
     strict: bool = False
     unpad: str | bool = "auto"
     onednn: bool = False
-
-
-class EncoderMask:
-    """Carry one forward's mask from a patched encoder to its attention modules, in place of a (B, 1, N, N) tensor.
-
-    Not a dataclass on purpose: wrappers that rebuild dataclasses and containers (FSDP, accelerate) leave it whole.
-
-    Args:
-        source: the mask the encoder was given: (B, N), (B, N, N) or (B, 1 or H, N, N); not 0 = keep.
-        masks: what it means, parsed once for all layers.
-        packing: how the states that come with it are packed, (1, rows, C) in place of (B, N, C); None = not at all.
-    """
-
-    def __init__(self, source: Tensor, masks: Masks, packing: Packing | None = None) -> None:
-        self.source = source
-        self.masks = masks
-        self.packing = packing
-        self._read: tuple[Tensor, tuple[Any, ...] | None] | None = None
-
-    def dense(self) -> Tensor:
-        """Return the (B, 1 or H, N, N) mask that Hugging Face's encoder builds, in the dtype of the source."""
-        if self.source.dim() == 2:
-            return self.source[:, None, None, :] * self.source[:, None, :, None]
-        return self.source.unsqueeze(1) if self.source.dim() == 3 else self.source
-
-    def to(self, device: Any, **unused: Any) -> EncoderMask:
-        """Return this mask on another device, as hooks of models spread over devices ask for."""
-        parts = (self.masks.key, self.masks.query, self.masks.pair)
-        masks = Masks(*(None if mask is None else mask.to(device) for mask in parts))
-        packing = None if self.packing is None else self.packing.to(device)
-        return EncoderMask(self.source.to(device), masks, packing)
-
-    def rel_key(self, rel_embeddings: Tensor) -> tuple[Any, ...] | None:
-        """Return `content_key(rel_embeddings)`, read once for all layers that get the same tensor."""
-        if self._read is None or self._read[0] is not rel_embeddings:
-            self._read = (rel_embeddings, content_key(rel_embeddings))
-        return self._read[1]
 
 
 def runs_original_code() -> bool:
@@ -109,6 +83,8 @@ def attend(
     query_states: Tensor | None = None,
     relative_pos: Tensor | None = None,
     rel_embeddings: Tensor | None = None,
+    *,
+    compute: Callable[..., Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Run one attention call: through the kernels where it is on the allow-list, else through `original`.
 
@@ -123,6 +99,8 @@ def attend(
         query_states: (B, N, hidden size) or None for hidden_states; another length is outside the allow-list.
         relative_pos: None for ordinary distances; a tensor is outside the allow-list.
         rel_embeddings: (2 * att_span, hidden size); None is right only without relative attention.
+        compute: computes calls on the allow-list; None is Hugging Face's attention. It gets the module, the options,
+            hidden_states, the queries, attention_mask and rel_embeddings, and returns the context.
 
     Returns:
         (context, None): context is (B, N, H * D). `original` may return the probabilities in place of None.
@@ -142,7 +120,42 @@ def attend(
             module, hidden_states, mask, output_attentions,
             query_states=query_states, relative_pos=relative_pos, rel_embeddings=rel_embeddings,
         )  # fmt: skip
-    return _fused(module, options, hidden_states, queries, attention_mask, rel_embeddings), None
+    return (compute or _fused)(module, options, hidden_states, queries, attention_mask, rel_embeddings), None
+
+
+def bind_module(
+    module: AttentionModule,
+    options: AttentionOptions,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    rel_embeddings: Tensor | None,
+    length: int,
+    *,
+    rel_key: Callable[[Tensor], tuple[Any, ...] | None] = content_key,
+    prefix_length: int = 0,
+) -> Callable[..., Any]:
+    """Return `run_attention` with all that belongs to a module: its position tables, scale, dropout and backend.
+
+    Args:
+        module: attention module with Hugging Face's attributes.
+        options: see `AttentionOptions`.
+        qkv: queries, keys and values of a call, (B, H, N, D) each.
+        rel_embeddings: as in `attend`.
+        length: number of queries, and of keys that have a position.
+        rel_key: as in `projected_tables`.
+        prefix_length: leading keys without a position.
+    """
+    scale = 1.0 / math.sqrt(qkv[0].shape[-1] * scale_factor(module))
+
+    def prepare(tables: PositionTables) -> Tensor | None:
+        return _prepared(*qkv, tables, scale, options.backend)
+
+    tables = projected_tables(module, rel_embeddings, length, prepare=prepare, rel_key=rel_key)
+    return partial(
+        run_attention, pos_key=cast_for_matmul(tables.pos_key), pos_query=cast_for_matmul(tables.pos_query),
+        position=replace(tables.position, prefix_length=prefix_length), scale=scale,
+        dropout_p=module.dropout.p if module.dropout.training else 0.0, backend=options.backend,
+        prepared=tables.prepared,
+    )  # fmt: skip
 
 
 def _fused(
@@ -154,11 +167,10 @@ def _fused(
     rel_embeddings: Tensor | None,
 ) -> Tensor:
     project = apply_linear if options.onednn else _call
-    q = _heads(module, project(module.query_proj, queries))
-    k = _heads(module, project(module.key_proj, hidden_states))
-    v = _heads(module, project(module.value_proj, hidden_states))
-    length, head_dim = q.shape[2:]
-    scale = 1.0 / math.sqrt(head_dim * scale_factor(module))
+    q = split_heads(module, project(module.query_proj, queries))
+    k = split_heads(module, project(module.key_proj, hidden_states))
+    v = split_heads(module, project(module.value_proj, hidden_states))
+    length = q.shape[2]
     packing: Packing | None = None
     rel_key: Callable[[Tensor], tuple[Any, ...] | None] = content_key
     if isinstance(attention_mask, EncoderMask):
@@ -168,18 +180,9 @@ def _fused(
         masks = _parse_direct(attention_mask, q.shape[0], module.num_attention_heads, length)
     if packing is not None:
         length = packing.longest if packing.contiguous else packing.shape[1]
-
-    def prepare(tables: PositionTables) -> Tensor | None:
-        return _prepared(q, k, v, tables, scale, options.backend)
-
-    tables = projected_tables(module, rel_embeddings, length, prepare=prepare, rel_key=rel_key)
-    run: Callable[..., Any] = partial(
-        run_attention, pos_key=_cast(tables.pos_key), pos_query=_cast(tables.pos_query), position=tables.position,
-        scale=scale, dropout_p=module.dropout.p if module.dropout.training else 0.0, backend=options.backend,
-        prepared=tables.prepared,
-    )  # fmt: skip
+    run = bind_module(module, options, (q, k, v), rel_embeddings, length, rel_key=rel_key)
     if packing is None:
-        return _merged(run(q, k, v, masks=masks))
+        return merge_heads(run(q, k, v, masks=masks))
     return _packed(run, packing, masks, q, k, v)
 
 
@@ -188,13 +191,13 @@ def _packed(run: Callable[..., Any], packing: Packing, masks: Masks, q: Tensor, 
     if packing.contiguous:
         real = [x[:, :, : packing.tokens] for x in (q, k, v)]
         context = run(*real, masks=Masks(), cu_seqlens=packing.cu_seqlens, max_seqlen=packing.longest)
-        return torch.cat([_merged(context), packing.padding_context(_merged(v))], dim=1)
+        return torch.cat([merge_heads(context), packing.padding_context(merge_heads(v))], dim=1)
     heads = q.shape[1]
-    spread = [packing.unpack(_merged(x)).unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v)]
-    return packing.pack(_merged(run(*spread, masks=masks)))
+    spread = [packing.unpack(merge_heads(x)).unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v)]
+    return packing.pack(merge_heads(run(*spread, masks=masks)))
 
 
-def _merged(heads: Tensor) -> Tensor:
+def merge_heads(heads: Tensor) -> Tensor:
     """View (B, H, N, D) over memory laid out (B, N, H, D) as (B, N, H * D)."""
     return heads.transpose(1, 2).flatten(2)
 
@@ -204,13 +207,13 @@ def _call(projection: nn.Module, x: Tensor) -> Tensor:
     return projected
 
 
-def _heads(module: AttentionModule, projected: Tensor) -> Tensor:
+def split_heads(module: AttentionModule, projected: Tensor) -> Tensor:
     """View (B, N, H * D) as (B, H, N, D)."""
-    heads: Tensor = _cast(projected).unflatten(-1, (module.num_attention_heads, -1)).transpose(1, 2)
+    heads: Tensor = cast_for_matmul(projected).unflatten(-1, (module.num_attention_heads, -1)).transpose(1, 2)
     return heads
 
 
-def _cast(tensor: Any) -> Any:
+def cast_for_matmul(tensor: Any) -> Any:
     """Cast as autocast casts the operands of a matmul; a projection that ignores autocast may have left float32."""
     if tensor is None or not torch.is_autocast_enabled(tensor.device.type) or tensor.dtype == torch.float64:
         return tensor
@@ -233,7 +236,7 @@ def _parse_direct(attention_mask: Tensor | None, batch: int, heads: int, length:
 
 def _prepared(q: Tensor, k: Tensor, v: Tensor, tables: PositionTables, scale: float, backend: str) -> Tensor | None:
     """Let the backend that will run the call lay out tables that are kept for later calls."""
-    pos_key, pos_query = _cast(tables.pos_key), _cast(tables.pos_query)
+    pos_key, pos_query = cast_for_matmul(tables.pos_key), cast_for_matmul(tables.pos_query)
     problem = AttentionProblem(q, k, v, pos_key, pos_query, Masks(), tables.position, scale, max_seqlen=q.shape[2])
     prepare = getattr(dispatch.load(dispatch.choose(problem, backend)), "prepare", None)
     return None if prepare is None else prepare(pos_key, pos_query, tables.position)

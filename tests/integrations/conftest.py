@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 import deberta_kernels as dk
 from deberta_kernels import dispatch
+from tools.ecosystem_table import EcosystemTables
 
 transformers = pytest.importorskip("transformers", reason="the integration tests need transformers")
 
@@ -41,6 +43,15 @@ def clean_slate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     dk.reset_stats()
     yield
     dk.unpatch_all()
+
+
+@pytest.fixture(scope="session")
+def tables(request: pytest.FixtureRequest) -> Iterator[EcosystemTables]:
+    """The tables of docs/ecosystem.md: a test reports what it saw, which must be what they say."""
+    document = Path(__file__).parents[2] / "docs" / "ecosystem.md"
+    tables = EcosystemTables(document, request.config.getoption("--write-tables"))
+    yield tables
+    tables.save()
 
 
 @pytest.fixture

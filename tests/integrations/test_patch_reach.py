@@ -81,7 +81,7 @@ def test_attention_that_gets_another_class_after_patching_runs_the_original_enco
     for one in (plain, model):
         one.encoder.layer[1].attention.self.__class__ = OwnForward
     expected = states(plain, inputs)
-    with pytest.warns(dispatch.DebertaKernelsWarning, match="not Hugging Face's own"):
+    with pytest.warns(dispatch.DebertaKernelsWarning, match="neither Hugging Face's nor AdapterHub's own"):
         actual = states(model, inputs)
     torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-5)
 

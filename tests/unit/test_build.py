@@ -233,7 +233,8 @@ def test_strict_build_fails_with_the_reason(tmp_path):
 def test_every_extra_serves_something_of_this_release():
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     section = text.partition("[project.optional-dependencies]\n")[2].partition("\n[")[0]
-    assert re.findall(r"^(\w+) = ", section, re.MULTILINE) == ["transformers", "demo", "test", "bench", "triton", "dev"]
+    names = ["transformers", "adapters", "demo", "test", "bench", "triton", "dev"]
+    assert re.findall(r"^(\w+) = ", section, re.MULTILINE) == names
 
 
 def test_every_environment_variable_is_documented():
