@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from . import dispatch
+from .integrations.dense import fuse_dense
 from .integrations.huggingface import (
     FusedAttention,
     FusedEncoder,
     attention_mixin,
-    dense_blocks,
     install,
     plan,
     uninstall,
@@ -101,11 +101,7 @@ def patch(
         )
     for module in encoders:
         swap(module, FusedEncoder, options)
-        for block, mixin in dense_blocks(module):
-            if options.onednn:
-                swap(block, mixin, options)
-            else:
-                undo(block)
+        fuse_dense(module, options)
     for module in attentions:
         swap(module, attention_mixin(module), options)
     return PatchReport(len(attentions), left_alone, len(encoders))

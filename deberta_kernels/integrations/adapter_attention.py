@@ -33,6 +33,7 @@ from deberta_kernels.modules.self_attention import (
     bind_module,
     cast_for_matmul,
     merge_heads,
+    project,
     split_heads,
 )
 from deberta_kernels.types import Masks
@@ -88,9 +89,9 @@ def attend_with_adapters(
     """
     from adapters.composition import adjust_tensors_for_parallel, match_attn_matrices_for_parallel
 
-    q = split_heads(module, module.query_proj(queries))
-    k = split_heads(module, module.key_proj(hidden_states))
-    v = split_heads(module, module.value_proj(hidden_states))
+    q = split_heads(module, project(options, module.query_proj, queries))
+    k = split_heads(module, project(options, module.key_proj, hidden_states))
+    v = split_heads(module, project(options, module.value_proj, hidden_states))
     if not q.shape[0] == k.shape[0] == v.shape[0]:
         q, k, v = match_attn_matrices_for_parallel(q, k, v)
     seen = _visible(attention_mask, q)

@@ -12,25 +12,22 @@ from __future__ import annotations
 
 import functools
 import importlib
-import inspect
-import sys
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from deberta_kernels import dispatch
 from deberta_kernels.integrations.adapter_attention import attend_with_adapters
+from deberta_kernels.integrations.dense import KNOWN_DENSE, fuse_dense
 from deberta_kernels.integrations.encoder import encode
-from deberta_kernels.integrations.swap import ORIGINAL, Swapped, base_class, forward_of, original_forward, swap
-from deberta_kernels.modules.linear import apply_linear, apply_linear_gelu
+from deberta_kernels.integrations.known import ADAPTERHUB, MODELING, Known
+from deberta_kernels.integrations.swap import ORIGINAL, Swapped, base_class, forward_of, swap
 from deberta_kernels.modules.self_attention import AttentionOptions, DisentangledSelfAttention, attend
 
-__all__ = ["FusedAttention", "FusedEncoder", "attention_mixin", "dense_blocks", "install", "plan", "uninstall"]
+__all__ = ["FusedAttention", "FusedEncoder", "attention_mixin", "install", "plan", "uninstall"]
 
-_MODELING = "transformers.models.deberta_v2.modeling_deberta_v2"
-_ADAPTERHUB = "adapters.models.deberta_v2.modeling_deberta_v2"
 _ATTENTION, _ENCODER = "DisentangledSelfAttention", "DebertaV2Encoder"
 _UNFUSED = "an attention module of this encoder is neither Hugging Face's nor AdapterHub's own"
 _UNFUSED_REMEDY = "models with custom attention are not fused"
@@ -94,30 +91,6 @@ class FusedEncoder(Swapped):
         )  # fmt: skip
 
 
-class FusedIntermediate(Swapped):
-    """Mix oneDNN's linear layer and GELU into the first half of a feed-forward block."""
-
-    dense: nn.Linear
-    intermediate_act_fn: Any
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """Widen (..., hidden size) to (..., intermediate size)."""
-        return apply_linear_gelu(self.dense, self.intermediate_act_fn, hidden_states)
-
-
-class FusedOutput(Swapped):
-    """Mix oneDNN's linear layer into what follows attention, or ends a feed-forward block."""
-
-    dense: nn.Linear
-    dropout: nn.Module
-    LayerNorm: nn.Module
-
-    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
-        """Project hidden_states and add them to input_tensor, both (..., hidden size) when done."""
-        normalised: Tensor = self.LayerNorm(self.dropout(apply_linear(self.dense, hidden_states)) + input_tensor)
-        return normalised
-
-
 # The options of the classes whose forwards `install` replaced; read at every call, so that new ones hold at once.
 _installed = AttentionOptions()
 
@@ -141,51 +114,12 @@ def _encoder_forward(self: nn.Module, *arguments: Any, **named: Any) -> Any:
     return _encode_if_fused(self, _installed, getattr(_encoder_forward, ORIGINAL), *arguments, **named)
 
 
-@functools.wraps(FusedIntermediate.forward)
-def _intermediate_forward(self: Any, hidden_states: Tensor) -> Tensor:
-    """Stand in for the forward of Hugging Face's class for the first half of a feed-forward block."""
-    return FusedIntermediate.forward(self, hidden_states)
-
-
-@functools.wraps(FusedOutput.forward)
-def _output_forward(self: Any, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
-    """Stand in for the forward of Hugging Face's class for the second half of a feed-forward block."""
-    return FusedOutput.forward(self, hidden_states, input_tensor)
-
-
-@functools.wraps(FusedOutput.forward)
-def _self_output_forward(self: Any, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
-    """Stand in for the forward of Hugging Face's class for what follows attention."""
-    return FusedOutput.forward(self, hidden_states, input_tensor)
-
-
-class _Known(NamedTuple):
-    """Name a class whose forward this package can replace, and what else of it a module must not have changed."""
-
-    home: str
-    name: str
-    stand_in: Callable[..., Any]
-    methods: tuple[str, ...] = ()
-
-    def find(self) -> Any:
-        """Return the class; None unless somebody imported its module, since no model needs it then."""
-        return getattr(sys.modules.get(self.home), self.name, None)
-
-
 _BIAS = ("disentangled_attention_bias", "transpose_for_scores")
-_KNOWN_ATTENTION = _Known(_MODELING, _ATTENTION, _attention_forward, _BIAS)
-_KNOWN_ADAPTED = _Known(
-    _ADAPTERHUB, f"{_ATTENTION}WithAdapters", _adapter_forward, (*_BIAS, "transpose_for_scores_extended")
+_KNOWN_ATTENTION = Known(MODELING, _ATTENTION, _attention_forward, _BIAS)
+_KNOWN_ADAPTED = Known(
+    ADAPTERHUB, f"{_ATTENTION}WithAdapters", _adapter_forward, (*_BIAS, "transpose_for_scores_extended")
 )
-_KNOWN_ENCODER = _Known(_MODELING, _ENCODER, _encoder_forward, ("get_attention_mask", "get_rel_pos"))
-_DENSE = {
-    name: _Known(_MODELING, name, stand_in)
-    for name, stand_in in (
-        ("DebertaV2Intermediate", _intermediate_forward),
-        ("DebertaV2Output", _output_forward),
-        ("DebertaV2SelfOutput", _self_output_forward),
-    )
-}
+_KNOWN_ENCODER = Known(MODELING, _ENCODER, _encoder_forward, ("get_attention_mask", "get_rel_pos"))
 
 
 def _encode_if_fused(module: Any, options: AttentionOptions, original: Any, *arguments: Any, **named: Any) -> Any:
@@ -214,15 +148,16 @@ def _is_fused(attention: nn.Module) -> bool:
 
 
 def _fuse_again(encoder: nn.Module, options: AttentionOptions, attentions: list[nn.Module]) -> None:
-    """Fuse the attention modules that AdapterHub has made its own since the encoder was patched."""
+    """Fuse the attention modules, and all around them, that AdapterHub has made its own since the patch."""
     for attention in attentions:
         adapted = attention_mixin(attention) is FusedAdapterAttention
         if _is_fused(attention) or not adapted or _attention_reason(attention) is not None:
             continue
         if isinstance(encoder, FusedEncoder):
             swap(attention, FusedAdapterAttention, options)
+            fuse_dense(encoder, options)
         else:
-            _replace(_KNOWN_ADAPTED)
+            _replace_forwards()
 
 
 def install(options: AttentionOptions) -> None:
@@ -234,48 +169,31 @@ def install(options: AttentionOptions) -> None:
     """
     global _installed
     try:
-        importlib.import_module(_MODELING)
+        importlib.import_module(MODELING)
     except ImportError as error:
         raise ImportError(
             f"patch_all() needs the package transformers, which does not import ({error}); "
             'pip install "deberta_kernels[transformers]".'
         ) from error
     for known in (_KNOWN_ATTENTION, _KNOWN_ENCODER):
-        reason = _unknown_code(known)
+        reason = known.unknown_code()
         if reason is not None:
             raise NotImplementedError(f"patch_all() cannot patch {known.name}: {reason}.")
     uninstall()
     _installed = options
-    for known in (_KNOWN_ATTENTION, _KNOWN_ENCODER, _KNOWN_ADAPTED, *(_DENSE.values() if options.onednn else ())):
-        if known.find() is not None and _unknown_code(known) is None:
-            _replace(known)
+    _replace_forwards()
 
 
-def _replace(known: _Known) -> None:
-    cls = known.find()
-    if cls.forward is not known.stand_in:
-        setattr(known.stand_in, ORIGINAL, cls.forward)
-        cls.forward = known.stand_in
+def _replace_forwards() -> None:
+    for known in (_KNOWN_ATTENTION, _KNOWN_ENCODER, _KNOWN_ADAPTED, *(KNOWN_DENSE if _installed.onednn else ())):
+        known.replace_forward()
 
 
 def uninstall() -> bool:
     """Put the classes' own forwards back; return whether they had been replaced."""
-    all_known = (_KNOWN_ATTENTION, _KNOWN_ENCODER, _KNOWN_ADAPTED, *_DENSE.values())
-    replaced = [(cls, known) for known in all_known if (cls := known.find()) and cls.forward is known.stand_in]
-    for cls, known in replaced:
-        cls.forward = getattr(known.stand_in, ORIGINAL)
-    return bool(replaced)
-
-
-def dense_blocks(encoder: nn.Module) -> Iterator[tuple[nn.Module, type[Swapped]]]:
-    """Yield the modules around the attention of an encoder whose linear layers may run in oneDNN, and their mixins."""
-    for layer in getattr(encoder, "layer", ()):
-        for module, mixin in (
-            (layer.attention.output, FusedOutput), (layer.intermediate, FusedIntermediate), (layer.output, FusedOutput),
-        ):  # fmt: skip
-            known = _DENSE.get(base_class(module).__name__)
-            if known is not None and _reason(module, known) is None:
-                yield module, mixin
+    all_known = (_KNOWN_ATTENTION, _KNOWN_ENCODER, _KNOWN_ADAPTED, *KNOWN_DENSE)
+    restored = [known.restore_forward() for known in all_known]
+    return any(restored)
 
 
 def plan(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module], dict[str, str]]:
@@ -293,7 +211,7 @@ def plan(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module], dict[str, 
     for name, encoder in _named(model, _ENCODER):
         names = {f"{name}.layer.{i}.attention.self".lstrip("."): m for i, m in enumerate(_attention_of(encoder))}
         reasons = {key: _attention_reason(module) for key, module in names.items()}
-        own = _reason(encoder, _KNOWN_ENCODER)
+        own = _KNOWN_ENCODER.refusal(encoder)
         shared = own or next((f"beside {key}: {reason}" for key, reason in reasons.items() if reason), None)
         if shared is None:
             encoders.append(encoder)
@@ -334,38 +252,4 @@ def _attention_reason(module: nn.Module) -> str | None:
     if isinstance(module, DisentangledSelfAttention):
         return None
     adapted = attention_mixin(module) is FusedAdapterAttention
-    return _reason(module, _KNOWN_ADAPTED if adapted else _KNOWN_ATTENTION)
-
-
-def _reason(module: nn.Module, known: _Known) -> str | None:
-    """Return why a module must be left alone; None if it runs exactly the code of the known class."""
-    cls, original = base_class(module), known.find()
-    if original is None or not issubclass(cls, original):
-        if any(c.__module__ == "transformers.models.deberta.modeling_deberta" for c in cls.__mro__):
-            return "DeBERTa v1 computes another attention under the same class name"
-        return f"{cls.__module__}.{cls.__qualname__} is not transformers' DeBERTa-v2"
-    unknown = _unknown_code(known)
-    if unknown is not None:
-        return unknown
-    if original_forward(cls) is not original_forward(original):
-        return f"{cls.__module__}.{cls.__qualname__} has a forward of its own"
-    methods = known.methods
-    changed = next((name for name in methods if getattr(cls, name, None) is not getattr(original, name, None)), None)
-    if changed is not None:
-        return f"{cls.__module__}.{cls.__qualname__} has its own {changed}"
-    hidden = next((name for name in methods if name in module.__dict__), None)
-    if hidden is not None or forward_of(module) is None:
-        return f"its {hidden or 'forward'} was replaced on the instance"
-    return None
-
-
-def _unknown_code(known: _Known) -> str | None:
-    """Return why the class's forward is not one that the stand-in can replace; None if it is."""
-    forward = original_forward(known.find())
-    if forward.__module__ != known.home:
-        return f"the forward of {known.name} was replaced by {forward.__module__}.{forward.__qualname__}"
-    found = list(inspect.signature(forward).parameters)
-    if found != list(inspect.signature(known.stand_in).parameters):
-        package = known.home.partition(".")[0]
-        return f"the forward of {known.name} in this {package} takes {found}, which this release does not know"
-    return None
+    return (_KNOWN_ADAPTED if adapted else _KNOWN_ATTENTION).refusal(module)

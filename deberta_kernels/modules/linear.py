@@ -5,8 +5,8 @@ which comes with every PyTorch as well, does not. Its operators take the weight 
 and nothing to fall out of date; the arithmetic is float32 throughout, and a GELU that follows is computed on the way.
 
 The operators are private to PyTorch. They are looked up and tried once, and anything unexpected leaves them alone.
-A module is taken over only if it is exactly `nn.Linear` and nothing could notice: no hooks, no gradients, no autocast,
-no tracing. Everything else (LoRA, quantised layers, parametrisations) is called as a module.
+A module is taken over only if it computes what `nn.Linear` does and nothing could notice: no hooks, no gradients, no
+autocast, no tracing. Everything else (LoRA, quantised layers, parametrisations) is called as a module.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from deberta_kernels.processor import vendor
 
-__all__ = ["apply_linear", "apply_linear_gelu", "is_hooked", "refusal", "wanted"]
+__all__ = ["apply_linear", "apply_linear_gelu", "is_hooked", "is_linear", "refusal", "wanted"]
 
 _INTEL = "GenuineIntel"
 
@@ -87,8 +87,19 @@ def _operator() -> Callable[..., Tensor]:
     return operator
 
 
+def is_linear(module: Any) -> bool:
+    """Tell whether a module computes `nn.functional.linear` of its weight and bias, and nothing else.
+
+    AdapterHub makes every linear layer its own, most of which never get an adapter.
+    """
+    cls = type(module)
+    if (cls.__module__, cls.__name__) == ("adapters.methods.lora", "LoRALinearTorch"):
+        return not module.loras and not module.shared_parameters and not module.fan_in_fan_out
+    return cls is nn.Linear
+
+
 def _is_plain(linear: Any, x: Tensor) -> bool:
-    if torch.compiler.is_compiling() or type(linear) is not nn.Linear or type(x) is not Tensor:
+    if torch.compiler.is_compiling() or not is_linear(linear) or type(x) is not Tensor:
         return False
     if x.dtype != torch.float32 or x.device.type != "cpu":
         return False

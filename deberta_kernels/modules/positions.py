@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from deberta_kernels.modules.linear import is_hooked
+from deberta_kernels.modules.linear import is_hooked, is_linear
 from deberta_kernels.position import attention_span, reachable_rows
 from deberta_kernels.types import PositionSpec
 
@@ -247,16 +247,16 @@ def _validity(
     """Return everything the projected tables depend on, or None when they may not be kept.
 
     They may be kept only in eval, on the CPU, without gradients to anything they come from, and when each projection
-    is exactly `nn.Linear` without hooks: then rows, weights, biases and the autocast state are all there is. Anything
-    else (a LoRA of any make, a quantised layer, a parametrisation) is projected anew each call, so that no switch it
-    has can be missed.
+    computes what `nn.Linear` does, without hooks: then rows, weights, biases and the autocast state are all there is.
+    Anything else (a LoRA of any make, a quantised layer, a parametrisation) is projected anew each call, so that no
+    switch it has can be missed.
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return None  # tensors may have no values
     if module.training or module.pos_dropout.training:
         return None
     linears: list[Any] = list(projections.values())
-    if type(module.pos_dropout) is not nn.Dropout or any(type(linear) is not nn.Linear for linear in linears):
+    if type(module.pos_dropout) is not nn.Dropout or not all(map(is_linear, linears)):
         return None
     if any(is_hooked(part) for part in (module.pos_dropout, *linears)):
         return None

@@ -37,6 +37,7 @@ __all__ = [
     "bind_module",
     "cast_for_matmul",
     "merge_heads",
+    "project",
     "refusal_of",
     "runs_original_code",
     "split_heads",
@@ -166,10 +167,9 @@ def _fused(
     attention_mask: Tensor | EncoderMask | None,
     rel_embeddings: Tensor | None,
 ) -> Tensor:
-    project = apply_linear if options.onednn else _call
-    q = split_heads(module, project(module.query_proj, queries))
-    k = split_heads(module, project(module.key_proj, hidden_states))
-    v = split_heads(module, project(module.value_proj, hidden_states))
+    q = split_heads(module, project(options, module.query_proj, queries))
+    k = split_heads(module, project(options, module.key_proj, hidden_states))
+    v = split_heads(module, project(options, module.value_proj, hidden_states))
     length = q.shape[2]
     packing: Packing | None = None
     rel_key: Callable[[Tensor], tuple[Any, ...] | None] = content_key
@@ -202,8 +202,9 @@ def merge_heads(heads: Tensor) -> Tensor:
     return heads.transpose(1, 2).flatten(2)
 
 
-def _call(projection: nn.Module, x: Tensor) -> Tensor:
-    projected: Tensor = projection(x)
+def project(options: AttentionOptions, projection: nn.Module, x: Tensor) -> Tensor:
+    """Return projection(x), which is called as a module unless it is a plain layer that oneDNN runs faster."""
+    projected: Tensor = apply_linear(projection, x) if options.onednn else projection(x)
     return projected
 
 

@@ -182,3 +182,20 @@ def test_lora_through_the_plugin_interface_is_fused(build, batch, calls_per_laye
         found.append(states(model, batch()))
     torch.testing.assert_close(found[1], found[0], atol=3e-5, rtol=1e-5)
     assert calls_per_layer() == "1"
+
+
+def test_layers_without_an_adapter_run_as_plain_ones(adapt, batch, monkeypatch):
+    from deberta_kernels.modules import linear
+
+    if linear.refusal() is not None:
+        pytest.skip(linear.refusal())
+    ran: list[torch.Size] = []
+    operator = linear._operator()
+    monkeypatch.setattr(linear, "_operator", lambda: lambda x, w, *rest: ran.append(w.shape) or operator(x, w, *rest))
+    config = adapters.LoRAConfig(attn_matrices=["q"])
+    expected = states(adapt({"task": config}, "task"), batch())
+    model = adapt({"task": config}, "task")
+    dk.patch(model, onednn=True)
+    actual = states(model, batch())
+    torch.testing.assert_close(actual, expected, atol=3e-5, rtol=1e-5)
+    assert len(ran) == 2 * 5  # keys, values, and three around attention; queries have an adapter

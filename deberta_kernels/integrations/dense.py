@@ -1,0 +1,92 @@
+"""Run the linear layers around attention in oneDNN, in patched models: the feed-forward block and its like."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from deberta_kernels.integrations.known import ADAPTERHUB, MODELING, Known
+from deberta_kernels.integrations.swap import Swapped, base_class, swap, undo
+from deberta_kernels.modules.linear import apply_linear, apply_linear_gelu
+from deberta_kernels.modules.self_attention import AttentionOptions
+
+__all__ = ["KNOWN_DENSE", "fuse_dense"]
+
+
+class FusedIntermediate(Swapped):
+    """Mix oneDNN's linear layer and GELU into the first half of a feed-forward block."""
+
+    dense: nn.Linear
+    intermediate_act_fn: Any
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Widen (..., hidden size) to (..., intermediate size)."""
+        return apply_linear_gelu(self.dense, self.intermediate_act_fn, hidden_states)
+
+
+class FusedOutput(Swapped):
+    """Mix oneDNN's linear layer into what follows attention, or ends a feed-forward block."""
+
+    dense: nn.Linear
+    dropout: nn.Module
+    LayerNorm: nn.Module
+
+    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+        """Project hidden_states and add them to input_tensor, both (..., hidden size) when done."""
+        normalised: Tensor = self.LayerNorm(self.dropout(apply_linear(self.dense, hidden_states)) + input_tensor)
+        return normalised
+
+
+class FusedAdapterOutput(Swapped):
+    """Mix oneDNN's linear layer into AdapterHub's modules of that place, which go on with bottleneck adapters."""
+
+    dense: nn.Linear
+    dropout: nn.Module
+    LayerNorm: nn.Module
+    bottleneck_layer_forward: Callable[[Tensor, Tensor, nn.Module], Tensor]
+
+    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+        """Project hidden_states, run the adapters, and add input_tensor; see `FusedOutput`."""
+        projected = self.dropout(apply_linear(self.dense, hidden_states))
+        return self.bottleneck_layer_forward(projected, input_tensor, self.LayerNorm)
+
+
+def _known(home: str, name: str, mixin: Any) -> Known:
+    @functools.wraps(mixin.forward)
+    def stand_in(self: Any, *arguments: Tensor, **named: Tensor) -> Any:
+        return mixin.forward(self, *arguments, **named)
+
+    return Known(home, name, stand_in)
+
+
+_MIXINS: dict[str, tuple[Known, type[Swapped]]] = {
+    name: (_known(home, name, mixin), mixin)
+    for home, name, mixin in (
+        (MODELING, "DebertaV2Intermediate", FusedIntermediate),
+        (MODELING, "DebertaV2Output", FusedOutput),
+        (MODELING, "DebertaV2SelfOutput", FusedOutput),
+        (ADAPTERHUB, "DebertaV2OutputWithAdapters", FusedAdapterOutput),
+        (ADAPTERHUB, "DebertaV2SelfOutputWithAdapters", FusedAdapterOutput),
+    )
+}
+KNOWN_DENSE = tuple(known for known, _ in _MIXINS.values())
+
+
+def fuse_dense(encoder: nn.Module, options: AttentionOptions) -> None:
+    """Let the linear layers around the attention of an encoder run in oneDNN, or no longer, as the options say."""
+    for module, mixin in _dense_blocks(encoder):
+        if options.onednn:
+            swap(module, mixin, options)
+        else:
+            undo(module)
+
+
+def _dense_blocks(encoder: nn.Module) -> Iterator[tuple[nn.Module, type[Swapped]]]:
+    for layer in getattr(encoder, "layer", ()):
+        for module in (layer.attention.output, layer.intermediate, layer.output):
+            known, mixin = _MIXINS.get(base_class(module).__name__, (None, Swapped))
+            if known is not None and known.refusal(module) is None:
+                yield module, mixin

@@ -1,0 +1,83 @@
+"""Know whether a module runs exactly the code of a class that this package has a stand-in for."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from deberta_kernels.integrations.swap import ORIGINAL, base_class, forward_of, original_forward
+
+__all__ = ["ADAPTERHUB", "MODELING", "Known"]
+
+MODELING = "transformers.models.deberta_v2.modeling_deberta_v2"
+ADAPTERHUB = "adapters.models.deberta_v2.modeling_deberta_v2"
+
+
+class Known(NamedTuple):
+    """Name a class whose forward this package can replace, and what else of it a module must not have changed.
+
+    Attributes:
+        home: module that defines the class.
+        name: name of the class.
+        stand_in: replaces its forward.
+        methods: further methods that the stand-in takes for granted.
+    """
+
+    home: str
+    name: str
+    stand_in: Callable[..., Any]
+    methods: tuple[str, ...] = ()
+
+    def find(self) -> Any:
+        """Return the class; None unless somebody imported its module, since no model needs it then."""
+        return getattr(sys.modules.get(self.home), self.name, None)
+
+    def replace_forward(self) -> None:
+        """Put the stand-in in place of the class's forward, if the class is there and runs the code we know."""
+        cls = self.find()
+        if cls is not None and self.unknown_code() is None and cls.forward is not self.stand_in:
+            setattr(self.stand_in, ORIGINAL, cls.forward)
+            cls.forward = self.stand_in
+
+    def restore_forward(self) -> bool:
+        """Put the class's own forward back; return whether it had been replaced."""
+        cls = self.find()
+        if cls is None or cls.forward is not self.stand_in:
+            return False
+        cls.forward = getattr(self.stand_in, ORIGINAL)
+        return True
+
+    def unknown_code(self) -> str | None:
+        """Return why the class's forward is not one that the stand-in can replace; None if it is."""
+        forward = original_forward(self.find())
+        if forward.__module__ != self.home:
+            return f"the forward of {self.name} was replaced by {forward.__module__}.{forward.__qualname__}"
+        found = list(inspect.signature(forward).parameters)
+        if found != list(inspect.signature(self.stand_in).parameters):
+            package = self.home.partition(".")[0]
+            return f"the forward of {self.name} in this {package} takes {found}, which this release does not know"
+        return None
+
+    def refusal(self, module: nn.Module) -> str | None:
+        """Return why a module must be left alone; None if it runs exactly the code of this class."""
+        cls, known = base_class(module), self.find()
+        if known is None or not issubclass(cls, known):
+            if any(c.__module__ == "transformers.models.deberta.modeling_deberta" for c in cls.__mro__):
+                return "DeBERTa v1 computes another attention under the same class name"
+            return f"{cls.__module__}.{cls.__qualname__} is not transformers' DeBERTa-v2"
+        unknown = self.unknown_code()
+        if unknown is not None:
+            return unknown
+        if original_forward(cls) is not original_forward(known):
+            return f"{cls.__module__}.{cls.__qualname__} has a forward of its own"
+        changed = next((name for name in self.methods if getattr(cls, name, None) is not getattr(known, name)), None)
+        if changed is not None:
+            return f"{cls.__module__}.{cls.__qualname__} has its own {changed}"
+        hidden = next((name for name in self.methods if name in module.__dict__), None)
+        if hidden is not None or forward_of(module) is None:
+            return f"its {hidden or 'forward'} was replaced on the instance"
+        return None
