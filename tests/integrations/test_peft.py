@@ -30,8 +30,12 @@ METHODS = {
     "loha": lambda: peft.LoHaConfig(target_modules=QKV, r=2, init_weights=False),
     "oft": lambda: peft.OFTConfig(target_modules=QKV, oft_block_size=4, init_weights=False),
     "layer-norms": lambda: peft.LNTuningConfig(target_modules=["LayerNorm"]),
+    "adalora": lambda: peft.AdaLoraConfig(target_modules=QKV, init_r=4, total_step=10, init_lora_weights=False),
+    "vera": lambda: peft.VeraConfig(target_modules=QKV, r=4, init_weights=False),
     "prompt": lambda: peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=5),
+    "p-tuning": lambda: peft.PromptEncoderConfig(task_type="SEQ_CLS", num_virtual_tokens=5, encoder_hidden_size=8),
 }
+PACKAGES = ("peft", "transformers", "torch")
 
 
 def build_pair(build: Any, method: str, order: str) -> tuple[Any, Any]:
@@ -58,12 +62,14 @@ def logits(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 
 @pytest.mark.parametrize("order", ["patch first", "peft first"])
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_evaluates_and_trains_alike(method, order, build, batch):
+def test_every_method_evaluates_and_trains_alike(method, order, build, batch, tables):
     plain, fused = build_pair(build, method, order)
     inputs, labels = batch(), torch.tensor([0, 1, 0])
     for _ in range(2):
         torch.testing.assert_close(logits(fused, inputs), logits(plain, inputs), atol=3e-5, rtol=1e-4)
     assert sum(dk.stats()["calls"].values()) == 4
+    assert dk.stats()["fallbacks"] == {}
+    tables.report("peft-methods", PACKAGES, method, order, "1")
     for one in (plain, fused):
         one.train()
         optimizer = torch.optim.SGD([p for p in one.parameters() if p.requires_grad], 0.5)
