@@ -11,6 +11,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 VENV_TF4 ?= .venv-tf4
+VENV_ECOSYSTEM ?= .venv-ecosystem
 # The newest Triton the kernels are compiled with, and the oldest that is supported.
 TRITON ?= 3.9.0
 TRITON_OLDEST ?= 3.6.0
@@ -23,13 +24,14 @@ ARGS ?=
 ENVIRONMENT = $(PYTHON) tools/environment.py --torch "$(TORCH)"
 RUN = $(VENV)/bin/python
 TF4_PINS = --pin transformers==4.57.6 --pin adapters==1.3.0
+ECOSYSTEM_PINS = --pin transformers==5.16.1 --pin gliner==0.2.29 --pin sentence-transformers==6.2.0
 TF4_TESTS ?= tests/integrations tests/unit
 # The tests never ask the hub for anything.
 OFFLINE = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-tf4 test-triton lint format types build bench-cpu bench-model env-demo env-test env-bench env-tf4 env-triton clean
-.PHONY: kernels-offline gpu gpu-smoke tune env-gpu
+.PHONY: help demo test test-tf4 test-triton test-ecosystem lint format types build bench-cpu bench-model
+.PHONY: env-demo env-test env-bench env-tf4 env-triton env-ecosystem clean kernels-offline gpu gpu-smoke tune env-gpu
 MAKEFLAGS += --no-print-directory
 
 help: ## list these targets
@@ -47,6 +49,9 @@ test-tf4: env-tf4 ## run the integration tests against transformers 4.57.6 and a
 
 test-triton: env-triton ## test the Triton kernels in Triton's interpreter, on the CPU
 	@$(OFFLINE) TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(RUN) -m pytest tests/ops -k "triton_interpreted or test_triton" $(ARGS)
+
+test-ecosystem: env-ecosystem ## run the tests with GLiNER and sentence-transformers
+	@$(OFFLINE) $(VENV_ECOSYSTEM)/bin/python -m pytest tests/integrations/test_consumers.py $(ARGS)
 
 lint: env-test ## check style and formatting
 	@$(RUN) -m ruff check .
@@ -82,7 +87,7 @@ tune: env-gpu ## on a GPU: time tile sizes and write their table
 	@$(OFFLINE) PYTHONPATH=. $(GPU_RUN) benchmarks/tune.py $(ARGS)
 
 clean: ## delete the environments and everything built
-	rm -rf $(VENV) $(VENV_TF4) build dist deberta_kernels/lib deberta_kernels.egg-info demo-results
+	rm -rf $(VENV) $(VENV_TF4) $(VENV_ECOSYSTEM) build dist deberta_kernels/lib deberta_kernels.egg-info demo-results
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -116,3 +121,7 @@ build/triton-%:
 env-tf4:
 	@$(ENVIRONMENT) --venv $(VENV_TF4) --extras test $(TF4_PINS)
 	@$(RUN) -W ignore setup.py -q build_native
+
+env-ecosystem:
+	@$(ENVIRONMENT) --venv $(VENV_ECOSYSTEM) --extras test $(ECOSYSTEM_PINS)
+	@$(VENV_ECOSYSTEM)/bin/python -W ignore setup.py -q build_native

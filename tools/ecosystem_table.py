@@ -27,7 +27,7 @@ class EcosystemTables:
         self.path = path
         self.write = write
         self._text = path.read_text(encoding="utf-8")
-        self._packages: dict[str, tuple[str, ...]] = {}
+        self._packages: dict[str, dict[str, None]] = {}
         self._cells: dict[str, dict[str, dict[str, str]]] = {}
 
     def report(self, table: str, packages: tuple[str, ...], row: str, column: str, value: str) -> None:
@@ -46,7 +46,7 @@ class EcosystemTables:
         cells = self._cells.setdefault(table, self._parse(table))
         if self.write:
             cells.setdefault(row, {})[column] = value
-            self._packages[table] = packages
+            self._packages.setdefault(table, {}).update(dict.fromkeys(packages))
             return
         committed = cells.get(row, {}).get(column)
         assert value == committed, (
