@@ -53,8 +53,8 @@ def bwd_preprocess_kernel(
     """Write what the other kernels need of each query; the grid is (B * H * row_tiles,).
 
     stats: (4, B, H, Nq) float32: the log-sum-exp in units of a raw score, +inf on padded rows; sum of out * dout less
-    dlse; q . pos_key of the saturated distances, smallest, then largest. dmean: (B * H, row_tiles, BLOCK_D) float32: what
-    the padded rows of the tile add to every dv.
+    dlse; q . pos_key of the saturated distances, smallest, then largest.
+    dmean: (B * H, row_tiles, BLOCK_D) float32: what the padded rows of the tile add to every dv.
     """
     pid = tl.program_id(0)
     batch_head = pid // row_tiles
