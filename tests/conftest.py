@@ -28,12 +28,6 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("ci")
 
 
-def pytest_addoption(parser):
-    parser.addoption(
-        "--write-tables", action="store_true", help="write what the tests see into the tables of docs/ecosystem.md"
-    )
-
-
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     """Compute on one thread unless a test asks for more: small shapes gain nothing from a second one."""
@@ -44,6 +38,9 @@ def one_thread():
 
 
 def pytest_addoption(parser):
+    parser.addoption(
+        "--write-tables", action="store_true", help="write what the tests see into the tables of docs/ecosystem.md"
+    )
     parser.addoption(
         "--every-case",
         action="store_true",
