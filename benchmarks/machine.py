@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import importlib.util
+import json
 import os
 import platform
 import re
 import subprocess
+import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
 import torch
 from timing import Pace, interleave
 from torch import nn
+
+from deberta_kernels import processor
 
 __all__ = ["commit", "describe", "device_name", "library", "own_peak", "rates", "versions"]
 
@@ -22,21 +28,11 @@ ROWS, INNER, COLUMNS = 512, 768, 3072  # the first linear of the feed-forward la
 FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "avx512_vnni", "amx_bf16", "asimd", "bf16")
 
 
-def _cpuinfo() -> dict[str, str]:
-    try:
-        first = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0]
-    except OSError:
-        return {}
-    pairs = (line.split(":", 1) for line in first.splitlines() if ":" in line)
-    return {key.strip(): value.strip() for key, value in pairs}
-
-
 def describe() -> dict[str, Any]:
     """Return what identifies the processor and how busy the machine is; nothing that identifies its owner."""
-    info = _cpuinfo()
-    flags = set(info.get("flags", info.get("Features", "")).split())
+    info, flags = processor.described(), processor.features()
     return {
-        "processor": info.get("model name", platform.processor() or platform.machine()),
+        "processor": processor.model(),
         "family": info.get("cpu family", ""),
         "model": info.get("model", ""),
         "stepping": info.get("stepping", ""),
@@ -63,8 +59,8 @@ def _caches() -> dict[str, str]:
 
 def device_name() -> str:
     """Return a folder name for results: the processor, with family and model since clouds hide the name."""
-    info = _cpuinfo()
-    name = re.sub(r"\(r\)|\(tm\)|@.*|\bcpu\b|\bprocessor\b", " ", info.get("model name", platform.machine()).lower())
+    info = processor.described()
+    name = re.sub(r"\(r\)|\(tm\)|@.*|\bcpu\b|\bprocessor\b", " ", processor.model().lower())
     parts = [re.sub(r"[^a-z0-9]+", "-", name).strip("-")]
     if "cpu family" in info:
         parts.append(f"family{info['cpu family']}-model{info.get('model', '')}")
@@ -100,14 +96,27 @@ def commit() -> dict[str, Any]:
 
 
 def library() -> dict[str, Any]:
-    """Return `library_status()` of the CPU backend and whether its sources are newer, or why there is none."""
+    """Return `library_status()` of the CPU backend and whether its sources have changed, or why there is none."""
     try:
         status = dict(importlib.import_module("deberta_kernels.impl.cpu").library_status())
     except (ImportError, AttributeError) as error:
         return {"loaded": False, "path": None, "reason": str(error), "isa": None, "variants": [], "stale": False}
-    built = Path(status["path"]).stat().st_mtime if status.get("path") else None
-    sources = [path.stat().st_mtime for path in (ROOT / "csrc").rglob("*") if path.is_file()]
-    return {**status, "stale": built is not None and max(sources, default=0.0) > built}
+    return {**status, "stale": bool(status.get("path")) and _is_stale(Path(status["path"]))}
+
+
+def _is_stale(path: Path) -> bool:
+    """Tell whether a build would now make another library than the one at this path; False without a compiler."""
+    specification = importlib.util.spec_from_file_location("deberta_kernels_setup", ROOT / "setup.py")
+    assert specification is not None
+    assert specification.loader is not None
+    build = sys.modules[specification.name] = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(build)
+    layout = build.Layout(library=path)
+    try:
+        wanted = build.digest(layout, build.find_compiler(), sysconfig.get_platform())
+    except build.BuildError:
+        return False
+    return bool(json.loads(layout.record.read_text(encoding="utf-8"))["digest"] != wanted)
 
 
 _highest: dict[str, float] = {}

@@ -89,7 +89,7 @@ def conditions(result: dict[str, Any]) -> str:
         f"torch {versions['torch']} ({versions['torch_isa']}), transformers {versions['transformers']}, "
         f"Python {versions['python']}; commit {commit}, {result['date'][:10]}; "
         f"load {machine['load_average'][0]} before, {result['load_average_after'][0]} after"
-        + ("; the library is older than its sources" if result["library"]["stale"] else "")
+        + ("; the library is not made of these sources" if result["library"]["stale"] else "")
         + ("; quick" if settings["quick"] else "")
         + ("" if result.get("complete", True) else "; stopped before its last shapes")
     )
