@@ -96,9 +96,9 @@ def commit() -> dict[str, Any]:
 
 
 def library() -> dict[str, Any]:
-    """Return `library_status()` of the CPU backend and whether its sources have changed, or why there is none."""
+    """Return `library_status()` and whether its sources have changed, or why there is none."""
     try:
-        status = dict(importlib.import_module("deberta_kernels.impl.cpu").library_status())
+        status = dict(importlib.import_module("deberta_kernels.native").library_status())
     except (ImportError, AttributeError) as error:
         return {"loaded": False, "path": None, "reason": str(error), "isa": None, "variants": [], "stale": False}
     return {**status, "stale": bool(status.get("path")) and _is_stale(Path(status["path"]))}
@@ -129,7 +129,7 @@ def own_peak(dtype: str, repeats: int = 3) -> float | None:
     a low peak would flatter the kernel.
     """
     try:
-        rate = importlib.import_module("deberta_kernels.impl.cpu").gemm_rate
+        rate = importlib.import_module("deberta_kernels.native").gemm_rate
         seen = max(float(rate(getattr(torch, dtype))) for _ in range(repeats))
     except (ImportError, AttributeError, RuntimeError, NotImplementedError):
         return None

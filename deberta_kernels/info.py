@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 import deberta_kernels
-from deberta_kernels import dispatch, env, processor
+from deberta_kernels import dispatch, env, native, processor
 
 __all__ = ["format_info", "info"]
 
@@ -90,7 +90,7 @@ def _cpu() -> dict[str, Any]:
 def _library() -> dict[str, Any]:
     status: dict[str, Any] = {"loaded": False, "path": None, "reason": None, "isa": None, "variants": []}
     try:
-        status |= dispatch.load("cpu").library_status()
+        status |= native.library_status()
     except Exception as error:  # a broken installation is what this report is for
         status["reason"] = f"{type(error).__name__}: {error}"
     return status

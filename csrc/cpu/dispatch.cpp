@@ -92,6 +92,10 @@ DK_EXPORT int64_t dk_cpu_prepared_bytes(const AttentionParams* p, int64_t varian
   });
   return bytes;
 }
+DK_EXPORT uint64_t dk_cpu_checksum(const char* data, int64_t bytes, int64_t variant) {
+  const Variant* chosen = at(variant);
+  return (chosen ? chosen : kCompiled[kCount - 1])->checksum(data, bytes);
+}
 DK_EXPORT double dk_cpu_gemm_rate(int64_t dtype, int64_t repeats, int64_t variant) {
   const Variant* chosen = at(variant);
   return chosen ? chosen->gemm_rate(dtype, repeats) : -1.0;

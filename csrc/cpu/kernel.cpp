@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "backward.h"
+#include "checksum.h"
 #include "forward.h"
 
 #define DK_CONCAT_(a, b) a##b
@@ -96,6 +97,6 @@ namespace dk {
 
 extern const Variant DK_CONCAT(kVariant_, DK_VARIANT);
 const Variant DK_CONCAT(kVariant_, DK_VARIANT) = {DK_STRING(DK_VARIANT), kV,      forward,  backward,
-                                                  prepared_bytes,        prepare, gemm_rate};
+                                                  prepared_bytes,        prepare, checksum, gemm_rate};
 
 }  // namespace dk

@@ -1,11 +1,11 @@
-// The one struct that crosses the C ABI. deberta_kernels/impl/cpu.py mirrors it field by field; every field is
+// The one struct that crosses the C ABI. deberta_kernels/native.py mirrors its layout, impl/cpu.py fills it; every field is
 // 8 bytes wide so that no compiler can pad it differently. All strides count elements.
 #pragma once
 #include <cstdint>
 
 namespace dk {
 
-constexpr int64_t kAbiVersion = 2;
+constexpr int64_t kAbiVersion = 3;
 constexpr int kMaxHeadDim = 256;
 
 enum DataType : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
@@ -72,6 +72,7 @@ struct Variant {
   int (*backward)(const AttentionParams&);
   int64_t (*prepared_bytes)(const AttentionParams&);
   int (*prepare)(const AttentionParams&, void*);
+  uint64_t (*checksum)(const char* data, int64_t bytes);
   double (*gemm_rate)(int64_t dtype, int64_t repeats);
 };
 

@@ -1,150 +1,23 @@
-"""Run attention in the native CPU library: find it, open it, and hand it tensors. The kernels are in csrc/cpu."""
+"""Run attention in the native CPU library: hand it tensors. The kernels are in csrc/cpu."""
 
 from __future__ import annotations
 
-import ctypes
-import os
-import struct
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from deberta_kernels import dropout, env
+from deberta_kernels import dropout, native
+from deberta_kernels.native import Library
 from deberta_kernels.position import PositionIndex, position_index, reachable_rows
 from deberta_kernels.types import AttentionProblem, Gradients, Masks, PositionSpec
 
-__all__ = ["NAME", "backward", "forward", "gemm_rate", "library_status", "prepare", "refusal", "use_isa"]
+__all__ = ["NAME", "backward", "forward", "prepare", "refusal"]
 
 NAME = "cpu"
 
-# csrc/cpu/params.h in its order: q = 8-byte integer or address, d = double.
-_ABI_VERSION = 2
-_PARAMS = struct.Struct("=73q d q d q")
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _MAX_HEAD_DIM = 256
-_INSTALLED = Path(__file__).resolve().parent.parent / "lib" / "libdeberta_kernels_cpu.so"
-_STATUS = {1: "out of memory", 2: "library and package do not match", 3: "unknown instruction set"}
-
-
-class _Library:
-    """The open library and the instruction-set variant in use."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        handle = ctypes.CDLL(path)
-        for name in ("dk_abi_version", "dk_params_size", "dk_variant_count"):
-            getattr(handle, name).restype = ctypes.c_int64
-        if handle.dk_abi_version() != _ABI_VERSION or handle.dk_params_size() != _PARAMS.size:
-            raise OSError("it was built from another version of the package; rebuild it")
-        handle.dk_variant_name.restype = ctypes.c_char_p
-        handle.dk_variant_name.argtypes = handle.dk_variant_runs.argtypes = [ctypes.c_int64]
-        for name in ("dk_cpu_forward", "dk_cpu_backward", "dk_cpu_prepared_bytes"):
-            getattr(handle, name).argtypes = [ctypes.c_char_p, ctypes.c_int64]
-        handle.dk_cpu_prepared_bytes.restype = ctypes.c_int64
-        handle.dk_cpu_prepare.argtypes = [ctypes.c_char_p, ctypes.c_int64, ctypes.c_void_p]
-        handle.dk_cpu_gemm_rate.restype = ctypes.c_double
-        handle.dk_cpu_gemm_rate.argtypes = [ctypes.c_int64] * 3
-        self.handle = handle
-        self.process = os.getpid()
-        compiled = [handle.dk_variant_name(i).decode() for i in range(handle.dk_variant_count())]
-        self.compiled = compiled
-        self.variants = {name: i for i, name in enumerate(compiled) if handle.dk_variant_runs(i)}
-        self.isa = env.cpu_isa() or next(iter(self.variants))
-        if self.isa not in self.variants:
-            usable = ", ".join(self.variants)
-            raise OSError(f"{env.CPU_ISA}={self.isa} is not among what it has for this processor ({usable})")
-
-    def threads(self) -> int:
-        """Return how many threads may compute: one in a forked child, where OpenMP's own threads do not exist."""
-        return torch.get_num_threads() if os.getpid() == self.process else 1
-
-    def call(self, name: str, params: bytes, *more: Any) -> None:
-        status = getattr(self.handle, name)(params, self.variants[self.isa], *more)
-        if status:
-            raise (MemoryError if status == 1 else RuntimeError)(f"{name}: {_STATUS.get(status, status)}")
-
-
-_lock = threading.Lock()
-_library: _Library | None = None
-_problem: str | None = None  # why there is no library
-
-
-def _open() -> _Library | None:
-    """Open the library at the first use; remember the reason when that fails."""
-    global _library, _problem
-    if _library is not None or _problem is not None:
-        return _library
-    with _lock:
-        if _library is None and _problem is None:
-            path = env.library_path() or str(_INSTALLED)
-            if not os.path.exists(path):
-                _problem = f"the native library is not built ({path} is missing); install a C++ compiler and reinstall"
-            else:
-                try:
-                    _library = _Library(path)
-                except (OSError, ValueError, AttributeError) as error:
-                    _problem = f"the native library {path} cannot be used: {error}"
-    return _library
-
-
-def _need() -> _Library:
-    library = _open()
-    if library is None:
-        raise RuntimeError(_problem)
-    return library
-
-
-def library_status() -> dict[str, Any]:
-    """Describe the native library.
-
-    Returns:
-        loaded: bool; path: str or None; reason: why it is not loaded, or None; isa: variant in use, or None;
-        variants: names that run on this processor, fastest first; compiled: all names in the library.
-    """
-    library = _open()
-    if library is None:
-        return {"loaded": False, "path": None, "reason": _problem, "isa": None, "variants": [], "compiled": []}
-    return {
-        "loaded": True, "path": library.path, "reason": None, "isa": library.isa, "variants": list(library.variants),
-        "compiled": library.compiled,
-    }  # fmt: skip
-
-
-@contextmanager
-def use_isa(isa: str) -> Iterator[None]:
-    """Run another instruction-set variant inside a `with` block; for tests and benchmarks, not thread-safe.
-
-    Tables prepared outside the block do not fit inside it.
-
-    Raises:
-        ValueError: the library has no such variant for this processor.
-    """
-    library = _need()
-    if isa not in library.variants:
-        raise ValueError(f"isa must be one of {', '.join(library.variants)}, got {isa!r}")
-    before = library.isa
-    library.isa = isa
-    try:
-        yield
-    finally:
-        library.isa = before
-
-
-def gemm_rate(dtype: torch.dtype = torch.float32) -> float:
-    """Measure the GFLOP/s of one core's micro-kernel on data in the first-level cache: the kernels' ceiling.
-
-    Args:
-        dtype: float32 or bfloat16.
-    """
-    library = _need()
-    rate: float = library.handle.dk_cpu_gemm_rate(_DTYPES[dtype], 20_000, library.variants[library.isa])
-    return rate
 
 
 def refusal(problem: AttentionProblem) -> str | None:
@@ -152,13 +25,13 @@ def refusal(problem: AttentionProblem) -> str | None:
     q = problem.q
     if q.device.type != "cpu":
         return f"it runs on cpu tensors, not {q.device.type}"
-    if q.dtype not in _DTYPES:
+    if q.dtype not in native.DTYPES:
         return f"it computes float32, bfloat16 and float16, not {str(q.dtype).removeprefix('torch.')}"
     if q.shape[-1] > _MAX_HEAD_DIM:
         return f"head_dim {q.shape[-1]} is more than {_MAX_HEAD_DIM}"
     if problem.scale <= 0:
         return "the scale is not positive"
-    return None if _open() is not None else _problem
+    return native.unavailable()
 
 
 def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
@@ -168,7 +41,7 @@ def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
         out: (B, H, Nq, D) view of memory laid out (B, Nq, H, D), dtype of q.
         lse: (B, H, Nq) float32, natural log.
     """
-    library = _need()
+    library = native.need()
     problem = _reachable(problem)
     q = problem.q
     batch, heads, nq, head_dim = q.shape
@@ -196,7 +69,7 @@ def backward(
         lse: what forward returned.
         needs: whether dq, dk, dv, dpos_key, dpos_query are wanted.
     """
-    library = _need()
+    library = native.need()
     whole = problem
     problem = _reachable(replace(problem, prepared=None))
     if not problem.q.numel():
@@ -225,9 +98,14 @@ def prepare(pos_key: Tensor | None, pos_query: Tensor | None, position: Position
         (bytes,) uint8, valid for this instruction set only; None when there is nothing to pack.
     """
     table = pos_key if pos_key is not None else pos_query
-    if table is None or table.dtype not in _DTYPES or table.device.type != "cpu" or table.shape[-1] > _MAX_HEAD_DIM:
+    if (
+        table is None
+        or table.dtype not in native.DTYPES
+        or table.device.type != "cpu"
+        or table.shape[-1] > _MAX_HEAD_DIM
+    ):
         return None
-    library = _open()
+    library = native.opened()
     if library is None:
         return None
     tokens = table.new_empty(1, table.shape[0], 0, table.shape[2])
@@ -246,7 +124,7 @@ def _empty(dtype: torch.dtype, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="cpu")
 
 
-def _check_prepared(prepared: Tensor | None, library: _Library, params: bytes) -> None:
+def _check_prepared(prepared: Tensor | None, library: Library, params: bytes) -> None:
     """Check that prepared tables are as large as the kernel will read."""
     if prepared is None:
         return
@@ -306,7 +184,7 @@ class _Call:
     """The arguments of one call; keeps every tensor alive whose address it holds."""
 
     def __init__(
-        self, problem: AttentionProblem, library: _Library, *, out: Tensor | None = None, lse: Tensor | None = None,
+        self, problem: AttentionProblem, library: Library, *, out: Tensor | None = None, lse: Tensor | None = None,
         dout: Tensor | None = None, dlse: Tensor | None = None, tokens: list[Tensor | None] | None = None,
         tables: list[Tensor | None] | None = None,
     ) -> None:  # fmt: skip
@@ -323,8 +201,8 @@ class _Call:
         if p.cu_seqlens is not None:
             batch, nq, nk = p.cu_seqlens.numel() - 1, p.max_seqlen, p.max_seqlen
         dropping = p.dropout_p > 0 and p.seed is not None
-        return _PARAMS.pack(
-            _ABI_VERSION, batch, heads, nq, nk, head_dim, _DTYPES[p.q.dtype], self.library.threads(),
+        return native.ATTENTION_PARAMS.pack(
+            native.ABI_VERSION, batch, heads, nq, nk, head_dim, native.DTYPES[p.q.dtype], self.library.threads(),
             *self._tokens(p.q), *self._tokens(p.k), *self._tokens(p.v), *self._tokens(self.out),
             *self._tokens(self.dout), *self._tokens(self.tokens[0]), *self._tokens(self.tokens[1]),
             *self._tokens(self.tokens[2]),

@@ -10,7 +10,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from deberta_kernels import api, dispatch, env
+from deberta_kernels import api, dispatch, env, native
 from deberta_kernels.types import AttentionProblem, Masks, PositionSpec
 
 __all__ = ["TARGETS", "Target", "available"]
@@ -84,9 +84,7 @@ class Target:
         if self.isa is None:
             yield
             return
-        from deberta_kernels.impl import cpu
-
-        with cpu.use_isa(self.isa):
+        with native.use_isa(self.isa):
             yield
 
 
@@ -111,11 +109,7 @@ def available(dtype: torch.dtype | None = None) -> list[Target]:
 
 @cache
 def _cpu_skip_reason(isa: str | None) -> str | None:
-    try:
-        from deberta_kernels.impl import cpu
-    except ImportError as error:
-        return f"the native backend does not import: {error}"
-    status = cpu.library_status()
+    status = native.library_status()
     if not status["loaded"]:
         return f"the native library is not loaded: {status['reason']}"
     if isa is not None and isa not in status["variants"]:

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 import deberta_kernels as dk
-from deberta_kernels import api, dispatch
+from deberta_kernels import api, dispatch, native
 from deberta_kernels.impl import cpu
 from deberta_kernels.testing import inputs
 from deberta_kernels.testing.inputs import Case
 from deberta_kernels.types import Masks, PositionSpec
 
-needs_library = pytest.mark.skipif(not cpu.library_status()["loaded"], reason="the native library is not built")
+needs_library = pytest.mark.skipif(not native.library_status()["loaded"], reason="the native library is not built")
 
 
 def problem(**changes):
@@ -29,12 +29,12 @@ def run_python(code, **environment):
     )
 
 
-STATUS = "from deberta_kernels.impl import cpu; print(cpu.library_status())"
+STATUS = "from deberta_kernels import native; print(native.library_status())"
 
 
 @needs_library
 def test_variable_chooses_the_instruction_set():
-    for isa in cpu.library_status()["variants"]:
+    for isa in native.library_status()["variants"]:
         assert f"'isa': '{isa}'" in run_python(STATUS, DEBERTA_KERNELS_CPU_ISA=isa).stdout
 
 
@@ -105,16 +105,16 @@ def test_prepared_tables_of_another_size_are_refused():
 
 @needs_library
 def test_gemm_rate_is_a_rate():
-    assert 0.1 < cpu.gemm_rate(torch.float32) < 10_000
+    assert 0.1 < native.gemm_rate(torch.float32) < 10_000
 
 
 @needs_library
 def test_use_isa_restores_and_names_what_there_is():
-    before = cpu.library_status()["isa"]
-    with cpu.use_isa("generic"):
-        assert cpu.library_status()["isa"] == "generic"
-    assert cpu.library_status()["isa"] == before
-    with pytest.raises(ValueError, match="isa must be one of"), cpu.use_isa("mmx"):
+    before = native.library_status()["isa"]
+    with native.use_isa("generic"):
+        assert native.library_status()["isa"] == "generic"
+    assert native.library_status()["isa"] == before
+    with pytest.raises(ValueError, match="isa must be one of"), native.use_isa("mmx"):
         pass
 
 

@@ -9,9 +9,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import deberta_kernels as dk
-from deberta_kernels import dispatch, ops
+from deberta_kernels import dispatch, native, ops
 from deberta_kernels.dropout import draw_seed
-from deberta_kernels.impl import cpu
 from deberta_kernels.types import AttentionProblem, Masks, PositionSpec
 
 pytestmark = pytest.mark.usefixtures("counted")
@@ -162,8 +161,8 @@ def test_autocast_does_not_lower_the_precision_of_the_backend(backend, tensors):
 
 @pytest.mark.parametrize("name", ["reference", "torch", "cpu"])
 def test_counts_calls_where_they_are_computed(name, tensors, watched):
-    if name == "cpu" and not cpu.library_status()["loaded"]:
-        pytest.skip(cpu.library_status()["reason"])
+    if name == "cpu" and not native.library_status()["loaded"]:
+        pytest.skip(native.library_status()["reason"])
     x = tensors()
     with watched():
         dk.disentangled_attention(*x, backend=name, **SETTINGS)

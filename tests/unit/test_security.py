@@ -24,7 +24,7 @@ FORBIDDEN_CALLS = {
 }  # fmt: skip
 # Modules imported by name come from constants in these files, never from a configuration or a caller.
 IMPORTS_BY_NAME = {"__init__.py", "dispatch.py", "integrations/huggingface.py"}
-OPENS_LIBRARIES = {"impl/cpu.py", "demo/measure.py"}
+OPENS_LIBRARIES = {"native.py", "demo/measure.py"}
 STARTS_PROCESSES = {"__main__.py", "demo/model.py"}
 WRITES_FILES = {"demo/report.py", "demo/measure.py"}
 

@@ -1,0 +1,170 @@
+"""Find the native CPU library and open it. Its sources are in csrc/cpu, the build in setup.py."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deberta_kernels import env
+
+__all__ = [
+    "ABI_VERSION",
+    "ATTENTION_PARAMS",
+    "DTYPES",
+    "Library",
+    "gemm_rate",
+    "library_status",
+    "need",
+    "opened",
+    "unavailable",
+    "use_isa",
+]
+
+# csrc/cpu/params.h: the struct in its order, q = 8-byte integer or address, d = double.
+ABI_VERSION = 3
+ATTENTION_PARAMS = struct.Struct("=73q d q d q")
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_STATUS = {1: "out of memory", 2: "library and package do not match", 3: "not in this instruction set"}
+
+_INSTALLED = Path(__file__).resolve().parent / "lib" / "libdeberta_kernels_cpu.so"
+
+
+class Library:
+    """The open library and the instruction-set variant in use."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        handle = ctypes.CDLL(path)
+        for name in ("dk_abi_version", "dk_params_size", "dk_variant_count"):
+            getattr(handle, name).restype = ctypes.c_int64
+        if handle.dk_abi_version() != ABI_VERSION or handle.dk_params_size() != ATTENTION_PARAMS.size:
+            raise OSError("it was built from another version of the package; rebuild it")
+        handle.dk_variant_name.restype = ctypes.c_char_p
+        handle.dk_variant_name.argtypes = handle.dk_variant_runs.argtypes = [ctypes.c_int64]
+        for name in ("dk_cpu_forward", "dk_cpu_backward", "dk_cpu_prepared_bytes"):
+            getattr(handle, name).argtypes = [ctypes.c_char_p, ctypes.c_int64]
+        handle.dk_cpu_prepared_bytes.restype = ctypes.c_int64
+        handle.dk_cpu_prepare.argtypes = [ctypes.c_char_p, ctypes.c_int64, ctypes.c_void_p]
+        handle.dk_cpu_checksum.restype = ctypes.c_uint64
+        handle.dk_cpu_checksum.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
+        handle.dk_cpu_gemm_rate.restype = ctypes.c_double
+        handle.dk_cpu_gemm_rate.argtypes = [ctypes.c_int64] * 3
+        self.handle = handle
+        self.process = os.getpid()
+        compiled = [handle.dk_variant_name(i).decode() for i in range(handle.dk_variant_count())]
+        self.compiled = compiled
+        self.variants = {name: i for i, name in enumerate(compiled) if handle.dk_variant_runs(i)}
+        self.isa = env.cpu_isa() or next(iter(self.variants))
+        if self.isa not in self.variants:
+            usable = ", ".join(self.variants)
+            raise OSError(f"{env.CPU_ISA}={self.isa} is not among what it has for this processor ({usable})")
+
+    def threads(self) -> int:
+        """Return how many threads may compute: one in a forked child, where OpenMP's own threads do not exist."""
+        return torch.get_num_threads() if os.getpid() == self.process else 1
+
+    def checksum(self, tensor: torch.Tensor) -> int:
+        """Return 64 bits that follow the content of a contiguous CPU tensor; any single changed word changes them."""
+        value: int = self.handle.dk_cpu_checksum(tensor.data_ptr(), tensor.nbytes, self.variants[self.isa])
+        return value
+
+    def call(self, name: str, params: bytes, *more: Any) -> None:
+        """Call an exported function; raise MemoryError or RuntimeError unless it returns 0."""
+        status = getattr(self.handle, name)(params, self.variants[self.isa], *more)
+        if status:
+            raise (MemoryError if status == 1 else RuntimeError)(f"{name}: {_STATUS.get(status, status)}")
+
+
+_lock = threading.Lock()
+_library: Library | None = None
+_problem: str | None = None  # why there is no library
+
+
+def opened() -> Library | None:
+    """Open the library at the first use; remember the reason when that fails."""
+    global _library, _problem
+    if _library is not None or _problem is not None:
+        return _library
+    with _lock:
+        if _library is None and _problem is None:
+            path = env.library_path() or str(_INSTALLED)
+            if not os.path.exists(path):
+                _problem = f"the native library is not built ({path} is missing); install a C++ compiler and reinstall"
+            else:
+                try:
+                    _library = Library(path)
+                except (OSError, ValueError, AttributeError) as error:
+                    _problem = f"the native library {path} cannot be used: {error}"
+    return _library
+
+
+def unavailable() -> str | None:
+    """Return why there is no library, or None when there is one."""
+    return None if opened() is not None else _problem
+
+
+def need() -> Library:
+    """Return the library.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    library = opened()
+    if library is None:
+        raise RuntimeError(_problem)
+    return library
+
+
+def library_status() -> dict[str, Any]:
+    """Describe the native library.
+
+    Returns:
+        loaded: bool; path: str or None; reason: why it is not loaded, or None; isa: variant in use, or None;
+        variants: names that run on this processor, fastest first; compiled: all names in the library.
+    """
+    library = opened()
+    if library is None:
+        return {"loaded": False, "path": None, "reason": _problem, "isa": None, "variants": [], "compiled": []}
+    return {
+        "loaded": True, "path": library.path, "reason": None, "isa": library.isa, "variants": list(library.variants),
+        "compiled": library.compiled,
+    }  # fmt: skip
+
+
+@contextmanager
+def use_isa(isa: str) -> Iterator[None]:
+    """Run another instruction-set variant inside a `with` block; for tests and benchmarks, not thread-safe.
+
+    Tables prepared outside the block do not fit inside it.
+
+    Raises:
+        ValueError: the library has no such variant for this processor.
+    """
+    library = need()
+    if isa not in library.variants:
+        raise ValueError(f"isa must be one of {', '.join(library.variants)}, got {isa!r}")
+    before = library.isa
+    library.isa = isa
+    try:
+        yield
+    finally:
+        library.isa = before
+
+
+def gemm_rate(dtype: torch.dtype = torch.float32) -> float:
+    """Measure the GFLOP/s of one core's micro-kernel on data in the first-level cache: the kernels' ceiling.
+
+    Args:
+        dtype: float32 or bfloat16.
+    """
+    library = need()
+    rate: float = library.handle.dk_cpu_gemm_rate(DTYPES[dtype], 20_000, library.variants[library.isa])
+    return rate
