@@ -1,8 +1,9 @@
-"""Compute the linear layers of a model in eval with oneDNN, where PyTorch's own float32 product is slower.
+"""Compute the linear layers of a model in eval with oneDNN, where PyTorch's own way to it, or around it, is slower.
 
 PyTorch multiplies float32 matrices on x86 with MKL, and MKL keeps its AVX-512 code to processors of its maker. oneDNN,
 which comes with every PyTorch as well, does not. Its operators take the weight as it is, so there is nothing to keep
-and nothing to fall out of date; the arithmetic is float32 throughout, and a GELU that follows is computed on the way.
+and nothing to fall out of date; sums are float32 throughout, and a GELU that follows is computed on the way. bfloat16
+goes to oneDNN either way, but here without the operators around it and with the GELU before the only rounding.
 
 The operators are private to PyTorch. They are looked up and tried once, and anything unexpected leaves them alone.
 A module is taken over only if it computes what `nn.Linear` does and nothing could notice: no hooks, no gradients, no
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from deberta_kernels.processor import vendor
+from deberta_kernels.processor import features, vendor
 
 __all__ = ["apply_linear", "apply_linear_gelu", "is_hooked", "is_linear", "refusal", "wanted"]
 
@@ -101,10 +102,10 @@ def is_linear(module: Any) -> bool:
 def _is_plain(linear: Any, x: Tensor) -> bool:
     if torch.compiler.is_compiling() or not is_linear(linear) or type(x) is not Tensor:
         return False
-    if x.dtype != torch.float32 or x.device.type != "cpu":
+    if not _multiplies(x.dtype) or x.device.type != "cpu":
         return False
     weight = linear.weight
-    if type(weight) is not nn.Parameter or weight.dtype != torch.float32 or not weight.is_contiguous():
+    if type(weight) is not nn.Parameter or weight.dtype != x.dtype or not weight.is_contiguous():
         return False
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or _needs_gradient(linear.bias)):
         return False
@@ -117,6 +118,12 @@ def _is_plain(linear: Any, x: Tensor) -> bool:
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
     )
+
+
+@cache
+def _multiplies(dtype: torch.dtype) -> bool:
+    """Tell whether the processor has instructions for products of the dtype."""
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and "avx512_bf16" in features())
 
 
 def _needs_gradient(bias: Tensor | None) -> bool:

@@ -52,7 +52,7 @@ class AttentionOptions:
         backend: "auto" or the name of a backend, which then never falls back to another one.
         strict: raise NotImplementedError where the original code would run.
         unpad: "auto": encoders leave out padding where that pays; True: wherever they can; False: never.
-        onednn: compute plain float32 linear layers with oneDNN; see `linear`.
+        onednn: compute plain float32 and bfloat16 linear layers with oneDNN; see `linear`.
     """
 
     backend: str = "auto"

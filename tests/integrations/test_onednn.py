@@ -148,14 +148,24 @@ def test_dynamic_quantization_after_patching_takes_part(build, batch, products):
     assert products == []
 
 
-def test_autocast_and_low_precision_use_the_modules(build, batch, products):
+def test_autocast_and_other_dtypes_use_the_modules(build, batch, products):
     model, inputs = build(), batch()
     dk.patch(model, onednn=True)
     with torch.autocast("cpu", torch.bfloat16):
         states_of(model, inputs)
-    states_of(model.bfloat16(), inputs)
+    states_of(model.half(), inputs)
     states_of(model.double(), inputs)
     assert products == []
+
+
+@pytest.mark.skipif(not linear._multiplies(torch.bfloat16), reason="the processor has no bfloat16 products")
+def test_bfloat16_is_within_the_budget(build, batch, in_double, assert_within_budget, products):
+    model, inputs = build().bfloat16(), batch(4, 41)
+    truth, eager = states_of(in_double(model), inputs), states_of(model, inputs)
+    dk.patch(model, strict=True, onednn=True)
+    for layer, state in enumerate(states_of(model, inputs)):
+        assert_within_budget(f"state {layer}", state, eager[layer], truth[layer])
+    assert len(products) == LINEARS * model.config.num_hidden_layers
 
 
 def test_pytorchs_own_switch_holds(build, batch, products):
