@@ -142,7 +142,9 @@ def _run_layers(
     rel_embeddings = module.get_rel_embedding()
     packing, source = mask.packing, mask.source
     states = [hidden_states]
-    keys = hidden_states if packing is None else packing.pack(hidden_states)
+    # A tensor of its own for the first layer, whose gradients are then summed before the convolution's are added, with
+    # and without checkpoints.
+    keys = hidden_states.view_as(hidden_states) if packing is None else packing.pack(hidden_states)
     padded = hidden_states
     for number, layer in enumerate(module.layer):
         output = _run_layer(layer, keys, mask, query_states, rel_embeddings)
