@@ -119,16 +119,21 @@ def _takes_packed_states(module: Any) -> bool:
     """
     for layer in module.layer:
         routes = (layer, layer.attention, layer.attention.output, layer.intermediate, layer.output)
-        if any(not type(part).__module__.startswith(_MODELING) for part in routes):
+        if any(not _home(part).startswith(_MODELING) for part in routes):
             return False
         for part in layer.modules():
-            if not type(part).__module__.startswith(_TOKENWISE) and not isinstance(part, Swapped):
+            if not _home(part).startswith(_TOKENWISE) and not isinstance(part, Swapped):
                 return False
             if ("forward" in part.__dict__ and "_old_forward" not in part.__dict__) or _is_watched(part):
                 return False
         if refusal_of(layer.attention.self) is not None:
             return False
     return True
+
+
+def _home(part: Any) -> str:
+    """Return where the class of a module was written; FSDP2 puts one of its own in front that adds only hooks."""
+    return next(c.__module__ for c in type(part).__mro__ if not c.__module__.startswith("torch.distributed.fsdp"))
 
 
 def _is_watched(part: Any) -> bool:
@@ -142,7 +147,9 @@ def _run_layers(
     rel_embeddings = module.get_rel_embedding()
     packing, source = mask.packing, mask.source
     states = [hidden_states]
-    keys = hidden_states if packing is None else packing.pack(hidden_states)
+    # A tensor of its own for the first layer, whose gradients are then summed before the convolution's are added, with
+    # and without checkpoints.
+    keys = hidden_states.view_as(hidden_states) if packing is None else packing.pack(hidden_states)
     padded = hidden_states
     for number, layer in enumerate(module.layer):
         output = _run_layer(layer, keys, mask, query_states, rel_embeddings)

@@ -121,7 +121,21 @@ def attend(
             module, hidden_states, mask, output_attentions,
             query_states=query_states, relative_pos=relative_pos, rel_embeddings=rel_embeddings,
         )  # fmt: skip
+    queries = _apart(queries)
+    hidden_states = queries if query_states is None else _apart(hidden_states)
     return (compute or _fused)(module, options, hidden_states, queries, attention_mask, rel_embeddings), None
+
+
+def _apart(states: Tensor) -> Tensor:
+    """View states that need a gradient, so that the projections' gradients are summed before others are added.
+
+    A reentrant checkpoint makes its inputs leaves, and autocast casts a leaf once for all products, as if it were a
+    weight: gradients would then be summed in the low dtype. Of a view they are summed in the same order and dtype with
+    checkpoints of either kind and without.
+    """
+    if torch.compiler.is_compiling() or not states.requires_grad:
+        return states
+    return states.view_as(states)
 
 
 def bind_module(

@@ -1,4 +1,4 @@
-"""Training a patched model: checkpointing of both kinds, dropout, low precision, autocast."""
+"""Training a patched model: dropout, low precision, autocast, frozen parts, the loss curve."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import deberta_kernels as dk
+from deberta_kernels.dropout import keep_scale, threshold
 
 DROPOUT = {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.3}
 
@@ -20,40 +21,6 @@ def gradients(model: Any, inputs: dict[str, torch.Tensor], seed: int = 0) -> dic
     out = model(**inputs)[0]
     (out.float() * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum().backward()
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
-
-
-@pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("settings", [{}, {"share_att_key": False, "norm_rel_ebd": "none", "conv_kernel_size": 3}])
-@pytest.mark.parametrize("dropout", [{}, DROPOUT])
-def test_checkpointing_gives_the_gradients_of_the_plain_run(reentrant, settings, dropout, build, batch):
-    model, inputs = build(num_hidden_layers=3, **settings, **dropout).train(), batch()
-    dk.patch(model, strict=True)
-    expected = gradients(model, inputs)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    dk.reset_stats()
-    actual = gradients(model, inputs)
-    assert sum(dk.stats()["calls"].values()) == 6  # each layer once more, in the backward
-    assert actual.keys() == expected.keys()
-    for name, gradient in expected.items():
-        torch.testing.assert_close(actual[name], gradient, atol=1e-5, rtol=1e-4, msg=name)
-
-
-def test_checkpointing_as_transformers_sets_it_up_by_default(build, batch):
-    model, inputs = build().train(), batch()
-    dk.patch(model)
-    expected = gradients(model, inputs)
-    model.gradient_checkpointing_enable()
-    for name, gradient in gradients(model, inputs).items():
-        torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=1e-4, msg=name)
-
-
-def test_checkpointing_under_patch_all(build, batch):
-    model, inputs = build().train(), batch()
-    expected = gradients(model, inputs)
-    dk.patch_all(strict=True)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
-    for name, gradient in gradients(model, inputs).items():
-        torch.testing.assert_close(gradient, expected[name], atol=1e-4, rtol=1e-3, msg=name)
 
 
 def test_dropout_depends_on_the_seed_only(build, batch):
@@ -88,6 +55,52 @@ def test_attention_dropout_has_the_mean_and_spread_of_before(build, batch):
     torch.testing.assert_close(fused_spread.mean(), spread.mean(), rtol=0.05, atol=0)
 
 
+@pytest.fixture
+def probe(build: Any) -> Any:
+    """A patched attention module whose context is the dropped probabilities: no scores, values the identity."""
+    size = 256
+    model = build(hidden_size=size, num_attention_heads=1, num_hidden_layers=1, attention_probs_dropout_prob=0.3)
+    attention = model.encoder.layer[0].attention.self.train()
+    attention.pos_dropout.eval()
+    with torch.no_grad():
+        for projection in (attention.query_proj, attention.key_proj, attention.value_proj):
+            projection.weight.zero_()
+            projection.bias.zero_()
+        attention.value_proj.weight.fill_diagonal_(1.0)
+    dk.patch(attention, strict=True)
+
+    def draw(batch: int) -> torch.Tensor:
+        hidden = torch.eye(size).expand(batch, size, size)
+        return attention(hidden, torch.ones(batch, 1, 1, size), rel_embeddings=model.encoder.rel_embeddings.weight)[0]
+
+    draw.value_weight = attention.value_proj.weight
+    return draw
+
+
+def test_ten_million_draws_keep_the_share_that_was_asked_for(probe):
+    torch.manual_seed(3)
+    draws, kept, calls, batch = 0, 0, 20, 8
+    with torch.no_grad():
+        for _ in range(calls):
+            context = probe(batch)
+            kept += int((context != 0).sum())
+            draws += context.numel()
+    assert draws > 1e7
+    rate = 1 - threshold(0.3) / 65536
+    assert abs(kept / draws - rate) < 4 * (rate * (1 - rate) / draws) ** 0.5
+    assert abs(rate - 0.7) < 1e-5
+    values = context[context != 0]
+    torch.testing.assert_close(values, torch.full_like(values, keep_scale(0.3) / 256))
+
+
+def test_backward_drops_what_the_forward_dropped(probe):
+    context = probe(1)
+    # dv = probabilities^T dout, and the hidden states are the identity: the weight's gradient is the probabilities.
+    context.backward(torch.eye(256)[None])
+    assert torch.equal(probe.value_weight.grad != 0, context[0] != 0)
+    torch.testing.assert_close(probe.value_weight.grad, context[0].detach())
+
+
 def test_position_dropout_is_applied_to_the_rows_in_use(build, batch):
     model, inputs = build(hidden_dropout_prob=0.5).train(), batch(1, 8, "none")
     for module in model.modules():
@@ -110,35 +123,36 @@ def error(actual: torch.Tensor, truth: torch.Tensor) -> tuple[float, float]:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("grad", [False, True])
-def test_low_precision_has_the_dtypes_and_at_most_the_errors_of_before(dtype, autocast, grad, build, batch):
+@pytest.mark.parametrize("train", [False, True])
+def test_low_precision_has_the_dtypes_and_at_most_the_errors_of_before(dtype, autocast, train, build, batch):
     model, inputs = build(conv_kernel_size=0).eval(), batch()
     if not autocast:
         model = model.to(dtype)
-    truth = copy.deepcopy(model).double()(**inputs).last_hidden_state.detach()
 
-    def run() -> tuple[torch.Tensor, torch.Tensor | None]:
-        with torch.set_grad_enabled(grad), torch.autocast("cpu", dtype, enabled=autocast):
+    def run(model: Any, autocast: bool) -> dict[str, torch.Tensor]:
+        with torch.set_grad_enabled(train), torch.autocast("cpu", dtype, enabled=autocast):
             out = model(**inputs).last_hidden_state
-        if grad:
-            model.zero_grad()
-            out.float().square().mean().backward()
-        return out.detach(), model.encoder.rel_embeddings.weight.grad
+        if not train:
+            return {"out": out}
+        model.zero_grad()
+        out.float().square().mean().backward()
+        return {"out": out.detach()} | {name: parameter.grad for name, parameter in model.named_parameters()}
 
+    truth = run(copy.deepcopy(model).double(), False)
     contexts: list[torch.dtype] = []
     model.encoder.layer[0].attention.self.register_forward_hook(lambda m, args, out: contexts.append(out[0].dtype))
-    eager, eager_grad = run()
+    eager = run(model, autocast)
     dk.patch(model, strict=True)
-    fused, fused_grad = run()
-    assert fused.dtype == eager.dtype
+    fused = run(model, autocast)
     assert contexts == [dtype, dtype]
-    (eager_max, eager_mean), (fused_max, fused_mean) = error(eager, truth), error(fused, truth)
-    floor = torch.finfo(dtype).eps * truth.abs().max().item()
-    assert fused_max <= 2 * eager_max + floor
-    assert fused_mean <= 1.1 * eager_mean + 1e-5
-    if grad:
-        assert fused_grad.dtype == eager_grad.dtype
-        assert torch.isfinite(fused_grad).all()
+    assert [x.dtype for x in fused.values()] == [x.dtype for x in eager.values()]
+    means = torch.zeros(2)
+    for name, exact in truth.items():
+        (eager_max, eager_mean), (fused_max, fused_mean) = (error(x[name], exact) for x in (eager, fused))
+        largest = exact.abs().max().item()
+        assert fused_max <= (2 if name == "out" else 3) * (eager_max + torch.finfo(dtype).eps * largest), name
+        means += torch.tensor([fused_mean, eager_mean]) / largest
+    assert means[0] <= 1.1 * means[1]  # of all tensors together: some have too few elements for a mean of their own
 
 
 def test_half_precision_scores_that_overflow_before_stay_finite(build):
