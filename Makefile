@@ -12,6 +12,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 VENV_TF4 ?= .venv-tf4
 VENV_ECOSYSTEM ?= .venv-ecosystem
+VENV_SPACY ?= .venv-spacy
 # The newest Triton the kernels are compiled with, and the oldest that is supported.
 TRITON ?= 3.9.0
 TRITON_OLDEST ?= 3.6.0
@@ -24,7 +25,10 @@ ARGS ?=
 ENVIRONMENT = $(PYTHON) tools/environment.py --torch "$(TORCH)"
 RUN = $(VENV)/bin/python
 TF4_PINS = --pin transformers==4.57.6 --pin adapters==1.3.0
-ECOSYSTEM_PINS = --pin transformers==5.16.1 --pin gliner==0.2.29 --pin sentence-transformers==6.2.0
+ECOSYSTEM_PINS = --pin transformers==5.16.1 --pin gliner==0.2.29 --pin sentence-transformers==6.2.0 \
+	--pin presidio-analyzer==2.2.366 --pin bitsandbytes==0.50.2 --pin torchao==0.18.0
+# It needs a transformers older than that of the test extra.
+SPACY_PINS = --pin spacy-transformers==1.4.0 --pin spacy==3.8.18 --pin pytest --pin hypothesis --pin numpy
 TF4_TESTS ?= tests/integrations tests/unit
 # The tests never ask the hub for anything.
 OFFLINE = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
@@ -50,8 +54,9 @@ test-tf4: env-tf4 ## run the integration tests against transformers 4.57.6 and a
 test-triton: env-triton ## test the Triton kernels in Triton's interpreter, on the CPU
 	@$(OFFLINE) TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(RUN) -m pytest tests/ops -k "triton_interpreted or test_triton" $(ARGS)
 
-test-ecosystem: env-ecosystem ## run the tests with GLiNER and sentence-transformers
+test-ecosystem: env-ecosystem ## run the tests with GLiNER, sentence-transformers, Presidio, spaCy and quantised layers
 	@$(OFFLINE) $(VENV_ECOSYSTEM)/bin/python -m pytest tests/integrations/test_consumers.py $(ARGS)
+	@$(OFFLINE) $(VENV_SPACY)/bin/python -m pytest tests/integrations/test_consumers.py -k spacy_transformers $(ARGS)
 
 lint: env-test ## check style and formatting
 	@$(RUN) -m ruff check .
@@ -87,7 +92,7 @@ tune: env-gpu ## on a GPU: time tile sizes and write their table
 	@$(OFFLINE) PYTHONPATH=. $(GPU_RUN) benchmarks/tune.py $(ARGS)
 
 clean: ## delete the environments and everything built
-	rm -rf $(VENV) $(VENV_TF4) $(VENV_ECOSYSTEM) build dist deberta_kernels/lib deberta_kernels.egg-info demo-results
+	rm -rf $(VENV) $(VENV_TF4) $(VENV_ECOSYSTEM) $(VENV_SPACY) build dist deberta_kernels/lib deberta_kernels.egg-info demo-results
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -124,4 +129,5 @@ env-tf4:
 
 env-ecosystem:
 	@$(ENVIRONMENT) --venv $(VENV_ECOSYSTEM) --extras test $(ECOSYSTEM_PINS)
+	@$(ENVIRONMENT) --venv $(VENV_SPACY) $(SPACY_PINS)
 	@$(VENV_ECOSYSTEM)/bin/python -W ignore setup.py -q build_native

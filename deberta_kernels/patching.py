@@ -1,4 +1,4 @@
-"""Patch DeBERTa-v2 and v3 models to run fused attention, and undo it: one model, or all of them."""
+"""Patch DeBERTa models to run fused attention, and undo it: one model, or all of them."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def patch(
     strict: bool = False,
     onednn: str | bool = "auto",
 ) -> PatchReport:
-    """Make every DeBERTa-v2 or v3 inside a model run fused attention, in place.
+    """Make every DeBERTa (v1, v2 or v3) inside a model run fused attention, in place.
 
     Encoder and attention modules get a subclass of their own class; nothing else changes, and `unpatch` undoes it.
     Patching again only changes the options. A model pickled while patched needs this package to be loaded.
@@ -89,7 +89,7 @@ def patch(
     encoders, attentions, left_alone = plan(model)
     if not attentions and not left_alone:
         raise ValueError(
-            f"model must contain a DeBERTa-v2 or v3 of transformers, got {type(model).__name__} without one; "
+            f"model must contain a DeBERTa of transformers, got {type(model).__name__} without one; "
             "patch it after it is built or loaded."
         )
     if left_alone and (strict or not attentions):
@@ -136,7 +136,7 @@ def unpatch(model: nn.Module) -> int:
 def patch_all(
     *, backend: str = "auto", unpad: str | bool = "auto", strict: bool = False, onednn: str | bool = "auto"
 ) -> None:
-    """Make every DeBERTa-v2 and v3 of transformers run fused attention: those in memory and all made from now on.
+    """Make every DeBERTa of transformers run fused attention: those in memory and all made from now on.
 
     The forwards of their classes are replaced, so models keep their classes. A model that was given to `patch` keeps
     its own options. Models whose attention is neither Hugging Face's nor AdapterHub's run their own

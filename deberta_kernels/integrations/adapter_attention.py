@@ -26,15 +26,15 @@ import torch
 from torch import Tensor
 
 from deberta_kernels.masks import parse_huggingface_mask
+from deberta_kernels.modules.anatomy import AttentionModule
 from deberta_kernels.modules.encoder_mask import EncoderMask
-from deberta_kernels.modules.positions import AttentionModule, content_key
+from deberta_kernels.modules.positions import content_key
 from deberta_kernels.modules.self_attention import (
     AttentionOptions,
     bind_module,
     cast_for_matmul,
     merge_heads,
     project,
-    split_heads,
 )
 from deberta_kernels.types import Masks
 
@@ -89,9 +89,7 @@ def attend_with_adapters(
     """
     from adapters.composition import adjust_tensors_for_parallel, match_attn_matrices_for_parallel
 
-    q = split_heads(module, project(options, module.query_proj, queries))
-    k = split_heads(module, project(options, module.key_proj, hidden_states))
-    v = split_heads(module, project(options, module.value_proj, hidden_states))
+    q, k, v = project(module, options, queries, hidden_states)
     if not q.shape[0] == k.shape[0] == v.shape[0]:
         q, k, v = match_attn_matrices_for_parallel(q, k, v)
     seen = _visible(attention_mask, q)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from deberta_kernels.integrations.known import ADAPTERHUB, MODELING, Known
+from deberta_kernels.integrations.known import ADAPTERHUB, ADAPTERHUB_ONE, MODELING, MODELING_ONE, Known
 from deberta_kernels.integrations.swap import Swapped, base_class, swap, undo
 from deberta_kernels.modules.linear import apply_linear, apply_linear_gelu
 from deberta_kernels.modules.self_attention import AttentionOptions
@@ -68,8 +68,13 @@ _MIXINS: dict[str, tuple[Known, type[Swapped]]] = {
         (MODELING, "DebertaV2Intermediate", FusedIntermediate),
         (MODELING, "DebertaV2Output", FusedOutput),
         (MODELING, "DebertaV2SelfOutput", FusedOutput),
+        (MODELING_ONE, "DebertaIntermediate", FusedIntermediate),
+        (MODELING_ONE, "DebertaOutput", FusedOutput),
+        (MODELING_ONE, "DebertaSelfOutput", FusedOutput),
         (ADAPTERHUB, "DebertaV2OutputWithAdapters", FusedAdapterOutput),
         (ADAPTERHUB, "DebertaV2SelfOutputWithAdapters", FusedAdapterOutput),
+        (ADAPTERHUB_ONE, "DebertaOutputWithAdapters", FusedAdapterOutput),
+        (ADAPTERHUB_ONE, "DebertaSelfOutputWithAdapters", FusedAdapterOutput),
     )
 }
 KNOWN_DENSE = tuple(known for known, _ in _MIXINS.values())

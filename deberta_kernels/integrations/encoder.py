@@ -1,4 +1,4 @@
-"""Run Hugging Face's DeBERTa-v2 encoder without any N x N tensor and, where that pays, without padding.
+"""Run Hugging Face's DeBERTa encoders without any N x N tensor and, where that pays, without padding.
 
 The (B, N) mask is parsed once and carried to every layer; the layers get no relative positions, which means ordinary
 distances. When enough of a batch is padding, the layers get the real tokens packed one after the other.
@@ -15,13 +15,14 @@ from torch import Tensor
 from deberta_kernels.integrations.adapter_attention import AdapterMask
 from deberta_kernels.integrations.swap import Swapped
 from deberta_kernels.masks import parse_huggingface_mask
+from deberta_kernels.modules.anatomy import is_version_one
 from deberta_kernels.modules.encoder_mask import EncoderMask
 from deberta_kernels.modules.packing import Packing, find_packing
 from deberta_kernels.modules.self_attention import AttentionOptions, refusal_of, runs_original_code
 
 __all__ = ["encode"]
 
-_MODELING = "transformers.models.deberta_v2."
+_MODELING = ("transformers.models.deberta.", "transformers.models.deberta_v2.")
 # Packages whose modules compute each token from that token alone.
 _TOKENWISE = ("torch.nn.", "transformers.", "peft.tuners.", "deberta_kernels.", "bitsandbytes.", "torchao.")
 _HARMLESS_HOOKS = ("torch.", "accelerate.")
@@ -47,7 +48,7 @@ def encode(
     """Run the encoder, all of whose attention modules are fused; arguments and result are Hugging Face's.
 
     Args:
-        module: `DebertaV2Encoder`.
+        module: `DebertaV2Encoder`, or `DebertaEncoder` of DeBERTa v1.
         options: see `AttentionOptions`.
         original: its original forward, unbound; runs what its attention modules would refuse, so that they see, and
             report, what the caller passed.
@@ -55,7 +56,7 @@ def encode(
         attention_mask: (B, N), (B, N, N) or (B, 1 or H, N, N); not 0 = keep.
         output_hidden_states: also return the states after each layer.
         output_attentions: runs the original code.
-        query_states: (B, N, hidden size) or None; another shape runs the original code.
+        query_states: (B, N, hidden size) or None; another shape, or DeBERTa v1, runs the original code.
         relative_pos: None; a tensor runs the original code.
         return_dict: return a `BaseModelOutput`, not a tuple.
         adapted: the attention modules are AdapterHub's, which may give the states more tokens and samples than the
@@ -67,7 +68,7 @@ def encode(
         or attention_mask.dim() not in (2, 3, 4)
         or output_attentions
         or relative_pos is not None
-        or (query_states is not None and query_states.shape != hidden_states.shape)
+        or (query_states is not None and not _takes_queries(module, query_states, hidden_states))
         or runs_original_code()
     ):
         return original(
@@ -89,6 +90,11 @@ def encode(
     from transformers.modeling_outputs import BaseModelOutput
 
     return BaseModelOutput(last_hidden_state=last, hidden_states=states, attentions=None)
+
+
+def _takes_queries(module: Any, query_states: Tensor, hidden_states: Tensor) -> bool:
+    one = any(is_version_one(layer.attention.self) for layer in module.layer)
+    return not one and query_states.shape == hidden_states.shape
 
 
 def _packing(module: Any, options: AttentionOptions, hidden_states: Tensor, keep: Tensor) -> Packing | None:
@@ -145,6 +151,7 @@ def _run_layers(
     module: Any, hidden_states: Tensor, mask: EncoderMask, query_states: Tensor | None, keep_states: bool
 ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
     rel_embeddings = module.get_rel_embedding()
+    convolution: Any = getattr(module, "conv", None)  # DeBERTa v1 has none
     packing, source = mask.packing, mask.source
     states = [hidden_states]
     # A tensor of its own for the first layer, whose gradients are then summed before the convolution's are added, with
@@ -153,13 +160,13 @@ def _run_layers(
     padded = hidden_states
     for number, layer in enumerate(module.layer):
         output = _run_layer(layer, keys, mask, query_states, rel_embeddings)
-        convolves = number == 0 and module.conv is not None
+        convolves = number == 0 and convolution is not None
         if packing is None:
             padded = output
         elif convolves or keep_states or number == len(module.layer) - 1:
             padded = packing.unpack(output)
         if convolves:
-            padded = module.conv(hidden_states, padded, source if source.dim() == 2 else source.sum(-2) > 0)
+            padded = convolution(hidden_states, padded, source if source.dim() == 2 else source.sum(-2) > 0)
             output = padded if packing is None else packing.pack(padded)
         states.append(padded)
         if query_states is None:

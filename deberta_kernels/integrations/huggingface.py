@@ -1,7 +1,8 @@
-"""Know the DeBERTa-v2 classes of Hugging Face and AdapterHub: which may be fused, and the forwards that stand in.
+"""Know the DeBERTa classes of Hugging Face and AdapterHub: which may be fused, and the forwards that stand in.
 
-Transformers 4.57 and 5.x differ in nothing that matters here. A module is fused only if the code it would run is
-exactly theirs; other subclasses with a forward of their own, other packages' classes of the same name, and DeBERTa v1
+Transformers 4.57 and 5.x differ in nothing that matters here. DeBERTa v1 has classes of its own, with the same forwards
+by name; the attention class even shares its name. A module is fused only if the code it would run is exactly theirs;
+other subclasses with a forward of their own, other packages' classes of the same name, and attention that mixes heads
 are left alone, each for a reason that is reported.
 
 `adapters.init` gives attention modules AdapterHub's class, patched or not. The patched encoder sees that at its next
@@ -22,13 +23,14 @@ from deberta_kernels import dispatch
 from deberta_kernels.integrations.adapter_attention import attend_with_adapters
 from deberta_kernels.integrations.dense import KNOWN_DENSE, fuse_dense
 from deberta_kernels.integrations.encoder import encode
-from deberta_kernels.integrations.known import ADAPTERHUB, MODELING, Known
+from deberta_kernels.integrations.known import ADAPTERHUB, ADAPTERHUB_ONE, MODELING, MODELING_ONE, Known
 from deberta_kernels.integrations.swap import ORIGINAL, Swapped, base_class, forward_of, swap
+from deberta_kernels.modules.anatomy import TALKING_HEADS, mixes_heads
 from deberta_kernels.modules.self_attention import AttentionOptions, DisentangledSelfAttention, attend
 
 __all__ = ["FusedAttention", "FusedEncoder", "attention_mixin", "install", "plan", "uninstall"]
 
-_ATTENTION, _ENCODER = "DisentangledSelfAttention", "DebertaV2Encoder"
+_ATTENTION, _ENCODER, _ENCODER_ONE = "DisentangledSelfAttention", "DebertaV2Encoder", "DebertaEncoder"
 _UNFUSED = "an attention module of this encoder is neither Hugging Face's nor AdapterHub's own"
 _UNFUSED_REMEDY = "models with custom attention are not fused"
 
@@ -95,31 +97,39 @@ class FusedEncoder(Swapped):
 _installed = AttentionOptions()
 
 
-@functools.wraps(FusedAttention.forward)
-def _attention_forward(self: nn.Module, *arguments: Any, **named: Any) -> tuple[Tensor, Tensor | None]:
-    """Stand in for the forward of Hugging Face's attention class."""
-    return attend(self, _installed, getattr(_attention_forward, ORIGINAL), *arguments, **named)
+def _attention_stand_in(compute: Any = None) -> Any:
+    """Return a function to stand in for the forward of an attention class; `compute` as in `attend`."""
+
+    @functools.wraps(FusedAttention.forward)
+    def forward(self: nn.Module, *arguments: Any, **named: Any) -> tuple[Tensor, Tensor | None]:
+        return attend(self, _installed, getattr(forward, ORIGINAL), *arguments, compute=compute, **named)
+
+    return forward
 
 
-@functools.wraps(FusedAttention.forward)
-def _adapter_forward(self: nn.Module, *arguments: Any, **named: Any) -> tuple[Tensor, Tensor | None]:
-    """Stand in for the forward of AdapterHub's attention class."""
-    original = getattr(_adapter_forward, ORIGINAL)
-    return attend(self, _installed, original, *arguments, compute=attend_with_adapters, **named)
+def _encoder_stand_in() -> Any:
+    """Return a function to stand in for the forward of an encoder class."""
+
+    @functools.wraps(FusedEncoder.forward)
+    def forward(self: nn.Module, *arguments: Any, **named: Any) -> Any:
+        return _encode_if_fused(self, _installed, getattr(forward, ORIGINAL), *arguments, **named)
+
+    return forward
 
 
-@functools.wraps(FusedEncoder.forward)
-def _encoder_forward(self: nn.Module, *arguments: Any, **named: Any) -> Any:
-    """Stand in for the forward of Hugging Face's encoder class."""
-    return _encode_if_fused(self, _installed, getattr(_encoder_forward, ORIGINAL), *arguments, **named)
-
-
+_MASKS = ("get_attention_mask", "get_rel_pos")
 _BIAS = ("disentangled_attention_bias", "transpose_for_scores")
-_KNOWN_ATTENTION = Known(MODELING, _ATTENTION, _attention_forward, _BIAS)
-_KNOWN_ADAPTED = Known(
-    ADAPTERHUB, f"{_ATTENTION}WithAdapters", _adapter_forward, (*_BIAS, "transpose_for_scores_extended")
+_BIAS_ONE = ("disentangled_att_bias", "transpose_for_scores")
+_KNOWN_ATTENTION = Known(MODELING, _ATTENTION, _attention_stand_in(), _BIAS)
+_KNOWN_ENCODER = Known(MODELING, _ENCODER, _encoder_stand_in(), _MASKS)
+_KNOWN_ATTENTION_ONE = Known(MODELING_ONE, _ATTENTION, _attention_stand_in(), _BIAS_ONE)
+_KNOWN_ENCODER_ONE = Known(MODELING_ONE, _ENCODER_ONE, _encoder_stand_in(), _MASKS)
+_ADAPTED = f"{_ATTENTION}WithAdapters"
+_KNOWN_ADAPTED = (
+    Known(ADAPTERHUB, _ADAPTED, _attention_stand_in(attend_with_adapters), (*_BIAS, "transpose_for_scores_extended")),
+    Known(ADAPTERHUB_ONE, _ADAPTED, _attention_stand_in(attend_with_adapters), _BIAS_ONE),
 )
-_KNOWN_ENCODER = Known(MODELING, _ENCODER, _encoder_forward, ("get_attention_mask", "get_rel_pos"))
+_KNOWN_OF_TRANSFORMERS = (_KNOWN_ATTENTION, _KNOWN_ENCODER, _KNOWN_ATTENTION_ONE, _KNOWN_ENCODER_ONE)
 
 
 def _encode_if_fused(module: Any, options: AttentionOptions, original: Any, *arguments: Any, **named: Any) -> Any:
@@ -139,8 +149,14 @@ def _encode_if_fused(module: Any, options: AttentionOptions, original: Any, *arg
     return encode(module, options, original, *arguments, adapted=adapted, **named)
 
 
-_ADAPTED_FORWARDS = (FusedAdapterAttention.forward, _adapter_forward)
-_FUSED_FORWARDS = (FusedAttention.forward, _attention_forward, DisentangledSelfAttention.forward, *_ADAPTED_FORWARDS)
+_ADAPTED_FORWARDS = (FusedAdapterAttention.forward, *(known.stand_in for known in _KNOWN_ADAPTED))
+_FUSED_FORWARDS = (
+    FusedAttention.forward,
+    _KNOWN_ATTENTION.stand_in,
+    _KNOWN_ATTENTION_ONE.stand_in,
+    DisentangledSelfAttention.forward,
+    *_ADAPTED_FORWARDS,
+)
 
 
 def _is_fused(attention: nn.Module) -> bool:
@@ -170,12 +186,13 @@ def install(options: AttentionOptions) -> None:
     global _installed
     try:
         importlib.import_module(MODELING)
+        importlib.import_module(MODELING_ONE)
     except ImportError as error:
         raise ImportError(
             f"patch_all() needs the package transformers, which does not import ({error}); "
             'pip install "deberta_kernels[transformers]".'
         ) from error
-    for known in (_KNOWN_ATTENTION, _KNOWN_ENCODER):
+    for known in _KNOWN_OF_TRANSFORMERS:
         reason = known.unknown_code()
         if reason is not None:
             raise NotImplementedError(f"patch_all() cannot patch {known.name}: {reason}.")
@@ -185,14 +202,13 @@ def install(options: AttentionOptions) -> None:
 
 
 def _replace_forwards() -> None:
-    for known in (_KNOWN_ATTENTION, _KNOWN_ENCODER, _KNOWN_ADAPTED, *(KNOWN_DENSE if _installed.onednn else ())):
+    for known in (*_KNOWN_OF_TRANSFORMERS, *_KNOWN_ADAPTED, *(KNOWN_DENSE if _installed.onednn else ())):
         known.replace_forward()
 
 
 def uninstall() -> bool:
     """Put the classes' own forwards back; return whether they had been replaced."""
-    all_known = (_KNOWN_ATTENTION, _KNOWN_ENCODER, _KNOWN_ADAPTED, *KNOWN_DENSE)
-    restored = [known.restore_forward() for known in all_known]
+    restored = [known.restore_forward() for known in (*_KNOWN_OF_TRANSFORMERS, *_KNOWN_ADAPTED, *KNOWN_DENSE)]
     return any(restored)
 
 
@@ -208,10 +224,10 @@ def plan(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module], dict[str, 
     left_alone: dict[str, str] = {}
     encoders: list[nn.Module] = []
     inside: dict[nn.Module, str | None] = {}
-    for name, encoder in _named(model, _ENCODER):
+    for name, encoder in _named(model, _ENCODER, _ENCODER_ONE):
         names = {f"{name}.layer.{i}.attention.self".lstrip("."): m for i, m in enumerate(_attention_of(encoder))}
         reasons = {key: _attention_reason(module) for key, module in names.items()}
-        own = _KNOWN_ENCODER.refusal(encoder)
+        own = _known_of(encoder, _KNOWN_ENCODER_ONE, _KNOWN_ENCODER).refusal(encoder)
         shared = own or next((f"beside {key}: {reason}" for key, reason in reasons.items() if reason), None)
         if shared is None:
             encoders.append(encoder)
@@ -228,11 +244,11 @@ def plan(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module], dict[str, 
     return encoders, attentions, left_alone
 
 
-def _named(model: nn.Module, class_name: str) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the modules one of whose classes has this name: Hugging Face's, subclasses, and others called alike."""
+def _named(model: nn.Module, *class_names: str) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules with a class of one of these names: Hugging Face's, subclasses, and others called alike."""
     for name, module in model.named_modules():
         classes = type(module).__mro__
-        if any(c.__name__ == class_name and not c.__module__.startswith("deberta_kernels") for c in classes):
+        if any(c.__name__ in class_names and not c.__module__.startswith("deberta_kernels") for c in classes):
             yield name, module
 
 
@@ -242,14 +258,23 @@ def _attention_of(encoder: nn.Module) -> list[nn.Module]:
     return [module for module in found if isinstance(module, nn.Module)]
 
 
+def _known_of(module: nn.Module, *candidates: Known) -> Known:
+    """Return the class that a module is an instance of; the last candidate if it is of none."""
+    for known in candidates:
+        cls = known.find()
+        if cls is not None and issubclass(base_class(module), cls):
+            return known
+    return candidates[-1]
+
+
 def attention_mixin(module: nn.Module) -> type[FusedAttention]:
     """Return what to mix into an attention module: what its class computes decides."""
-    adapted = _KNOWN_ADAPTED.find()
-    return FusedAdapterAttention if adapted and issubclass(base_class(module), adapted) else FusedAttention
+    known = _known_of(module, *_KNOWN_ADAPTED, _KNOWN_ATTENTION)
+    return FusedAdapterAttention if known in _KNOWN_ADAPTED else FusedAttention
 
 
 def _attention_reason(module: nn.Module) -> str | None:
     if isinstance(module, DisentangledSelfAttention):
         return None
-    adapted = attention_mixin(module) is FusedAdapterAttention
-    return (_KNOWN_ADAPTED if adapted else _KNOWN_ATTENTION).refusal(module)
+    known = _known_of(module, *_KNOWN_ADAPTED, _KNOWN_ATTENTION_ONE, _KNOWN_ATTENTION)
+    return known.refusal(module) or (TALKING_HEADS[0] if mixes_heads(module) else None)

@@ -11,10 +11,13 @@ from torch import nn
 
 from deberta_kernels.integrations.swap import ORIGINAL, base_class, forward_of, original_forward
 
-__all__ = ["ADAPTERHUB", "MODELING", "Known"]
+__all__ = ["ADAPTERHUB", "ADAPTERHUB_ONE", "MODELING", "MODELING_ONE", "Known"]
 
+# Where the classes of DeBERTa v2 and v3, and those of v1, are at home.
 MODELING = "transformers.models.deberta_v2.modeling_deberta_v2"
+MODELING_ONE = "transformers.models.deberta.modeling_deberta"
 ADAPTERHUB = "adapters.models.deberta_v2.modeling_deberta_v2"
+ADAPTERHUB_ONE = "adapters.models.deberta.modeling_deberta"
 
 
 class Known(NamedTuple):
@@ -66,9 +69,7 @@ class Known(NamedTuple):
         """Return why a module must be left alone; None if it runs exactly the code of this class."""
         cls, known = base_class(module), self.find()
         if known is None or not issubclass(cls, known):
-            if any(c.__module__ == "transformers.models.deberta.modeling_deberta" for c in cls.__mro__):
-                return "DeBERTa v1 computes another attention under the same class name"
-            return f"{cls.__module__}.{cls.__qualname__} is not transformers' DeBERTa-v2"
+            return f"{cls.__module__}.{cls.__qualname__} is not transformers' DeBERTa"
         unknown = self.unknown_code()
         if unknown is not None:
             return unknown

@@ -13,29 +13,24 @@ import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from deberta_kernels import native
+from deberta_kernels.modules.anatomy import AttentionModule, is_version_one, position_projections, position_spec
 from deberta_kernels.modules.linear import is_hooked, is_linear
 from deberta_kernels.position import attention_span, reachable_rows
 from deberta_kernels.types import PositionSpec
 
 __all__ = [
-    "AttentionModule",
     "PositionTables",
     "content_key",
     "forget",
     "forget_all",
-    "position_spec",
     "projected_tables",
-    "scale_factor",
 ]
-
-# An nn.Module with the attributes of Hugging Face's DisentangledSelfAttention.
-AttentionModule: TypeAlias = Any
 
 # A kept table covers at least this many tokens: with the usual 256 buckets that is every row but one, so that calls
 # of growing length do not project again and again.
@@ -73,21 +68,6 @@ _kept: weakref.WeakKeyDictionary[nn.Module, _Kept] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 
 
-def scale_factor(module: AttentionModule) -> int:
-    """Return 1 + the number of position terms the module's pos_att_type names.
-
-    Hugging Face counts them even where relative attention is off, and does not split "c2p|p2c" inside a list.
-    """
-    return 1 + ("c2p" in module.pos_att_type) + ("p2c" in module.pos_att_type)
-
-
-def position_spec(module: AttentionModule) -> PositionSpec:
-    """Return how `module` turns distances into rows; the default where relative attention is off."""
-    if not module.relative_attention:
-        return PositionSpec()
-    return PositionSpec(module.position_buckets, module.max_relative_positions)
-
-
 def projected_tables(
     module: AttentionModule,
     rel_embeddings: Tensor | None,
@@ -100,7 +80,8 @@ def projected_tables(
 
     Args:
         module: attention module with Hugging Face's attributes.
-        rel_embeddings: (at least 2 * att_span, hidden size); None is right only where no position term is on.
+        rel_embeddings: (at least 2 * att_span, hidden size); None is right only where no position term is on, and
+            turns them off in DeBERTa v1.
         length: number of queries and of keys, in tokens.
         prepare: makes a backend's own layout of tables that will be kept.
         rel_key: returns `content_key` of rel_embeddings; lets all layers of one forward share the reading.
@@ -109,8 +90,8 @@ def projected_tables(
         ValueError: rel_embeddings is missing or has too few rows.
     """
     spec = position_spec(module)
-    projections = _projections(module)
-    if not projections:
+    projections = position_projections(module)
+    if not projections or (rel_embeddings is None and is_version_one(module)):
         return PositionTables(None, None, spec)
     rel = _checked(rel_embeddings, spec)
     validity = _validity(module, projections, rel, rel_key or content_key)
@@ -186,17 +167,6 @@ def _random_numbers(dtype: torch.dtype) -> Tensor:
     with torch.inference_mode(False):
         generator = torch.Generator("cpu").manual_seed(0)
         return torch.randn(_BLOCK, generator=generator, dtype=dtype, device="cpu")
-
-
-def _projections(module: AttentionModule) -> dict[str, nn.Module]:
-    """Return the projection module of each position term that is on."""
-    projections: dict[str, nn.Module] = {}
-    if module.relative_attention:
-        if "c2p" in module.pos_att_type:
-            projections["pos_key"] = module.key_proj if module.share_att_key else module.pos_key_proj
-        if "p2c" in module.pos_att_type:
-            projections["pos_query"] = module.query_proj if module.share_att_key else module.pos_query_proj
-    return projections
 
 
 def _checked(rel_embeddings: Tensor | None, spec: PositionSpec) -> Tensor:

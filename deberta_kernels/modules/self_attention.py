@@ -18,16 +18,18 @@ from torch import Tensor, nn
 from deberta_kernels import dispatch
 from deberta_kernels.api import run_attention
 from deberta_kernels.masks import parse_huggingface_mask
-from deberta_kernels.modules.encoder_mask import EncoderMask
-from deberta_kernels.modules.linear import apply_linear
-from deberta_kernels.modules.packing import Packing
-from deberta_kernels.modules.positions import (
+from deberta_kernels.modules.anatomy import (
+    TALKING_HEADS,
     AttentionModule,
-    PositionTables,
-    content_key,
-    projected_tables,
+    is_version_one,
+    mixes_heads,
+    position_spec,
+    project_heads,
     scale_factor,
 )
+from deberta_kernels.modules.encoder_mask import EncoderMask
+from deberta_kernels.modules.packing import Packing
+from deberta_kernels.modules.positions import PositionTables, content_key, projected_tables
 from deberta_kernels.types import AttentionProblem, Masks
 
 __all__ = [
@@ -40,7 +42,6 @@ __all__ = [
     "project",
     "refusal_of",
     "runs_original_code",
-    "split_heads",
 ]
 
 
@@ -98,7 +99,8 @@ def attend(
             0 = keep; None masks nothing.
         output_attentions: also return the probabilities; outside the allow-list.
         query_states: (B, N, hidden size) or None for hidden_states; another length is outside the allow-list.
-        relative_pos: None for ordinary distances; a tensor is outside the allow-list.
+        relative_pos: None for ordinary distances, or in DeBERTa v1, except from a patched encoder, for no position
+            terms; a tensor is outside the allow-list.
         rel_embeddings: (2 * att_span, hidden size); None is right only without relative attention.
         compute: computes calls on the allow-list; None is Hugging Face's attention. It gets the module, the options,
             hidden_states, the queries, attention_mask and rel_embeddings, and returns the context.
@@ -110,17 +112,23 @@ def attend(
         NotImplementedError: the call is outside the allow-list, and options.strict is set or there is no original.
     """
     queries = hidden_states if query_states is None else query_states
-    refused = _refusal(module, hidden_states, queries, output_attentions, relative_pos)
+    refused = _refusal(module, hidden_states, query_states, output_attentions, relative_pos)
     if original is None and refused is not None:
         raise NotImplementedError(f"{refused[0]}; {refused[1]}.")
     if original is not None and (refused is not None or runs_original_code()):
         if refused is not None and not runs_original_code():
             _note(refused, options.strict)
-        mask = attention_mask.dense() if isinstance(attention_mask, EncoderMask) else attention_mask
+        if isinstance(attention_mask, EncoderMask):
+            attention_mask = attention_mask.dense()
+            relative_pos = _distances(hidden_states) if is_version_one(module) else None
         return original(
-            module, hidden_states, mask, output_attentions,
+            module, hidden_states, attention_mask, output_attentions,
             query_states=query_states, relative_pos=relative_pos, rel_embeddings=rel_embeddings,
         )  # fmt: skip
+    if is_version_one(module) and not isinstance(attention_mask, EncoderMask):
+        rel_embeddings = (
+            None  # its own encoder would have given a relative_pos; without one there are no position terms
+        )
     queries = _apart(queries)
     hidden_states = queries if query_states is None else _apart(hidden_states)
     return (compute or _fused)(module, options, hidden_states, queries, attention_mask, rel_embeddings), None
@@ -181,9 +189,7 @@ def _fused(
     attention_mask: Tensor | EncoderMask | None,
     rel_embeddings: Tensor | None,
 ) -> Tensor:
-    q = split_heads(module, project(options, module.query_proj, queries))
-    k = split_heads(module, project(options, module.key_proj, hidden_states))
-    v = split_heads(module, project(options, module.value_proj, hidden_states))
+    q, k, v = project(module, options, queries, hidden_states)
     length = q.shape[2]
     packing: Packing | None = None
     rel_key: Callable[[Tensor], tuple[Any, ...] | None] = content_key
@@ -216,16 +222,12 @@ def merge_heads(heads: Tensor) -> Tensor:
     return heads.transpose(1, 2).flatten(2)
 
 
-def project(options: AttentionOptions, projection: nn.Module, x: Tensor) -> Tensor:
-    """Return projection(x), which is called as a module unless it is a plain layer that oneDNN runs faster."""
-    projected: Tensor = apply_linear(projection, x) if options.onednn else projection(x)
-    return projected
-
-
-def split_heads(module: AttentionModule, projected: Tensor) -> Tensor:
-    """View (B, N, H * D) as (B, H, N, D)."""
-    heads: Tensor = cast_for_matmul(projected).unflatten(-1, (module.num_attention_heads, -1)).transpose(1, 2)
-    return heads
+def project(
+    module: AttentionModule, options: AttentionOptions, queries: Tensor, hidden_states: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Project (B, N, hidden size) states into queries, keys and values, (B, H, N, D) each."""
+    q, k, v = project_heads(module, queries, hidden_states, options.onednn)
+    return cast_for_matmul(q).transpose(1, 2), cast_for_matmul(k).transpose(1, 2), cast_for_matmul(v).transpose(1, 2)
 
 
 def cast_for_matmul(tensor: Any) -> Any:
@@ -257,6 +259,12 @@ def _prepared(q: Tensor, k: Tensor, v: Tensor, tables: PositionTables, scale: fl
     return None if prepare is None else prepare(pos_key, pos_query, tables.position)
 
 
+def _distances(hidden_states: Tensor) -> Tensor:
+    """Return the relative_pos, (1, N, N) int64, that the original encoder hands to its layers."""
+    positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)
+    return (positions[:, None] - positions).unsqueeze(0)
+
+
 def _note(refused: tuple[str, str], strict: bool) -> None:
     if not torch.compiler.is_compiling():
         dispatch.fallback(*refused, strict)
@@ -267,14 +275,16 @@ def _note(refused: tuple[str, str], strict: bool) -> None:
 def _refusal(
     module: AttentionModule,
     hidden_states: Tensor,
-    queries: Tensor,
+    query_states: Tensor | None,
     output_attentions: bool,
     relative_pos: Tensor | None,
 ) -> tuple[str, str] | None:
     """Return why no kernel may run a call, and what the user can change; None when one may."""
     if output_attentions:
         return ("attention probabilities were asked for", "leave output_attentions=False where they are not needed")
-    if hidden_states.dim() != 3 or queries.shape != hidden_states.shape:
+    if query_states is not None and is_version_one(module):
+        return ("query_states were given to DeBERTa v1", "pass none")
+    if hidden_states.dim() != 3 or (query_states is not None and query_states.shape != hidden_states.shape):
         return (
             "query_states and hidden_states differ in shape",
             "pass query_states of the shape of hidden_states, or none",
@@ -287,7 +297,9 @@ def _refusal(
 
 def refusal_of(module: AttentionModule) -> tuple[str, str] | None:
     """Return why no kernel may run any call of a module, and what the user can change; None when one may."""
-    if module.relative_attention and scale_factor(module) > 1 and module.position_buckets == 1:
+    if mixes_heads(module):
+        return TALKING_HEADS
+    if module.relative_attention and scale_factor(module) > 1 and position_spec(module).position_buckets == 1:
         return ("the model has one position bucket", "train it with at least two")
     dropout = module.dropout
     if type(dropout) is not nn.Dropout or dropout.p >= 1.0:

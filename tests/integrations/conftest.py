@@ -60,8 +60,8 @@ def build() -> Callable[..., Any]:
 
     def build(head: str = "DebertaV2Model", **settings: Any) -> Any:
         torch.manual_seed(0)
-        config = transformers.DebertaV2Config(**{**SMALL, **settings})
-        model = getattr(transformers, head)(config).eval()
+        cls = getattr(transformers, head)
+        model = cls(cls.config_class(**{**SMALL, **settings})).eval()
         with torch.no_grad():  # biases and norms start as constants, which would hide mistakes
             for parameter in model.parameters():
                 if parameter.dim() == 1:
@@ -69,6 +69,25 @@ def build() -> Callable[..., Any]:
         return model
 
     return build
+
+
+@pytest.fixture
+def run() -> Callable[..., tuple[list, dict]]:
+    """Run a model: run(model, inputs, grad=True) -> all hidden states, and the gradient of every parameter by name.
+
+    The gradients are those of a random linear loss over every row.
+    """
+
+    def run(model: Any, inputs: dict[str, torch.Tensor], grad: bool = True) -> tuple[list, dict]:
+        model.zero_grad(set_to_none=True)
+        states = model(**inputs, output_hidden_states=True).hidden_states
+        if grad:
+            generator = torch.Generator().manual_seed(1)
+            weight = torch.randn(states[-1].shape, generator=generator, dtype=torch.float64)
+            (states[-1] * weight.to(states[-1].dtype)).sum().backward()
+        return [s.detach() for s in states], {n: p.grad for n, p in model.named_parameters()}
+
+    return run
 
 
 @pytest.fixture
@@ -113,9 +132,19 @@ def assert_within_budget() -> Callable[..., None]:
 
 @pytest.fixture
 def in_double() -> Callable[[Any], Any]:
-    """Return a float64 copy of a model: the truth that both are measured against."""
+    """Return a float64 copy of a model: the truth that both are measured against.
+
+    DeBERTa v1's own layer norm computes in float32 whatever it is given, so the copy gets PyTorch's.
+    """
 
     def in_double(model: Any) -> Any:
-        return copy.deepcopy(model).double()
+        model = copy.deepcopy(model).double()
+        for parent in list(model.modules()):
+            for name, norm in list(parent.named_children()):
+                if type(norm).__name__ == "DebertaLayerNorm":
+                    exact = torch.nn.LayerNorm(norm.weight.shape[0], norm.variance_epsilon, dtype=torch.float64)
+                    exact.load_state_dict(norm.state_dict())
+                    setattr(parent, name, exact)
+        return model
 
     return in_double

@@ -1,7 +1,9 @@
-"""Packages that bring a DeBERTa of their own making: pipelines, sentence-transformers, GLiNER; random weights."""
+"""Packages that run a DeBERTa, quantise its layers, or bring one of their own making; random weights."""
 
 from __future__ import annotations
 
+import copy
+import functools
 import importlib
 import warnings
 from collections.abc import Callable
@@ -54,9 +56,20 @@ def save(build, tmp_path: Path) -> Callable[..., str]:
 
 @pytest.fixture
 def check(tables) -> Callable[..., None]:
-    """Compare what a consumer computes plain, after patch, and under patch_all; report what ran."""
+    """Compare what a consumer computes plain, after patch, and under patch_all; report what ran.
 
-    def check(name: str, packages: tuple[str, ...], model: torch.nn.Module, run: Callable[[], Any]) -> None:
+    `step` is what a float32 difference in the last bit may become where a layer rounds its input to fewer bits.
+    """
+
+    def check(
+        name: str,
+        packages: tuple[str, ...],
+        model: torch.nn.Module,
+        run: Callable[[], Any],
+        *,
+        step: float = 0.0,
+        table: str = "consumers",
+    ) -> None:
         expected = run()
         for how in ("patch", "patch_all"):
             if how == "patch":
@@ -64,13 +77,15 @@ def check(tables) -> Callable[..., None]:
             else:
                 dk.patch_all(strict=True)
             dk.reset_stats()
-            torch.testing.assert_close(run(), expected, atol=3e-5, rtol=1e-4)
+            actual = run()
+            torch.testing.assert_close(actual, expected, atol=max(3e-5, step), rtol=1e-4)
+            assert (actual - expected).abs().mean() < 3e-5
             stats = dk.stats()
             assert sum(stats["calls"].values()) > 0
             assert stats["fallbacks"] == {}
             dk.unpatch(model)
             dk.unpatch_all()
-            tables.report("consumers", packages, name, how, "fused")
+            tables.report(table, packages, name, how, "fused")
         torch.testing.assert_close(run(), expected, atol=0, rtol=0)
 
     return check
@@ -129,8 +144,8 @@ def gliner(save) -> Any:
     return package.GLiNER.from_config(config, load_tokenizer=True, backbone_from_pretrained=True)
 
 
-def scores(model: Any, **options: Any) -> torch.Tensor:
-    found = model.inference(TEXTS, ["person", "city", "company"], threshold=0.0, flat_ner=False, **options)
+def scores(model: Any, texts: list[str] = TEXTS, **options: Any) -> torch.Tensor:
+    found = model.inference(texts, ["person", "city", "company"], threshold=0.0, flat_ner=False, **options)
     assert all(found)
     spans = [sorted((e["start"], e["end"], e["label"], e["score"]) for e in entities) for entities in found]
     return torch.tensor([span[3] for entities in spans for span in entities])
@@ -147,3 +162,120 @@ def test_gliner_with_packed_requests_is_fused(gliner, check):
     encoder.register_forward_pre_hook(lambda module, inputs: masks.append(inputs[1].dim()))
     check("GLiNER, packed requests", ("gliner", *PACKAGES), gliner, lambda: scores(gliner, packing_config=packing))
     assert set(masks) == {3}
+
+
+@pytest.mark.parametrize("how", ["patch", "patch_all"])
+def test_compiled_gliner_is_fused(how, gliner, tables, monkeypatch):
+    texts = [TEXTS, TEXTS[:1]]
+    expected = [scores(gliner, some) for some in texts]
+    if how == "patch":
+        dk.patch(gliner, strict=True)
+    else:
+        dk.patch_all(strict=True)
+    # What is traced is the same with Inductor, whose C++ takes minutes.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    gliner.compile()  # with dynamic shapes
+    for some, before in zip(texts, expected, strict=True):
+        dk.reset_stats()
+        torch.testing.assert_close(scores(gliner, some), before, atol=3e-5, rtol=1e-4)
+        assert sum(dk.stats()["calls"].values()) == 2
+        assert dk.stats()["fallbacks"] == {}
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] > 0
+    assert "deberta_kernels" not in str(counters["graph_break"])
+    torch._dynamo.reset()
+    tables.report("consumers", ("gliner", *PACKAGES), "GLiNER, compile()", how, "fused")
+
+
+PERSONS = {"num_labels": 2, "id2label": {0: "PERSON", 1: "LOCATION"}, "label2id": {"PERSON": 0, "LOCATION": 1}}
+
+
+def test_presidio_recognizer_is_fused(save, check):
+    need("presidio_analyzer")
+    ner = importlib.import_module("presidio_analyzer.predefined_recognizers.ner.huggingface_ner_recognizer")
+    recognizer = ner.HuggingFaceNerRecognizer(
+        model_name=save("DebertaV2ForTokenClassification", **PERSONS), threshold=0.0, device="cpu"
+    )
+    recognizer.load()
+
+    def run() -> torch.Tensor:
+        return torch.tensor([found.score for found in recognizer.analyze(TEXTS[1], ["PERSON", "LOCATION"])])
+
+    packages = ("presidio-analyzer", *PACKAGES)
+    check("Presidio, HuggingFaceNerRecognizer", packages, recognizer.ner_pipeline.model, run)
+
+
+def test_presidio_engine_is_fused(save, check, tmp_path_factory):
+    engines = need("presidio_analyzer.nlp_engine")
+    language = str(tmp_path_factory.mktemp("spacy"))
+    need("spacy").blank("en").to_disk(language)
+    names = {"spacy": language, "transformers": save("DebertaV2ForTokenClassification", **PERSONS)}
+    engine = engines.TransformersNlpEngine(
+        models=[{"lang_code": "en", "model_name": names}],
+        ner_model_configuration=engines.NerModelConfiguration(labels_to_ignore=[]),
+    )
+    engine.load()
+    model = engine.nlp["en"].pipeline[-1][1].pipeline.model
+
+    def run() -> torch.Tensor:
+        return torch.tensor(engine.process_text(TEXTS[1], "en").scores)
+
+    check("Presidio, TransformersNlpEngine", ("presidio-analyzer", "spacy", *PACKAGES), model, run)
+
+
+def test_spacy_transformers_is_fused(save, check):
+    need("spacy_transformers")
+    nlp = need("spacy").blank("en")
+    spans = {"@span_getters": "spacy-transformers.doc_spans.v1"}
+    architecture = "spacy-transformers.TransformerModel.v3"
+    nlp.add_pipe(
+        "transformer",
+        config={"model": {"@architectures": architecture, "name": save("DebertaV2Model"), "get_spans": spans}},
+    )
+    nlp.initialize()
+
+    def run() -> torch.Tensor:
+        states = [doc._.trf_data.model_output.last_hidden_state for doc in nlp.pipe(TEXTS)]
+        return torch.cat([torch.as_tensor(state) for state in states])
+
+    model = nlp.get_pipe("transformer").model.transformer
+    packages = ("spacy-transformers", "spacy", *PACKAGES)
+    check("spaCy, spacy-transformers", packages, model, run, table="consumers-spacy")
+
+
+QUANTISED = {
+    "bitsandbytes, 8 bits": ("bitsandbytes", {"load_in_8bit": True}),
+    "bitsandbytes, 4 bits": ("bitsandbytes", {"load_in_4bit": True}),
+    "torchao, int8 weights": ("torchao", "Int8WeightOnlyConfig"),
+    "torchao, float8 weights": ("torchao", "Float8WeightOnlyConfig"),
+}
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_quantised_layers_are_called_as_modules(name, save, check, batch):
+    package, setting = QUANTISED[name]
+    need(package)
+    directory = save("DebertaV2Model", hidden_size=64, intermediate_size=64)
+    plain = transformers.DebertaV2Model.from_pretrained(directory).eval()
+    if package == "bitsandbytes":
+        model = transformers.DebertaV2Model.from_pretrained(
+            directory, quantization_config=transformers.BitsAndBytesConfig(**setting), device_map="cpu"
+        ).eval()
+    else:
+        quantization = importlib.import_module("torchao.quantization")
+        model = copy.deepcopy(plain)
+        quantization.quantize_(model, getattr(quantization, setting)())
+    layers = [type(layer.attention.self.key_proj.weight) for layer in model.encoder.layer]
+    assert torch.nn.Parameter not in layers
+    inputs = batch(3, 37)
+
+    def run(one: Any = model) -> torch.Tensor:
+        with torch.no_grad():
+            return one(**inputs).last_hidden_state
+
+    assert not torch.allclose(run(), run(plain), atol=1e-3)
+    # bitsandbytes rounds to half precision inside its layers.
+    step = 2**-8 * run().abs().max().item() if package == "bitsandbytes" else 0.0
+    check(name, (package, *PACKAGES), model, run, step=step)

@@ -40,20 +40,9 @@ CONFIGS = {
 }
 
 
-def run(model: Any, inputs: dict[str, torch.Tensor], grad: bool = True) -> tuple[list, dict]:
-    """Return all hidden states and, for a random linear loss over every row, the gradient of every parameter."""
-    model.zero_grad(set_to_none=True)
-    states = model(**inputs, output_hidden_states=True).hidden_states
-    if grad:
-        generator = torch.Generator().manual_seed(1)
-        weight = torch.randn(states[-1].shape, generator=generator, dtype=torch.float64)
-        (states[-1] * weight.to(states[-1].dtype)).sum().backward()
-    return [s.detach() for s in states], {n: p.grad for n, p in model.named_parameters()}
-
-
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("padding", ["none", "right", "left"])
-def test_outputs_and_gradients_equal_those_before(name, padding, build, batch, in_double, assert_within_budget):
+def test_outputs_and_gradients_equal_those_before(name, padding, build, batch, run, in_double, assert_within_budget):
     settings = dict(CONFIGS[name])
     inputs = batch(3, settings.pop("length", 37), padding)
     model = build(**settings)
@@ -82,7 +71,7 @@ def test_outputs_and_gradients_equal_those_before(name, padding, build, batch, i
 
 @pytest.mark.parametrize("padding", ["none", "right", "left", "holes", "sample"])
 @pytest.mark.parametrize("conv", [0, 3])
-def test_every_mask_gives_the_same_eval_outputs(padding, conv, build, batch, in_double, assert_within_budget):
+def test_every_mask_gives_the_same_eval_outputs(padding, conv, build, batch, run, in_double, assert_within_budget):
     model = build(conv_kernel_size=conv)
     inputs = batch(4, 41, padding)
     with torch.no_grad():

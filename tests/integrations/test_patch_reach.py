@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import nn
 from transformers.models.deberta_v2 import modeling_deberta_v2 as hf
 
@@ -23,39 +22,6 @@ def states(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def kernel_calls() -> int:
     return sum(dk.stats()["calls"].values())
-
-
-def v1_model() -> Any:
-    torch.manual_seed(0)
-    config = transformers.DebertaConfig(
-        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
-        relative_attention=True, pos_att_type=["c2p", "p2c"], max_relative_positions=16, type_vocab_size=0,
-    )  # fmt: skip
-    return transformers.DebertaModel(config).eval()
-
-
-def test_deberta_v1_is_left_alone_and_reported(build, batch):
-    model, inputs = v1_model(), batch()
-    before = states(model, inputs)
-    with pytest.warns(dispatch.DebertaKernelsWarning, match="DeBERTa v1 computes another attention"):
-        report = dk.patch(model)
-    assert report.patched == 0
-    assert set(report.left_alone) == {f"encoder.layer.{i}.attention.self" for i in range(2)}
-    assert "left alone: encoder.layer.0.attention.self and 1 more: DeBERTa v1" in str(report)
-    assert torch.equal(states(model, inputs), before)
-    with pytest.raises(NotImplementedError, match="DeBERTa v1"):
-        dk.patch(model, strict=True)
-    both = nn.ModuleList([v1_model(), build()])
-    report = dk.patch(both)
-    assert report.patched == 2
-    assert len(report.left_alone) == 2
-
-
-def test_patch_all_leaves_v1_alone(batch):
-    model, inputs = v1_model(), batch()
-    before = states(model, inputs)
-    dk.patch_all()
-    assert torch.equal(states(model, inputs), before)
 
 
 class OwnForward(hf.DisentangledSelfAttention):

@@ -79,13 +79,13 @@ def results() -> Callable[..., dict[str, torch.Tensor]]:
 
 
 @pytest.fixture
-def in_float64(results: Callable[..., Any]) -> Callable[..., dict[str, torch.Tensor]]:
+def in_float64(results: Callable[..., Any], in_double: Callable[[Any], Any]) -> Callable[..., dict[str, torch.Tensor]]:
     """Run a plain model in float64, the truth; AdapterHub makes a few tensors in torch's default dtype."""
 
     def in_float64(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         torch.set_default_dtype(torch.float64)
         try:
-            return results(model.double(), inputs)
+            return results(in_double(model), inputs)
         finally:
             torch.set_default_dtype(torch.float32)
 

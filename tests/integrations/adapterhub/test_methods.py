@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from typing import Any
 
@@ -46,6 +47,7 @@ SETTINGS = {
     "own keys": {"share_att_key": False},
     "shared keys, convolution": {"share_att_key": True, "conv_kernel_size": 3},
     "own keys, convolution": {"share_att_key": False, "conv_kernel_size": 3},
+    "DeBERTa v1": {"head": "DebertaModel"},
 }
 ORDERS = ("adapters first", "patch first", "patch_all first", "patch_all last")
 
@@ -56,11 +58,11 @@ def test_every_method_gives_the_same_in_every_order(
     method, settings, adapt, batch, results, in_float64, compare, calls_per_layer, tables
 ):
     inputs, configs = batch(3, 29), {"task": METHODS[method]}
-    eager_model = adapt(configs, "task", **SETTINGS[settings])
     try:
+        eager_model = adapt(configs, "task", **SETTINGS[settings])
         eager = results(eager_model, inputs)
-    except RuntimeError as error:
-        with pytest.raises(type(error), match=r"size|shape"):
+    except (AttributeError, RuntimeError) as error:
+        with pytest.raises(type(error), match=re.escape(str(error))):
             results(adapt(configs, "task", "adapters first", **SETTINGS[settings]), inputs)
         tables.report("adapterhub-methods", PACKAGES, method, settings, "raises")
         return
