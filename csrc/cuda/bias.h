@@ -36,6 +36,8 @@ constexpr int kRingRowBytes = 2 * kFrameRowBytes;  // the same in both frames of
 
 // The address arithmetic of one lane. Bit `kFrameRowBytes` of an offset in a row of the ring says in which of the two
 // frames it is, so exchanging the frames is one XOR.
+// `kFewRegisters`: compute addresses for each tile instead of keeping them.
+template <bool kFewRegisters>
 class BiasFrames {
  public:
   DK_DEVICE BiasFrames(const Lane& lane, uint32_t ring_address, uint32_t frame_address)
@@ -55,6 +57,7 @@ class BiasFrames {
 
   // Store the product of the queries with a low block.
   DK_DEVICE void store_c2p(const float (&product)[32]) const {
+    const uint32_t store[2] = {per_tile(ring_store_[0]), per_tile(ring_store_[1])};
     sync_warp();  // every lane has loaded what this overwrites, a part of the tile before
     DK_UNROLL
     for (int n = 0; n < 8; n++) {
@@ -62,7 +65,7 @@ class BiasFrames {
       for (int h = 0; h < 2; h++) {
         DK_UNROLL
         for (int e = 0; e < 2; e++) {
-          const uint32_t offset = (ring_store_[e] + (h - n) * kBlockBytes) ^ current_;
+          const uint32_t offset = (store[e] + (h - n) * kBlockBytes) ^ current_;
           store_shared(ring_ + offset + h * kRingRowBytes, product[4 * n + 2 * h + e]);
         }
       }
@@ -71,13 +74,14 @@ class BiasFrames {
 
   // Store the product of the keys with the high and with the low block.
   DK_DEVICE void store_p2c(const float (&high)[32], const float (&low)[32]) const {
+    const uint32_t first_row[2] = {per_tile(frame_row_[0]), per_tile(frame_row_[1])};
     DK_UNROLL
     for (int n = 0; n < 8; n++) {
       DK_UNROLL
       for (int h = 0; h < 2; h++) {
         DK_UNROLL
         for (int e = 0; e < 2; e++) {
-          const uint32_t row = frame_row_[e] + (n + h) * kFrameRowBytes;
+          const uint32_t row = first_row[e] + (n + h) * kFrameRowBytes;
           const int i = 4 * n + 2 * h + e;
           const bool is_low = row & 8 * kFrameRowBytes;
           store_shared(frame_store_[e] + (row & 7 * kFrameRowBytes) + h * kBlockBytes, is_low ? low[i] : high[i]);
@@ -106,6 +110,8 @@ class BiasFrames {
   DK_DEVICE void advance() { current_ ^= kFrameRowBytes; }
 
  private:
+  DK_DEVICE static uint32_t per_tile(uint32_t value) { return kFewRegisters ? computed_anew(value) : value; }
+
   uint32_t ring_;         // the first row of this warp
   uint32_t current_ = 0;  // of the ring: which frame is this tile's
   uint32_t ring_load_, frame_load_;

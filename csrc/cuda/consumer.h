@@ -1,4 +1,8 @@
 // A consumer: one warpgroup that attends with 64 queries, tile by tile as the producer brings them.
+//
+// The products of a tile's exponentials with its values run beside the first products of the tile after it, and so does
+// the softmax of a far tile. All products of one pass of a loop are issued and waited for in that pass: the compiler
+// would run them one by one otherwise.
 #pragma once
 #include "dropout.h"
 #include "softmax.h"
@@ -10,6 +14,7 @@ class Consumer {
   using L = Layout<D>;
   static constexpr int kSteps = D / kStep;            // products over the head dimension
   static constexpr int kPanels = D / kPanelColumns;
+  static constexpr bool kFewRegisters = L::kFewRegisters;
 
  public:
   DK_DEVICE Consumer(const ForwardParams& p, const Place& place, uint32_t shared, int consumer, int thread, int warp)
@@ -48,9 +53,9 @@ class Consumer {
   }
   DK_DEVICE uint32_t keys() const { return shared_ + L::kKeys + stage_.entry * L::kTileBytes; }
   DK_DEVICE uint32_t values() const { return shared_ + L::kValues + stage_.entry * L::kTileBytes; }
-  DK_DEVICE void release_stage() {
-    if ((thread_ & 31) == 0) barrier_arrive(shared_ + L::kStageEmpty + stage_.entry * 8);
-    stage_.advance();
+  // The products with the tile before are done.
+  DK_DEVICE void release_stage_before() {
+    if ((thread_ & 31) == 0) barrier_arrive(shared_ + L::kStageEmpty + before_ * 8);
   }
   DK_DEVICE void wait_slot(const RingPosition<L::kSlots>& slot) const {
     barrier_wait(shared_ + L::kSlotFull + slot.entry * 8, slot.parity);
@@ -70,17 +75,27 @@ class Consumer {
     load_far_queries(zone, q, constant);
     DK_UNROLL
     for (int h = 0; h < 2; h++) statistics_.maximum[h] -= constant[h];  // left out of scores and maximum alike
-    do {
-      float score[32];
-      product_fence();
-      multiply_queries<false>(score, q, keys());
-      product_commit();
-      product_wait<0>();
-      attend(score, info);
+    far_tile<true>(info, q);
+    info = next_stage();
+    while (info.zone == zone) {
+      far_tile<false>(info, q);
       info = next_stage();
-    } while (info.zone == zone);
+    }
+    finish_values();
     DK_UNROLL
     for (int h = 0; h < 2; h++) statistics_.maximum[h] += constant[h];
+  }
+
+  // `kFirst`: of the zone; no values of a tile before are left to add.
+  template <bool kFirst>
+  DK_DEVICE void far_tile(const StageInfo& info, const uint32_t (&q)[4 * kSteps]) {
+    float score[32];
+    product_fence();
+    multiply_queries<false>(score, q, keys());
+    product_commit();
+    if (!kFirst) add_values();
+    product_wait<kFirst ? 0 : 1>();
+    attend<!kFirst>(score, info);
   }
 
   // Attend to neighbouring near tiles, the first one of which is the current one.
@@ -104,10 +119,13 @@ class Consumer {
       frames_.store_c2p(product);
       frames_.advance();
     }
-    do {
-      near_tile(info, q);
+    near_tile<true>(info, q);
+    info = next_stage();
+    while (info.zone == kNear) {
+      near_tile<false>(info, q);
       info = next_stage();
-    } while (info.zone == kNear);
+    }
+    finish_values();
     // The last low blocks: this consumer's own, and those of the consumers before it.
     DK_UNROLL
     for (int i = 0; i < L::kConsumers; i++) {
@@ -115,22 +133,29 @@ class Consumer {
     }
   }
 
+  template <bool kFirst>
   DK_DEVICE void near_tile(const StageInfo& info, const uint32_t (&q)[4 * kSteps]) {
     RingPosition<L::kSlots> low = high_;
     low.advance();
     wait_slot(low);
     float score[32];
     {
-      float c2p[32], p2c_high[32], p2c_low[32];
-      product_fence();
-      multiply_queries<false>(c2p, q, shared_ + L::kPosKey + low.entry * L::kTileBytes);
-      product_commit();
-      multiply_keys(p2c_high, shared_ + L::kPosQuery + high_.entry * L::kTileBytes);
-      multiply_keys(p2c_low, shared_ + L::kPosQuery + low.entry * L::kTileBytes);
-      product_commit();
-      product_wait<1>();
-      frames_.store_c2p(c2p);
-      product_wait<0>();
+      float p2c_high[32], p2c_low[32];
+      {
+        float c2p[32];
+        product_fence();
+        multiply_queries<false>(c2p, q, shared_ + L::kPosKey + low.entry * L::kTileBytes);
+        product_commit();
+        if (!kFewRegisters) multiply_keys_with_both(p2c_high, p2c_low, low);
+        if (!kFirst) add_values();
+        product_wait<kFewRegisters ? 0 : kFirst ? 1 : 2>();
+        frames_.store_c2p(c2p);
+      }
+      if (kFewRegisters) {
+        product_fence();
+        multiply_keys_with_both(p2c_high, p2c_low, low);
+      }
+      product_wait<kFewRegisters || kFirst ? 0 : 1>();
       release_slot();
       sync_consumer();  // every warp has read the frame of the tile before
       frames_.store_p2c(p2c_high, p2c_low);
@@ -142,7 +167,7 @@ class Consumer {
     multiply_queries<true>(score, q, keys());
     product_commit();
     product_wait<0>();
-    attend(score, info);
+    attend<!kFirst>(score, info);
   }
 
   DK_DEVICE void sync_consumer() const { sync_threads(kConsumerBarrier + consumer_, kWarpgroup); }
@@ -169,7 +194,37 @@ class Consumer {
     }
   }
 
-  // Mask the scores of the current tile, fold them into statistics and values, and let the tile go.
+  DK_DEVICE void multiply_keys_with_both(
+      float (&high)[32], float (&low)[32], const RingPosition<L::kSlots>& low_slot) const {
+    multiply_keys(high, shared_ + L::kPosQuery + high_.entry * L::kTileBytes);
+    multiply_keys(low, shared_ + L::kPosQuery + low_slot.entry * L::kTileBytes);
+    product_commit();
+  }
+
+  // Multiply the exponentials of the tile before with its values.
+  DK_DEVICE void add_values() {
+    const uint32_t start = operand_start(shared_ + L::kValues + before_ * L::kTileBytes);
+    DK_UNROLL
+    for (int k = 0; k < kTile / kStep; k++) {
+      DK_UNROLL
+      for (int panel = 0; panel < kPanels; panel++) {
+        Element::template product<true, true>(values_[panel], weights_ + 4 * k, rows_inside<kTile>(start, panel, k));
+      }
+    }
+    product_commit();
+  }
+
+  // Add the values of the last tile of a zone.
+  DK_DEVICE void finish_values() {
+    product_fence();
+    add_values();
+    product_wait<0>();
+    release_stage_before();
+  }
+
+  // Turn the scores of the current tile into weights for its values, which `add_values` adds later. `kAdding`: those of
+  // the tile before are being added.
+  template <bool kAdding>
   DK_DEVICE void attend(float (&score)[32], const StageInfo& info) {
     if (is_partial(info)) {
       mask_keys(score, info, lane_);
@@ -182,25 +237,18 @@ class Consumer {
       drop(score, load_global(p_.seed), (uint32_t)(place_.batch * (int)p_.heads + place_.head), rows_, info.first_key,
            (uint32_t)p_.dropout_threshold, lane_);
     }
-    uint32_t weights[16];
-    to_operand<Element>(score, weights);
+    if (kAdding) {
+      product_wait<0>();
+      release_stage_before();
+    }
     DK_UNROLL
     for (int panel = 0; panel < kPanels; panel++) {
       DK_UNROLL
       for (int i = 0; i < 32; i++) values_[panel][i] *= correction[(i >> 1) & 1];
     }
-    const uint32_t start = operand_start(values());
-    product_fence();
-    DK_UNROLL
-    for (int k = 0; k < kTile / kStep; k++) {
-      DK_UNROLL
-      for (int panel = 0; panel < kPanels; panel++) {
-        Element::template product<true, true>(values_[panel], weights + 4 * k, rows_inside<kTile>(start, panel, k));
-      }
-    }
-    product_commit();
-    product_wait<0>();
-    release_stage();
+    to_operand<Element>(score, weights_);
+    before_ = stage_.entry;
+    stage_.advance();
   }
 
   // ---- Queries
@@ -290,13 +338,15 @@ class Consumer {
   const uint32_t shared_;
   const int consumer_, thread_;
   const Lane lane_;
-  BiasFrames frames_;
+  BiasFrames<kFewRegisters> frames_;
   const float qk_scale_;
   int rows_[2];
-  RingPosition<L::kStages> stage_;
-  RingPosition<L::kSlots> high_;  // the slot of this consumer's high block
+  RingPosition<L::kStages> stage_;  // of the current tile
+  int before_ = 0;                  // the stage of the tile before
+  RingPosition<L::kSlots> high_;    // the slot of this consumer's high block
   Statistics statistics_;
   float values_[kPanels][32];
+  uint32_t weights_[16];            // exponentials of the tile before, as operands
 };
 
 }  // namespace dk

@@ -24,6 +24,8 @@ struct Layout {
   // Registers: 65,536 for (24 + 2 * 240) * 128 threads, or (24 + 480, capped at 255) * 128.
   static constexpr int kProducerRegisters = 24;
   static constexpr int kConsumerRegisters = 240;
+  // At D = 128 values take 64 registers and queries 32: fewer products in flight, fewer addresses kept.
+  static constexpr bool kFewRegisters = D > 64;
 
   // Tiles of keys in flight. Two let the next one arrive while one is computed; what memory remains goes here, because
   // a tile of the far loop takes less time than a copy from device memory.

@@ -47,6 +47,12 @@ DK_DEVICE float exp2_fast(float x) {
 DK_DEVICE float larger(float a, float b) { return fmaxf(a, b); }
 DK_DEVICE float log2_exact(float x) { return log2f(x); }
 
+// Keep the compiler from computing what depends on the value ahead of a loop, in registers that the loop needs.
+DK_DEVICE uint32_t computed_anew(uint32_t value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 // ---- Shared memory; addresses are those of the shared window
 
 DK_DEVICE uint32_t shared_base() {

@@ -24,11 +24,11 @@ DK_DEVICE float sum_of_row(float x) {
 DK_DEVICE void exponentials(float (&score)[32], Statistics& statistics, float qk_scale, float (&correction)[2]) {
   DK_UNROLL
   for (int h = 0; h < 2; h++) {
-    float row[4] = {kMinusInfinity, kMinusInfinity, kMinusInfinity, kMinusInfinity};  // four chains instead of one
+    float row[4];  // four chains instead of one
     DK_UNROLL
-    for (int n = 0; n < 8; n++) {
-      DK_UNROLL
-      for (int e = 0; e < 2; e++) row[2 * (n & 1) + e] = larger(row[2 * (n & 1) + e], score[4 * n + 2 * h + e]);
+    for (int i = 0; i < 16; i++) {
+      const float x = score[4 * (i >> 1) + 2 * h + (i & 1)];
+      row[i & 3] = i < 4 ? x : larger(row[i & 3], x);
     }
     const float tile = largest_of_row(larger(larger(row[0], row[1]), larger(row[2], row[3])));
     const float maximum = larger(statistics.maximum[h], tile * qk_scale);

@@ -52,6 +52,8 @@ inline float exp2_fast(float x) { return std::exp2(x); }
 inline float larger(float a, float b) { return std::fmax(a, b); }
 inline float log2_exact(float x) { return std::log2(x); }
 
+inline uint32_t computed_anew(uint32_t value) { return value; }
+
 // ---- Shared memory
 
 inline uint32_t shared_base() { return emulation::Machine::kSharedBase; }

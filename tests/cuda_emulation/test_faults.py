@@ -22,16 +22,15 @@ FAULTS = {
     ),
     "lanes of a warp out of step": ("    sync_warp();  // every lane has loaded", "    //", "still be reading", PLAIN),
     "a stage released before its products are done": (
-        "product_commit();\n    product_wait<0>();\n    release_stage();",
-        "product_commit();\n    release_stage();\n    product_wait<0>();", "still be reading", PLAIN,
-    ),
-    "a table block released too early": (
-        "product_wait<0>();\n      release_slot();", "release_slot();\n      product_wait<0>();",
+        "product_wait<0>();\n      release_stage_before();", "release_stage_before();\n      product_wait<0>();",
         "still be reading", PLAIN,
     ),
+    "a table block released too early": (
+        "product_wait<kFewRegisters || kFirst ? 0 : 1>();\n      release_slot();",
+        "release_slot();\n      product_wait<kFewRegisters || kFirst ? 0 : 1>();", "still be reading", PLAIN,
+    ),
     "scores read before the products are done": (
-        "product_commit();\n    product_wait<0>();\n    attend", "product_commit();\n    attend",
-        "accumulators changed", PLAIN,
+        "product_wait<kFirst ? 0 : 1>();\n    attend", "product_wait<1>();\n    attend", "accumulators changed", PLAIN,
     ),
     "no wait for a table block": ("    wait_slot(low);\n", "", "reads what another is writing", PLAIN),
     "a producer that does not wait for its stage": (
@@ -39,7 +38,7 @@ FAULTS = {
         "no barrier between|more arrivals", PLAIN,
     ),
     "a stage that nobody releases": (
-        "barrier_arrive(shared_ + L::kStageEmpty + stage_.entry * 8)", "(void)0", "deadlock", PLAIN,
+        "barrier_arrive(shared_ + L::kStageEmpty + before_ * 8)", "(void)0", "deadlock", PLAIN,
     ),
     "no fence before tensor cores read a store": ("    fence_async();\n", "", "no fence made visible", HOLES),
     "no barrier after masked values are zeroed": (
@@ -55,13 +54,10 @@ FAULTS = {
         "of another lane", PLAIN,
     ),
     "an operand that changes under its product": (
-        "    product_commit();\n    product_wait<0>();\n    release_stage();",
-        "    product_commit();\n    weights[3] ^= 1;\n    product_wait<0>();\n    release_stage();",
-        "an operand changed", PLAIN,
+        "if (kAdding) {\n", "if (kAdding) {\n      weights_[3] ^= 1;\n", "an operand changed", PLAIN,
     ),
     "a product without a fence": (
-        "const uint32_t start = operand_start(values());\n    product_fence();",
-        "const uint32_t start = operand_start(values());", "without a fence", PLAIN,
+        "float score[32];\n    product_fence();", "float score[32];", "without a fence", PLAIN,
     ),
 }  # fmt: skip
 
