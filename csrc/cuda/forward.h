@@ -1,0 +1,43 @@
+// One block of the forward: who is who, and the barriers between them.
+#pragma once
+#include "consumer.h"
+#include "producer.h"
+
+namespace dk {
+
+template <int D>
+DK_DEVICE void initialise_barriers(uint32_t shared) {
+  using L = Layout<D>;
+  constexpr int kConsumerWarps = L::kConsumers * kWarpgroup / 32;
+  for (int i = 0; i < L::kStages; i++) {
+    barrier_init(shared + L::kStageFull + i * 8, 1);
+    barrier_init(shared + L::kStageEmpty + i * 8, kConsumerWarps);
+  }
+  for (int i = 0; i < L::kSlots; i++) {
+    barrier_init(shared + L::kSlotFull + i * 8, 1);
+    barrier_init(shared + L::kSlotEmpty + i * 8, kConsumerWarps);
+  }
+  barrier_init_fence();
+}
+
+// Attend with the queries of this block. The first warpgroup copies, of which one warp is enough; each of the others
+// computes 64 rows.
+template <class Element, int D, bool kPair, bool kDropout>
+DK_DEVICE void forward(const ForwardParams& p) {
+  using L = Layout<D>;
+  const Place place = place_of_block<D>(p);
+  if (place.first_row >= place.nq) return;
+  const uint32_t shared = shared_base();
+  const int thread = thread_index(), warp = uniform(thread / 32), warpgroup = warp / 4;
+  if (thread == 0) initialise_barriers<D>(shared);
+  sync_block();
+  if (warpgroup == 0) {
+    if (L::kConsumers > 1) give_registers<L::kProducerRegisters>();
+    if (warp == 0) Producer<D>(p, place, shared, thread).run();
+  } else {
+    if (L::kConsumers > 1) take_registers<L::kConsumerRegisters>();
+    Consumer<Element, D, kPair, kDropout>(p, place, shared, warpgroup - 1, thread % kWarpgroup, warp % 4).run();
+  }
+}
+
+}  // namespace dk

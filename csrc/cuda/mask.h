@@ -1,0 +1,64 @@
+// Forbidden pairs of a tile: their scores become -inf, by selection.
+#pragma once
+#include "bias.h"
+#include "schedule.h"
+
+namespace dk {
+
+constexpr float kMinusInfinity = -__builtin_huge_valf();
+
+// Return whether some key of the tile may not be attended to.
+DK_DEVICE bool is_partial(const StageInfo& info) { return (info.valid_low & info.valid_high) != 0xffffffffu; }
+
+DK_DEVICE void mask_keys(float (&score)[32], const StageInfo& info, const Lane& lane) {
+  const uint32_t valid[2] = {info.valid_low >> (2 * lane.t), info.valid_high >> (2 * lane.t)};
+  DK_UNROLL
+  for (int i = 0; i < 32; i++) {
+    const int n = i >> 2, e = i & 1;
+    if (!(valid[n >> 2] >> (8 * (n & 3) + e) & 1)) score[i] = kMinusInfinity;
+  }
+}
+
+// One sample's and head's pair mask.
+class PairMask {
+ public:
+  DK_DEVICE PairMask(const ForwardParams& p, const Place& place)
+      : base_(p.pair_mask + place.batch * p.pair_mask_stride_b + place.head * p.pair_mask_stride_h),
+        stride_m_(p.pair_mask_stride_m), stride_n_(p.pair_mask_stride_n), nq_(place.nq), nk_(place.nk) {}
+
+  // `rows`: the queries of rows g and g + 8 of this lane's warp.
+  DK_DEVICE void apply(float (&score)[32], const int (&rows)[2], int first_key, const Lane& lane) const {
+    DK_UNROLL
+    for (int i = 0; i < 32; i++) {
+      const int n = i >> 2, h = (i >> 1) & 1, e = i & 1;
+      const int row = rows[h], key = first_key + 8 * n + 2 * lane.t + e;
+      if (row < nq_ && key < nk_ && !load_global(base_ + row * stride_m_ + key * stride_n_)) score[i] = kMinusInfinity;
+    }
+  }
+
+ private:
+  const uint8_t* base_;
+  int64_t stride_m_, stride_n_;
+  int nq_, nk_;
+};
+
+// Zero the rows of v whose keys are masked, so that a NaN there meets no zero probability. The consumers share the work
+// and all return after it is done.
+template <int D>
+DK_DEVICE void zero_masked_values(uint32_t values, const StageInfo& info, int consumer_thread) {
+  constexpr int kThreads = Layout<D>::kConsumers * kWarpgroup;
+  constexpr int kThreadsPerRow = kThreads / kTile;
+  const int row = consumer_thread / kThreadsPerRow, part = consumer_thread % kThreadsPerRow;
+  const uint32_t valid = row < 32 ? info.valid_low : info.valid_high;
+  if (!(valid >> (row & 31) & 1)) {
+    DK_UNROLL
+    for (int unit = 0; unit < kRowBytes / 16 * (D / kPanelColumns); unit += kThreadsPerRow) {
+      const int u = unit + part, panel = u / (kRowBytes / 16);
+      store_shared_4(values + panel * kTile * kRowBytes + row * kRowBytes + u % (kRowBytes / 16) * 16, 0, 0, 0, 0);
+    }
+    fence_async();
+  }
+  sync_threads(kConsumersBarrier, kThreads);
+}
+
+}  // namespace dk

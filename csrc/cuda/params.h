@@ -1,0 +1,64 @@
+// The arguments of the CUDA kernels: one struct, passed by value. Apart from the tensor maps every field is 8 bytes
+// wide, so that a host which packs bytes cannot pad it differently. Strides count elements. README.md says how a host
+// fills it.
+#pragma once
+#include <cstdint>
+
+namespace dk {
+
+constexpr int kForwardAbiVersion = 1;
+
+// What cuTensorMapEncodeTiled writes: a CUtensorMap, named here so that no CUDA header is needed.
+struct alignas(64) TensorMap {
+  uint64_t opaque[16];
+};
+
+// A launch of disentangled_forward_*.
+struct ForwardParams {
+  TensorMap k, v;                 // see "Tensor maps" in README.md
+  TensorMap pos_key, pos_query;   // of the two expanded tables
+
+  const void* q;                  // (batch, heads, nq, D), last dimension contiguous, rows on 4-byte boundaries
+  int64_t q_stride_b, q_stride_h, q_stride_n;
+  void* out;                      // (batch, nq, heads, D) contiguous; packed: (tokens, heads, D)
+  float* lse;                     // (batch, heads, nq) contiguous, natural log; packed: (heads, tokens)
+
+  const void* pos_key_rows;       // (heads, table_rows, D): the memory that the map of pos_key describes
+  const void* pos_query_rows;
+  int64_t table_rows;             // rows per head of an expanded table
+  int64_t table_offset;           // row of distance 0
+  int64_t low_end;                // every distance <= low_end, below 0, has the same row in the position tables ...
+  int64_t high_start;             // ... and so has every distance >= high_start, at least 0
+
+  const float* mean;              // (batch, heads, D) contiguous: mean of v over all keys; null without any mask
+  const uint8_t* key_mask;        // (batch, nk), 0 = masked, last dimension contiguous; or null
+  int64_t key_mask_stride_b;
+  const uint8_t* query_mask;      // (batch, nq), 0 = padding row, last dimension contiguous; or null
+  int64_t query_mask_stride_b;
+  const uint8_t* pair_mask;       // (batch, 1 or heads, nq, nk), 0 = forbidden; read by the *_pair kernels only
+  int64_t pair_mask_stride_b, pair_mask_stride_h, pair_mask_stride_m, pair_mask_stride_n;
+  const int32_t* cu_seqlens;      // (batch + 1) when packed, else null
+  const int64_t* seed;            // one integer; read by the *_dropout kernels only
+
+  int64_t batch;                  // samples, or sequences when packed
+  int64_t heads;
+  int64_t nq, nk;                 // tokens of a sample; packed: tokens of all sequences together
+  int64_t prefix;                 // leading keys without a position; nk where there are no tables
+  int64_t row_tiles;              // blocks per sample and head: the longest sequence over the rows of a block, up
+  int64_t dropout_threshold;      // 16-bit draws below it drop
+  double qk_scale;                // scale * log2(e); positive
+  double keep_scale;              // factor on kept probabilities; 1 without dropout
+};
+
+// What a host must know of a compiled kernel: the module's symbol disentangled_forward_info.
+struct ForwardInfo {
+  int32_t abi_version;            // kForwardAbiVersion of its source
+  int32_t head_dim;               // D
+  int32_t rows;                   // queries of a block
+  int32_t keys;                   // keys of a tile, and rows of a table block
+  int32_t threads;                // of a block
+  int32_t shared_bytes;           // dynamic shared memory of a block
+  int32_t table_margin;           // rows an expanded table needs beyond the last distance, on each side
+};
+
+}  // namespace dk
