@@ -71,7 +71,7 @@ def patch(
             False, never. Results are the same, padded rows included (without dropout).
         strict: raise NotImplementedError where a call, or the model, would run the original code; without it that
             is one warning per reason.
-        onednn: whether plain linear layers on the CPU run in oneDNN while no gradient is wanted: "auto", where
+        onednn: whether plain linear layers on the CPU run in oneDNN, forward and backward: "auto", where
             PyTorch's own are the slower ones; True; or False.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Compute the linear layers of a model in eval with oneDNN, where PyTorch's own way to it, or around it, is slower.
+"""Compute the linear layers of a model with oneDNN, forward and backward, where PyTorch's own way is slower.
 
 PyTorch multiplies float32 matrices on x86 with MKL, and MKL keeps its AVX-512 code to processors of its maker. oneDNN,
 which comes with every PyTorch as well, does not. Its operators take the weight as it is, so there is nothing to keep
@@ -6,8 +6,8 @@ and nothing to fall out of date; sums are float32 throughout, and a GELU that fo
 goes to oneDNN either way, but here without the operators around it and with the GELU before the only rounding.
 
 The operators are private to PyTorch. They are looked up and tried once, and anything unexpected leaves them alone.
-A module is taken over only if it computes what `nn.Linear` does and nothing could notice: no hooks, no gradients, no
-autocast, no tracing. Everything else (LoRA, quantised layers, parametrisations) is called as a module.
+A module is taken over only if it computes what `nn.Linear` does and nothing could notice: no hooks, no autocast, no
+tracing, no function transform. Everything else (LoRA, quantised layers, parametrisations) is called as a module.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from deberta_kernels.processor import features, vendor
@@ -55,20 +56,22 @@ def wanted() -> bool:
     return torch.backends.mkl.is_available() and vendor() not in (None, _INTEL) and refusal() is None
 
 
-def apply_linear(linear: nn.Module, x: Tensor) -> Tensor:
+def apply_linear(linear: Any, x: Tensor) -> Tensor:
     """Return linear(x), through oneDNN if it is a plain layer that nobody watches.
 
     Args:
         linear: a projection module.
         x: (..., in_features).
     """
-    if _is_plain(linear, x):
-        return _operator()(x, linear.weight, linear.bias, "none", [], "")
-    projected: Tensor = linear(x)
-    return projected
+    if not _is_plain(linear, x):
+        projected: Tensor = linear(x)
+        return projected
+    if _needs_gradient(linear, x):
+        return _DifferentiableLinear.apply(x, linear.weight, linear.bias)  # type: ignore[no-any-return]
+    return _product(x, linear.weight, linear.bias)
 
 
-def apply_linear_gelu(linear: nn.Module, activation: Any, x: Tensor) -> Tensor:
+def apply_linear_gelu(linear: Any, activation: Any, x: Tensor) -> Tensor:
     """Return activation(linear(x)), in one step if both are plain and the activation is the exact GELU.
 
     Args:
@@ -76,7 +79,8 @@ def apply_linear_gelu(linear: nn.Module, activation: Any, x: Tensor) -> Tensor:
         activation: a module or function.
         x: (..., in_features).
     """
-    if _is_gelu(activation) and _is_plain(linear, x):
+    # In training the GELU's input is kept, and a checkpoint's first pass, without gradients, must give the same bits.
+    if not linear.training and _is_gelu(activation) and _is_plain(linear, x) and not _needs_gradient(linear, x):
         return _operator()(x, linear.weight, linear.bias, "gelu", [], "none")
     activated: Tensor = activation(apply_linear(linear, x))
     return activated
@@ -86,6 +90,49 @@ def apply_linear_gelu(linear: nn.Module, activation: Any, x: Tensor) -> Tensor:
 def _operator() -> Callable[..., Tensor]:
     operator: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise.default
     return operator
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return x times the transposed weight, plus bias: (..., in) and (out, in) to (..., out), of any strides."""
+    return _operator()(x, weight, bias, "none", [], "")
+
+
+class _DifferentiableLinear(torch.autograd.Function):
+    """Multiply with oneDNN in the backward as well; a second derivative goes through PyTorch's own products."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x if weight.requires_grad else None, weight if x.requires_grad else None)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        if torch.is_grad_enabled() or not _is_plain_tensor(dout):
+            return _gradients_of_modules(ctx.needs_input_grad, x, weight, dout)
+        rows = dout.reshape(-1, dout.shape[-1])
+        dx = dweight = None
+        if ctx.needs_input_grad[0]:
+            dx = _product(dout, weight.t())
+        if ctx.needs_input_grad[1]:
+            # The first operand laid out anew: oneDNN reads it several times, and the copy is a fiftieth of the product.
+            dweight = _product(rows.t().contiguous(), x.reshape(-1, x.shape[-1]).t())
+        return dx, dweight, rows.sum(0) if ctx.needs_input_grad[2] else None
+
+
+def _gradients_of_modules(
+    needs: tuple[bool, ...], x: Tensor | None, weight: Tensor | None, dout: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients by operations that are differentiable, and that a mapping over dout can follow."""
+    dx = dout @ weight if needs[0] and weight is not None else None
+    dweight = None
+    if needs[1] and x is not None:
+        dweight = dout.reshape(-1, dout.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+    return dx, dweight, dout.reshape(-1, dout.shape[-1]).sum(0) if needs[2] else None
+
+
+def _is_plain_tensor(x: Tensor) -> bool:
+    return type(x) is Tensor and not torch._C._functorch.is_legacy_batchedtensor(x)
 
 
 def is_linear(module: Any) -> bool:
@@ -107,8 +154,6 @@ def _is_plain(linear: Any, x: Tensor) -> bool:
     weight = linear.weight
     if type(weight) is not nn.Parameter or weight.dtype != x.dtype or not weight.is_contiguous():
         return False
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or _needs_gradient(linear.bias)):
-        return False
     if x.numel() == 0 or weight.device.type != "cpu" or not torch.backends.mkldnn.enabled or is_hooked(linear):
         return False
     return not (
@@ -116,6 +161,7 @@ def _is_plain(linear: Any, x: Tensor) -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
         or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
     )
 
@@ -126,8 +172,9 @@ def _multiplies(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and "avx512_bf16" in features())
 
 
-def _needs_gradient(bias: Tensor | None) -> bool:
-    return bias is not None and bias.requires_grad
+def _needs_gradient(linear: Any, x: Tensor) -> bool:
+    tensors = (x, linear.weight, linear.bias)
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _is_gelu(activation: Any) -> bool:

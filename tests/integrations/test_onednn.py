@@ -79,12 +79,86 @@ def test_other_activations_follow_the_product(activation, build, batch, products
     assert set(products) == {"none"}
 
 
-def test_training_and_wanted_gradients_use_the_modules(build, batch, products):
-    model, inputs = build(), batch()
-    dk.patch(model, onednn=True)
-    model(**inputs).last_hidden_state.sum().backward()
-    assert products == []
-    assert all(p.grad is not None for n, p in model.named_parameters() if "dense" in n)
+PRODUCTS = 3  # of a layer that trains: forward, gradient of the input, gradient of the weight
+
+
+def gradients_of(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    torch.manual_seed(0)
+    model(**inputs).last_hidden_state.square().mean().backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("unpad", [True, False])
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_gradients_are_within_the_budget(unpad, everywhere, build, batch, in_double, assert_within_budget, products):
+    model, inputs = build().train(), batch(4, 41)
+    truth, eager = gradients_of(in_double(model), inputs), gradients_of(model, inputs)
+    if everywhere:
+        dk.patch_all(unpad=unpad, strict=True, onednn=True)
+    else:
+        dk.patch(model, unpad=unpad, strict=True, onednn=True)
+    for name, gradient in gradients_of(model, inputs).items():
+        assert_within_budget(name, gradient, eager[name], truth[name])
+    assert products == ["none"] * (PRODUCTS * LINEARS * model.config.num_hidden_layers)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoints_keep_every_bit(reentrant, build, batch):
+    model, inputs = build(hidden_dropout_prob=0.1).train(), batch()
+    dk.patch(model, strict=True, onednn=True)
+    expected = {name: gradient.clone() for name, gradient in gradients_of(model, inputs).items()}
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    for name, gradient in gradients_of(model, inputs).items():
+        assert torch.equal(gradient, expected[name]), name
+
+
+@pytest.mark.parametrize("wanted", ["x", "weight", "bias", "x weight bias"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_only_gradients_somebody_needs_are_computed(wanted, bias, products):
+    layer, x = nn.Linear(24, 40, bias=bias).requires_grad_(False), torch.randn(2, 5, 24)
+    for name, tensor in {"x": x, "weight": layer.weight, "bias": layer.bias}.items():
+        if tensor is not None:
+            tensor.requires_grad_(name in wanted)
+    found = apply_linear(layer, x)
+    assert found.requires_grad == any(t is not None and t.requires_grad for t in (x, layer.weight, layer.bias))
+    if found.requires_grad:
+        found.sum().backward()  # a gradient of stride 0
+        assert len(products) == 1 + ("x" in wanted) + ("weight" in wanted)
+        actual = {name: t.grad for name, t in (("x", x), *layer.named_parameters()) if t.grad is not None}
+        x.grad = None
+        layer.zero_grad()
+        layer(x).sum().backward()
+        for name, gradient in actual.items():
+            torch.testing.assert_close(gradient, x.grad if name == "x" else layer.get_parameter(name).grad)
+        assert len(actual) == sum(t is not None and t.requires_grad for t in (x, layer.weight, layer.bias))
+
+
+def test_second_derivatives_are_right():
+    layer, x = nn.Linear(6, 5), torch.randn(3, 6, requires_grad=True)
+    found = []
+    for call in (layer, lambda x: apply_linear(layer, x)):
+        inputs = (x, layer.weight, layer.bias)
+        first = torch.autograd.grad(call(x).sin().sum(), inputs, create_graph=True)
+        found.append(torch.autograd.grad(sum(g.square().sum() for g in first), inputs))
+    assert found[0][0].abs().max() > 0
+    for expected, actual in zip(*found):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_gradients_of_many_outputs_at_once_are_right():
+    layer, x = nn.Linear(6, 5), torch.randn(3, 6)
+    expected = torch.autograd.functional.jacobian(layer, x)
+    call = torch.autograd.functional.jacobian(lambda x: apply_linear(layer, x), x, vectorize=True)
+    torch.testing.assert_close(call, expected)
+
+
+def test_forward_mode_keeps_its_tangents():
+    layer, x = nn.Linear(6, 5), torch.randn(3, 6)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        tangent = torch.autograd.forward_ad.unpack_dual(apply_linear(layer, dual)).tangent
+    torch.testing.assert_close(tangent, torch.ones_like(x) @ layer.weight.t())
 
 
 def test_frozen_layers_pass_gradients_on(build, batch, products):
