@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .api import disentangled_attention, disentangled_attention_varlen, explain
     from .dispatch import DebertaKernelsWarning, reset_stats, stats
+    from .integrations.mask_decoder import EnhancedMaskDecoder
     from .modules.self_attention import DisentangledSelfAttention
     from .patching import PatchReport, patch, patch_all, unpatch, unpatch_all
 
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DebertaKernelsWarning",
     "DisentangledSelfAttention",
+    "EnhancedMaskDecoder",
     "PatchReport",
     "__version__",
     "disentangled_attention",
@@ -36,6 +38,7 @@ __all__ = [
 _HOME = {
     "DebertaKernelsWarning": ".dispatch",
     "DisentangledSelfAttention": ".modules.self_attention",
+    "EnhancedMaskDecoder": ".integrations.mask_decoder",
     "PatchReport": ".patching",
     "disentangled_attention": ".api",
     "disentangled_attention_varlen": ".api",
