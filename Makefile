@@ -34,7 +34,7 @@ TF4_TESTS ?= tests/integrations tests/unit
 OFFLINE = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-tf4 test-triton test-ecosystem lint format types build bench-cpu bench-model
+.PHONY: help demo test test-tf4 test-triton test-ecosystem lint format types build bench-cpu bench-model bench-train
 .PHONY: env-demo env-test env-bench env-tf4 env-triton env-ecosystem clean kernels-offline gpu gpu-smoke tune env-gpu
 MAKEFLAGS += --no-print-directory
 
@@ -77,6 +77,9 @@ bench-cpu: env-test ## time the CPU kernel against PyTorch and Hugging Face
 
 bench-model: env-bench ## time whole models against eager, ONNX Runtime, OpenVINO and BERT
 	@$(RUN) benchmarks/bench_model.py $(MODEL) $(ARGS)
+
+bench-train: env-test ## time training steps against eager
+	@$(RUN) benchmarks/bench_train.py $(ARGS)
 
 kernels-offline: env-test build/triton-$(TRITON) build/triton-$(TRITON_OLDEST) ## compile the Triton kernels for devices not here; count
 	@PYTHONPATH=build/triton-$(TRITON) $(RUN) -m pytest -q tests/triton
