@@ -107,7 +107,7 @@ def measure_large(plan: Plan) -> tuple[list[dict[str, Any]], list[Line]]:
     lines: list[Line] = []
     found: dict[str, dict[str, Any]] = {}
     for name, large in LARGE.items():
-        free = _available()
+        free = free_memory()
         if free < large.needs:
             outcome: dict[str, Any] = {
                 "error": f"{free / 1e9:.1f} GB of memory are free, {large.needs / 1e9:.0f} needed"
@@ -140,7 +140,7 @@ def _large_line(large: Large, outcome: dict[str, Any]) -> Line:
     return Line("memory", title, f"{large.batch}x{large.length} {large.dtype}", must, None, False, "MB", **values)
 
 
-def _available() -> float:
+def free_memory() -> float:
     for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024.0

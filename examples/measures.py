@@ -1,0 +1,37 @@
+"""Measure the peak memory of training: the device's allocator, or the resident set of this process."""
+
+from __future__ import annotations
+
+import resource
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+__all__ = ["Memory"]
+
+
+class Memory:
+    """Measure the peak from now on, beyond what is held now: gradients, optimizer and what backward needs."""
+
+    def __init__(self, device: str) -> None:
+        self._cuda = torch.device(device).type == "cuda"
+        if self._cuda:
+            torch.cuda.reset_peak_memory_stats(device)
+            self._before = torch.cuda.memory_allocated(device)
+            return
+        with suppress(OSError):  # Linux: sets the high-water mark to the present
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        self._before = _highest()
+
+    def peak(self) -> int:
+        """Return bytes."""
+        return (torch.cuda.max_memory_allocated() if self._cuda else _highest()) - self._before
+
+
+def _highest() -> int:
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
