@@ -8,7 +8,7 @@ import sys
 import pytest
 
 import deberta_kernels
-from deberta_kernels import dispatch, env, info
+from deberta_kernels import dispatch, env, info, native
 
 
 def test_reports_every_part():
@@ -52,10 +52,14 @@ def test_broken_backend_is_reported_not_raised(monkeypatch):
         def refusal(problem):
             raise OSError("libgomp.so.1 is missing")
 
+    def broken():
+        raise AttributeError("no such symbol")
+
     monkeypatch.setitem(dispatch._loaded, "cpu", Broken)
+    monkeypatch.setattr(native, "library_status", broken)
     found = info.info()
     assert "libgomp.so.1 is missing" in found["backends"]["cpu"]
-    assert "AttributeError" in found["library"]["reason"]
+    assert found["library"]["reason"] == "AttributeError: no such symbol"
     assert "not loaded: AttributeError" in info.format_info()
 
 
