@@ -35,7 +35,7 @@ OFFLINE = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-tf4 test-triton test-ecosystem lint format types build bench-cpu bench-model
-.PHONY: env-demo env-test env-bench env-tf4 env-triton env-ecosystem clean kernels-offline gpu gpu-smoke tune env-gpu
+.PHONY: env-demo env-test env-bench env-tf4 env-triton env-ecosystem clean kernels-offline cuda-offline gpu gpu-smoke tune env-gpu
 MAKEFLAGS += --no-print-directory
 
 help: ## list these targets
@@ -81,6 +81,9 @@ bench-model: env-bench ## time whole models against eager, ONNX Runtime, OpenVIN
 kernels-offline: env-test build/triton-$(TRITON) build/triton-$(TRITON_OLDEST) ## compile the Triton kernels for devices not here; count
 	@PYTHONPATH=build/triton-$(TRITON) $(RUN) -m pytest -q tests/triton
 	@$(RUN) tools/kernels_offline.py --triton build/triton-$(TRITON) --triton build/triton-$(TRITON_OLDEST) $(ARGS)
+
+cuda-offline: env-test build/triton-$(TRITON) ## compile the CUDA kernels with nvcc; count, hold to bounds
+	@PYTHONPATH=build/triton-$(TRITON) $(RUN) tools/cuda_offline.py $(ARGS)
 
 gpu: env-gpu ## on a GPU: prove the kernels, time them beside everything else; 9 minutes
 	@$(OFFLINE) PYTHONPATH=. $(GPU_RUN) benchmarks/bench_gpu.py $(ARGS)
