@@ -35,7 +35,8 @@ OFFLINE = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-tf4 test-triton test-ecosystem lint format types build bench-cpu bench-model bench-train
-.PHONY: env-demo env-test env-bench env-tf4 env-triton env-ecosystem clean kernels-offline gpu gpu-smoke tune env-gpu
+.PHONY: env-demo env-test env-bench env-tf4 env-triton env-ecosystem env-gpu clean kernels-offline cuda-offline
+.PHONY: gpu gpu-smoke tune
 MAKEFLAGS += --no-print-directory
 
 help: ## list these targets
@@ -84,6 +85,9 @@ bench-train: env-test ## time training steps against eager
 kernels-offline: env-test build/triton-$(TRITON) build/triton-$(TRITON_OLDEST) ## compile the Triton kernels for devices not here; count
 	@PYTHONPATH=build/triton-$(TRITON) $(RUN) -m pytest -q tests/triton
 	@$(RUN) tools/kernels_offline.py --triton build/triton-$(TRITON) --triton build/triton-$(TRITON_OLDEST) $(ARGS)
+
+cuda-offline: env-test build/triton-$(TRITON) ## compile the CUDA kernels with nvcc; count, hold to bounds
+	@PYTHONPATH=build/triton-$(TRITON) $(RUN) tools/cuda_offline.py $(ARGS)
 
 gpu: env-gpu ## on a GPU: prove the kernels, time them beside everything else; 9 minutes
 	@$(OFFLINE) PYTHONPATH=. $(GPU_RUN) benchmarks/bench_gpu.py $(ARGS)

@@ -73,6 +73,11 @@ def cycles(counts: dict[str, int], loaded: int, exponentials: bool = True) -> fl
         "shared": 1.5 * WARPS * accesses + operands / DEVICE.shared_bytes,
         "l2": loaded * OPERAND / DEVICE.l2_bytes,
     }
+    return overlapped(units)
+
+
+def overlapped(units: dict[str, float]) -> float:
+    """Return the estimated cycles of one pass from those of each unit, by the rule above."""
     longest = sorted(units.values(), reverse=True)
     return longest[0] + 0.5 * longest[1] + 0.25 * longest[2]
 

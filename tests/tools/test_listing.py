@@ -62,6 +62,15 @@ def test_zones_are_the_innermost_loops_that_multiply():
     assert (far.matrix, far.instructions, far.local) == (1, 7, 1)
 
 
+def test_the_shortest_pass_leaves_rarer_branches_out():
+    listing = read_sass(SASS)
+    outer = next(loop for loop in listing.loops if loop.first == 1)
+    # Straight on from the first branch, without the wait that is written behind the end.
+    assert listing.shortest_pass(outer) == (1, 2, 3, 4, 5, 6, 7)
+    _, far = zones(listing, shortest=True)
+    assert (far.instructions, far.matrix) == (4, 1)
+
+
 def test_one_kind_of_loop_is_near_and_no_loop_is_nothing():
     one = SASS.replace("        /*0080*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24 ;\n", "")
     one = one.replace("        /*0090*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24 ;\n", "")

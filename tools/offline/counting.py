@@ -107,8 +107,8 @@ def matrix_name(opcodes: list[str]) -> str:
     return found.removeprefix("v_")
 
 
-def zones(listing: Listing) -> tuple[Counts | None, Counts | None]:
-    """Return the counts of the near and of the far loop.
+def zones(listing: Listing, *, shortest: bool = False) -> tuple[Counts | None, Counts | None]:
+    """Return the counts of the near and of the far loop; with `shortest`, of the shortest pass of each.
 
     Loops over tiles are the innermost loops that multiply matrices. Those that multiply at least half as much again
     as the leanest one are near loops; of several, the largest of each count is taken. Of the others the shortest one is
@@ -116,7 +116,7 @@ def zones(listing: Listing) -> tuple[Counts | None, Counts | None]:
     """
     multiplying = [loop for loop in listing.loops if count(listing.opcodes(loop.indices)).matrix]
     inner = [loop for loop in multiplying if not any(loop.holds(other) for other in multiplying)]
-    found = [count(listing.opcodes(loop.indices)) for loop in inner]
+    found = [count(listing.opcodes(listing.shortest_pass(loop) if shortest else loop.indices)) for loop in inner]
     if not found:
         return None, None
     leanest = min(counts.matrix for counts in found)

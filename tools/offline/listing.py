@@ -6,6 +6,7 @@ behind the end of the kernel and jump back from there, which is no loop of the p
 
 from __future__ import annotations
 
+import heapq
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -89,6 +90,25 @@ class Listing:
             indices = tuple(i for block in sorted(body) for i in range(*blocks[block]))
             loops.append(Loop(blocks[header][0], indices))
         return tuple(sorted(loops, key=lambda loop: (loop.first, -len(loop.indices))))
+
+    def shortest_pass(self, loop: Loop) -> tuple[int, ...]:
+        """Return the instructions of the shortest way once around a loop, which leaves out its rarer branches."""
+        blocks, members = self._blocks, set(loop.indices)
+        successors = self._successors(blocks)
+        header = next(n for n, (start, _) in enumerate(blocks) if start == loop.first)
+        best: dict[int, tuple[int, ...]] = {}
+        waiting = [(blocks[header][1] - blocks[header][0], (header,))]
+        while waiting:
+            length, way = heapq.heappop(waiting)
+            if header in successors[way[-1]]:
+                return tuple(i for block in way for i in range(*blocks[block]))
+            if way[-1] in best:
+                continue
+            best[way[-1]] = way
+            for block in successors[way[-1]]:
+                if blocks[block][0] in members and block not in best:
+                    heapq.heappush(waiting, (length + blocks[block][1] - blocks[block][0], (*way, block)))
+        raise ValueError("the loop does not lead back to its first instruction.")
 
     @cached_property
     def _blocks(self) -> list[tuple[int, int]]:

@@ -1,0 +1,173 @@
+"""Compile csrc/cuda with nvcc and count what comes out."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import struct
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from offline.counting import Counts, zones
+from offline.listing import read_sass
+
+__all__ = [
+    "MODULES", "SOURCES", "CudaReport", "Usage", "compile_module", "disassembler", "full_tile", "nvcc", "read_log",
+    "release", "run_compiler",
+]  # fmt: skip
+
+SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
+# (dtype, head size) of each module.
+MODULES = tuple((dtype, head_dim) for dtype in ("bf16", "fp16") for head_dim in (64, 128))
+# What turns the kernel into plain flash attention: no near tiles.
+PLAIN = ("if (info.zone == kNearFirst) near_run(info);\n      else far_zone(info);", "far_zone(info);")
+
+
+@dataclass(frozen=True)
+class CudaReport:
+    """Hold what one kernel compiled to.
+
+    Attributes:
+        registers: per thread at launch; consumers take more from the producer.
+        spills: bytes that spilled registers store and load.
+        shared: bytes of dynamic shared memory per block.
+        serialised: warnings that matrix products run one by one.
+        near: one pass of the loop over full near tiles, 64 x 64 pairs per warpgroup.
+        far: the same of the loop over far tiles.
+        plain: the same of plain flash attention, from the same source without near tiles.
+    """
+
+    registers: int
+    spills: int
+    shared: int
+    serialised: int
+    near: Counts
+    far: Counts
+    plain: Counts | None = None
+
+
+def nvcc() -> str | None:
+    """Return the compiler, NVCC or the nvcc on the PATH."""
+    return shutil.which(os.environ.get("NVCC", "nvcc"))
+
+
+def release() -> str:
+    """Return the compiler's version, such as "13.0"."""
+    text = subprocess.run([str(nvcc()), "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"release (\d+\.\d+)", text)
+    return found[1] if found else "unknown"
+
+
+def disassembler() -> str | None:
+    """Return nvdisasm, on the PATH or in an installed Triton."""
+    if found := shutil.which("nvdisasm"):
+        return found
+    triton = importlib.util.find_spec("triton")
+    path = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "nvdisasm" if triton and triton.origin else None
+    return str(path) if path and path.exists() else None
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Hold what the assembler says of one kernel; see `CudaReport`."""
+
+    registers: int
+    spills: int
+    serialised: int
+
+
+def compile_module(dtype: str, head_dim: int) -> dict[str, CudaReport]:
+    """Compile one module for sm_90a, and plain flash attention to compare with; return a report per kernel.
+
+    Args:
+        dtype: "bf16" or "fp16".
+        head_dim: 64 or 128.
+
+    Raises:
+        RuntimeError: it does not compile, or nvdisasm is missing.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        log, cubin = run_compiler(SOURCES, dtype, head_dim, Path(name))
+        loops = _loops(cubin)
+        shared = _info(cubin)[5]
+        plain = _plain(dtype, head_dim, Path(name))
+    reports = {}
+    for kernel, usage in read_log(log).items():
+        near, far = loops[kernel]
+        if near is None or far is None:
+            raise RuntimeError(f"{kernel}: no loops over near and far tiles to be found in what nvcc made")
+        reports[kernel] = CudaReport(
+            usage.registers, usage.spills, shared, usage.serialised, near, far, plain.get(kernel)
+        )
+    return reports
+
+
+def read_log(log: str) -> dict[str, Usage]:
+    """Return what ptxas -v printed, by kernel."""
+    warnings = re.findall(r"\(C75\d\d\)[^\n]*", log)
+    found = {}
+    for kernel, text in re.findall(r"Compiling entry function '(\w+)'(.*?)(?=Compiling entry function|\Z)", log, re.S):
+        registers = re.search(r"Used (\d+) registers", text)
+        spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", text)
+        if registers is None or spills is None:
+            raise RuntimeError(f"{kernel}: ptxas named no registers or spills")
+        serialised = sum(f"'{kernel}'" in warning for warning in warnings)
+        found[kernel] = Usage(int(registers[1]), int(spills[1]) + int(spills[2]), serialised)
+    return found
+
+
+def run_compiler(sources: Path, dtype: str, head_dim: int, folder: Path) -> tuple[str, Path]:
+    """Compile one module; return what ptxas printed, and the cubin."""
+    cubin = folder / "module.cubin"
+    command = [
+        str(nvcc()), "-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", "-cubin", "-Xptxas=-v",
+        f"-DDK_DTYPE={dtype}", f"-DDK_HEAD_DIM={head_dim}", "-o", str(cubin), str(sources / "forward.cu"),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"nvcc failed on {sources}:\n{done.stderr[-4000:]}")
+    return done.stdout + done.stderr, cubin
+
+
+def _plain(dtype: str, head_dim: int, folder: Path) -> dict[str, Counts]:
+    changed = folder / "plain"
+    shutil.copytree(SOURCES, changed)
+    consumer = changed / "consumer.h"
+    text = consumer.read_text(encoding="utf-8")
+    if PLAIN[0] not in text:
+        raise RuntimeError("consumer.h no longer chooses between near and far tiles as tools/offline/cuda.py expects")
+    consumer.write_text(text.replace(*PLAIN), encoding="utf-8")
+    _, cubin = run_compiler(changed, dtype, head_dim, folder)
+    return {kernel: loops[0] for kernel, loops in _loops(cubin).items() if loops[0] is not None}
+
+
+def _loops(cubin: Path) -> dict[str, tuple[Counts | None, Counts | None]]:
+    """Return the shortest passes of the near and far loops by kernel; with one loop only it comes first."""
+    tool = disassembler()
+    if tool is None:
+        raise RuntimeError("nvdisasm is neither on the PATH nor in an installed Triton")
+    text = subprocess.run([tool, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
+    sections = re.split(r"\n\s*\.section\s+\.text\.(\w+)", text)
+    return {kernel: zones(read_sass(body), shortest=True) for kernel, body in zip(sections[1::2], sections[2::2])}
+
+
+def _info(cubin: Path) -> tuple[int, ...]:
+    """Return the seven numbers of `disentangled_forward_info`, the only data in constant bank 3."""
+    data = cubin.read_bytes()
+    (table,) = struct.unpack_from("<Q", data, 40)
+    size, number, names = struct.unpack_from("<HHH", data, 58)
+    headers = [struct.unpack_from("<IIQQQQ", data, table + i * size) for i in range(number)]
+    for name, _, _, _, offset, length in headers:
+        start = headers[names][4] + name
+        if data[start : data.index(b"\0", start)] == b".nv.constant3" and length >= 28:
+            return struct.unpack_from("<7i", data, offset)
+    raise RuntimeError("the module holds no disentangled_forward_info")
+
+
+def full_tile(counts: Counts) -> int:
+    """Return the instructions per warp for a tile of 128 x 128, four passes shared by two warpgroups."""
+    return 2 * counts.instructions
