@@ -138,11 +138,12 @@ def _is_plain_tensor(x: Tensor) -> bool:
 def is_linear(module: Any) -> bool:
     """Tell whether a module computes `nn.functional.linear` of its weight and bias, and nothing else.
 
-    AdapterHub makes every linear layer its own, most of which never get an adapter.
+    AdapterHub makes every linear layer its own. Most never get an adapter, and one that is not active, or merged into
+    the weight, changes nothing.
     """
     cls = type(module)
     if (cls.__module__, cls.__name__) == ("adapters.methods.lora", "LoRALinearTorch"):
-        return not module.loras and not module.shared_parameters and not module.fan_in_fan_out
+        return not module.fan_in_fan_out and (bool(module.merged) or module.get_active_setup() is None)
     return cls is nn.Linear
 
 

@@ -56,11 +56,11 @@ def tables(request: pytest.FixtureRequest) -> Iterator[EcosystemTables]:
 
 @pytest.fixture
 def build() -> Callable[..., Any]:
-    """Build a small random model: build(head="DebertaV2Model", **config)."""
+    """Build a small random model: build(head="DebertaV2Model", **config); head names a class, or is one."""
 
-    def build(head: str = "DebertaV2Model", **settings: Any) -> Any:
+    def build(head: Any = "DebertaV2Model", **settings: Any) -> Any:
         torch.manual_seed(0)
-        cls = getattr(transformers, head)
+        cls = getattr(transformers, head) if isinstance(head, str) else head
         model = cls(cls.config_class(**{**SMALL, **settings})).eval()
         with torch.no_grad():  # biases and norms start as constants, which would hide mistakes
             for parameter in model.parameters():

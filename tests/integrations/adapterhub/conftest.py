@@ -38,6 +38,8 @@ def adapt(build: Callable[..., Any]) -> Callable[..., Any]:
         if order == "patch first":
             dk.patch(model, strict=True)
         adapters.init(model)
+        if order == "patch between":
+            dk.patch(model, strict=True)
         torch.manual_seed(3)
         for name, config in configs.items():
             model.add_adapter(name, config=config)
@@ -60,12 +62,13 @@ def adapt(build: Callable[..., Any]) -> Callable[..., Any]:
 
 @pytest.fixture
 def results() -> Callable[..., dict[str, torch.Tensor]]:
-    """Run a model forward and backward: results(model, inputs) -> the hidden states and every gradient by name."""
+    """Run a model forward and backward: results(model, inputs) -> its outputs, in one, and every gradient by name."""
 
     def results(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         model.train()
         out = model(**inputs)
-        states = out[0] if isinstance(out, tuple) else next(iter(out.values()))
+        values = out if isinstance(out, tuple) else out.values()
+        states = torch.cat([value.flatten() for value in values if isinstance(value, torch.Tensor)])
         weights = torch.randn(states.shape, generator=torch.Generator().manual_seed(1)).to(states.dtype)
         (states * weights).sum().backward()
         found = {"states": states.detach()}

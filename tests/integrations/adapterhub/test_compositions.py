@@ -15,9 +15,8 @@ with warnings.catch_warnings():
     adapters = pytest.importorskip(
         "adapters", reason="adapters is not installed, or does not import with this transformers", exc_type=ImportError
     )
-from adapters import composition as ac
+from tests.integrations.adapterhub.setups import COMPOSITIONS, PACKAGES
 
-PACKAGES = ("adapters", "transformers", "torch")
 QKV = ["q", "k", "v"]
 METHODS: dict[str, Any] = {
     "seq_bn": "seq_bn",
@@ -29,14 +28,6 @@ METHODS: dict[str, Any] = {
     "lora on q, k, v": adapters.LoRAConfig(attn_matrices=QKV),
     "ia3": "ia3",
     "mam": adapters.MAMConfig(adapters.PrefixTuningConfig(prefix_length=7, flat=True), adapters.ParBnConfig()),
-}
-SETUPS: dict[str, Callable[[], Any]] = {
-    "Stack": lambda: ac.Stack("a", "b"),
-    "Fuse": lambda: ac.Fuse("a", "b"),
-    "Split": lambda: ac.Split("a", "b", splits=[14, 15]),
-    "Parallel": lambda: ac.Parallel("a", "b"),
-    "BatchSplit": lambda: ac.BatchSplit("a", "b", batch_sizes=[2, 1]),
-    "Average": lambda: ac.Average("a", "b", weights=[0.3, 0.7]),
 }
 NOT_POSSIBLE = "raises"
 
@@ -51,8 +42,8 @@ def check(adapt, batch, results, in_float64, compare, calls_per_layer) -> Callab
         def model(order: str | None = None) -> Any:
             made = adapt(configs, None, order, **settings)
             if setup == "Fuse":
-                made.add_adapter_fusion(SETUPS[setup]())
-            made.set_active_adapters(SETUPS[setup]())
+                made.add_adapter_fusion(COMPOSITIONS[setup]("a", "b"))
+            made.set_active_adapters(COMPOSITIONS[setup]("a", "b"))
             return made
 
         try:
@@ -74,7 +65,7 @@ def check(adapt, batch, results, in_float64, compare, calls_per_layer) -> Callab
     return check
 
 
-@pytest.mark.parametrize("setup", SETUPS)
+@pytest.mark.parametrize("setup", COMPOSITIONS)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("shared", [True, False], ids=["shared keys", "own keys"])
 def test_every_composition_is_as_without_the_patch(method, setup, shared, check, tables):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import warnings
-from typing import Any
 
 import pytest
 import torch
@@ -17,58 +16,28 @@ with warnings.catch_warnings():
         "adapters", reason="adapters is not installed, or does not import with this transformers", exc_type=ImportError
     )
 
-PACKAGES = ("adapters", "transformers", "torch")
-METHODS: dict[str, Any] = {
-    "seq_bn": "seq_bn",
-    "double_seq_bn": "double_seq_bn",
-    "par_bn": "par_bn",
-    "scaled_par_bn": "scaled_par_bn",
-    "seq_bn_inv": "seq_bn_inv",
-    "double_seq_bn_inv": "double_seq_bn_inv",
-    "compacter": adapters.CompacterConfig(phm_dim=2, reduction_factor=4),
-    "compacter++": adapters.CompacterPlusPlusConfig(phm_dim=2, reduction_factor=4),
-    "prefix_tuning": adapters.PrefixTuningConfig(prefix_length=7, bottleneck_size=16),
-    "prefix_tuning_flat": adapters.PrefixTuningConfig(prefix_length=30, flat=True),
-    "prompt_tuning": adapters.PromptTuningConfig(prompt_length=6),
-    "lora": "lora",
-    "lora on q, k, v": adapters.LoRAConfig(attn_matrices=["q", "k", "v"], intermediate_lora=True, output_lora=True),
-    "ia3": "ia3",
-    "vera": "vera",
-    "dora": "dora",
-    "dvora": "dvora",
-    "loreft": "loreft",
-    "noreft": "noreft",
-    "direft": "direft",
-    "mam": "mam",
-    "unipelt": "unipelt",
-}
-SETTINGS = {
-    "shared keys": {"share_att_key": True},
-    "own keys": {"share_att_key": False},
-    "shared keys, convolution": {"share_att_key": True, "conv_kernel_size": 3},
-    "own keys, convolution": {"share_att_key": False, "conv_kernel_size": 3},
-    "DeBERTa v1": {"head": "DebertaModel"},
-}
+from tests.integrations.adapterhub.setups import METHODS, MODELS, PACKAGES
+
 ORDERS = ("adapters first", "patch first", "patch_all first", "patch_all last")
 
 
-@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("settings", MODELS)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_gives_the_same_in_every_order(
     method, settings, adapt, batch, results, in_float64, compare, calls_per_layer, tables
 ):
     inputs, configs = batch(3, 29), {"task": METHODS[method]}
     try:
-        eager_model = adapt(configs, "task", **SETTINGS[settings])
+        eager_model = adapt(configs, "task", **MODELS[settings])
         eager = results(eager_model, inputs)
     except (AttributeError, RuntimeError) as error:
         with pytest.raises(type(error), match=re.escape(str(error))):
-            results(adapt(configs, "task", "adapters first", **SETTINGS[settings]), inputs)
+            results(adapt(configs, "task", "adapters first", **MODELS[settings]), inputs)
         tables.report("adapterhub-methods", PACKAGES, method, settings, "raises")
         return
     truth = in_float64(eager_model, inputs)
     for order in ORDERS:
-        fused_model = adapt(configs, "task", order, **SETTINGS[settings])
+        fused_model = adapt(configs, "task", order, **MODELS[settings])
         dk.reset_stats()
         compare(results(fused_model, inputs), eager, truth)
         calls = calls_per_layer()
