@@ -101,7 +101,7 @@ def test_no_dropout_draws_nothing_from_the_generator(target):
 
 
 def test_keep_rate_and_expectation_are_right(target):
-    p, calls = 0.3, 12
+    p, calls = 0.3, 12 if target.most_tiles is None else 3
     problem = probe(256, 256, batch=2, heads=2, p=p)
     torch.manual_seed(11)
     outs = torch.stack([target.run(problem)[0] for _ in range(calls)])
