@@ -213,6 +213,7 @@ def run_attention(
     max_seqlen: int | None = None,
     return_lse: bool = False,
     backend: str = "auto",
+    strict: bool = False,
     prepared: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend with parsed masks and, perhaps, sliced tables: the door for modules.
@@ -231,6 +232,7 @@ def run_attention(
         max_seqlen: upper bound of the sequence lengths, in tokens; needed with cu_seqlens only.
         return_lse: also return lse, (B, H, Nq).
         backend: as in `disentangled_attention`.
+        strict: raise where "auto" takes a slower backend because a faster one was refused; compiled code only warns.
         prepared: what `prepare` of the backend that runs returned for exactly these tables, or None.
 
     Returns:
@@ -267,7 +269,7 @@ def run_attention(
         q, k, v, pos_key, pos_query, masks, position, _scale(scale, q, pos_key, pos_query), check_dropout(dropout_p),
         None, cu_seqlens, max_seqlen or 0, prepared,
     )  # fmt: skip
-    out, lse = _run(problem, backend)
+    out, lse = _run(problem, backend, strict)
     return (out, lse) if return_lse else out
 
 
@@ -311,11 +313,11 @@ def _scale(scale: float | None, q: Tensor, pos_key: Tensor | None, pos_query: Te
     return 1.0 / math.sqrt(q.shape[-1] * (1 + (pos_key is not None) + (pos_query is not None)))
 
 
-def _run(problem: AttentionProblem, backend: str) -> tuple[Tensor, Tensor]:
+def _run(problem: AttentionProblem, backend: str, strict: bool = False) -> tuple[Tensor, Tensor]:
     if not torch.compiler.is_compiling():
         # Before the seed is drawn: a call that is refused leaves torch's generator as it was. Compiled code chooses
         # when it runs, so that nothing of the choice is traced.
-        backend = dispatch.choose(problem, backend)
+        backend = dispatch.choose(problem, backend, strict=strict)
     if problem.dropout_p > 0.0 and problem.q.numel() > 0:
         problem = replace(problem, seed=draw_seed(problem.q.device))
     return ops.attention(problem, backend)

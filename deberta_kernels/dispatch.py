@@ -40,8 +40,7 @@ _MODULES = {
 }
 
 # What backend="auto" tries per device type, best first. The reference runs only when asked for by name.
-# Triton's kernels run when asked for by name: they have been proven in an interpreter, not yet on a device.
-_ORDER = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "torch")}
+_ORDER = {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")}
 _ORDER_ELSEWHERE = ("torch",)
 
 
@@ -106,23 +105,25 @@ def refusal(name: str, problem: AttentionProblem) -> str | None:
     return reason
 
 
-def choose(problem: AttentionProblem, backend: str = "auto") -> str:
+def choose(problem: AttentionProblem, backend: str = "auto", *, strict: bool = False) -> str:
     """Return the name of the backend that runs `problem`.
 
     Args:
         problem: the call; only shapes, dtypes and devices are looked at.
         backend: "auto" takes the first of the device's order that can run it and warns once about a faster one that
             was refused; a name takes that backend or raises.
+        strict: raise instead of that warning.
 
     Raises:
         ValueError: `backend`, or the environment variable that forces one, is unknown.
-        NotImplementedError: the backend asked for cannot run this call; nothing else runs in its place.
+        NotImplementedError: the backend asked for cannot run this call, and nothing else runs in its place; or strict,
+            and a faster backend was refused.
     """
     asked_by = "backend"
     if backend == "auto":
         forced = env.forced_backend()
         if forced is None:
-            return _automatic(problem)
+            return _automatic(problem, strict)
         backend, asked_by = forced, env.BACKEND
         if backend not in BACKENDS:
             raise ValueError(f"{env.BACKEND} must be one of {', '.join(BACKENDS)}, got {backend!r}; unset it.")
@@ -137,17 +138,20 @@ def choose(problem: AttentionProblem, backend: str = "auto") -> str:
     return backend
 
 
-def _automatic(problem: AttentionProblem) -> str:
+def _automatic(problem: AttentionProblem, strict: bool) -> str:
     skipped = ""
     device_type = problem.q.device.type
     for name in _ORDER.get(device_type, _ORDER_ELSEWHERE):
         reason = refusal(name, problem)
         if reason is None:
             if skipped:
-                _warn_once(
+                message = (
                     f"disentangled attention on {device_type} runs backend {name!r}, a slower one, because {skipped}; "
                     f"see `python -m deberta_kernels info` for what is active; backend={name!r} silences this."
                 )
+                if strict:
+                    raise NotImplementedError(message)
+                _warn_once(message)
             return name
         skipped += f"{', and ' if skipped else ''}backend {name!r}: {reason}"
     raise NotImplementedError(f"no backend can run this call on {device_type}: {skipped}.")

@@ -69,8 +69,8 @@ def patch(
         backend: "auto" or the name of a backend, which then never falls back to another one.
         unpad: whether the encoder leaves out the padding of a batch: "auto", where that pays; True, wherever it can;
             False, never. Results are the same, padded rows included (without dropout).
-        strict: raise NotImplementedError where a call, or the model, would run the original code; without it that
-            is one warning per reason.
+        strict: raise NotImplementedError where a call, or the model, would run the original code, or where the best
+            backend of the device refuses a call; without it that is one warning per reason.
         onednn: whether plain linear layers on the CPU run in oneDNN, forward and backward: "auto", where
             PyTorch's own are the slower ones; True; or False.
 

@@ -8,7 +8,8 @@ import hypothesis
 import pytest
 import torch
 
-from deberta_kernels.testing import backends, budget, inputs
+from deberta_kernels import env
+from deberta_kernels.testing import backends, budget, inputs, interpreter
 
 # Cases of one test that a slow target runs.
 _SAMPLE = 6
@@ -35,6 +36,13 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_interpreter():
+    """Run Triton's interpreter at its best, where it is what runs."""
+    if env.triton_interpreted():
+        interpreter.quicken()
 
 
 def pytest_addoption(parser):

@@ -129,7 +129,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         waiting = {key: pool.submit(compile_unit, *unit) for key, unit in planned.items()}
         records = [{"chip": chip, "name": name, **done.result()} for (chip, name), done in waiting.items()]
     seconds = time.perf_counter() - started
-    return {"triton": version, "release": triton.__version__, "records": records, "seconds": seconds}
+    found = {"triton": version, "release": triton.__version__, "records": records, "seconds": seconds}
+    return {**found, "complete": not parts}
 
 
 def row(record: dict[str, Any]) -> list[str]:
@@ -171,6 +172,8 @@ def report_on(result: dict[str, Any], bounds: dict[str, Any], missed: dict[str, 
     from offline.table import aligned
 
     known = bounds.setdefault(result["triton"], {})
+    if update and result["complete"]:
+        known.clear()  # kernels that are gone
     rows, wrong, unkept = [HEAD], {}, {}
     for record in sorted(result["records"], key=lambda record: (record["chip"], record["name"])):
         rows.append(row(record))

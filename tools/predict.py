@@ -57,7 +57,7 @@ MATRIX_FLOPS = 2 * 64 * 64 * 16
 OPERAND = TILE * HEAD_DIM * 2
 # Operand tiles that one pass loads from L2: keys and values, and near the diagonal a block of each table. The backward
 # by keys loads q, dout and per near tile two blocks; that by diagonals loads q, k, v and dout.
-LOADED = {"forward": (4, 2), "bwd_dq": (4, 2), "bwd_dkv": (4, 2), "bwd_position": (4, 4)}
+LOADED = {"fwd": (4, 2), "bwd_dq": (4, 2), "bwd_dkv": (4, 2), "bwd_position": (4, 4)}
 
 
 def cycles(counts: dict[str, int], loaded: int, exponentials: bool = True) -> float:
@@ -124,9 +124,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("counts", type=Path, help="what kernels_offline.py --json wrote")
     records = json.loads(parser.parse_args(arguments).counts.read_text(encoding="utf-8"))["records"]
-    forward = loops(records, "forward")
+    forward = loops(records, "fwd")
     backward = {name: loops(records, name) for name in ("bwd_dq", "bwd_dkv", "bwd_position")}
-    flash = cycles(counted(records, "forward", "none")["near"], 2)
+    flash = cycles(counted(records, "fwd", "none")["near"], 2)
     rows = [["cycles of one 64 x 64 tile", "near", "far"], ["plain flash attention", "", f"{flash:.0f}"]]
     rows += [[name, f"{near:.0f}", f"{far:.0f}"] for name, (near, far) in {"forward": forward, **backward}.items()]
     print(aligned(rows) + "\n")

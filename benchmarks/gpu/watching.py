@@ -23,7 +23,7 @@ __all__ = ["KERNELS", "counter_items", "run_profiled", "run_small", "sanitizer_i
 
 WORKER = Path(__file__).resolve().parent.parent / "bench_gpu.py"
 # Parts of the names of this package's kernels: torch's own are not watched, which would take minutes.
-KERNELS = ("disentangled", "forward_kernel", "bwd_", "expand_kernel", "fold_kernel", "sum_kernel", "tile_list_kernel")
+KERNELS = ("disentangled",)
 TOOLS = ("memcheck", "racecheck")
 FOUND = 9
 NOT_HERE = ("Device not supported", "LibraryNotLoaded", "Unable to find injection library", "ERR_NVGPUCTRPERM")

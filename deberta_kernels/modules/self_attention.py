@@ -51,7 +51,7 @@ class AttentionOptions:
 
     Attributes:
         backend: "auto" or the name of a backend, which then never falls back to another one.
-        strict: raise NotImplementedError where the original code would run.
+        strict: raise NotImplementedError where the original code would run, or a slower backend than the device could.
         unpad: "auto": encoders leave out padding where that pays; True: wherever they can; False: never.
         onednn: compute plain float32 and bfloat16 linear layers with oneDNN; see `linear`.
     """
@@ -170,14 +170,14 @@ def bind_module(
     scale = 1.0 / math.sqrt(qkv[0].shape[-1] * scale_factor(module))
 
     def prepare(tables: PositionTables) -> Tensor | None:
-        return _prepared(*qkv, tables, scale, options.backend)
+        return _prepared(*qkv, tables, scale, options)
 
     tables = projected_tables(module, rel_embeddings, length, prepare=prepare, rel_key=rel_key)
     return partial(
         run_attention, pos_key=cast_for_matmul(tables.pos_key), pos_query=cast_for_matmul(tables.pos_query),
         position=replace(tables.position, prefix_length=prefix_length), scale=scale,
         dropout_p=module.dropout.p if module.dropout.training else 0.0, backend=options.backend,
-        prepared=tables.prepared,
+        strict=options.strict, prepared=tables.prepared,
     )  # fmt: skip
 
 
@@ -251,11 +251,14 @@ def _parse_direct(attention_mask: Tensor | None, batch: int, heads: int, length:
     return parse_huggingface_mask(attention_mask, batch=batch, nq=length, nk=length)
 
 
-def _prepared(q: Tensor, k: Tensor, v: Tensor, tables: PositionTables, scale: float, backend: str) -> Tensor | None:
+def _prepared(
+    q: Tensor, k: Tensor, v: Tensor, tables: PositionTables, scale: float, options: AttentionOptions
+) -> Tensor | None:
     """Let the backend that will run the call lay out tables that are kept for later calls."""
     pos_key, pos_query = cast_for_matmul(tables.pos_key), cast_for_matmul(tables.pos_query)
     problem = AttentionProblem(q, k, v, pos_key, pos_query, Masks(), tables.position, scale, max_seqlen=q.shape[2])
-    prepare = getattr(dispatch.load(dispatch.choose(problem, backend)), "prepare", None)
+    name = dispatch.choose(problem, options.backend, strict=options.strict)
+    prepare = getattr(dispatch.load(name), "prepare", None)
     return None if prepare is None else prepare(pos_key, pos_query, tables.position)
 
 

@@ -96,8 +96,8 @@ TARGETS = (
         Target(f"cpu_{isa}", "cpu", (torch.float32, *_LOW), isa=isa, thread_invariant=True)
         for isa in ("generic", "avx2", "avx512", "avx512_bf16")
     ),
-    Target("triton", "triton", _LOW, device="cuda"),
-    Target("triton_interpreted", "triton", (torch.float16,), most_tiles=24),
+    Target("triton", "triton", (torch.float32, *_LOW), device="cuda"),
+    Target("triton_interpreted", "triton", (torch.float32, torch.float16), most_tiles=24),
 )
 
 

@@ -129,9 +129,10 @@ def test_out_lies_in_token_major_memory(run_case):
 @pytest.mark.parametrize("shape", [(0, 2, 5, 5), (2, 2, 0, 5)], ids=["no_batch", "no_queries"])
 def test_empty_inputs_give_empty_results_and_zero_gradients(target, shape, dtype):
     batch, heads, nq, nk = shape
-    q = torch.randn(batch, heads, nq, 8, dtype=dtype, requires_grad=True)
-    k = torch.randn(batch, heads, nk, 8, dtype=dtype, requires_grad=True)
-    pos_key = torch.randn(heads, 512, 8, dtype=dtype, requires_grad=True)
+    options = {"dtype": dtype, "device": target.device, "requires_grad": True}
+    q = torch.randn(batch, heads, nq, 8, **options)
+    k = torch.randn(batch, heads, nk, 8, **options)
+    pos_key = torch.randn(heads, 512, 8, **options)
     out = dk.disentangled_attention(q, k, k, pos_key, backend=target.backend)
     assert out.shape == q.shape
     assert out.dtype == dtype

@@ -53,7 +53,7 @@ def test_gradients_through_ordinary_tails_match_the_reference(target, name):
     leaves, run = differentiable(target, CASE)
     ours = torch.autograd.grad(tails[name](run(*leaves)), leaves)
     exact = [x.detach().double().requires_grad_() for x in leaves]
-    mask = inputs.masks(CASE).key
+    mask = inputs.masks(CASE, target.device).key
     out = dk.disentangled_attention(*exact, attention_mask=mask, backend="reference")
     for leaf, gradient, expected in zip(NAMES, ours, torch.autograd.grad(tails[name](out), exact)):
         size = max(1.0, float(expected.abs().max()))
@@ -64,7 +64,7 @@ def test_directional_derivatives_match_finite_differences(target):
     """The float64 reference is not involved: the forward of the target itself is the judge."""
     leaves, run = differentiable(target, CASE)
     generator = torch.Generator().manual_seed(3)
-    weight = torch.randn(leaves[0].shape, generator=generator)
+    weight = torch.randn(leaves[0].shape, generator=generator).to(target.device)
 
     def loss(*tensors):
         return (run(*tensors).double() * weight).sum()

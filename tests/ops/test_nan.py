@@ -65,7 +65,9 @@ def test_valid_keys_at_the_bottom_of_float16_do_not_leak_to_padding(target):
 def test_nan_in_a_valid_token_reaches_its_sample_and_no_other(target, name, poison, dtype):
     case = Case(batch=3, heads=2, nq=37, head_dim=24, dtype=dtype, mask="right")
     problem = inputs.problem(case, target.device)
-    problem = replace(problem, masks=Masks(key=problem.masks.key.index_fill(1, torch.tensor([0]), True)))
+    problem = replace(
+        problem, masks=Masks(key=problem.masks.key.index_fill(1, torch.tensor([0], device=target.device), True))
+    )
     dout = inputs.dout(case, problem)
     clean = budget.evaluate(target.run, problem, dout)
     x = getattr(problem, name).clone()

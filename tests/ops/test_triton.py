@@ -120,7 +120,8 @@ def test_tile_lists_name_empty_full_and_partial_tiles(prefix):
     tiles += [range(max(j, prefix), min(j + tile, length)) for j in range(start, length, tile)]
     size = len(tiles) + 1
     found = torch.zeros(3, tile_list.ROWS.value, size, dtype=torch.int32)
-    tile_list.tile_list_kernel[(3,)](mask.view(torch.uint8), found, length, length, prefix, size, 0, TILE=tile)
+    list_tiles = tile_list._disentangled_tile_list_kernel[(3,)]
+    list_tiles(mask.view(torch.uint8), found, length, length, prefix, size, 0, TILE=tile)
     for b in range(3):
         counts = [int(mask[b, list(tokens)].sum()) for tokens in tiles]
         assert found[b, 6, :-1].tolist() == counts
@@ -136,11 +137,30 @@ LONG = (
     Case(batch=1, heads=1, nq=1130, nk=64, head_dim=16, dtype=torch.float16, dropout_p=0.1),
     Case(batch=1, heads=1, nq=50, nk=1200, head_dim=16, prefix_length=21, terms="p2c"),
     Case(batch=2, heads=1, nq=40, nk=300, head_dim=16, position_buckets=8, max_relative_positions=20, mask="sparse"),
-)
+    Case(batch=1, heads=1, nq=1150, nk=60, head_dim=16, prefix_length=3, reachable=True),
+    Case(batch=1, heads=1, nq=70, nk=1110, head_dim=16, dtype=torch.float16, mask="left"),
+    Case(batch=3, heads=1, nq=330, head_dim=16, dtype=torch.float16, packed=True, position_buckets=8,
+         max_relative_positions=20),
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("case", LONG, ids=lambda case: case.id)
 def test_all_zones_stay_within_the_budget(case):
+    problem = inputs.problem(case)
+    torch.manual_seed(case.seed)
+    budget.check(TARGET.run, problem, inputs.dout(case, problem), label=case.id)
+
+
+EVERY_MASK = tuple(
+    Case(batch=2, heads=1, nq=nq, nk=150, head_dim=16, dtype=dtype, mask=mask, position_buckets=8,
+         max_relative_positions=20, dropout_p=p)
+    for mask in inputs.MASKS
+    for dtype, nq, p in ((torch.float32, 150 if mask.endswith("tokens") else 81, 0.2), (torch.float16, 150, 0.0))
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("case", EVERY_MASK, ids=lambda case: case.id)
+def test_every_mask_in_every_zone_stays_within_the_budget(case):
     problem = inputs.problem(case)
     torch.manual_seed(case.seed)
     budget.check(TARGET.run, problem, inputs.dout(case, problem), label=case.id)
@@ -153,6 +173,19 @@ def test_every_tile_size_stays_within_the_budget(monkeypatch, tile):
                 max_relative_positions=20)  # fmt: skip
     problem = inputs.problem(case)
     budget.check(TARGET.run, problem, inputs.dout(case, problem), label=case.id)
+
+
+@pytest.mark.parametrize("setting", ["ieee", "tf32"])
+def test_float32_products_are_as_exact_as_those_of_torch(monkeypatch, setting):
+    seen, matmul = set(), torch.backends.cuda.matmul
+    monkeypatch.setattr(launch, "run", lambda step: seen.add(step.constants.get("PRECISION", setting)))
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = setting
+        backend.forward(inputs.problem(Case(batch=1, heads=1, nq=8, head_dim=16)))
+    finally:
+        matmul.fp32_precision = before
+    assert seen == {setting}
 
 
 @pytest.mark.parametrize("terms", ["c2p+p2c", "c2p"])
@@ -204,8 +237,8 @@ def test_eight_variants_of_a_kernel_serve_every_call_of_a_head_size():
             constants = {k: v for k, v in step.constants.items() if k != "TILE" or "expand" not in name}
             seen.setdefault(name, set()).add(tuple(sorted(constants.items())))
     assert {name: len(variants) for name, variants in seen.items() if len(variants) > 8} == {}
-    assert len(seen["forward_kernel"]) == 8
-    assert len(seen["bwd_dq_kernel"]) == 8
+    assert len(seen["_disentangled_fwd_kernel"]) == 8
+    assert len(seen["_disentangled_bwd_dq_kernel"]) == 8
 
 
 def scratch_bytes(steps, known):
@@ -314,6 +347,6 @@ def test_one_term_that_nobody_needs_is_not_computed():
     out, lse = launch.forward_launches(problem, KEY).results
     plan = launch.backward_launches(problem, out, None, out, lse, (True, True, True, False, False), KEY)
     names = [step.kernel.fn.__name__ for step in plan.launches]
-    assert "bwd_position_kernel" not in names
-    assert "fold_kernel" not in names
+    assert "_disentangled_bwd_position_kernel" not in names
+    assert "_disentangled_fold_kernel" not in names
     assert plan.results[3:] == (None, None)

@@ -98,7 +98,7 @@ def test_public_function_takes_tokens_first_and_differentiates(target):
         backend=target.backend,
     )  # fmt: skip
     assert out.shape == (72, 2, 16)
-    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(0))
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out.device)
     expected = budget.evaluate(target.run, problem, dout.transpose(0, 1)[None])
     assert torch.equal(out, expected["out"][0].transpose(0, 1))
     for name, gradient in zip(names, torch.autograd.grad(out, tokens_first, dout)):

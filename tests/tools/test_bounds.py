@@ -7,7 +7,7 @@ from offline import bounds
 from offline.counting import Counts, Report
 from offline.table import aligned
 
-NAME = "forward_kernel bf16 D64 bias"
+NAME = "fwd_kernel bf16 D64 bias"
 GOOD = Report(
     registers=255,
     stack=64,
@@ -61,10 +61,10 @@ def test_promises_hold_for_the_main_variant_alone():
     far = changed(far=Counts(instructions=900, matrix=8))
     loose = {name: [value, 10**6] for name, (value, _) in bounds.limits(GOOD).items()}
     assert judged(far, bound=loose) != []
-    assert judged(far, name="forward_kernel bf16 D64 bias+mask", bound=loose) == []
-    assert judged(far, name="forward_kernel fp16 D128 bias", bound=loose) == []
+    assert judged(far, name="fwd_kernel bf16 D64 bias+mask", bound=loose) == []
+    assert judged(far, name="fwd_kernel fp16 D128 bias", bound=loose) == []
     exact = changed(matrix_name="")
-    assert judged(exact, name="forward_kernel fp32 D64 bias", bound=loose) == []
+    assert judged(exact, name="fwd_kernel fp32 D64 bias", bound=loose) == []
 
 
 def test_helper_kernels_need_no_matrix_instruction():
@@ -97,15 +97,25 @@ def test_a_miss_that_is_known_is_printed_and_one_that_is_not_is_wrong(capsys):
     known = {"3.9": {"sm_90": {NAME: bounds.limits(far)}}}
     assert kernels_offline.report_on(result, known, {}, update=False) == 1
     assert kernels_offline.report_on(result, known, {f"sm_90 {NAME}": "a reason"}, update=False) == 0
-    assert "MISSED sm_90 forward_kernel bf16 D64 bias: far loop 331" in capsys.readouterr().out
+    assert "MISSED sm_90 fwd_kernel bf16 D64 bias: far loop 331" in capsys.readouterr().out
     worse = {**result, "records": [record(NAME, changed(far=Counts(instructions=400, matrix=8)))]}
     assert kernels_offline.report_on(worse, known, {f"sm_90 {NAME}": "a reason"}, update=False) == 1
+
+
+def test_an_update_forgets_kernels_that_are_gone_unless_a_part_was_compiled(capsys):
+    import kernels_offline
+
+    result = {"triton": "3.9", "release": "3.9.0", "seconds": 1.0, "records": [record(NAME, changed())]}
+    for complete, expected in ((False, {NAME, "old_kernel"}), (True, {NAME})):
+        known = {"3.9": {"sm_90": {"old_kernel": {}}}}
+        kernels_offline.report_on({**result, "complete": complete}, known, {}, update=True)
+        assert known["3.9"]["sm_90"].keys() == expected
 
 
 def test_a_kernel_that_does_not_compile_is_wrong(capsys):
     import kernels_offline
 
-    result = {"triton": "3.9", "release": "3.9.0", "seconds": 1.0}
+    result = {"triton": "3.9", "release": "3.9.0", "seconds": 1.0, "complete": True}
     result["records"] = [{"chip": "sm_90", "name": NAME, "error": "CompilationError: no"}]
     assert kernels_offline.report_on(result, {}, {}, update=True) == 1
     assert "does not compile: CompilationError: no" in capsys.readouterr().out

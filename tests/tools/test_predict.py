@@ -28,8 +28,8 @@ def test_the_longest_unit_bounds_a_tile():
 def test_the_program_prints_both_directions(tmp_path, capsys):
     loop = {**counts(instructions=900, matrix=20, shared_loads=60), "local_stores": 1}
     report = {"near": loop, "far": {**loop, "instructions": 300, "matrix": 8}}
-    names = [f"{kernel} bf16 D64 bias" for kernel in ("forward_kernel", "bwd_dq_kernel", "bwd_dkv_kernel")]
-    names += ["forward_kernel bf16 D64 none", "bwd_position_kernel bf16 D64 none"]
+    names = [f"{kernel} bf16 D64 bias" for kernel in ("fwd_kernel", "bwd_dq_kernel", "bwd_dkv_kernel")]
+    names += ["fwd_kernel bf16 D64 none", "bwd_position_kernel bf16 D64 none"]
     path = tmp_path / "counts.json"
     path.write_text(json.dumps({"records": [{"chip": "sm_90", "name": name, "report": report} for name in names]}))
     assert predict.main([str(path)]) == 0

@@ -37,7 +37,7 @@ def test_errors_and_a_run_that_did_not_end_are_failures(tool):
     for result in found(watching.sanitizer_items(Plan())):
         assert not result["ok"]
         assert "Invalid __global__ read" in result["text"]
-        assert "--kernel-name kns=bwd_" in result["text"]
+        assert "--kernel-name kns=disentangled" in result["text"]
     tool("compute-sanitizer", "ERROR SUMMARY: 0 errors")
     assert not any(result["ok"] for result in found(watching.sanitizer_items(Plan())))
 

@@ -53,6 +53,25 @@ def test_auto_warns_once_with_cause_and_remedy_when_it_skips_a_faster_backend(mo
         assert dispatch.choose(problem()) == "torch"
 
 
+def test_strict_raises_where_a_faster_backend_was_refused(monkeypatch):
+    assert dispatch.choose(problem(), strict=True) == "cpu"
+    monkeypatch.setitem(dispatch._loaded, "cpu", stand_in("head_dim 300 is more than 256"))
+    with pytest.raises(
+        NotImplementedError, match=r"runs backend 'torch', a slower one, because backend 'cpu': head_dim"
+    ):
+        dispatch.choose(problem(), strict=True)
+    assert dispatch.choose(problem(), "torch", strict=True) == "torch"
+
+
+def test_auto_on_a_gpu_names_what_triton_lacks(monkeypatch):
+    monkeypatch.setitem(dispatch._ORDER, "meta", dispatch._ORDER["cuda"])
+    monkeypatch.setitem(dispatch._loaded, "triton", stand_in(None))
+    assert dispatch.choose(problem("meta")) == "triton"
+    monkeypatch.setitem(dispatch._loaded, "triton", stand_in("triton is not installed (pip install 'triton>=3.6')"))
+    with pytest.warns(dk.DebertaKernelsWarning, match=r"runs backend 'torch'.*'triton': triton is not installed"):
+        assert dispatch.choose(problem("meta")) == "torch"
+
+
 def test_auto_raises_when_nothing_can_run(monkeypatch):
     monkeypatch.setitem(dispatch._loaded, "cpu", stand_in("no"))
     monkeypatch.setitem(dispatch._loaded, "torch", stand_in("neither"))

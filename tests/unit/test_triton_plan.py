@@ -149,13 +149,12 @@ def problem(device="meta", dtype=torch.float16, head_dim=64, scale=0.1):
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ({"dtype": torch.float64}, "it computes bfloat16 and float16, not float64"),
-        ({"dtype": torch.float32}, "it computes bfloat16 and float16, not float32"),
+        ({"dtype": torch.float64}, "it computes float32, bfloat16 and float16, not float64"),
         ({"head_dim": 300}, "head_dim 300 is more than 256"),
         ({"scale": -1.0}, "the scale is not positive"),
         ({"device": "meta"}, "it runs on cuda tensors, not meta"),
     ],
-    ids=["float64", "float32", "head_dim", "scale", "device"],
+    ids=["float64", "head_dim", "scale", "device"],
 )
 def test_refusals_name_the_limit(monkeypatch, arguments, reason):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -187,8 +186,13 @@ def test_missing_or_old_triton_is_named(monkeypatch, version, reason):
 
 @pytest.mark.parametrize(
     ("capability", "reason"),
-    [((7, 5), "the GPU has compute capability 7.5, older than 8.0"), ((8, 0), None), ((12, 0), None)],
+    [
+        ((7, 5), "compute capability 7.5 is not one of 8.0, 8.6, 8.9, 9.0, 10.0, 12.0"),
+        ((13, 0), "compute capability 13.0 is not one of 8.0, 8.6, 8.9, 9.0, 10.0, 12.0"),
+        ((8, 0), None),
+        ((12, 0), None),
+    ],
 )
-def test_old_gpus_are_refused_by_their_capability(monkeypatch, capability, reason):
+def test_gpus_the_kernels_were_not_compiled_for_are_refused_by_their_capability(monkeypatch, capability, reason):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert backend._capability_refusal.__wrapped__(torch.device("cuda")) == reason

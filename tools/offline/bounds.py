@@ -36,7 +36,7 @@ LEAST_INSTRUCTIONS = 300
 # Beyond this share of accesses to local memory a kernel does little else.
 MOST_LOCAL = 0.25
 # Parts of the names of the kernels that compute attention.
-ATTENTION = ("forward", "fwd", "_dq", "_dkv", "_position")
+ATTENTION = ("fwd", "_dq", "_dkv", "_position")
 # Promises that no measurement moves, for the forward in bfloat16 with head size 64 on sm_90: the near loop of a 64 x 64
 # tile, and the far loop against plain flash attention with the same tile, both without masks and dropout.
 NEAR_INSTRUCTIONS = 1100
@@ -114,7 +114,7 @@ def broken_promises(report: Report, chip: str, name: str, plain: int | None) -> 
         wrong.append(f"matrix instruction {report.matrix_name or 'none'}, not {' or '.join(device.matrix)}")
     if report.whole.local > MOST_LOCAL * report.whole.instructions:
         wrong.append(f"{report.whole.local} of {report.whole.instructions} instructions access local memory")
-    forward = any(part in name.split()[0] for part in ("forward", "fwd"))
+    forward = "fwd" in name.split()[0]
     if chip != "sm_90" or not forward or " D64 " not in name or "fp32" in name:
         return wrong
     if report.far is None:

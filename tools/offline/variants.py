@@ -63,6 +63,7 @@ def selection(*, oldest: bool) -> list[Variant]:
         wanted += [("sm_90", "bf16", dim, FULL) for dim in (256, 128, 32)]
         wanted += [("sm_90", dtype, 64, FULL) for dtype in ("fp32", "fp16")]
         wanted += [("sm_86", "bf16", 64, FULL), ("sm_86", "bf16", 128, FULL), ("sm_86", "fp32", 64, FULL)]
+        wanted += [("sm_120", "bf16", 64, FULL)]
     return [
         Variant(chip, direction, dtype, dim, features)
         for chip, dtype, dim, features in wanted
@@ -119,4 +120,5 @@ def kernel_title(variant: Variant, launch: Any) -> str:
     present = [name for constant, name in _CONSTANTS.items() if launch.constants.get(constant)]
     knows = any(constant in launch.constants for constant in _CONSTANTS)
     features = f" {'+'.join(present) or 'none'}" if knows else ""
-    return f"{launch.kernel.__name__} {variant.dtype} D{variant.head_dim}{features}"
+    name = launch.kernel.__name__.removeprefix("_disentangled_")
+    return f"{name} {variant.dtype} D{variant.head_dim}{features}"

@@ -15,11 +15,11 @@ __all__ = ["NAME", "backward", "forward", "prepare", "refusal"]
 
 NAME = "triton"
 
-# Without float32: the weights that its backward computes again err more than the error budget allows, once scores
-# reach several hundred.
-_DTYPES = (torch.float16, torch.bfloat16)
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MAX_HEAD_DIM = 256
 _OLDEST = (3, 6)
+# What the kernels are compiled for and counted (`make kernels-offline`), by compute capability and by name.
+_CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
 _ARCHITECTURES = ("gfx942",)
 
 
@@ -27,7 +27,7 @@ def refusal(problem: AttentionProblem) -> str | None:
     """Return why the Triton kernels cannot run `problem`, or None when they can."""
     q = problem.q
     if q.dtype not in _DTYPES:
-        return f"it computes bfloat16 and float16, not {_name(q.dtype)}"
+        return f"it computes float32, bfloat16 and float16, not {_name(q.dtype)}"
     if q.shape[-1] > _MAX_HEAD_DIM:
         return f"head_dim {q.shape[-1]} is more than {_MAX_HEAD_DIM}"
     if problem.scale <= 0:
@@ -121,8 +121,11 @@ def _capability_refusal(device: torch.device) -> str | None:
     if torch.version.hip is not None:
         architecture = str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
         return None if architecture in _ARCHITECTURES else f"{architecture} is not one of {', '.join(_ARCHITECTURES)}"
-    major, minor = torch.cuda.get_device_capability(device)
-    return None if major >= 8 else f"the GPU has compute capability {major}.{minor}, older than 8.0"
+    capability = torch.cuda.get_device_capability(device)
+    if capability in _CAPABILITIES:
+        return None
+    known = ", ".join(f"{major}.{minor}" for major, minor in _CAPABILITIES)
+    return f"compute capability {capability[0]}.{capability[1]} is not one of {known}"
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -7,12 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deberta_kernels.impl.triton import backward_kernels as bwd
 from deberta_kernels.impl.triton import tuning
+from deberta_kernels.impl.triton.key_grad import _disentangled_bwd_dkv_kernel
 from deberta_kernels.impl.triton.plan import Call, Launch, Plan, rows_of_program
-from deberta_kernels.impl.triton.position_grad import bwd_position_kernel
+from deberta_kernels.impl.triton.position_grad import _disentangled_bwd_position_kernel
 from deberta_kernels.impl.triton.primitives import PREFIX_STEP
-from deberta_kernels.impl.triton.table_kernels import fold_kernel
+from deberta_kernels.impl.triton.query_grad import _disentangled_bwd_dq_kernel
+from deberta_kernels.impl.triton.row_statistics import (
+    _disentangled_bwd_preprocess_kernel,
+    _disentangled_sum_kernel,
+)
+from deberta_kernels.impl.triton.table_kernels import _disentangled_fold_kernel
 from deberta_kernels.impl.triton.tables import near_reach
 from deberta_kernels.types import AttentionProblem, Gradients
 
@@ -44,10 +49,11 @@ class Backward(Call):
         shared = {**self.tokens("q", "k", "v"), **self.strided("dout", "o", self.dout), **self.tables()}
         shared.update(self.key_masks())
         self.preprocess(shared, out, lse, dlse)
-        far = None
-        if self.needs[0] or self.wants_tables:
+        far, by_keys = None, self.needs[1] or self.needs[2]
+        # In float32 the pass by keys reads what the pass by queries writes.
+        if self.needs[0] or self.wants_tables or (by_keys and q.dtype == torch.float32):
             far = self.query_pass(shared, q)
-        if self.needs[1] or self.needs[2]:
+        if by_keys:
             self.key_pass(shared, k, v)
         tables = self.table_gradients(shared, far)
         dq, dk, dv = (x.transpose(1, 2) if need else None for x, need in zip((q, k, v), self.needs))
@@ -61,7 +67,7 @@ class Backward(Call):
     def preprocess(self, shared: dict[str, Any], out: Tensor, lse: Tensor, dlse: Tensor | None) -> None:
         device = self.problem.q.device
         batch, heads, nq = lse.shape
-        stats = torch.empty(4, batch, heads, nq, dtype=torch.float32, device=device)
+        stats = torch.empty(5, batch, heads, nq, dtype=torch.float32, device=device)
         groups = self.batch * heads
         partial = self.nothing(torch.float32)
         if self.masked:
@@ -70,7 +76,7 @@ class Backward(Call):
         out = out.transpose(1, 2).contiguous()
         strides = dlse.stride() if dlse is not None else (0, 0, 0)
         self.add(
-            bwd.bwd_preprocess_kernel,
+            _disentangled_bwd_preprocess_kernel,
             (groups * self.row_tiles,),
             {
                 **shared, "out_ptr": out, "lse_ptr": lse.contiguous(), "dmean_ptr": partial,
@@ -86,7 +92,7 @@ class Backward(Call):
         total = torch.empty(groups, self.block, dtype=torch.float32, device=parts.device)
         arguments = {"parts_ptr": parts, "sum_ptr": total, "n": n}
         constants = {"BLOCK_D": self.block, "ROWS": _SUM_ROWS}
-        self.launches.append(Launch(bwd.sum_kernel, (groups,), arguments, constants, 4, 1))
+        self.launches.append(Launch(_disentangled_sum_kernel, (groups,), arguments, constants, 4, 1))
         return total
 
     def query_pass(self, shared: dict[str, Any], dq: Tensor) -> Tensor:
@@ -96,7 +102,7 @@ class Backward(Call):
             size = (4 * self.heads, far_size, self.block)
             far = torch.zeros(size, dtype=torch.float32, device=dq.device)
         grid = (self.batch * self.heads * self.row_tiles,)
-        self.add(bwd.bwd_dq_kernel, grid, {**shared, "dq_ptr": dq, "far_ptr": far, "far_size": far_size})
+        self.add(_disentangled_bwd_dq_kernel, grid, {**shared, "dq_ptr": dq, "far_ptr": far, "far_size": far_size})
         if not self.wants_tables:
             return far
         return self.summed(far, 4 * self.heads).view(2, 2, self.heads, self.block)
@@ -108,7 +114,7 @@ class Backward(Call):
             query = self.query_mask()["query_mask_ptr"]
             rows, size = self.tile_list(query, self.row_tiles, self.nq, False)
             arguments.update(row_list_ptr=rows, row_list_size=size)
-        self.add(bwd.bwd_dkv_kernel, (self.batch * self.heads * self.key_tiles,), arguments)
+        self.add(_disentangled_bwd_dkv_kernel, (self.batch * self.heads * self.key_tiles,), arguments)
 
     def table_gradients(self, shared: dict[str, Any], far: Tensor | None) -> list[Tensor | None]:
         """Plan the gradients of the position tables; return them."""
@@ -138,7 +144,7 @@ class Backward(Call):
         size = (2, parts * 2, self.heads, self.window.rows, self.block)
         near = torch.zeros(size, dtype=torch.float32, device=self.problem.q.device)
         arguments = {**shared, "near_ptr": near, "samples": self.batch, "first_diagonal": first, "parts": parts}
-        self.add(bwd_position_kernel, (diagonals, self.heads, parts), arguments, stages=1)
+        self.add(_disentangled_bwd_position_kernel, (diagonals, self.heads, parts), arguments, stages=1)
         return near, parts * 2
 
     def fold(self, near: Tensor, far: Tensor, gradient: Tensor, parts: int) -> None:
@@ -152,4 +158,4 @@ class Backward(Call):
         rows = rows_of_program(_FOLD_ROWS, gradient.device)
         constants = {"HEAD_DIM": self.head_dim, "BLOCK_D": self.block, "ROWS": rows, "CHUNK": _FOLD_CHUNK}
         grid = (-(-gradient.shape[1] // rows), self.heads)
-        self.launches.append(Launch(fold_kernel, grid, arguments, constants, 4, 1))
+        self.launches.append(Launch(_disentangled_fold_kernel, grid, arguments, constants, 4, 1))

@@ -34,7 +34,7 @@ def compile_refusal(problem: AttentionProblem) -> str | None:
     masks = problem.masks
     masked = 2 if masks.pair is not None else int(masks.key is not None or masks.query is not None)
     biased = problem.pos_key is not None or problem.pos_query is not None
-    variant = (q.device, q.dtype, q.shape[-1], masked, biased, problem.dropout_p > 0, differentiated, _precision(q))
+    variant = (q.device, q.dtype, q.shape[-1], masked, biased, problem.dropout_p > 0, differentiated, _precision())
     if variant not in _compiled:
         with _lock:
             if variant not in _compiled:
@@ -43,23 +43,22 @@ def compile_refusal(problem: AttentionProblem) -> str | None:
 
 
 def _compile(problem: AttentionProblem, differentiated: bool) -> str | None:
-    key, precision = tuning.device_key(problem.q.device), _precision(problem.q)
-    shapes = _without_values(problem)
+    q, shapes = problem.q, _without_values(problem)
+    key, precision = tuning.device_key(q.device), _precision()
+
+    def forward_plan() -> launch.Plan:
+        return launch.forward_launches(shapes, key, precision=precision)
+
+    def backward_plan() -> launch.Plan:
+        dout, needs = torch.empty_like(out), (True,) * 5
+        return launch.backward_launches(shapes, dout, None, out, lse, needs, key, precision=precision)
+
     try:
-        planned = launch.forward_launches(shapes, key, precision=precision)
-        steps = planned.launches
+        out, lse = _fitted(q, key, "forward", forward_plan, launch.build).results
         if differentiated:
-            out, lse = planned.results
-            needs = (True,) * 5
-            steps = (
-                steps
-                + launch.backward_launches(
-                    shapes, torch.empty_like(out), None, out, lse, needs, key, precision=precision
-                ).launches
-            )
-        with _on(problem.q.device):
-            for step in steps:
-                launch.build(step)
+            _fitted(q, key, "backward", backward_plan, launch.build)
+    except _TooLargeError as error:
+        return str(error)
     except Exception as error:  # the compiler raises errors of many kinds, and for none of them a call must fail
         cause = str(error).strip().splitlines() or [""]
         return f"its kernels do not compile for {key} ({type(error).__name__}: {cause[-1][:200]})"
@@ -81,8 +80,8 @@ def _without_values(problem: AttentionProblem) -> AttentionProblem:
 
 def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     """Compute attention; see `deberta_kernels.impl.triton.forward`."""
-    key, precision = tuning.device_key(problem.q.device), _precision(problem.q)
-    out, lse = _run(problem, key, "forward", lambda: launch.forward_launches(problem, key, precision=precision)).results
+    key, precision = tuning.device_key(problem.q.device), _precision()
+    out, lse = _run(problem.q, key, "forward", lambda: launch.forward_launches(problem, key, precision=precision))
     return out, lse
 
 
@@ -91,12 +90,12 @@ def backward(
     needs: tuple[bool, bool, bool, bool, bool],
 ) -> Gradients:  # fmt: skip
     """Compute the gradients asked for; see `deberta_kernels.impl.triton.backward`."""
-    key, precision = tuning.device_key(problem.q.device), _precision(problem.q)
+    key, precision = tuning.device_key(problem.q.device), _precision()
 
     def plan() -> launch.Plan:
         return launch.backward_launches(problem, dout, dlse, out, lse, needs, key, precision=precision)
 
-    gradients: Gradients = _run(problem, key, "backward", plan).results
+    gradients: Gradients = _run(problem.q, key, "backward", plan)
     return gradients
 
 
@@ -115,22 +114,36 @@ def prepare(pos_key: Tensor | None, pos_query: Tensor | None, position: Position
     return expanded
 
 
-def _run(problem: AttentionProblem, key: str, direction: str, plan: Callable[[], launch.Plan]) -> launch.Plan:
-    """Plan and run; on a device with too little memory for the tiles, plan smaller ones and remember them."""
-    dtype, head_dim = problem.q.dtype, problem.q.shape[-1]
+class _TooLargeError(RuntimeError):
+    """Say that a device lacks the memory for the smallest tiles."""
+
+
+def _run(q: Tensor, key: str, direction: str, plan: Callable[[], launch.Plan]) -> Any:
+    """Plan and run; return the results."""
+    try:
+        return _fitted(q, key, direction, plan, launch.run).results
+    except _TooLargeError as error:
+        raise RuntimeError(f"{error}; pass backend='torch'.") from error
+
+
+def _fitted(
+    q: Tensor, key: str, direction: str, plan: Callable[[], launch.Plan], each: Callable[[launch.Launch], None]
+) -> launch.Plan:
+    """Plan, and run or build each launch; where a device lacks the memory, plan smaller tiles and remember them."""
+    dtype, head_dim = q.dtype, q.shape[-1]
     while True:
         config = tuning.config(key, dtype, head_dim, direction)
         planned = plan()
         try:
-            with _on(problem.q.device):
+            with _on(q.device):
                 for step in planned.launches:
-                    launch.run(step)
+                    each(step)
             return planned
         except OutOfResources as error:
             if tuning.shrunk(key, dtype, head_dim, direction, config) is None:
-                raise RuntimeError(
+                raise _TooLargeError(
                     f"the {direction} kernel for head_dim {head_dim} in {dtype} does not fit this device even with "
-                    f"its smallest tiles ({error}); pass backend='torch'."
+                    f"its smallest tiles ({error})"
                 ) from error
 
 
@@ -139,6 +152,6 @@ def _on(device: torch.device) -> torch.cuda.device:
     return torch.cuda.device(device if device.type == "cuda" else -1)
 
 
-def _precision(q: Tensor) -> str:
-    """Return how float32 products are computed, as torch's own setting says."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+def _precision() -> str:
+    """Return how float32 products are computed: as torch computes its own, whichever of its settings says so."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

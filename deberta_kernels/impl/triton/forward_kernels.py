@@ -6,22 +6,21 @@ import triton.language as tl
 from deberta_kernels.impl.triton.primitives import (
     LN2_HIGH,
     LN2_LOW,
-    along_columns,
+    POINTERS,
+    RUNTIME,
     along_rows,
     difference,
-    far_operands,
     kept,
     key_segments,
     load_block,
     load_rows,
+    load_table_row,
     load_tokens,
     near_reach,
     sequence,
     store_rows,
-    two_blocks,
-    valid_keys,
-    without_pairs,
 )
+from deberta_kernels.impl.triton.scores import allowed, far_constant, far_query, near_score, valid_keys
 from deberta_kernels.impl.triton.tile_list import (
     FULL,
     PARTIAL,
@@ -32,16 +31,7 @@ from deberta_kernels.impl.triton.tile_list import (
     occupied,
 )
 
-__all__ = ["forward_kernel"]
-
-# Values that vary from call to call: compiling again for one of them would stall a user's step.
-RUNTIME = (
-    "stride_qb", "stride_qh", "stride_qn", "stride_kb", "stride_kh", "stride_kn", "stride_vb", "stride_vh",
-    "stride_vn", "stride_mb", "stride_ub", "stride_pb", "stride_ph", "stride_pm", "stride_pn", "heads", "nq", "nk",
-    "prefix", "packed", "row_tiles", "list_size", "low_end", "high_start", "table_offset", "table_rows", "threshold",
-    "has_pair",
-)  # fmt: skip
-POINTERS = ("key_mask_ptr", "query_mask_ptr", "pair_mask_ptr", "tile_list_ptr", "cu_seqlens_ptr", "seed_ptr")
+__all__ = ["_disentangled_fwd_kernel"]
 
 
 @triton.jit
@@ -130,7 +120,8 @@ def _far_zones(
             row = tl.zeros([TILE], tl.float32)
             if HAS_BIAS:
                 side_row = tl.where(zone == 1, table_rows - 1, 0)
-                far_q, row = far_operands(q, pos_key, pos_query, side_row, offs_d, zone, BLOCK_D)
+                far_q = far_query(q, load_table_row(pos_query, side_row, offs_d, zone, BLOCK_D))
+                row = far_constant(q, load_table_row(pos_key, side_row, offs_d, zone, BLOCK_D))
                 row = row * (qk_scale / unit_of_maximum(q, qk_scale))
             m -= row  # inside a zone its row constant is left out of scores and maximum alike
             full_start, full_stop, part_start, part_stop = _zone_ranges(
@@ -154,8 +145,8 @@ def _far_zones(
                 j0 = origin + tile * TILE
                 valid = valid_keys(j0 + offs_t, first_key, last_key, key_mask, MASKED)
                 k, v = load_tokens(keys, j0, offs_t, offs_d, valid, HEAD_DIM, BLOCK_D)
-                score = tl.where(valid[None, :], tl.dot(far_q, k.T, input_precision=PRECISION), -float("inf"))
-                score = without_pairs(score, masks, place, i0, j0, False, MASKED, TILE)
+                score = tl.dot(far_q, k.T, input_precision=PRECISION)
+                score = allowed(score, valid, True, masks, place, i0, j0, False, MASKED, TILE)
                 m, total, acc = _online_softmax(
                     score, m, total, acc, v, drop, i0, j0, qk_scale, MASKED, DROPOUT, TILE, PRECISION
                 )
@@ -179,7 +170,7 @@ def _near_zone(
     upper = offs_t[:, None] + offs_t[None, :] < TILE
     block = i0 - (near_start - prefix_tiles) * TILE + prefix - key_start + table_offset
     key_block = load_block(pos_key, block, offs_t, offs_d, BLOCK_D)
-    c2p_high = along_rows(tl.dot(q, key_block.T, input_precision=PRECISION), distance, TILE)
+    c2p = along_rows(tl.dot(q, key_block.T, input_precision=PRECISION), distance, TILE)
     high = load_block(pos_query, block, offs_t, offs_d, BLOCK_D)
     for tile in tl.range(near_start, near_stop, num_stages=1):
         j0 = key_start + (tile - prefix_tiles) * TILE
@@ -191,15 +182,9 @@ def _near_zone(
         block -= TILE
         low = load_block(pos_query, block, offs_t, offs_d, BLOCK_D)
         key_block = load_block(pos_key, block, offs_t, offs_d, BLOCK_D)
-        c2p_low = along_rows(tl.dot(q, key_block.T, input_precision=PRECISION), distance, TILE)
-        bias = along_columns(two_blocks(high, low, upper, k, PRECISION), distance, TILE)
-        bias += tl.where(high_row, c2p_high, c2p_low)
-        c2p_high = c2p_low
+        score, c2p = near_score(q, k, c2p, key_block, high, low, distance, high_row, upper, TILE, PRECISION)
         high = low
-        score = tl.dot(q, k.T, bias, input_precision=PRECISION)
-        if partial:
-            score = tl.where(valid[None, :], score, -float("inf"))
-        score = without_pairs(score, masks, place, i0, j0, False, MASKED, TILE)
+        score = allowed(score, valid, partial, masks, place, i0, j0, False, MASKED, TILE)
         m, total, acc = _online_softmax(
             score, m, total, acc, v, drop, i0, j0, qk_scale, MASKED, DROPOUT, TILE, PRECISION
         )
@@ -207,7 +192,7 @@ def _near_zone(
 
 
 @triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=POINTERS)
-def forward_kernel(
+def _disentangled_fwd_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, pos_key_ptr, pos_query_ptr, mean_ptr,
     key_mask_ptr, query_mask_ptr, pair_mask_ptr, tile_list_ptr, cu_seqlens_ptr, seed_ptr,
     stride_qb: tl.int64, stride_qh: tl.int64, stride_qn, stride_kb: tl.int64, stride_kh: tl.int64, stride_kn,

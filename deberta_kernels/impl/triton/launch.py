@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from deberta_kernels.impl.triton import tuning
 from deberta_kernels.impl.triton.backward_plan import Backward
-from deberta_kernels.impl.triton.forward_kernels import forward_kernel
+from deberta_kernels.impl.triton.forward_kernels import _disentangled_fwd_kernel
 from deberta_kernels.impl.triton.plan import Call, Launch, Plan, expand_launch
 from deberta_kernels.types import AttentionProblem
 
@@ -16,17 +18,25 @@ __all__ = ["Launch", "Plan", "backward_launches", "build", "expand_launch", "for
 
 def run(launch: Launch) -> None:
     """Run one launch on the current stream."""
-    launch.kernel[launch.grid](
-        **launch.arguments, **launch.constants, num_warps=launch.num_warps, num_stages=launch.num_stages
-    )
+    launch.kernel[launch.grid](**launch.arguments, **launch.constants, **_options(launch))
 
 
 def build(launch: Launch) -> None:
-    """Compile the kernel of a launch for the current device, without running it."""
-    launch.kernel.warmup(
-        **launch.arguments, **launch.constants, grid=launch.grid, num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
+    """Compile the kernel of a launch for the current device and load it, without running it.
+
+    Raises:
+        triton.runtime.errors.OutOfResources: the device has less memory than its tiles need.
+    """
+    compiled = launch.kernel.warmup(
+        **launch.arguments, **launch.constants, grid=launch.grid, **_options(launch)
     )  # fmt: skip
+    if compiled is not None:  # the interpreter compiles nothing
+        _ = compiled.run  # the property loads the kernel
+
+
+def _options(launch: Launch) -> dict[str, Any]:
+    # Triton's default for fusing products and sums depends on its version; the bounds on the code hold with fusion.
+    return {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
 
 
 def forward_launches(
@@ -55,7 +65,7 @@ def forward_launches(
         mean = problem.v.mean(2, dtype=torch.float32).contiguous()
     tables = call.tables()
     call.add(
-        forward_kernel,
+        _disentangled_fwd_kernel,
         (call.batch * heads * call.row_tiles,),
         {
             **call.tokens("q", "k", "v"), **call.key_masks(), **call.query_mask(), **tables,

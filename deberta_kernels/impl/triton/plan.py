@@ -15,7 +15,7 @@ from torch import Tensor
 from deberta_kernels import dropout
 from deberta_kernels.impl.triton import tile_list, tuning
 from deberta_kernels.impl.triton.primitives import LOG2E, PREFIX_STEP
-from deberta_kernels.impl.triton.table_kernels import expand_kernel
+from deberta_kernels.impl.triton.table_kernels import _disentangled_expand_kernel
 from deberta_kernels.impl.triton.tables import DeviceTables, Window, device_tables, full_window, window
 from deberta_kernels.types import AttentionProblem, PositionSpec
 
@@ -86,7 +86,7 @@ def expand_launch(
     tile = rows_of_program(_EXPAND_ROWS, some.device)
     constants = {"HEAD_DIM": head_dim, "BLOCK_D": block, "TILE": tile}
     grid = (-(-covered.rows // tile), heads, 2)
-    return Launch(expand_kernel, grid, arguments, constants, 4, 1), expanded
+    return Launch(_disentangled_expand_kernel, grid, arguments, constants, 4, 1), expanded
 
 
 class Call:
@@ -201,7 +201,9 @@ class Call:
             "prefix": prefix, "size": size, "all_partial": int(all_partial),
         }  # fmt: skip
         constants = {"TILE": self.config.tile}
-        self.launches.append(Launch(tile_list.tile_list_kernel, (self.batch,), arguments, constants, 4, 1))
+        self.launches.append(
+            Launch(tile_list._disentangled_tile_list_kernel, (self.batch,), arguments, constants, 4, 1)
+        )
         return found, size
 
     def tables(self) -> dict[str, Any]:

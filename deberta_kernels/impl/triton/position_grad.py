@@ -2,14 +2,16 @@
 
 All tiles of a diagonal read the same two blocks of the expanded tables, so their gradients are two sums that stay in
 registers. The scores are recomputed a third time; in exchange the sums have one fixed order, and the same call gives
-the same bits. Saturated tiles are not here: `bwd_dq_kernel` sums their gradients on its way.
+the same bits. Saturated tiles are not here: the pass by queries sums their gradients on its way.
 """
 
 import triton
 import triton.language as tl
 
-from deberta_kernels.impl.triton.backward_kernels import POINTERS, RUNTIME, score_gradient
 from deberta_kernels.impl.triton.primitives import (
+    POINTERS,
+    PREFIX_STEP,
+    RUNTIME,
     along_columns,
     along_rows,
     difference,
@@ -18,19 +20,15 @@ from deberta_kernels.impl.triton.primitives import (
     load_tokens,
     sequence,
     total,
-    two_blocks,
-    valid_keys,
-    without_pairs,
 )
+from deberta_kernels.impl.triton.scores import allowed, lone_score, score_gradient, valid_keys, weights
 from deberta_kernels.impl.triton.tile_list import ALL, ROWS, kind_range
 
-__all__ = ["bwd_position_kernel"]
+__all__ = ["_disentangled_bwd_position_kernel"]
 
 
-@triton.jit(
-    do_not_specialize=(*RUNTIME, "samples", "first_diagonal", "rows_of_part"), do_not_specialize_on_alignment=POINTERS
-)
-def bwd_position_kernel(
+@triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=POINTERS)
+def _disentangled_bwd_position_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, stats_ptr, near_ptr, pos_key_ptr, pos_query_ptr,
     key_mask_ptr, pair_mask_ptr, tile_list_ptr, cu_seqlens_ptr, seed_ptr,
     stride_qb: tl.int64, stride_qh: tl.int64, stride_qn, stride_kb: tl.int64, stride_kh: tl.int64, stride_kn,
@@ -53,7 +51,7 @@ def bwd_position_kernel(
     padded_nk = nk
     offs_t = tl.arange(0, TILE)
     offs_d = tl.arange(0, BLOCK_D)
-    shift = prefix - prefix // 16 * 16
+    shift = prefix % PREFIX_STEP
     block = diagonal * TILE + shift + table_offset
     pos_key = pos_key_ptr + h.to(tl.int64) * table_rows * BLOCK_D
     pos_query = pos_query_ptr + h.to(tl.int64) * table_rows * BLOCK_D
@@ -102,22 +100,15 @@ def bwd_position_kernel(
             keys = (k_base, v_base, stride_kn * UNIT, stride_vn * UNIT)
             q, dout = load_tokens(queries, start + i0, offs_t, offs_d, row_valid, HEAD_DIM, BLOCK_D)
             k, v = load_tokens(keys, start + j0, offs_t, offs_d, valid, HEAD_DIM, BLOCK_D)
-            c2p_high = tl.dot(q, high_key.T, input_precision=PRECISION)
-            c2p_low = tl.dot(q, low_key.T, input_precision=PRECISION)
-            # Row r of the product reads entry y of the high block where y <= r, which is where r >= c.
-            bias = along_rows(tl.where(high_row, c2p_high, c2p_low), distance, TILE)
-            bias += along_columns(two_blocks(high_query, low_query, upper, k, PRECISION), distance, TILE)
+            score = lone_score(q, k, high_key, low_key, high_query, low_query, TILE, PRECISION)
             pair_mask = pair_mask_ptr + b * stride_pb + h * stride_ph
-            score = tl.where(valid[None, :], tl.dot(q, k.T, bias, input_precision=PRECISION), -float("inf"))
             masks = (key_mask_ptr, tile_list_ptr, list_size, pair_mask, has_pair, stride_pm, stride_pn)
             place = (nq_b, nk_b, prefix, prefix_tiles, tiles, key_start)
-            score = without_pairs(score, masks, place, i0, j0, False, MASKED, TILE)
-            dp = tl.dot(dout, v.T, input_precision=PRECISION)
+            score = allowed(score, valid, True, masks, place, i0, j0, False, MASKED, TILE)
             drop = (seed_ptr, b * heads + h, threshold)
-            _, ds = score_gradient(
-                score, -lse[:, None], dp, out_dot_dout[:, None], drop, i0, j0, keep_scale, qk_scale, False, DROPOUT,
-                TILE,
-            )  # fmt: skip
+            p = weights(score, -lse[:, None], qk_scale, q)
+            dp = tl.dot(dout, v.T, input_precision=PRECISION)
+            _, ds = score_gradient(p, dp, out_dot_dout[:, None], drop, i0, j0, keep_scale, False, DROPOUT, TILE)
             ds = ds.to(q.dtype)
             nothing = tl.zeros_like(ds)
             by_query = along_rows(ds, distance, TILE)  # (r, y)

@@ -1,9 +1,4 @@
-"""Compute what the forward and the backward share: tiles of tokens, position bias, masks, dropout.
-
-One tile is T queries by T keys. With x0 the distance of its first pair, the pair (r, c) has distance x0 + r - c. Let
-y = (r - c) mod T: where r >= c the pair reads row x0 + y of the distance-expanded tables, elsewhere row x0 - T + y. So
-the bias of a tile is a product with two blocks of T table rows, read back along diagonals: a rotation of the rows
-(or columns) of the product, done by a gather through shared memory. `docs/gpu.md` derives it.
+"""Compute what every kernel needs: tiles of tokens, gathers through shared memory, dropout.
 
 Values that travel together are tuples, always in this order:
 
@@ -31,6 +26,19 @@ LOG2E_LOW = tl.constexpr(1.925962989091e-8)
 LN2_HIGH = tl.constexpr(0.6931471824645996)
 LN2_LOW = tl.constexpr(-1.904654323148e-9)
 PREFIX_STEP = tl.constexpr(16)
+
+# Values that vary from call to call: compiling again for one of them would stall a user's step.
+RUNTIME = (
+    "stride_qb", "stride_qh", "stride_qn", "stride_kb", "stride_kh", "stride_kn", "stride_vb", "stride_vh",
+    "stride_vn", "stride_ob", "stride_oh", "stride_on", "stride_mb", "stride_ub", "stride_pb", "stride_ph",
+    "stride_pm", "stride_pn", "stride_lb", "stride_lh", "stride_ln", "heads", "nq", "nk", "prefix", "packed",
+    "row_tiles", "key_tiles", "list_size", "row_list_size", "low_end", "high_start", "table_offset", "table_rows",
+    "threshold", "has_pair", "has_dlse", "stats_size", "far_size", "samples", "first_diagonal", "parts", "n",
+)  # fmt: skip
+POINTERS = (
+    "key_mask_ptr", "query_mask_ptr", "pair_mask_ptr", "tile_list_ptr", "row_list_ptr", "cu_seqlens_ptr", "seed_ptr",
+    "dlse_ptr",
+)  # fmt: skip
 
 
 @triton.jit
@@ -72,6 +80,13 @@ def store_rows(base, offs_n, offs_d, stride, row_mask, values, HEAD_DIM: tl.cons
 def load_block(table, row, offs_t, offs_d, BLOCK_D: tl.constexpr):
     """Load T consecutive rows of an expanded table, (T, BLOCK_D); the tables have a margin, so none is outside."""
     return tl.load(table + (row + offs_t)[:, None] * BLOCK_D + offs_d[None, :])
+
+
+@triton.jit
+def load_table_row(table, row, offs_d, positioned, BLOCK_D: tl.constexpr):
+    """Return one row of an expanded table, (BLOCK_D,) float32; zero where the integer `positioned` is 0."""
+    mask = when(offs_d < BLOCK_D, positioned)
+    return tl.load(table + row * BLOCK_D + offs_d, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -160,62 +175,6 @@ def along_columns(x, row, TILE: tl.constexpr):
     col = tl.arange(0, TILE)[None, :] + tl.zeros_like(row)
     address = staging_address(row, col, TILE, x.dtype.primitive_bitwidth)
     return tl.gather(staged(x, TILE), address.reshape(TILE * TILE), 0).reshape(TILE, TILE)
-
-
-@triton.jit
-def far_operands(q, pos_key, pos_query, row, offs_d, positioned, BLOCK_D: tl.constexpr):
-    """Return what the saturated zone needs: q + b[row] rounded to the dtype of q, and q . a[row], (T,) float32.
-
-    With them a saturated score is (q_i + b) . k_j + q_i . a: plain attention with another query and a row constant.
-    Without a position (prefix keys) they are q and 0.
-    """
-    mask = when(offs_d < BLOCK_D, positioned)
-    a = tl.load(pos_key + row * BLOCK_D + offs_d, mask=mask, other=0.0).to(tl.float32)
-    b = tl.load(pos_query + row * BLOCK_D + offs_d, mask=mask, other=0.0).to(tl.float32)
-    wide = q.to(tl.float32)
-    return (wide + b[None, :]).to(q.dtype), tl.sum(wide * a[None, :], 1)
-
-
-@triton.jit
-def two_blocks(high, low, upper, x, PRECISION: tl.constexpr):
-    """Return the product of two table blocks with the tokens x, (T, T): row y from `high` where upper, else `low`."""
-    return tl.where(upper, tl.dot(high, x.T, input_precision=PRECISION), tl.dot(low, x.T, input_precision=PRECISION))
-
-
-@triton.jit
-def valid_keys(offs_j, first_key, last_key, key_mask, MASKED: tl.constexpr):
-    """Return which keys are in [first_key, last_key) and not masked, (T,) bool."""
-    valid = (offs_j >= first_key) & (offs_j < last_key)
-    if MASKED:
-        valid = valid & (tl.load(key_mask + offs_j, mask=valid, other=0) != 0)
-    return valid
-
-
-@triton.jit
-def without_pairs(score, masks, place, i0, j0, KEYS_FIRST: tl.constexpr, MASKED: tl.constexpr, TILE: tl.constexpr):
-    """Return the scores of a tile with -inf where the pair mask forbids attention.
-
-    Args:
-        score: (T, T) float32, keys by queries when KEYS_FIRST, else queries by keys.
-        masks: see the head of this file.
-        place: see the head of this file.
-        i0: first query of the tile.
-        j0: first key.
-    """
-    if MASKED == 2:
-        key_mask, tile_list, list_size, pair_mask, has_pair, stride_pm, stride_pn = masks
-        nq, nk, prefix, prefix_tiles, tiles, key_start = place
-        if has_pair != 0:
-            i = i0 + tl.arange(0, TILE)
-            j = j0 + tl.arange(0, TILE)
-            if KEYS_FIRST:
-                pointers = pair_mask + j[:, None] * stride_pn + i[None, :] * stride_pm
-                inside = (j < nk)[:, None] & (i < nq)[None, :]
-            else:
-                pointers = pair_mask + i[:, None] * stride_pm + j[None, :] * stride_pn
-                inside = (i < nq)[:, None] & (j < nk)[None, :]
-            score = tl.where(tl.load(pointers, mask=inside, other=0) != 0, score, -float("inf"))
-    return score
 
 
 @triton.jit

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from deberta_kernels.impl.triton.primitives import when
 
-__all__ = ["expand_kernel", "fold_kernel"]
+__all__ = ["_disentangled_expand_kernel", "_disentangled_fold_kernel"]
 
 
 @triton.jit(
@@ -13,7 +13,7 @@ __all__ = ["expand_kernel", "fold_kernel"]
                        "has_key", "has_query"),
     do_not_specialize_on_alignment=("pos_key_ptr", "pos_query_ptr", "delta_ptr"),
 )  # fmt: skip
-def expand_kernel(
+def _disentangled_expand_kernel(
     pos_key_ptr, pos_query_ptr, expanded_ptr, delta_ptr, stride_kh: tl.int64, stride_kn: tl.int64, stride_qh: tl.int64,
     stride_qn: tl.int64, rows, skipped, first_row, table_rows, has_key, has_query,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
@@ -45,7 +45,7 @@ def expand_kernel(
     do_not_specialize=("rows", "skipped", "first_row", "table_rows", "parts", "heads", "low_row", "high_row"),
     do_not_specialize_on_alignment=("order_ptr", "bounds_ptr"),
 )  # fmt: skip
-def fold_kernel(
+def _disentangled_fold_kernel(
     near_ptr, far_ptr, dpos_ptr, order_ptr, bounds_ptr, rows, skipped, first_row, table_rows, parts, heads, low_row,
     high_row, scale, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip

@@ -11,7 +11,17 @@ import triton.language as tl
 
 from deberta_kernels.impl.triton.primitives import key_segments
 
-__all__ = ["ALL", "FULL", "PARTIAL", "ROWS", "is_partial", "kind_range", "listed", "occupied", "tile_list_kernel"]
+__all__ = [
+    "ALL",
+    "FULL",
+    "PARTIAL",
+    "ROWS",
+    "_disentangled_tile_list_kernel",
+    "is_partial",
+    "kind_range",
+    "listed",
+    "occupied",
+]
 
 ALL = tl.constexpr(0)
 FULL = tl.constexpr(2)
@@ -61,7 +71,7 @@ def _append(base, size, tile, belongs, exists, found, KIND: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=("length", "prefix", "size", "all_partial"), do_not_specialize_on_alignment=("mask_ptr",))
-def tile_list_kernel(
+def _disentangled_tile_list_kernel(
     mask_ptr, tile_list_ptr, stride_mb: tl.int64, length, prefix, size, all_partial, TILE: tl.constexpr
 ):  # fmt: skip
     """Write the list of each sample; the grid is (B,). With all_partial no tile counts as full."""

@@ -1,0 +1,168 @@
+"""Form the scores of a tile and the masks on them: the one place for the forward and for every backward pass.
+
+One tile is T queries by T keys. With x0 the distance of its first pair, the pair (r, c) has distance x0 + r - c. Let
+y = (r - c) mod T: where r >= c the pair reads row x0 + y of the distance-expanded tables, elsewhere row x0 - T + y. So
+the bias of a tile is a product with two blocks of T table rows, read back along diagonals: a rotation of the rows
+(or columns) of the product, done by a gather through shared memory. `docs/gpu.md` derives it.
+
+In float32 every pass forms a score from the same products in the same order, so that it comes out with the same bits.
+`weights` says why.
+"""
+
+# No postponed annotations here: Triton reads the annotations of kernels as objects.
+
+import triton
+import triton.language as tl
+
+from deberta_kernels.impl.triton.primitives import along_columns, along_rows, difference, kept
+
+
+@triton.jit
+def far_query(q, pos_query_row):
+    """Return q + b, rounded to the dtype of q; with b the saturated row of pos_query, (BLOCK_D,) float32.
+
+    A saturated score is (q_i + b) . k_j + q_i . a: plain attention with another query and a row constant.
+    """
+    return (q.to(tl.float32) + pos_query_row[None, :]).to(q.dtype)
+
+
+@triton.jit
+def far_constant(q, pos_key_row):
+    """Return q . a, (T,) float32; see `far_query`."""
+    return tl.sum(q.to(tl.float32) * pos_key_row[None, :], 1)
+
+
+@triton.jit
+def near_score(
+    fixed, moving, carried, fixed_block, old_block, new_block, index, old_pair, old_entry, TILE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Return the raw scores of a near tile, (T, T) float32, fixed by moving tokens, and what the next tile carries on.
+
+    Along a row of tiles the new blocks of one tile are the old ones of the next, so that one product with the fixed
+    tokens and its rotation per tile suffice.
+
+    Args:
+        fixed: tokens of all tiles of this program, (T, BLOCK_D): the queries, or the keys in the pass by keys.
+        moving: the other tokens.
+        carried: the rotated product of the fixed tokens with the old block of their table.
+        fixed_block: the new block of that table.
+        old_block: of the other table.
+        new_block: of the other table.
+        index: y of each pair.
+        old_pair: which pairs read the old blocks.
+        old_entry: which entries (y, moving token) of the product with the other table are of its old block.
+    """
+    rotated = along_rows(tl.dot(fixed, fixed_block.T, input_precision=PRECISION), index, TILE)
+    old = tl.dot(old_block, moving.T, input_precision=PRECISION)
+    new = tl.dot(new_block, moving.T, input_precision=PRECISION)
+    bias = along_columns(tl.where(old_entry, old, new), index, TILE)
+    bias += tl.where(old_pair, carried, rotated)
+    return tl.dot(fixed, moving.T, bias, input_precision=PRECISION), rotated
+
+
+@triton.jit
+def lone_score(q, k, high_key, low_key, high_query, low_query, TILE: tl.constexpr, PRECISION: tl.constexpr):
+    """Return the raw scores of a near tile, queries by keys, from all four blocks: those of `near_score` to the bit."""
+    row = tl.arange(0, TILE)[:, None]
+    col = tl.arange(0, TILE)[None, :]
+    distance = difference(TILE)
+    high = tl.dot(q, high_key.T, input_precision=PRECISION)
+    low = tl.dot(q, low_key.T, input_precision=PRECISION)
+    # Row r of the product reads entry y of the high block where y <= r, which is where r >= c.
+    c2p = along_rows(tl.where(row >= col, high, low), distance, TILE)
+    high = tl.dot(high_query, k.T, input_precision=PRECISION)
+    low = tl.dot(low_query, k.T, input_precision=PRECISION)
+    bias = along_columns(tl.where(row + col < TILE, high, low), distance, TILE)
+    return tl.dot(q, k.T, bias + c2p, input_precision=PRECISION)
+
+
+@triton.jit
+def valid_keys(offs_j, first_key, last_key, key_mask, MASKED: tl.constexpr):
+    """Return which keys are in [first_key, last_key) and not masked, (T,) bool."""
+    valid = (offs_j >= first_key) & (offs_j < last_key)
+    if MASKED:
+        valid = valid & (tl.load(key_mask + offs_j, mask=valid, other=0) != 0)
+    return valid
+
+
+@triton.jit
+def allowed(
+    score, valid, partial, masks, place, i0, j0, KEYS_FIRST: tl.constexpr, MASKED: tl.constexpr, TILE: tl.constexpr
+):  # fmt: skip
+    """Return the scores of a tile with -inf where a mask or an end forbids attention.
+
+    Args:
+        score: (T, T) float32, keys by queries when KEYS_FIRST, else queries by keys.
+        valid: which keys there are, (T,).
+        partial: whether some are not.
+        masks: see `primitives`.
+        place: see `primitives`.
+        i0: first query of the tile.
+        j0: first key.
+    """
+    if partial:
+        if KEYS_FIRST:
+            score = tl.where(valid[:, None], score, -float("inf"))
+        else:
+            score = tl.where(valid[None, :], score, -float("inf"))
+    if MASKED == 2:
+        key_mask, tile_list, list_size, pair_mask, has_pair, stride_pm, stride_pn = masks
+        nq, nk, prefix, prefix_tiles, tiles, key_start = place
+        if has_pair != 0:
+            i = i0 + tl.arange(0, TILE)
+            j = j0 + tl.arange(0, TILE)
+            if KEYS_FIRST:
+                pointers = pair_mask + j[:, None] * stride_pn + i[None, :] * stride_pm
+                inside = (j < nk)[:, None] & (i < nq)[None, :]
+            else:
+                pointers = pair_mask + i[:, None] * stride_pm + j[None, :] * stride_pn
+                inside = (i < nq)[:, None] & (j < nk)[None, :]
+            score = tl.where(tl.load(pointers, mask=inside, other=0) != 0, score, -float("inf"))
+    return score
+
+
+@triton.jit
+def weights(score, shift, qk_scale, x):
+    """Return the attention probabilities p before dropout, (T, T) float32.
+
+    p is as exact as score and shift, whose last bit is coarse once scores are large: the sum of a row differs from 1 by
+    |lse| * 2^-24. float32 is held to better than that. There the pass by queries, which meets all keys of a row, notes
+    1 / sum, and the pass by keys multiplies by it; since both form scores with the same bits, a row with all its weight
+    on one key gets exactly 1.
+
+    Args:
+        score: raw scores, -inf where forbidden.
+        shift: row constant less log-sum-exp, raw, broadcast along the keys.
+        qk_scale: from raw scores to units of log2.
+        x: a tensor of the inputs' dtype. In float32 the shift is added before scaling, which is more exact; elsewhere
+            both are one operation.
+    """
+    if x.dtype == tl.float32:
+        return tl.exp2((score + shift) * qk_scale)
+    else:
+        return tl.exp2(score * qk_scale + shift * qk_scale)
+
+
+@triton.jit
+def score_gradient(
+    p, dp, out_dot_dout, drop, i0, j0, keep_scale, KEYS_FIRST: tl.constexpr, DROPOUT: tl.constexpr, TILE: tl.constexpr
+):  # fmt: skip
+    """Return (p after dropout, ds), ds without the factor `scale`; both (T, T) float32.
+
+    Args:
+        p: see `weights`; keys by queries when KEYS_FIRST, else queries by keys.
+        dp: dout . v, raw.
+        out_dot_dout: broadcast along the keys.
+        drop: see `primitives`.
+        i0: first query of the tile.
+        j0: first key.
+        keep_scale: what a kept probability is multiplied by.
+    """
+    dropped = p
+    if DROPOUT:
+        seed_ptr, batch_head, threshold = drop
+        keep = kept(seed_ptr, batch_head, i0, j0, threshold, KEYS_FIRST, TILE)
+        dp = tl.where(keep, dp * keep_scale, 0.0)
+        dropped = tl.where(keep, p * keep_scale, 0.0)
+    return dropped, p * (dp - out_dot_dout)
