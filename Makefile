@@ -36,7 +36,7 @@ OFFLINE = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-tf4 test-triton test-ecosystem lint format types build bench-cpu bench-model bench-train
 .PHONY: env-demo env-test env-bench env-tf4 env-triton env-ecosystem env-gpu clean kernels-offline cuda-offline
-.PHONY: gpu gpu-smoke tune
+.PHONY: gpu gpu-smoke tune bench-adapters
 MAKEFLAGS += --no-print-directory
 
 help: ## list these targets
@@ -81,6 +81,10 @@ bench-model: env-bench ## time whole models against eager, ONNX Runtime, OpenVIN
 
 bench-train: env-test ## time training steps against eager
 	@$(RUN) benchmarks/bench_train.py $(ARGS)
+
+bench-adapters: env-tf4 env-test ## time LoRA training, prefixes and prompts patched and unpatched: AdapterHub, then PEFT
+	@$(VENV_TF4)/bin/python benchmarks/bench_adapters.py --library adapters $(ARGS)
+	@$(RUN) benchmarks/bench_adapters.py --library peft $(ARGS)
 
 kernels-offline: env-test build/triton-$(TRITON) build/triton-$(TRITON_OLDEST) ## compile the Triton kernels for devices not here; count
 	@PYTHONPATH=build/triton-$(TRITON) $(RUN) -m pytest -q tests/triton

@@ -70,7 +70,7 @@ def device_name() -> str:
 def versions() -> dict[str, str]:
     """Return the versions that can move a number."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
-    for name in ("transformers", "numpy", "onnx", "onnxruntime", "openvino"):
+    for name in ("transformers", "numpy", "onnx", "onnxruntime", "openvino", "adapters", "peft"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

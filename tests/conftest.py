@@ -52,7 +52,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--every-case",
         action="store_true",
-        help="run slow targets on every case of their size, not on a sample of at most 6 of each test",
+        help="run slow targets on every case of their size, and the whole grid of adapters, not on samples of them",
     )
 
 

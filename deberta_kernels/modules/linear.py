@@ -142,7 +142,7 @@ def is_linear(module: Any) -> bool:
     the weight, changes nothing.
     """
     cls = type(module)
-    if (cls.__module__, cls.__name__) == ("adapters.methods.lora", "LoRALinearTorch"):
+    if cls.__module__ == "adapters.methods.lora" and cls.__name__ in ("LoRALinearTorch", "LoRAMergedLinear"):
         return not module.fan_in_fan_out and (bool(module.merged) or module.get_active_setup() is None)
     return cls is nn.Linear
 
