@@ -3,6 +3,7 @@
 Shapes are small, since a tile takes 20 ms; small bucket counts bring the far zones within reach.
 """
 
+import random
 from dataclasses import replace
 
 import pytest
@@ -53,6 +54,28 @@ def test_results_are_within_the_budget(case):
     out, lse = harness.run(problem)
     report = budget.measure({"out": out, "lse": lse}, budget.truth(problem), case.id)
     assert report.ok, str(report)
+
+
+def random_case(seed: int) -> Case:
+    draw = random.Random(seed).choice
+    packed = draw((False, False, False, True))
+    nq, prefix = draw((1, 17, 64, 65, 100, 128, 129, 200)), 0 if packed else draw((0, 0, 1, 16, 63, 64, 65))
+    mask = "none" if packed else draw(inputs.MASKS)
+    buckets, most = draw(((256, 512), (16, 64), (4, 8), (0, 40), (0, 1)))
+    nk = None if packed else draw((nq, 30, 150)) + prefix
+    if nk != nq:
+        mask = mask.removesuffix("_tokens")
+    return Case(
+        batch=draw((1, 2, 3)), heads=draw((1, 2)), nq=nq, nk=nk, head_dim=draw((64, 64, 128)),
+        dtype=draw((BF16, FP16)), terms=draw(inputs.TERMS), position_buckets=buckets, max_relative_positions=most,
+        prefix_length=prefix, mask=mask, layout=draw(inputs.LAYOUTS), spread=draw((1.0, 3.0, 30.0)),
+        dropout_p=draw((0.0, 0.0, 0.3)), reachable=draw((False, True)), packed=packed, seed=seed,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("case", [random_case(seed) for seed in range(24)], ids=lambda case: case.id)
+def test_random_cases_are_within_the_budget(case):
+    test_results_are_within_the_budget(case)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
