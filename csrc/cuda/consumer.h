@@ -326,7 +326,7 @@ class Consumer {
       if (lane_.t == 0) {
         // Doubles, so that a large maximum is rounded once.
         const double log2_sum = (double)statistics_.maximum[h] + (double)log2_exact(total);
-        const float lse = padded ? kMinusInfinity : (float)(log2_sum * 0.69314718055994530942);
+        const float lse = padded ? minus_infinity() : (float)(log2_sum * 0.69314718055994530942);
         const int64_t rows = batch * p_.heads + place_.head;
         store_global(p_.lse + rows * p_.nq + place_.first_token + rows_[h], lse);
       }

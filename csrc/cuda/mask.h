@@ -5,8 +5,6 @@
 
 namespace dk {
 
-constexpr float kMinusInfinity = -__builtin_huge_valf();
-
 // Return whether some key of the tile may not be attended to.
 DK_DEVICE bool is_partial(const StageInfo& info) { return (info.valid_low & info.valid_high) != 0xffffffffu; }
 
@@ -15,7 +13,7 @@ DK_DEVICE void mask_keys(float (&score)[32], const StageInfo& info, const Lane& 
   DK_UNROLL
   for (int i = 0; i < 32; i++) {
     const int n = i >> 2, e = i & 1;
-    if (!(valid[n >> 2] >> (8 * (n & 3) + e) & 1)) score[i] = kMinusInfinity;
+    if (!(valid[n >> 2] >> (8 * (n & 3) + e) & 1)) score[i] = minus_infinity();
   }
 }
 
@@ -32,7 +30,7 @@ class PairMask {
     for (int i = 0; i < 32; i++) {
       const int n = i >> 2, h = (i >> 1) & 1, e = i & 1;
       const int row = rows[h], key = first_key + 8 * n + 2 * lane.t + e;
-      if (row < nq_ && key < nk_ && !load_global(base_ + row * stride_m_ + key * stride_n_)) score[i] = kMinusInfinity;
+      if (row < nq_ && key < nk_ && !load_global(base_ + row * stride_m_ + key * stride_n_)) score[i] = minus_infinity();
     }
   }
 

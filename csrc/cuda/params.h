@@ -2,7 +2,16 @@
 // wide, so that a host which packs bytes cannot pad it differently. Strides count elements. README.md says how a host
 // fills it.
 #pragma once
+#ifdef __CUDACC_RTC__  // compiled at run time, where there are no headers at all
+using uint8_t = unsigned char;
+using uint16_t = unsigned short;
+using int32_t = int;
+using uint32_t = unsigned int;
+using int64_t = long long;
+using uint64_t = unsigned long long;
+#else
 #include <cstdint>
+#endif
 
 namespace dk {
 

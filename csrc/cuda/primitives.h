@@ -1,14 +1,10 @@
 // The instructions of sm_90a that the kernels use, one function each. A build without nvcc takes functions of the same
-// names from tests/cuda_emulation, which runs the kernels on a CPU.
+// names from tests/cuda_emulation, which runs the kernels on a CPU. No header of CUDA or of C++ is included, so that the
+// sources also compile at run time (NVRTC), on machines that have neither.
 #pragma once
 #ifndef __CUDACC__
 #include "emulated_primitives.h"
 #else
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <cstdint>
-
 #include "params.h"
 
 #define DK_DEVICE __device__ __forceinline__
@@ -44,6 +40,8 @@ DK_DEVICE float exp2_fast(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+DK_DEVICE float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+DK_DEVICE float minus_infinity() { return __uint_as_float(0xff800000u); }
 DK_DEVICE float larger(float a, float b) { return fmaxf(a, b); }
 DK_DEVICE float log2_exact(float x) { return log2f(x); }
 
@@ -175,8 +173,9 @@ DK_DEVICE void product_wait() {
 
 struct BFloat16 {
   static DK_DEVICE uint32_t pack(float low, float high) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(pair);
+    uint32_t pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
   }
   static DK_DEVICE void unpack(uint32_t pair, float& low, float& high) {
     low = __uint_as_float(pair << 16), high = __uint_as_float(pair & 0xffff0000u);
@@ -186,12 +185,14 @@ struct BFloat16 {
 
 struct Float16 {
   static DK_DEVICE uint32_t pack(float low, float high) {
-    const __half2 pair = __floats2half2_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(pair);
+    uint32_t pair;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
   }
   static DK_DEVICE void unpack(uint32_t pair, float& low, float& high) {
-    const float2 both = __half22float2(reinterpret_cast<const __half2&>(pair));
-    low = both.x, high = both.y;
+    asm("{\n.reg .f16 a, b;\nmov.b32 {a, b}, %2;\ncvt.f32.f16 %0, a;\ncvt.f32.f16 %1, b;\n}"
+        : "=f"(low), "=f"(high)
+        : "r"(pair));
   }
   DK_PRODUCTS("f16")
 };

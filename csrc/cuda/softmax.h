@@ -6,7 +6,7 @@ namespace dk {
 
 // Maximum so far, and this lane's share of the sum of exponentials so far; both in units of log2, scaled.
 struct Statistics {
-  float maximum[2] = {kMinusInfinity, kMinusInfinity};
+  float maximum[2] = {minus_infinity(), minus_infinity()};
   float total[2] = {0.0f, 0.0f};
 };
 
@@ -33,7 +33,7 @@ DK_DEVICE void exponentials(float (&score)[32], Statistics& statistics, float qk
     const float tile = largest_of_row(larger(larger(row[0], row[1]), larger(row[2], row[3])));
     const float maximum = larger(statistics.maximum[h], tile * qk_scale);
     // Without any key so far: exp2(-inf - 0) is 0, exp2(-inf + inf) would be NaN.
-    const float base = maximum == kMinusInfinity ? 0.0f : maximum;
+    const float base = maximum == minus_infinity() ? 0.0f : maximum;
     correction[h] = exp2_fast(statistics.maximum[h] - base);
     statistics.maximum[h] = maximum;
     float sum[2] = {0.0f, 0.0f};
@@ -42,7 +42,7 @@ DK_DEVICE void exponentials(float (&score)[32], Statistics& statistics, float qk
       DK_UNROLL
       for (int e = 0; e < 2; e++) {
         float& x = score[4 * n + 2 * h + e];
-        x = exp2_fast(__builtin_fmaf(x, qk_scale, -base));
+        x = exp2_fast(multiply_add(x, qk_scale, -base));
         sum[e] += x;
       }
     }

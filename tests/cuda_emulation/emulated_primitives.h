@@ -49,6 +49,8 @@ inline uint32_t ballot(bool flag) {
 inline void sync_warp() { machine.meet("a warp barrier", 0, true); }
 
 inline float exp2_fast(float x) { return std::exp2(x); }
+inline float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
+inline float minus_infinity() { return -HUGE_VALF; }
 inline float larger(float a, float b) { return std::fmax(a, b); }
 inline float log2_exact(float x) { return std::log2(x); }
 

@@ -1,5 +1,6 @@
 """The tool that compiles the CUDA kernels: what it reads, what it finds wrong, and the kernels themselves."""
 
+import re
 from dataclasses import replace
 
 import cuda_offline
@@ -53,6 +54,14 @@ def test_bounds_of_every_kernel_are_committed():
     suffixes = ("", "_pair", "_dropout", "_pair_dropout")
     names = {f"disentangled_forward_{dtype}_d{d}{suffix}" for dtype, d in cuda.MODULES for suffix in suffixes}
     assert all(set(kernels) == names for kernels in bounds.values())
+
+
+def test_sources_include_only_each_other():
+    """At run time there may be no header of CUDA or C++; cstdint and the emulation are for other compilers."""
+    allowed = {path.name for path in cuda.SOURCES.iterdir()} | {"cstdint", "emulated_primitives.h"}
+    for path in cuda.SOURCES.glob("*.*"):
+        if path.suffix in (".h", ".cu"):
+            assert set(re.findall(r"#include [<\"]([^>\"]+)", path.read_text())) <= allowed, path
 
 
 @pytest.mark.skipif(cuda.nvcc() is None, reason="there is no nvcc")
