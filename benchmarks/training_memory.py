@@ -1,10 +1,11 @@
 """Write the table of docs/training.md: memory of training each released size, eager and patched.
 
-python benchmarks/training_memory.py               compute, measure what fits, write the table; 10 minutes
-python benchmarks/training_memory.py --no-measure  compute only, 2 minutes
+python benchmarks/training_memory.py               compute, measure what fits, write the table; 20 minutes
+python benchmarks/training_memory.py --no-measure  measure nothing that was not measured before, 2 minutes
 
 What one layer keeps for backward is measured on a real layer of each geometry, by hooks on saved tensors; a model keeps
-that times its layers. The measured column is the high-water mark of a whole step in a process of its own.
+that times its layers. The measured column is the high-water mark of a whole step in a process of its own. Measurements
+are kept under build/, so that an interrupted run goes on where it was; delete the file after a change of the kernels.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from model_memory import V2_XXLARGE, free_memory  # noqa: E402
 import deberta_kernels as dk  # noqa: E402
 
 DOCUMENT = HERE.parent / "docs" / "training.md"
+KEPT = HERE.parent / "build" / "benchmarks" / "training-memory.json"
 BEGIN, END = "<!-- training-memory:begin -->", "<!-- training-memory:end -->"
 LENGTHS = (512, 2048)
 GIGABYTE, MEBIBYTE = 1e9, 2**20
@@ -108,16 +110,25 @@ def computed(name: str, length: int, patched: bool, checkpointing: bool, layer: 
     return parameters(name) * BYTES_PER_WEIGHT + kept
 
 
-def measured(name: str, length: int, patched: bool, checkpointing: bool, expected: float) -> float | None:
-    """Return the high-water mark of a step, in bytes; None where it does not fit."""
-    if expected * 1.15 + 2e9 > free_memory():
+def measured(
+    name: str, length: int, patched: bool, checkpointing: bool, expected: float, measure: bool
+) -> float | None:
+    """Return the high-water mark of a step, in bytes; None where it does not fit, or is not to be measured."""
+    kept = json.loads(KEPT.read_text(encoding="utf-8")) if KEPT.exists() else {}
+    key = f"{name} {length} {patched} {checkpointing}"
+    if key in kept:
+        return float(kept[key])
+    if not measure or expected * 1.15 + 2e9 > free_memory():
         return None
     flags = [*(["--patched"] if patched else []), *(["--checkpointing"] if checkpointing else [])]
     found = run_alone(__file__, ["--step", name, "--length", str(length), *flags])
     if "error" in found:
         print(f"{name} {length}: {found['error']}", file=sys.stderr)
         return None
-    return float(found["bytes"] + found["held_before"])
+    kept[key] = found["bytes"] + found["held_before"]
+    KEPT.parent.mkdir(parents=True, exist_ok=True)
+    KEPT.write_text(json.dumps(kept, indent=1), encoding="utf-8")
+    return float(kept[key])
 
 
 def step(options: argparse.Namespace) -> dict[str, Any]:
@@ -161,7 +172,7 @@ def table(measure: bool) -> list[str]:
                 layer = one_layer(name, length, patched, "layer")
                 for checkpointing in (False, True):
                     expected = computed(name, length, patched, checkpointing, layer)
-                    found = measured(name, length, patched, checkpointing, expected) if measure else None
+                    found = measured(name, length, patched, checkpointing, expected, measure)
                     cells.append(f"{expected / GIGABYTE:.1f} / {'-' if found is None else f'{found / GIGABYTE:.1f}'}")
                     print(name, length, patched, checkpointing, cells[-1], file=sys.stderr, flush=True)
             lines.append(f"| {name} | {length} | " + " | ".join(cells) + " |")

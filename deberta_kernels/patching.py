@@ -71,8 +71,9 @@ def patch(
             False, never. Results are the same, padded rows included (without dropout).
         strict: raise NotImplementedError where a call, or the model, would run the original code, or where the best
             backend of the device refuses a call; without it that is one warning per reason.
-        onednn: whether plain linear layers on the CPU run in oneDNN, forward and backward: "auto", where
-            PyTorch's own are the slower ones; True; or False.
+        onednn: whether plain linear layers on the CPU run in oneDNN: "auto", in inference where PyTorch's own are the
+            slower ones; True, also in training; or False. oneDNN keeps code for each number of tokens it meets, up to
+            some hundred MB: True suits training with few different lengths.
 
     Returns:
         What was patched, and what was left alone and why.
@@ -174,4 +175,6 @@ def _options(backend: str, unpad: str | bool, strict: bool, onednn: str | bool) 
         raise TypeError(f"strict must be a bool, got {strict!r}; pass True or False.")
     if onednn is True and linear.refusal() is not None:
         raise NotImplementedError(f"onednn=True is not possible: {linear.refusal()}; pass onednn='auto'.")
-    return AttentionOptions(backend, strict, unpad, linear.wanted() if onednn == "auto" else bool(onednn))
+    return AttentionOptions(
+        backend, strict, unpad, linear.wanted() if onednn == "auto" else bool(onednn), onednn_train=onednn is True
+    )

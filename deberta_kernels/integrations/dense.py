@@ -13,7 +13,7 @@ from deberta_kernels.integrations.swap import Swapped, base_class, swap, undo
 from deberta_kernels.modules.linear import apply_linear, apply_linear_gelu
 from deberta_kernels.modules.self_attention import AttentionOptions
 
-__all__ = ["KNOWN_DENSE", "fuse_dense"]
+__all__ = ["KNOWN_DENSE", "fuse_dense", "stand_in"]
 
 
 class FusedIntermediate(Swapped):
@@ -24,7 +24,7 @@ class FusedIntermediate(Swapped):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Widen (..., hidden size) to (..., intermediate size)."""
-        return apply_linear_gelu(self.dense, self.intermediate_act_fn, hidden_states)
+        return apply_linear_gelu(self.dense, self.intermediate_act_fn, hidden_states, _trains(self))
 
 
 class FusedOutput(Swapped):
@@ -36,7 +36,8 @@ class FusedOutput(Swapped):
 
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
         """Project hidden_states and add them to input_tensor, both (..., hidden size) when done."""
-        normalised: Tensor = self.LayerNorm(self.dropout(apply_linear(self.dense, hidden_states)) + input_tensor)
+        projected = apply_linear(self.dense, hidden_states, _trains(self))
+        normalised: Tensor = self.LayerNorm(self.dropout(projected) + input_tensor)
         return normalised
 
 
@@ -50,16 +51,30 @@ class FusedAdapterOutput(Swapped):
 
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
         """Project hidden_states, run the adapters, and add input_tensor; see `FusedOutput`."""
-        projected = self.dropout(apply_linear(self.dense, hidden_states))
+        projected = self.dropout(apply_linear(self.dense, hidden_states, _trains(self)))
         return self.bottleneck_layer_forward(projected, input_tensor, self.LayerNorm)
+
+
+# For modules that keep their class because the forward of the class was replaced.
+_stand_ins_train = False
+
+
+def stand_in(options: AttentionOptions) -> None:
+    """Set the options of the stand-ins for whole classes; they are put in place elsewhere."""
+    global _stand_ins_train
+    _stand_ins_train = options.onednn_train
+
+
+def _trains(module: Any) -> bool:
+    return module.swap_options.onednn_train if isinstance(module, Swapped) else _stand_ins_train
 
 
 def _known(home: str, name: str, mixin: Any) -> Known:
     @functools.wraps(mixin.forward)
-    def stand_in(self: Any, *arguments: Tensor, **named: Tensor) -> Any:
+    def replacement(self: Any, *arguments: Tensor, **named: Tensor) -> Any:
         return mixin.forward(self, *arguments, **named)
 
-    return Known(home, name, stand_in)
+    return Known(home, name, replacement)
 
 
 _MIXINS: dict[str, tuple[Known, type[Swapped]]] = {

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from deberta_kernels import dispatch
 from deberta_kernels.integrations.adapter_attention import attend_with_adapters
-from deberta_kernels.integrations.dense import KNOWN_DENSE, fuse_dense
+from deberta_kernels.integrations.dense import KNOWN_DENSE, fuse_dense, stand_in
 from deberta_kernels.integrations.encoder import encode
 from deberta_kernels.integrations.known import ADAPTERHUB, ADAPTERHUB_ONE, MODELING, MODELING_ONE, Known
 from deberta_kernels.integrations.swap import ORIGINAL, Swapped, base_class, forward_of, swap
@@ -198,6 +198,7 @@ def install(options: AttentionOptions) -> None:
             raise NotImplementedError(f"patch_all() cannot patch {known.name}: {reason}.")
     uninstall()
     _installed = options
+    stand_in(options)
     _replace_forwards()
 
 

@@ -84,7 +84,7 @@ def position_projections(module: AttentionModule) -> dict[str, nn.Module]:
 
 
 def project_heads(
-    module: AttentionModule, queries: Tensor, hidden_states: Tensor, onednn: bool
+    module: AttentionModule, queries: Tensor, hidden_states: Tensor, onednn: bool, train: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Project the states into the queries, keys and values of every head.
 
@@ -93,22 +93,23 @@ def project_heads(
         queries: (B, N, hidden size); hidden_states itself in v1.
         hidden_states: (B, N, hidden size); keys and values.
         onednn: let oneDNN run projections that are plain layers; the others are called as modules anyway.
+        train: in training as well.
 
     Returns:
         three of (B, N, H, D).
     """
     if is_version_one(module):
-        packed = _split(module, _project(module.in_proj, hidden_states, onednn))
+        packed = _split(module, _project(module.in_proj, hidden_states, onednn, train))
         q, k, v = packed.chunk(3, dim=-1)
         return q + _split(module, module.q_bias), k, v + _split(module, module.v_bias)
-    q = _split(module, _project(module.query_proj, queries, onednn))
-    k = _split(module, _project(module.key_proj, hidden_states, onednn))
-    v = _split(module, _project(module.value_proj, hidden_states, onednn))
+    q = _split(module, _project(module.query_proj, queries, onednn, train))
+    k = _split(module, _project(module.key_proj, hidden_states, onednn, train))
+    v = _split(module, _project(module.value_proj, hidden_states, onednn, train))
     return q, k, v
 
 
-def _project(projection: nn.Module, x: Tensor, onednn: bool) -> Tensor:
-    projected: Tensor = apply_linear(projection, x) if onednn else projection(x)
+def _project(projection: nn.Module, x: Tensor, onednn: bool, train: bool) -> Tensor:
+    projected: Tensor = apply_linear(projection, x, train) if onednn else projection(x)
     return projected
 
 

@@ -56,33 +56,36 @@ def wanted() -> bool:
     return torch.backends.mkl.is_available() and vendor() not in (None, _INTEL) and refusal() is None
 
 
-def apply_linear(linear: Any, x: Tensor) -> Tensor:
+def apply_linear(linear: Any, x: Tensor, train: bool = False) -> Tensor:
     """Return linear(x), through oneDNN if it is a plain layer that nobody watches.
 
     Args:
         linear: a projection module.
         x: (..., in_features).
+        train: also where a gradient is wanted, and then in the backward as well.
     """
-    if not _is_plain(linear, x):
+    differentiable = _needs_gradient(linear, x)
+    if ((differentiable or linear.training) and not train) or not _is_plain(linear, x):
         projected: Tensor = linear(x)
         return projected
-    if _needs_gradient(linear, x):
+    if differentiable:
         return _DifferentiableLinear.apply(x, linear.weight, linear.bias)  # type: ignore[no-any-return]
     return _product(x, linear.weight, linear.bias)
 
 
-def apply_linear_gelu(linear: Any, activation: Any, x: Tensor) -> Tensor:
+def apply_linear_gelu(linear: Any, activation: Any, x: Tensor, train: bool = False) -> Tensor:
     """Return activation(linear(x)), in one step if both are plain and the activation is the exact GELU.
 
     Args:
         linear: a projection module.
         activation: a module or function.
         x: (..., in_features).
+        train: as in `apply_linear`.
     """
     # In training the GELU's input is kept, and a checkpoint's first pass, without gradients, must give the same bits.
     if not linear.training and _is_gelu(activation) and _is_plain(linear, x) and not _needs_gradient(linear, x):
         return _operator()(x, linear.weight, linear.bias, "gelu", [], "none")
-    activated: Tensor = activation(apply_linear(linear, x))
+    activated: Tensor = activation(apply_linear(linear, x, train))
     return activated
 
 
@@ -174,8 +177,10 @@ def _multiplies(dtype: torch.dtype) -> bool:
 
 
 def _needs_gradient(linear: Any, x: Tensor) -> bool:
+    if not torch.is_grad_enabled() or not is_linear(linear):
+        return False
     tensors = (x, linear.weight, linear.bias)
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _is_gelu(activation: Any) -> bool:

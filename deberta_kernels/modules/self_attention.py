@@ -54,12 +54,14 @@ class AttentionOptions:
         strict: raise NotImplementedError where the original code would run, or a slower backend than the device could.
         unpad: "auto": encoders leave out padding where that pays; True: wherever they can; False: never.
         onednn: compute plain float32 and bfloat16 linear layers with oneDNN; see `linear`.
+        onednn_train: in training as well.
     """
 
     backend: str = "auto"
     strict: bool = False
     unpad: str | bool = "auto"
     onednn: bool = False
+    onednn_train: bool = False
 
 
 def runs_original_code() -> bool:
@@ -226,7 +228,7 @@ def project(
     module: AttentionModule, options: AttentionOptions, queries: Tensor, hidden_states: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Project (B, N, hidden size) states into queries, keys and values, (B, H, N, D) each."""
-    q, k, v = project_heads(module, queries, hidden_states, options.onednn)
+    q, k, v = project_heads(module, queries, hidden_states, options.onednn, options.onednn_train)
     return cast_for_matmul(q).transpose(1, 2), cast_for_matmul(k).transpose(1, 2), cast_for_matmul(v).transpose(1, 2)
 
 

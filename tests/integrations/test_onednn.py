@@ -120,7 +120,7 @@ def test_only_gradients_somebody_needs_are_computed(wanted, bias, products):
     for name, tensor in {"x": x, "weight": layer.weight, "bias": layer.bias}.items():
         if tensor is not None:
             tensor.requires_grad_(name in wanted)
-    found = apply_linear(layer, x)
+    found = apply_linear(layer, x, train=True)
     assert found.requires_grad == any(t is not None and t.requires_grad for t in (x, layer.weight, layer.bias))
     if found.requires_grad:
         found.sum().backward()  # a gradient of stride 0
@@ -137,7 +137,7 @@ def test_only_gradients_somebody_needs_are_computed(wanted, bias, products):
 def test_second_derivatives_are_right():
     layer, x = nn.Linear(6, 5), torch.randn(3, 6, requires_grad=True)
     found = []
-    for call in (layer, lambda x: apply_linear(layer, x)):
+    for call in (layer, lambda x: apply_linear(layer, x, train=True)):
         inputs = (x, layer.weight, layer.bias)
         first = torch.autograd.grad(call(x).sin().sum(), inputs, create_graph=True)
         found.append(torch.autograd.grad(sum(g.square().sum() for g in first), inputs))
@@ -149,7 +149,7 @@ def test_second_derivatives_are_right():
 def test_gradients_of_many_outputs_at_once_are_right():
     layer, x = nn.Linear(6, 5), torch.randn(3, 6)
     expected = torch.autograd.functional.jacobian(layer, x)
-    call = torch.autograd.functional.jacobian(lambda x: apply_linear(layer, x), x, vectorize=True)
+    call = torch.autograd.functional.jacobian(lambda x: apply_linear(layer, x, train=True), x, vectorize=True)
     torch.testing.assert_close(call, expected)
 
 
@@ -157,8 +157,21 @@ def test_forward_mode_keeps_its_tangents():
     layer, x = nn.Linear(6, 5), torch.randn(3, 6)
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
-        tangent = torch.autograd.forward_ad.unpack_dual(apply_linear(layer, dual)).tangent
+        tangent = torch.autograd.forward_ad.unpack_dual(apply_linear(layer, dual, train=True)).tangent
     torch.testing.assert_close(tangent, torch.ones_like(x) @ layer.weight.t())
+
+
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_training_uses_the_modules_unless_asked_otherwise(everywhere, build, batch, products, monkeypatch):
+    monkeypatch.setattr(linear, "wanted", lambda: True)
+    model, inputs = build().train(), batch()
+    for wanted, count in (("auto", 0), (True, PRODUCTS), ("auto", 0)):
+        dk.patch_all(onednn=wanted) if everywhere else dk.patch(model, onednn=wanted)
+        products.clear()
+        gradients_of(model, inputs)
+        assert len(products) == count * LINEARS * model.config.num_hidden_layers
+        states_of(model, inputs)  # in training mode without gradients: the first pass of a checkpoint
+        assert len(products) == (count and count + 1) * LINEARS * model.config.num_hidden_layers
 
 
 def test_frozen_layers_pass_gradients_on(build, batch, products):
