@@ -326,6 +326,31 @@ def test_what_does_not_compile_is_a_refusal_found_out_once(monkeypatch):
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize(
+    ("largest", "expected"),
+    [
+        (32, None),
+        (8, "the forward kernel for head_dim 16 in torch.float32 does not fit this device even with its smallest"),
+    ],
+)
+def test_memory_for_the_tiles_is_looked_at_when_the_backend_is_chosen(monkeypatch, largest, expected):
+    from triton.runtime.errors import OutOfResources
+
+    def build(step):
+        if "HAS_BIAS" in step.constants and step.constants["TILE"] > largest:
+            raise OutOfResources(200_000, 100_000, "shared memory")
+
+    monkeypatch.setattr(tuning, "_shrunk", {})
+    monkeypatch.setattr(launch, "build", build)
+    monkeypatch.setattr(execute, "_compiled", {})
+    reason = execute.compile_refusal(inputs.problem(Case(batch=1, heads=1, nq=8, head_dim=16)))
+    if expected is None:
+        assert reason is None
+        assert tuning.config("cpu", torch.float32, 16, "forward").tile == largest
+    else:
+        assert reason.startswith(expected)
+
+
 def test_failed_compilation_is_one_warning_and_the_next_backend(monkeypatch):
     monkeypatch.setitem(dispatch._ORDER, "cpu", ("triton", "torch"))
     monkeypatch.setattr(

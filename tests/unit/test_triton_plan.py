@@ -120,6 +120,10 @@ def test_tiles_come_from_the_table_then_its_nearest_entry_then_the_default(confi
     assert tuning.config("sm_90", torch.bfloat16, 64, "backward") == default
     assert tuning.config("sm_80", torch.bfloat16, 64, "forward") == default
     assert tuning.config("sm_80", torch.bfloat16, 64, "backward") == tuning.TileConfig(32, 4, 2)
+    # Exact float32 products hold their operands in registers, except in the interpreter.
+    assert tuning.config("sm_80", torch.float32, 64, "forward") == tuning.TileConfig(32, 8, 1)
+    assert tuning.config("sm_80", torch.float32, 128, "backward").tile == 16
+    assert tuning.config("cpu", torch.float32, 64, "backward").tile == 64
     # A tile measured for smaller heads may not fit a larger one.
     assert tuning.config("sm_90", torch.bfloat16, 256, "forward").tile == 32
 
