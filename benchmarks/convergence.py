@@ -1,6 +1,6 @@
 """Fine-tune a checkpoint on sentence polarity with several seeds, patched and stock, and compare the accuracies.
 
-python benchmarks/convergence.py --model DIRECTORY --data sentence_polarity.zip        10 seeds, about an hour
+python benchmarks/convergence.py --model DIRECTORY --data sentence_polarity.zip        10 seeds, hours on one core
 
 The archive holds rt-polarity.pos and rt-polarity.neg, one sentence a line (Pang and Lee). Both models of a seed see the
 same sentences in the same order; their dropout differs, as it would between two seeds.
