@@ -1,6 +1,6 @@
 """Method x composition x head x kind of model x order of patching: in each cell as without the patch, and fused.
 
-A run takes the cells of `grid.pairwise`; `pytest --every-case` takes all of them, 25 minutes, and lists them.
+A run takes the cells of `grid.pairwise`; `pytest --every-case` takes all of them, half an hour, and lists them.
 """
 
 from __future__ import annotations
