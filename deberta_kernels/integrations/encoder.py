@@ -143,7 +143,8 @@ def _home(part: Any) -> str:
 
 
 def _is_watched(part: Any) -> bool:
-    hooks = (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
+    kinds = (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks)
+    hooks = (hook for kind in kinds for hook in kind.values())
     return any(not str(getattr(hook, "__module__", "")).startswith(_HARMLESS_HOOKS) for hook in hooks)
 
 

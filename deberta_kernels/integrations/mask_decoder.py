@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deberta_kernels.modules.anatomy import is_version_one
+
 __all__ = ["EnhancedMaskDecoder"]
 
 _IGNORED = -100  # label of tokens that are not predicted
@@ -59,6 +61,8 @@ class EnhancedMaskDecoder(nn.Module):
     def _check(model: Any, steps: int) -> None:
         if not hasattr(model, "deberta") or not (hasattr(model, "cls") or hasattr(model, "lm_predictions")):
             raise TypeError(f"model must be a DebertaV2ForMaskedLM, got {type(model).__name__}; load the model as one.")
+        if any(is_version_one(layer.attention.self) for layer in model.deberta.encoder.layer):
+            raise TypeError(f"model must be a DebertaV2ForMaskedLM, got DeBERTa v1's {type(model).__name__}.")
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}; the released models were trained with 2.")
         if len(model.deberta.encoder.layer) < 2:

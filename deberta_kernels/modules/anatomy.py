@@ -7,7 +7,7 @@
     terms in the scale      every one that is named               c2p and p2c
     no relative_pos         no position terms                     ordinary distances
 
-Nothing else of the package asks which version a module is of.
+The rest of the package asks `is_version_one` where the two differ.
 
 Source: transformers v5.23.0, models/deberta/modeling_deberta.py and models/deberta_v2/modeling_deberta_v2.py.
 """

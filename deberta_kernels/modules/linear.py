@@ -155,10 +155,10 @@ def _is_plain(linear: Any, x: Tensor) -> bool:
         return False
     if not _multiplies(x.dtype) or x.device.type != "cpu":
         return False
-    weight = linear.weight
-    if type(weight) is not nn.Parameter or weight.dtype != x.dtype or not weight.is_contiguous():
-        return False
-    if x.numel() == 0 or weight.device.type != "cpu" or not torch.backends.mkldnn.enabled or is_hooked(linear):
+    for parameter in (linear.weight, linear.bias):
+        if parameter is not None and not _is_plain_parameter(parameter, x):
+            return False
+    if x.numel() == 0 or not torch.backends.mkldnn.enabled or is_hooked(linear):
         return False
     return not (
         torch._C._is_any_autocast_enabled()
@@ -168,6 +168,12 @@ def _is_plain(linear: Any, x: Tensor) -> bool:
         or forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
     )
+
+
+def _is_plain_parameter(parameter: Tensor, x: Tensor) -> bool:
+    if type(parameter) is not nn.Parameter or not parameter.is_contiguous():
+        return False
+    return parameter.dtype == x.dtype and parameter.device == x.device
 
 
 @cache
@@ -194,6 +200,6 @@ def _is_gelu(activation: Any) -> bool:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Tell whether a call of the module runs more, or something else, than the forward of its class."""
-    own = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
-    return bool(own) or _has_any_global_hook()
+    """Tell whether a call of the module, or its backward, runs anything but the forward of its class."""
+    forward = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
+    return bool(forward or module._backward_hooks or module._backward_pre_hooks) or _has_any_global_hook()

@@ -128,9 +128,8 @@ def attend(
             query_states=query_states, relative_pos=relative_pos, rel_embeddings=rel_embeddings,
         )  # fmt: skip
     if is_version_one(module) and not isinstance(attention_mask, EncoderMask):
-        rel_embeddings = (
-            None  # its own encoder would have given a relative_pos; without one there are no position terms
-        )
+        # Its own encoder would have given a relative_pos; without one there are no position terms.
+        rel_embeddings = None
     queries = _apart(queries)
     hidden_states = queries if query_states is None else _apart(hidden_states)
     return (compute or _fused)(module, options, hidden_states, queries, attention_mask, rel_embeddings), None

@@ -166,6 +166,13 @@ def test_it_copies_and_pickles_with_its_model(build, masked):
 def test_bad_arguments_are_refused_by_name(build):
     with pytest.raises(TypeError, match="model must be a DebertaV2ForMaskedLM, got DebertaV2Model"):
         dk.EnhancedMaskDecoder(build())
+    from transformers import DebertaConfig, DebertaForMaskedLM
+
+    config = DebertaConfig(
+        vocab_size=30, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16
+    )
+    with pytest.raises(TypeError, match="got DeBERTa v1's DebertaForMaskedLM"):
+        dk.EnhancedMaskDecoder(DebertaForMaskedLM(config))
     with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
         dk.EnhancedMaskDecoder(build(HEAD), steps=0)
     with pytest.raises(ValueError, match="at least two layers"):

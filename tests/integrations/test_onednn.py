@@ -216,6 +216,31 @@ def test_layers_that_are_not_plain_are_called_as_modules(change, build, batch, p
     assert len(products) == LINEARS * 2 - 2
 
 
+def test_backward_hooks_change_gradients_as_before(build, batch):
+    model, inputs = build().train(), batch()
+    plain = copy.deepcopy(model)
+    dk.patch(model, onednn=True)
+    found, calls = [], []
+    for candidate in (plain, model):
+        for part in (
+            candidate.encoder.layer[0].attention.self.query_proj,
+            candidate.encoder.layer[1].intermediate.dense,
+        ):
+            part.register_full_backward_hook(lambda module, dx, dout: calls.append(module) or tuple(2 * x for x in dx))
+        candidate(**inputs).last_hidden_state.square().sum().backward()
+        found.append((len(calls), candidate.embeddings.word_embeddings.weight.grad))
+        calls.clear()
+    assert found[0][0] == found[1][0] > 0
+    torch.testing.assert_close(found[1][1], found[0][1], atol=1e-4, rtol=1e-4)
+
+
+def test_a_bias_of_another_dtype_is_refused_as_before():
+    layer = nn.Linear(8, 8)
+    layer.bias = nn.Parameter(layer.bias.detach().double())
+    with torch.no_grad(), pytest.raises(RuntimeError):
+        apply_linear(layer, torch.randn(3, 8))
+
+
 def test_edits_of_a_weight_take_part_at_once(build, batch):
     model, inputs = build(), batch()
     dk.patch(model, onednn=True)

@@ -160,6 +160,10 @@ def _pre_hook(model: Any) -> None:
     model.encoder.layer[0].output.dense.register_forward_pre_hook(lambda *unused: None)
 
 
+def _backward_hook(model: Any) -> None:
+    model.encoder.layer[0].register_full_backward_hook(lambda *unused: None)
+
+
 class PerSample(nn.Linear):
     """A module of somebody else, which may well look at the batch dimension."""
 
@@ -177,7 +181,9 @@ def _unusual_dropout(model: Any) -> None:
     model.encoder.layer[1].attention.self.dropout = nn.AlphaDropout(0.1).eval()
 
 
-@pytest.mark.parametrize("change", [_hook, _pre_hook, _foreign_module, _replaced_forward, _unusual_dropout])
+@pytest.mark.parametrize(
+    "change", [_hook, _pre_hook, _backward_hook, _foreign_module, _replaced_forward, _unusual_dropout]
+)
 @pytest.mark.filterwarnings("ignore::deberta_kernels.dispatch.DebertaKernelsWarning")
 def test_whatever_could_notice_gets_the_padded_states(change: Callable[[Any], None], build, batch, packings):
     model, inputs = build(), batch(4, 41)

@@ -30,7 +30,8 @@ def compile_refusal(problem: AttentionProblem) -> str | None:
     """
     q = problem.q
     inputs = (problem.q, problem.k, problem.v, problem.pos_key, problem.pos_query)
-    differentiated = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    # Whatever the mode: a compiled graph chooses without gradients what it will run with them.
+    differentiated = any(x is not None and x.requires_grad for x in inputs)
     masks = problem.masks
     masked = 2 if masks.pair is not None else int(masks.key is not None or masks.query is not None)
     biased = problem.pos_key is not None or problem.pos_query is not None
