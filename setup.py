@@ -5,10 +5,15 @@ compiler calls, once per instruction set, linked into one shared library with a 
 and is tied to no Python version, so the wheel is tagged py3-none-<platform>. Without a working compiler the install
 still succeeds, with a warning, and the package computes on its PyTorch path.
 
+The sources of the CUDA kernels are copied into the package, where NVRTC compiles them when they are needed. A wheel
+also gets them compiled, where nvcc is at hand: that takes half a minute, so an install in place does without.
+
     python setup.py build_native            build in place, skip what is up to date, warn on failure
     python setup.py build_native --strict   the same, but fail with the compiler's message
+    python setup.py build_native --cuda     compile the CUDA kernels as well, if nvcc is there
 
-Environment: CXX (compiler, default c++ then g++ then clang++), DEBERTA_KERNELS_SKIP_NATIVE=1 (do not build).
+Environment: CXX (compiler, default c++ then g++ then clang++), NVCC (default nvcc), DEBERTA_KERNELS_SKIP_NATIVE=1 (do
+not build).
 """
 
 from __future__ import annotations
@@ -52,6 +57,12 @@ LINK_FLAGS = ("-shared", "-fopenmp")
 # A newer libstdc++ than the one torch brought along must not be needed, and ours must not be seen by others.
 STATIC_RUNTIME_FLAGS = ("-static-libstdc++", "-Wl,--exclude-libs,ALL")
 COMPILE_TIMEOUT_SECONDS = 600
+
+CUDA_SOURCES = ROOT / "csrc" / "cuda"
+CUDA_TARGET = ROOT / "deberta_kernels" / "lib" / "cuda"
+CUDA_FLAGS = ("-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", "-cubin")
+# (dtype, head size) of each module.
+CUDA_MODULES = tuple((dtype, head_dim) for dtype in ("bf16", "fp16") for head_dim in (64, 128))
 
 
 class BuildError(RuntimeError):
@@ -232,6 +243,58 @@ def remove_library(layout: Layout | None = None) -> None:
         path.unlink(missing_ok=True)
 
 
+def copy_cuda_sources(sources: Path = CUDA_SOURCES, target: Path = CUDA_TARGET) -> dict[str, str]:
+    """Copy the CUDA sources into the package, and delete copies of those that are gone; return their digests."""
+    found = {path.name: path.read_bytes() for path in sorted(sources.glob("*")) if path.suffix in {".h", ".cu"}}
+    for path in target.glob("*"):
+        if path.suffix in {".h", ".cu"} and path.name not in found:
+            path.unlink()
+    for name, content in found.items():
+        target.mkdir(parents=True, exist_ok=True)
+        (target / name).write_bytes(content)
+    return {name: hashlib.sha256(content).hexdigest() for name, content in found.items()}
+
+
+def build_cubins(sources: Path = CUDA_SOURCES, target: Path = CUDA_TARGET) -> dict[str, Any]:
+    """Compile the CUDA kernels with nvcc, unless those in place were compiled from exactly these sources.
+
+    Returns:
+        The record also written to build.json: sources (name -> digest), nvcc, flags, cubins (name -> digest).
+
+    Raises:
+        BuildError: no nvcc, no sources, or nvcc failed.
+    """
+    nvcc = shutil.which(os.environ.get("NVCC", "nvcc"))
+    if nvcc is None:
+        raise BuildError("there is no nvcc on the PATH")
+    digests = copy_cuda_sources(sources, target)
+    if not digests:
+        raise BuildError(f"{sources} holds no sources; build from a complete checkout or source archive")
+    release = run_compiler([nvcc, "--version"], "asking nvcc for its version").strip().splitlines()[-1]
+    record: dict[str, Any] = {"sources": digests, "nvcc": release, "flags": list(CUDA_FLAGS)}
+    path = target / "build.json"
+    names = [f"forward_{dtype}_d{head_dim}.cubin" for dtype, head_dim in CUDA_MODULES]
+    if path.is_file() and all((target / name).is_file() for name in names):
+        before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if {**before, "cubins": None} == {**record, "cubins": None}:
+            return before
+    with tempfile.TemporaryDirectory(prefix=".build-", dir=target) as folder:
+
+        def compile_one(name: str, dtype: str, head_dim: int) -> str:
+            defined = (f"-DDK_DTYPE={dtype}", f"-DDK_HEAD_DIM={head_dim}")
+            command = [nvcc, *CUDA_FLAGS, *defined, "-o", f"{folder}/{name}", str(target / "forward.cu")]
+            run_compiler(command, name)
+            return hashlib.sha256(Path(folder, name).read_bytes()).hexdigest()
+
+        with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
+            record["cubins"] = dict(zip(names, pool.map(compile_one, names, *zip(*CUDA_MODULES))))
+        path.unlink(missing_ok=True)  # never beside modules that it does not describe
+        for name in names:
+            os.replace(Path(folder, name), target / name)
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return record
+
+
 def say(text: str) -> None:
     """Write one line for the person installing; pip shows it with -v, and always when the build fails."""
     print(f"deberta_kernels: {text}", file=sys.stderr, flush=True)
@@ -262,6 +325,14 @@ def build_or_warn(force: bool = False, strict: bool = False) -> bool:
     return True
 
 
+def build_cubins_or_say() -> None:
+    """Compile the CUDA kernels where that is possible; the package works without."""
+    try:
+        say(f"CUDA kernels built: {', '.join(build_cubins()['cubins'])}")
+    except BuildError as error:
+        say(f"no CUDA kernels built: {error}; NVRTC compiles them when they are needed")
+
+
 def main() -> None:
     """Hand over to setuptools with the commands that know about the library."""
     from setuptools import Command, Distribution, setup
@@ -275,18 +346,20 @@ def main() -> None:
         user_options: ClassVar = [
             ("force", "f", "build even when up to date"),
             ("strict", None, "fail instead of warning"),
+            ("cuda", None, "compile the CUDA kernels as well, if nvcc is there"),
         ]
-        boolean_options: ClassVar = ["force", "strict"]
+        boolean_options: ClassVar = ["force", "strict", "cuda"]
 
         def initialize_options(self) -> None:
-            self.force = False
-            self.strict = False
+            self.force = self.strict = self.cuda = False
 
         def finalize_options(self) -> None:
             pass
 
         def run(self) -> None:
-            build_or_warn(force=bool(self.force), strict=bool(self.strict))
+            copy_cuda_sources()
+            if build_or_warn(force=bool(self.force), strict=bool(self.strict)) and self.cuda:
+                build_cubins_or_say()
 
     class NativeDistribution(Distribution):
         """Count as platform-specific exactly when the library is in the package."""
@@ -306,6 +379,7 @@ def main() -> None:
 
         def finalize_options(self) -> None:
             # The library decides whether the wheel is pure, so it comes first.
+            self.get_finalized_command("build_native").cuda = True
             self.run_command("build_native")
             super().finalize_options()
 

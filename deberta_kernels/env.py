@@ -6,9 +6,11 @@ import os
 
 __all__ = [
     "BACKEND",
+    "CACHE",
     "CPU_ISA",
     "LIBRARY",
     "VARIABLES",
+    "cache_folder",
     "cpu_isa",
     "forced_backend",
     "library_path",
@@ -17,6 +19,7 @@ __all__ = [
 ]
 
 BACKEND = "DEBERTA_KERNELS_BACKEND"
+CACHE = "DEBERTA_KERNELS_CACHE"
 CPU_ISA = "DEBERTA_KERNELS_CPU_ISA"
 LIBRARY = "DEBERTA_KERNELS_LIBRARY"
 
@@ -25,6 +28,7 @@ CPU_ISAS = ("avx512_bf16", "avx512", "avx2", "generic")
 VARIABLES = {
     BACKEND: "what backend='auto' means: reference, torch, cpu, triton or cuda; a backend that cannot run the call "
     "raises, as if the call had named it",
+    CACHE: "folder for CUDA modules compiled on this machine, instead of deberta_kernels in the user's cache folder",
     CPU_ISA: f"instruction set of the native CPU library: {', '.join(CPU_ISAS)}; read when the library is first used",
     LIBRARY: "path of the native CPU library to load instead of the installed one; read when it is first used",
 }
@@ -33,6 +37,14 @@ VARIABLES = {
 def forced_backend() -> str | None:
     """Return the backend that `backend="auto"` must mean, or None when the choice is free."""
     return os.environ.get(BACKEND) or None
+
+
+def cache_folder() -> str | None:
+    """Return the folder for compiled CUDA modules, or None where no home directory is known."""
+    if chosen := os.environ.get(CACHE):
+        return chosen
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return os.path.join(base, "deberta_kernels") if os.path.isabs(base) else None
 
 
 def cpu_isa() -> str | None:

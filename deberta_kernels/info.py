@@ -28,6 +28,7 @@ def info() -> dict[str, Any]:
     Returns:
         "version": of this package; "python", "platform": strings; "packages": {name: version or None};
         "cpu": {"model", "features", "cores", "threads"}; "library": {"loaded", "path", "reason", "isa", "variants"};
+        "cuda": what the CUDA kernels would be loaded from, see `impl.cuda.status`;
         "backends": {name: None if it runs a plain float32 call on the CPU, else why not}; "auto": the backend chosen
         for that call, or None; "environment": the package's variables that are set.
     """
@@ -39,6 +40,7 @@ def info() -> dict[str, Any]:
         "packages": {name: _installed(name) for name in _PACKAGES},
         "cpu": _cpu(),
         "library": _library(),
+        "cuda": _cuda(),
         "backends": refusals,
         "auto": explanation,
         "environment": env.variables_set(),
@@ -59,6 +61,7 @@ def format_info() -> str:
         f"  features     {' '.join(cpu['features']) or 'unknown'}",
         f"  library      {_library_line(library)}",
         f"  variants     {', '.join(library['variants']) or 'none'}",
+        f"  cuda         {_cuda_line(found['cuda'])}",
         "  backends     for a float32 call on the CPU:",
     ]
     for name, reason in found["backends"].items():
@@ -100,6 +103,25 @@ def _library_line(library: dict[str, Any]) -> str:
     if library["loaded"]:
         return f"loaded, {library['isa']} variant, {library['path']}"
     return f"not loaded: {library['reason']}" + (f" ({library['path']})" if library["path"] else "")
+
+
+def _cuda() -> dict[str, Any]:
+    from deberta_kernels.impl import cuda
+
+    try:
+        return cuda.status()
+    except Exception as error:
+        return {"driver": f"{type(error).__name__}: {error}", "devices": [], "built": [], "sources": False, "nvrtc": ""}
+
+
+def _cuda_line(cuda: dict[str, Any]) -> str:
+    if not cuda["devices"]:
+        state = cuda["driver"]
+    else:
+        state = f"driver for CUDA {cuda['driver']}, devices of compute capability {', '.join(cuda['devices'])}"
+    nvrtc = f"NVRTC {cuda['nvrtc']}" if cuda["nvrtc"][:1].isdigit() else cuda["nvrtc"]
+    modules = f"{len(cuda['built'])} modules built with the package" if cuda["built"] else "no module built, " + nvrtc
+    return f"{state}; {modules}"
 
 
 def _probe() -> tuple[str | None, dict[str, str | None]]:

@@ -219,7 +219,7 @@ def _run_backward(
         return Gradients(*(torch.zeros_like(x) if need and x is not None else None for x, need in pairs))
     if backend == "auto":
         backend = dispatch.choose(problem)
-    backward = dispatch.load(backend).backward
+    backward, problem = dispatch.backward_of(backend, problem)
     with ExitStack() as stack:
         if torch._C._is_any_autocast_enabled():
             stack.enter_context(torch.autocast(problem.q.device.type, enabled=False))

@@ -81,8 +81,8 @@ def patch(
     Raises:
         TypeError: model is not a module, or strict is not a bool.
         ValueError: no DeBERTa inside, or an unknown backend, unpad or onednn.
-        NotImplementedError: a backend that is not part of this release; onednn=True without oneDNN; or strict, and
-            something was left alone.
+        RuntimeError: the backend's module does not load.
+        NotImplementedError: onednn=True without oneDNN; or strict, and something was left alone.
     """
     options = _options(backend, unpad, strict, onednn)
     if not isinstance(model, nn.Module):
@@ -152,8 +152,8 @@ def patch_all(
     Raises:
         ValueError: an unknown backend, unpad or onednn.
         ImportError: transformers is not installed, or does not import.
-        NotImplementedError: a backend that is not part of this release, onednn=True without oneDNN, or a transformers
-            whose classes this release does not know.
+        RuntimeError: the backend's module does not load.
+        NotImplementedError: onednn=True without oneDNN, or a transformers whose classes this release does not know.
     """
     install(_options(backend, unpad, strict, onednn))
 

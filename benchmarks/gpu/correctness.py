@@ -6,6 +6,7 @@ import gc
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from baselines import Inputs, draw, ours
 from shapes import GEOMETRY, Shape
 from torch import Tensor
 
+from deberta_kernels import dispatch
 from deberta_kernels.testing import budget, inputs
 from deberta_kernels.testing.backends import Target
 from deberta_kernels.testing.inputs import Case
@@ -38,6 +40,9 @@ def items(plan: Plan) -> list[Item]:
         special.append(Item("graph: replays equal eager", lambda: _graph_forward(plan)))
         special.append(Item("graph: dropout differs by replay, backward agrees", lambda: _graph_dropout(plan)))
     found[6:6] = special  # after every dtype, short and long
+    if plan.backend != "cuda" and not plan.small:
+        other = replace(plan, backend="cuda")
+        found += [Item(f"cuda {case.id}", lambda case=case: _check_where_it_runs(other, case)) for case in cases(plan)]
     found += [Item(f"long {case.id}", lambda case=case: _check(plan, case)) for case in long_cases(plan)]
     if not (plan.small or plan.smoke):
         found.append(Item("more than 2**31 scores", lambda: _many_scores(plan)))
@@ -58,6 +63,11 @@ def _check(plan: Plan, case: Case) -> dict[str, Any]:
     )
     _free(plan)
     return _kept(report)
+
+
+def _check_where_it_runs(plan: Plan, case: Case) -> dict[str, Any]:
+    refused = dispatch.refusal(plan.backend, inputs.problem(case, plan.device))
+    return {"ok": True, "skipped": refused} if refused else _check(plan, case)
 
 
 def _kept(report: budget.Report) -> dict[str, Any]:

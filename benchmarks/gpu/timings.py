@@ -14,6 +14,7 @@ from shapes import Shape
 from timing import Pace, interleave
 
 from deberta_kernels import dispatch
+from deberta_kernels.types import AttentionProblem, Masks, PositionSpec
 from gpu import rivals
 from gpu.device import Clock, peak_memory
 from gpu.floors import floor
@@ -61,15 +62,13 @@ def register_compiled() -> None:
 
 def _others(plan: Plan) -> set[str]:
     """Return the other GPU backends of this package, as candidates under their own names."""
-    found = set()
-    for name in ("triton", "cuda"):
-        try:
-            dispatch.load(name)
-        except (NotImplementedError, RuntimeError):
-            continue
-        if name != plan.backend and plan.device != "cpu":
-            CORES[name] = partial(_turning, name)
-            found.add(name)
+    if plan.device == "cpu":
+        return set()
+    q = torch.empty(1, 1, 1, 64, dtype=getattr(torch, plan.dtype), device=plan.device)
+    call = AttentionProblem(q, q, q, None, None, Masks(), PositionSpec(), 1.0, max_seqlen=1)
+    found = {name for name in ("triton", "cuda") if name != plan.backend and dispatch.refusal(name, call) is None}
+    for name in found:
+        CORES[name] = partial(_turning, name)
     return found
 
 

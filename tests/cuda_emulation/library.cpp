@@ -143,3 +143,5 @@ int emulated_bits(int is_bfloat16, float value) {
 }
 
 }
+
+#include "driver.h"

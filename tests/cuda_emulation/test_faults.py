@@ -5,6 +5,7 @@ import ctypes
 import pytest
 import torch
 
+from deberta_kernels.impl.cuda.arguments import ForwardParams
 from deberta_kernels.testing import inputs
 from deberta_kernels.testing.inputs import Case
 from tests.cuda_emulation import harness
@@ -78,5 +79,5 @@ def test_a_load_outside_of_the_inputs_is_an_error():
 
 
 def test_arguments_have_the_size_that_the_kernel_expects():
-    size = ctypes.sizeof(harness.Params)
+    size = ctypes.sizeof(ForwardParams)
     assert size <= harness.library().emulated_params_bytes() < size + 64

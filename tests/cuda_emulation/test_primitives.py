@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from deberta_kernels.impl.cuda.arguments import TensorMap, box_of
 from tests.cuda_emulation import harness
 
 
@@ -62,11 +63,11 @@ def test_accumulators_lie_as_in_the_figure(thread, register, row, column):
 def test_products_of_all_forms_are_those_of_the_matrices(library):
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randint(-8, 9, (64, 64), generator=generator).to(torch.bfloat16) for _ in range(2))
-    maps = (harness.Map * 3)()
+    maps = (TensorMap * 3)()
     base = -ctypes.addressof(maps) % 64
-    aligned = (harness.Map * 2).from_buffer(maps, base)
+    aligned = (TensorMap * 2).from_buffer(maps, base)
     for target, x in zip(aligned, (a, b)):
-        harness.tensor_map(library, target, x[None], (2, 1, 0))
+        harness.encoder(library)(target, x.dtype, box_of(x[None], (2, 1, 0)))
     bits = a.view(torch.int16).numpy().view(np.uint16)
     registers = np.ascontiguousarray(fragment_of_operand(bits))
     found = np.zeros((3, 128, 32), dtype=np.float32)
@@ -80,9 +81,9 @@ def test_products_of_all_forms_are_those_of_the_matrices(library):
 @pytest.mark.parametrize(("x", "y"), [(0, 0), (0, 40), (64, -3), (64, 90)])
 def test_copies_swizzle_and_fill_with_zeros(library, x, y):
     tensor = torch.arange(100 * 128, dtype=torch.int16).view(1, 100, 128)
-    maps = (harness.Map * 2)()
-    aligned = harness.Map.from_buffer(maps, -ctypes.addressof(maps) % 64)
-    harness.tensor_map(library, aligned, tensor, (2, 1, 0))
+    maps = (TensorMap * 2)()
+    aligned = TensorMap.from_buffer(maps, -ctypes.addressof(maps) % 64)
+    harness.encoder(library)(aligned, tensor.dtype, box_of(tensor, (2, 1, 0)))
     found = np.zeros(64 * 64, dtype=np.uint16)
     assert library.emulated_copy(ctypes.byref(aligned), x, y, pointer(found)) == b""
     found = found.reshape(64, 8, 8)  # rows, 16-byte units, elements
@@ -120,4 +121,4 @@ def test_elements_convert_as_torch_does(library, dtype):
 )
 def test_maps_that_the_driver_refuses_are_refused(library, x, message):
     with pytest.raises(harness.EmulationError, match=message):
-        harness.tensor_map(library, harness.Map(), x, (2, 1, 0))
+        harness.encoder(library)(TensorMap(), x.dtype, box_of(x, (2, 1, 0)))

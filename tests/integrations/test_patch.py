@@ -18,6 +18,7 @@ from torch import nn
 from transformers.models.deberta_v2 import modeling_deberta_v2 as hf
 
 import deberta_kernels as dk
+from deberta_kernels import dispatch
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -342,15 +343,17 @@ def test_patching_does_not_import_transformers_for_a_model_without_it():
     subprocess.run([sys.executable, "-c", program], check=True, env=environment)
 
 
-def test_a_backend_of_a_later_release_is_refused_at_once(build):
-    backend = "cuda"
+def test_a_backend_that_does_not_load_is_refused_at_once(build, monkeypatch):
+    backend = "triton"
+    monkeypatch.setattr(dispatch, "_loaded", {})
+    monkeypatch.setitem(dispatch._MODULES, backend, "deberta_kernels.impl.missing")
     model = build()
     classes = [type(module) for module in model.modules()]
-    with pytest.raises(NotImplementedError, match=f"backend '{backend}' is not part of this release; pass"):
+    with pytest.raises(RuntimeError, match=f"the module of backend '{backend}' does not load"):
         dk.patch(model, backend=backend)
     assert [type(module) for module in model.modules()] == classes
     forward = hf.DisentangledSelfAttention.forward
-    with pytest.raises(NotImplementedError, match="not part of this release"):
+    with pytest.raises(RuntimeError, match="does not load"):
         dk.patch_all(backend=backend)
     assert hf.DisentangledSelfAttention.forward is forward
 

@@ -1,6 +1,7 @@
 """The build of the native library: what it compiles and leaves out, and how an install fares without a compiler."""
 
 import ctypes
+import hashlib
 import importlib.util
 import os
 import re
@@ -166,6 +167,57 @@ def test_no_flag_ties_the_library_to_the_building_machine():
         assert not [flag for flag in flags if flag.startswith(("-march", "-mtune", "-mcpu")) or "fast-math" in flag]
 
 
+@pytest.fixture
+def cuda_folders(tmp_path, monkeypatch):
+    """Sources, the package's folder, and an nvcc that writes its arguments down as the module."""
+    sources, target, nvcc = tmp_path / "cuda", tmp_path / "lib" / "cuda", tmp_path / "nvcc"
+    sources.mkdir()
+    (sources / "forward.cu").write_text("kernel")
+    (sources / "params.h").write_text("params")
+    (sources / "README.md").write_text("not a source")
+    nvcc.write_text(
+        '#!/bin/sh\nif [ "$1" = --version ]; then echo "release 13.0"; exit; fi\n'
+        'while [ "$1" != -o ]; do said="$said $1"; shift; done; echo "$said" > "$2"\n'
+    )
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("NVCC", str(nvcc))
+    return sources, target
+
+
+def test_cuda_sources_in_the_package_follow_those_of_the_checkout(cuda_folders):
+    sources, target = cuda_folders
+    build.copy_cuda_sources(sources, target)
+    (sources / "params.h").unlink()
+    (sources / "layout.h").write_text("layout")
+    build.copy_cuda_sources(sources, target)
+    assert sorted(path.name for path in target.iterdir()) == ["forward.cu", "layout.h"]
+
+
+def test_cuda_modules_are_built_once_per_source_and_recorded(cuda_folders):
+    sources, target = cuda_folders
+    record = build.build_cubins(sources, target)
+    assert len(record["cubins"]) == len(build.CUDA_MODULES)
+    for name, digest in record["cubins"].items():
+        assert hashlib.sha256((target / name).read_bytes()).hexdigest() == digest
+    said = (target / "forward_fp16_d128.cubin").read_text()
+    assert "sm_90a" in said
+    assert said.endswith("-DDK_DTYPE=fp16 -DDK_HEAD_DIM=128\n")
+    built = (target / "forward_fp16_d128.cubin").stat().st_mtime_ns
+    assert build.build_cubins(sources, target) == record
+    assert (target / "forward_fp16_d128.cubin").stat().st_mtime_ns == built
+    (sources / "params.h").write_text("changed")
+    assert build.build_cubins(sources, target)["sources"] != record["sources"]
+    assert (target / "forward_fp16_d128.cubin").stat().st_mtime_ns != built
+
+
+def test_without_nvcc_no_cuda_module_is_built_and_the_reason_said(cuda_folders, monkeypatch, capsys):
+    monkeypatch.setenv("NVCC", "/nowhere/nvcc")
+    with pytest.raises(build.BuildError, match="there is no nvcc on the PATH"):
+        build.build_cubins(*cuda_folders)
+    build.build_cubins_or_say()
+    assert "no CUDA kernels built: there is no nvcc on the PATH; NVRTC compiles them" in capsys.readouterr().err
+
+
 def small_checkout(folder: Path) -> Path:
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
         shutil.copy(ROOT / name, folder / name)
@@ -173,12 +225,15 @@ def small_checkout(folder: Path) -> Path:
         ROOT / "deberta_kernels", folder / "deberta_kernels", ignore=shutil.ignore_patterns("lib", "__pycache__")
     )
     write_sources(folder / "csrc")
+    (folder / "csrc" / "cuda").mkdir()
+    (folder / "csrc" / "cuda" / "forward.cu").write_text("kernel")
     return folder
 
 
 def wheel(folder: Path, **environment: str) -> tuple[Path, str]:
     """Build a wheel in `folder` and return it with what the build said."""
     state = {name: value for name, value in os.environ.items() if name not in ("CXX", build.SKIP_VARIABLE)}
+    state["NVCC"] = "/nowhere/nvcc"
     command = [sys.executable, "-W", "ignore", "setup.py", "-q", "bdist_wheel"]
     done = subprocess.run(
         command, cwd=folder, env={**state, **environment}, capture_output=True, text=True, timeout=300
@@ -196,6 +251,7 @@ def test_wheel_with_the_library_fits_every_python(tmp_path):
     names = zipfile.ZipFile(path).namelist()
     assert f"deberta_kernels/lib/{build.LIBRARY_NAME}" in names
     assert {"deberta_kernels/py.typed", "deberta_kernels/demo/text.txt", "deberta_kernels/lib/build.json"} <= set(names)
+    assert "deberta_kernels/lib/cuda/forward.cu" in names
     assert "WARNING" not in said
 
 

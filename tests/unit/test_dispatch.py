@@ -1,5 +1,6 @@
 """Dispatch: the automatic order, explicit backends that never fall back, explain, counts and warnings."""
 
+import dataclasses
 import itertools
 import sys
 import threading
@@ -90,11 +91,37 @@ def test_explicit_backend_never_falls_back(monkeypatch):
     assert dispatch.choose(problem(), "torch") == "torch"
 
 
-def test_backend_of_a_later_release_is_refused_by_name():
-    with pytest.raises(NotImplementedError, match="backend='cuda' cannot run this call: not part of this release"):
-        dispatch.choose(problem(), "cuda")
-    with pytest.raises(NotImplementedError, match=r"not part of this release"):
-        dispatch.load("cuda")
+def differentiable():
+    q = torch.zeros(1, 2, 4, 8, requires_grad=True)
+    return AttentionProblem(q, q, q, None, None, Masks(), PositionSpec(), 1.0, max_seqlen=4)
+
+
+def test_a_backend_without_a_backward_runs_gradients_only_where_the_other_one_can(monkeypatch):
+    monkeypatch.setitem(dispatch._loaded, "cuda", stand_in())
+    monkeypatch.setitem(dispatch._loaded, "triton", stand_in("triton is not installed"))
+    assert dispatch.refusal("cuda", problem()) is None
+    with torch.no_grad():
+        assert dispatch.refusal("cuda", differentiable()) is None
+    reason = "its gradients come from backend 'triton', which cannot run: triton is not installed"
+    assert dispatch.refusal("cuda", differentiable()) == reason
+    with pytest.raises(NotImplementedError, match=r"gradients of backend 'cuda' come from .*; pass backend='torch'\."):
+        dispatch.backward_of("cuda", problem())
+
+
+def test_a_backend_without_a_backward_hands_the_call_on_without_its_own_layout(monkeypatch):
+    monkeypatch.setitem(dispatch._loaded, "cuda", stand_in())
+    monkeypatch.setitem(dispatch._loaded, "triton", types.SimpleNamespace(refusal=lambda p: None, backward="theirs"))
+    monkeypatch.setitem(dispatch._loaded, "cpu", types.SimpleNamespace(refusal=lambda p: None, backward="own"))
+    assert dispatch.refusal("cuda", differentiable()) is None
+    prepared = dataclasses.replace(problem(), prepared=torch.zeros(1))
+    function, handed_on = dispatch.backward_of("cuda", prepared)
+    assert (function, handed_on.prepared) == ("theirs", None)
+    assert dispatch.backward_of("cpu", prepared) == ("own", prepared)
+
+
+def test_the_cuda_kernels_are_not_chosen_without_being_named():
+    """Until a committed measurement shows them ahead."""
+    assert dispatch._ORDER["cuda"] == ("triton", "torch")
 
 
 def test_unknown_backend_is_named():
@@ -141,7 +168,7 @@ def test_explain_gives_a_reason_for_every_other_backend():
     assert set(explanation.reasons) == set(dispatch.BACKENDS) - {"cpu"}
     assert "'cpu' comes first on cpu" in explanation.reasons["torch"]
     assert "only when asked for by name" in explanation.reasons["reference"]
-    assert explanation.reasons["cuda"] == "not part of this release"
+    assert explanation.reasons["cuda"] == "it runs on cuda tensors, not cpu"
     assert str(explanation).splitlines()[0] == "cpu would run"
     assert len(str(explanation).splitlines()) == len(dispatch.BACKENDS)
 

@@ -22,7 +22,9 @@ def test_values_are_returned_and_listed(monkeypatch):
     monkeypatch.setenv(env.BACKEND, "torch")
     monkeypatch.setenv(env.CPU_ISA, "avx2")
     monkeypatch.setenv(env.LIBRARY, "/somewhere/lib.so")
+    monkeypatch.setenv(env.CACHE, "/somewhere/cache")
     assert (env.forced_backend(), env.cpu_isa(), env.library_path()) == ("torch", "avx2", "/somewhere/lib.so")
+    assert env.cache_folder() == "/somewhere/cache"
     assert set(env.variables_set()) == set(env.VARIABLES)
 
 
@@ -32,6 +34,17 @@ def test_empty_value_means_unset(monkeypatch):
     assert env.forced_backend() is None
     assert env.cpu_isa() is None
     assert env.variables_set() == {}
+
+
+def test_the_cache_lies_in_the_users_own_folder(monkeypatch):
+    monkeypatch.delenv(env.CACHE, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere/caches")
+    assert env.cache_folder() == "/somewhere/caches/deberta_kernels"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert env.cache_folder() == "/home/someone/.cache/deberta_kernels"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert env.cache_folder() is None
 
 
 def test_unknown_instruction_set_is_named(monkeypatch):

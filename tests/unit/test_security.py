@@ -24,9 +24,10 @@ FORBIDDEN_CALLS = {
 }  # fmt: skip
 # Modules imported by name come from constants in these files, never from a configuration or a caller.
 IMPORTS_BY_NAME = {"__init__.py", "dispatch.py", "integrations/huggingface.py"}
-OPENS_LIBRARIES = {"native.py", "demo/measure.py"}
+OPENS_LIBRARIES = {"native.py", "demo/measure.py", "impl/cuda/driver.py", "impl/cuda/nvrtc.py"}
 STARTS_PROCESSES = {"__main__.py", "demo/model.py"}
-WRITES_FILES = {"demo/report.py", "demo/measure.py"}
+# The cache of compiled CUDA modules: a folder of the user's own, tested in test_cuda_image.py.
+WRITES_FILES = {"demo/report.py", "demo/measure.py", "impl/cuda/cache.py"}
 
 
 def place(path):
@@ -84,8 +85,8 @@ def test_powerful_function_is_called_in_its_place_only(function, places):
     assert {place(path) for path in FILES if function in [name for name, _ in calls(path)]} <= places
 
 
-def test_only_the_demo_writes_files():
-    writing = ("write_text", "write_bytes", "mkdir", "makedirs", "savefig", "unlink", "rmtree")
+def test_only_the_demo_and_the_cache_write_files():
+    writing = ("write_text", "write_bytes", "mkdir", "makedirs", "savefig", "unlink", "rmtree", "fdopen")
     found = {place(path) for path in FILES if any(name.split(".")[-1] in writing for name, _ in calls(path))}
     assert found <= WRITES_FILES
 

@@ -1,0 +1,264 @@
+"""Prepare one launch of the CUDA forward: what csrc/cuda/README.md says under "What the host prepares"."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from deberta_kernels import dropout
+from deberta_kernels.position import PositionIndex, plain_tensors, position_index
+from deberta_kernels.types import AttentionProblem, PositionSpec
+
+__all__ = [
+    "ABI_VERSION", "Arguments", "Box", "ForwardInfo", "ForwardParams", "TensorMap", "box_of", "expand", "grid",
+]  # fmt: skip
+
+# csrc/cuda/params.h; the emulation's tests compare the sizes.
+ABI_VERSION = 1
+_LOG2E = 1.4426950408889634
+_ALIGNMENT = 64  # of a tensor map
+# prepare() expands a table over all its distances only when they are not many more than the table's rows.
+_MAX_PREPARED = 1 << 13
+_LONGEST = 1 << 16  # tokens; lengths up to this share one index of distances
+_BOX = 64  # elements and rows of a box: the 128-byte swizzle allows no more
+
+
+class ForwardInfo(ctypes.Structure):
+    """`ForwardInfo` of csrc/cuda/params.h."""
+
+    _fields_ = [
+        (name, ctypes.c_int32)
+        for name in ("abi_version", "head_dim", "rows", "keys", "threads", "shared_bytes", "table_margin")
+    ]
+
+
+class TensorMap(ctypes.Structure):
+    """`TensorMap` of csrc/cuda/params.h."""
+
+    _fields_ = [("opaque", ctypes.c_uint64 * 16)]
+
+
+class ForwardParams(ctypes.Structure):
+    """`ForwardParams` of csrc/cuda/params.h."""
+
+    _fields_ = [
+        *((name, TensorMap) for name in ("k", "v", "pos_key", "pos_query")),
+        *((name, ctypes.c_int64) for name in (
+            "q", "q_stride_b", "q_stride_h", "q_stride_n", "out", "lse", "pos_key_rows", "pos_query_rows", "table_rows",
+            "table_offset", "low_end", "high_start", "mean", "key_mask", "key_mask_stride_b", "query_mask",
+            "query_mask_stride_b", "pair_mask", "pair_mask_stride_b", "pair_mask_stride_h", "pair_mask_stride_m",
+            "pair_mask_stride_n", "cu_seqlens", "seed", "batch", "heads", "nq", "nk", "prefix", "row_tiles",
+            "dropout_threshold",
+        )),
+        ("qk_scale", ctypes.c_double),
+        ("keep_scale", ctypes.c_double),
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Box:
+    """Say what a tensor map describes, its dimensions innermost first.
+
+    Attributes:
+        address: of the first element.
+        sizes: elements per dimension.
+        strides: bytes from one element of a dimension to the next, one per dimension.
+        box: elements that one copy takes, per dimension.
+    """
+
+    address: int
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    box: tuple[int, ...]
+
+
+def box_of(x: Tensor, order: tuple[int, ...]) -> Box:
+    """Describe a tensor of 16-bit elements, its dimensions in this order, innermost first."""
+    sizes = tuple(x.shape[i] for i in order)
+    # A dimension of one element is never stepped along, whatever its stride: the driver gets one it accepts.
+    strides = tuple(2 * x.stride(i) if i == order[0] or x.shape[i] > 1 else 2 * sizes[0] for i in order)
+    return Box(x.data_ptr(), sizes, strides, (_BOX, _BOX, *([1] * (len(order) - 2))))
+
+
+def grid(problem: AttentionProblem, rows: int) -> tuple[int, int]:
+    """Return (blocks of a launch, blocks per sample and head) where a block takes that many queries."""
+    batch, heads, nq, _ = problem.q.shape
+    cu_seqlens = problem.cu_seqlens
+    samples, longest = (batch, nq) if cu_seqlens is None else (cu_seqlens.numel() - 1, problem.max_seqlen)
+    row_tiles = -(-longest // rows)
+    return samples * heads * row_tiles, row_tiles
+
+
+class Arguments:
+    """The arguments of one launch, and every tensor whose address they hold.
+
+    Attributes:
+        params: to be passed by address; it lies on a 64-byte boundary.
+        blocks: of the grid.
+        memory: (tensor, whether the kernel writes it).
+    """
+
+    def __init__(
+        self, problem: AttentionProblem, info: ForwardInfo, encode: Callable[[TensorMap, torch.dtype, Box], None],
+        out: Tensor, lse: Tensor,
+    ) -> None:  # fmt: skip
+        """Fill the arguments.
+
+        Args:
+            problem: the call.
+            info: what the compiled kernel says of itself.
+            encode: fills a tensor map, see `Driver.encode`.
+            out: (B, Nq, H, D) contiguous, dtype of q; will be written.
+            lse: (B, H, Nq) float32 contiguous; will be written.
+        """
+        self.problem, self.info, self.encode = problem, info, encode
+        self.memory: list[tuple[Tensor, bool]] = []
+        self._buffer = ctypes.create_string_buffer(ctypes.sizeof(ForwardParams) + 2 * _ALIGNMENT)
+        start = -ctypes.addressof(self._buffer) % _ALIGNMENT
+        self.params = ForwardParams.from_buffer(self._buffer, start)
+        self._fill(out, lse)
+        self._fill_tables()
+        self._fill_masks()
+
+    def _address(self, x: Tensor | None, writable: bool = False) -> int:
+        if x is None:
+            return 0
+        self.memory.append((x, writable))
+        return x.data_ptr()
+
+    def _map(self, name: str, x: Tensor, order: tuple[int, ...]) -> None:
+        self._address(x)
+        self.encode(getattr(self.params, name), x.dtype, box_of(x, order))
+
+    def _fill(self, out: Tensor, lse: Tensor) -> None:
+        p, problem = self.params, self.problem
+        q = _readable(problem.q, 2)
+        p.batch, p.heads, p.nq, _ = q.shape
+        p.nk = problem.k.shape[2]
+        if problem.cu_seqlens is not None:
+            p.batch = problem.cu_seqlens.numel() - 1
+            p.cu_seqlens = self._address(problem.cu_seqlens.contiguous())
+        self.blocks, p.row_tiles = grid(problem, self.info.rows)
+        p.q = self._address(q)
+        p.q_stride_b, p.q_stride_h, p.q_stride_n = q.stride()[:3]
+        for name, x in (("k", problem.k), ("v", problem.v)):
+            self._map(name, _readable(x, 8), (3, 2, 1, 0))
+        p.out, p.lse = self._address(out, True), self._address(lse, True)
+        p.qk_scale, p.keep_scale = problem.scale * _LOG2E, 1.0
+        if problem.dropout_p > 0:
+            p.dropout_threshold = dropout.threshold(problem.dropout_p)
+            p.keep_scale = dropout.keep_scale(problem.dropout_p)
+            p.seed = self._address(problem.seed)
+
+    def _fill_tables(self) -> None:
+        p, problem, position = self.params, self.problem, self.problem.position
+        p.prefix = position.prefix_length
+        if (problem.pos_key is None and problem.pos_query is None) or p.prefix >= p.nk:
+            p.prefix = p.nk
+            return
+        index = position_index(max(p.nq, p.nk, _LONGEST), position)
+        p.low_end, p.high_start = ends = _ends(index)
+        margin = self.info.table_margin
+        expanded: Sequence[Tensor]
+        if problem.prepared is None:
+            first = max(ends[0], min(1 - (p.nk - p.prefix), -1)) - margin
+            last = min(ends[1], max(p.nq - 1, 0)) + margin
+            expanded = _expanded(problem.pos_key, problem.pos_query, position, first, last)
+        else:
+            first, last = ends[0] - margin, ends[1] + margin
+            shape = (2, p.heads, last - first, problem.q.shape[3])
+            expanded = _check_prepared(problem.prepared, problem.q, shape).unbind()
+        p.table_rows, p.table_offset = last - first, -first
+        for name, x in zip(("pos_key", "pos_query"), expanded):
+            self._map(name, x, (2, 1, 0))
+            setattr(p, f"{name}_rows", x.data_ptr())
+
+    def _fill_masks(self) -> None:
+        p, masks = self.params, self.problem.masks
+        key, query, pair = masks.key, masks.query, masks.pair
+        if key is None and query is None and pair is None:
+            return
+        p.mean = self._address(self.problem.v.mean(2, dtype=torch.float32).contiguous())
+        for name, mask in (("key_mask", key), ("query_mask", query)):
+            if mask is not None:
+                mask = mask if mask.stride(1) == 1 else mask.contiguous()
+                setattr(p, name, self._address(mask))
+                setattr(p, f"{name}_stride_b", mask.stride(0))
+        if pair is not None:
+            p.pair_mask = self._address(pair)
+            p.pair_mask_stride_b, head, p.pair_mask_stride_m, p.pair_mask_stride_n = pair.stride()
+            p.pair_mask_stride_h = head if pair.shape[1] > 1 else 0
+
+
+def expand(pos_key: Tensor | None, pos_query: Tensor | None, position: PositionSpec, margin: int) -> Tensor | None:
+    """Expand the tables over every distance that is not saturated, for calls of any length.
+
+    Args:
+        pos_key: (H, rows, D) or None.
+        pos_query: (H, rows, D) or None.
+        position: see `PositionSpec`.
+        margin: `table_margin` of the compiled kernel.
+
+    Returns:
+        (2, H, distances, D) contiguous; None when the distances are too many, or nothing saturates.
+    """
+    low_end, high_start = _ends(position_index(_LONGEST, position))
+    first, last = low_end - margin, high_start + margin
+    if last - first > _MAX_PREPARED:
+        return None
+    return torch.stack(_expanded(pos_key, pos_query, position, first, last))
+
+
+def _check_prepared(prepared: Tensor, q: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Check that prepared tables are as large as the kernel will read."""
+    same = prepared.dtype == q.dtype and prepared.device == q.device and prepared.is_contiguous()
+    if prepared.shape != shape or not same:
+        raise ValueError(
+            f"prepared must be what prepare returned for these tables, {q.dtype} of shape {shape} on {q.device}, got "
+            f"{prepared.dtype} of {tuple(prepared.shape)} on {prepared.device}; prepare the tables again."
+        )
+    return prepared
+
+
+def _ends(index: PositionIndex) -> tuple[int, int]:
+    return min(index.low_end, -1), max(index.high_start, 0)
+
+
+def _expanded(
+    pos_key: Tensor | None, pos_query: Tensor | None, position: PositionSpec, first: int, last: int
+) -> tuple[Tensor, Tensor]:
+    """Copy the tables with one row per distance first ... last - 1, each (H, rows, D); a missing one is all zeros."""
+    given = pos_key if pos_key is not None else pos_query
+    if given is None:
+        raise ValueError("there are no position tables to expand.")
+    rows = _rows(position, first, last, given.shape[1], given.device)
+
+    def one(table: Tensor | None) -> Tensor:
+        if table is None:
+            return given.new_zeros(given.shape[0], last - first, given.shape[2])
+        return table.index_select(1, rows).contiguous()
+
+    return one(pos_key), one(pos_query)
+
+
+@lru_cache(maxsize=256)
+def _rows(position: PositionSpec, first: int, last: int, count: int, device: torch.device) -> Tensor:
+    """Return the row of tables of `count` rows for each distance, (last - first,) int64."""
+    index = position_index(max(-first, last, _LONGEST), position)
+    with plain_tensors():
+        distances = torch.arange(first, last, device="cpu").clamp(-index.reach, index.reach)
+        found = (index.delta[distances + index.reach].long() - position.first_row).clamp(0, count - 1)
+        return found.to(device)  # waits for the copy, so later calls may read it from any stream
+
+
+def _readable(x: Tensor, unit: int) -> Tensor:
+    """Return x in memory that the kernel can read, its rows at multiples of `unit` elements."""
+    x = x.resolve_neg()
+    strides = [s for s, size in zip(x.stride()[:3], x.shape[:3]) if size > 1]
+    aligned = x.stride(-1) == 1 and all(s > 0 and s % unit == 0 for s in strides) and x.data_ptr() % (2 * unit) == 0
+    return x if aligned else x.clone(memory_format=torch.contiguous_format)

@@ -1,0 +1,166 @@
+"""Find the compiled module of a dtype and head size: built with the wheel, kept by an earlier process, or compiled now.
+
+The sources, and what nvcc made of them when the wheel was built, lie in the package's `lib/cuda`; `build.json` beside
+them says what belongs together. Everything is held to its digest before the driver sees it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import struct
+import threading
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deberta_kernels.impl.cuda import cache, nvrtc
+from deberta_kernels.impl.cuda.arguments import ABI_VERSION, ForwardInfo
+
+__all__ = ["DTYPES", "ImageError", "compiled", "forward_info", "images", "kernel", "packaged", "status"]
+
+DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+HEAD_DIMS = (64, 128)
+
+_FOLDER = Path(__file__).resolve().parents[2] / "lib" / "cuda"
+_MAIN = "forward.cu"
+_lock = threading.Lock()
+_logger = logging.getLogger(__name__)
+
+
+class ImageError(RuntimeError):
+    """Say why a compiled module is not there or cannot be trusted."""
+
+
+def kernel(dtype: torch.dtype, head_dim: int, pair: bool, dropout: bool) -> str:
+    """Return the name of a kernel."""
+    name = f"disentangled_forward_{DTYPES[dtype]}_d{head_dim}"
+    return name + ("_pair" if pair else "") + ("_dropout" if dropout else "")
+
+
+def images(dtype: torch.dtype, head_dim: int) -> Iterator[bytes | ImageError]:
+    """Yield the compiled module, best source first, or why a source has none; nothing is compiled before it is due."""
+    for find in (packaged, compiled):
+        try:
+            yield find(dtype, head_dim)
+        except (ImageError, nvrtc.NvrtcError) as error:
+            yield ImageError(str(error))
+
+
+def packaged(dtype: torch.dtype, head_dim: int) -> bytes:
+    """Return the module that was built with the wheel.
+
+    Raises:
+        ImageError: there is none, it is damaged, or it was built from other sources.
+    """
+    name = f"forward_{DTYPES[dtype]}_d{head_dim}.cubin"
+    record = _record()
+    if name not in record.get("cubins", {}):
+        raise ImageError("no CUDA module was built with the package")
+    if record.get("sources") != {file: _sha256(text.encode()) for file, text in _sources().items()}:
+        raise ImageError(f"{name} was built from other sources")
+    try:
+        content = (_FOLDER / name).read_bytes()
+    except OSError as error:
+        raise ImageError(f"{name} cannot be read ({error.strerror})") from error
+    if _sha256(content) != record["cubins"][name]:
+        raise ImageError(f"{name} is damaged: its digest is not that of the build")
+    return content
+
+
+def compiled(dtype: torch.dtype, head_dim: int) -> bytes:
+    """Return the module as NVRTC compiles it, from the private cache where an earlier process left it there.
+
+    Raises:
+        ImageError: the sources are not in the package.
+        NvrtcError: NVRTC is not there, or does not compile them.
+    """
+    sources = _sources()
+    if _MAIN not in sources:
+        raise ImageError(f"the CUDA sources are not in the package ({_FOLDER} holds none)")
+    options = ("--gpu-architecture=sm_90a", "--std=c++17", f"-DDK_DTYPE={DTYPES[dtype]}", f"-DDK_HEAD_DIM={head_dim}")
+    with _lock:
+        compiler = _compiler()
+        digest = _sha256(json.dumps([compiler.version, options, sources], sort_keys=True).encode())
+        name = f"forward_{DTYPES[dtype]}_d{head_dim}_{digest[:32]}.cubin"
+        made = None
+        try:
+            made = cache.read(name)
+            if made is None:
+                made = compiler.cubin(sources, _MAIN, options)
+                cache.write(name, made)
+        except cache.CacheError as error:
+            _logger.warning("the CUDA kernels are compiled anew in every process: %s", error)
+        return made if made is not None else compiler.cubin(sources, _MAIN, options)
+
+
+def forward_info(cubin: bytes) -> ForwardInfo:
+    """Return `disentangled_forward_info` of a compiled module, the only data in constant bank 3; no device is needed.
+
+    Raises:
+        ImageError: the module is damaged, or made for another version of the package.
+    """
+    try:
+        info = ForwardInfo(*_constants(cubin))
+    except (struct.error, IndexError, ValueError) as error:
+        raise ImageError(f"the CUDA module is damaged ({error})") from error
+    if info.abi_version != ABI_VERSION:
+        raise ImageError(f"the CUDA module has version {info.abi_version} of its arguments, not {ABI_VERSION}")
+    return info
+
+
+def _constants(cubin: bytes) -> tuple[int, ...]:
+    if cubin[:4] != b"\x7fELF":
+        raise ValueError("it is no ELF file")
+    (table,) = struct.unpack_from("<Q", cubin, 40)
+    size, number, names = struct.unpack_from("<HHH", cubin, 58)
+    headers = [struct.unpack_from("<IIQQQQ", cubin, table + i * size) for i in range(number)]
+    for name, _, _, _, offset, length in headers:
+        start = headers[names][4] + name
+        if cubin[start : cubin.index(b"\0", start)] == b".nv.constant3" and length >= 28:
+            return struct.unpack_from("<7i", cubin, offset)
+    raise ValueError("it holds no disentangled_forward_info")
+
+
+def status() -> dict[str, Any]:
+    """Describe what there is to load.
+
+    Returns:
+        "built": names of the modules that came with the package; "nvcc": the compiler's version, or None; "sources":
+        whether the sources are in the package; "nvrtc": version of NVRTC, or why it cannot be used.
+    """
+    record = _record()
+    try:
+        found = ".".join(map(str, _compiler().version))
+    except nvrtc.NvrtcError as error:
+        found = str(error)
+    return {
+        "built": sorted(record.get("cubins", {})), "nvcc": record.get("nvcc"), "sources": _MAIN in _sources(),
+        "nvrtc": found,
+    }  # fmt: skip
+
+
+@lru_cache(maxsize=1)
+def _compiler() -> nvrtc.Compiler:
+    return nvrtc.Compiler()
+
+
+def _record() -> dict[str, Any]:
+    try:
+        found = json.loads((_FOLDER / "build.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _sources() -> dict[str, str]:
+    return {path.name: path.read_text(encoding="utf-8") for path in sorted(_FOLDER.glob("*.*")) if path.suffix in
+            (".h", ".cu")}  # fmt: skip
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

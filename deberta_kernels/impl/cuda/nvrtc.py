@@ -1,0 +1,111 @@
+"""Compile CUDA C++ at run time with NVRTC, which PyTorch's CUDA builds bring along."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from ctypes import POINTER, c_char_p, c_int, c_size_t, c_void_p
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["Compiler", "NvrtcError", "libraries"]
+
+# The first to know sm_90a.
+_OLDEST = (12, 0)
+_MAJORS = (13, 12)
+_LOG_CHARACTERS = 2000
+_SIGNATURES: dict[str, tuple[Any, ...]] = {
+    "nvrtcVersion": (POINTER(c_int), POINTER(c_int)),
+    "nvrtcCreateProgram": (POINTER(c_void_p), c_char_p, c_char_p, c_int, POINTER(c_char_p), POINTER(c_char_p)),
+    "nvrtcCompileProgram": (c_void_p, c_int, POINTER(c_char_p)),
+    "nvrtcDestroyProgram": (POINTER(c_void_p),),
+    "nvrtcGetProgramLogSize": (c_void_p, POINTER(c_size_t)),
+    "nvrtcGetProgramLog": (c_void_p, c_char_p),
+    "nvrtcGetCUBINSize": (c_void_p, POINTER(c_size_t)),
+    "nvrtcGetCUBIN": (c_void_p, c_char_p),
+}
+
+
+class NvrtcError(RuntimeError):
+    """Say why NVRTC is not there, or what it found wrong."""
+
+
+def libraries() -> list[str]:
+    """Return what may be NVRTC, best first: of torch's own CUDA, by name for the loader, then in NVIDIA's wheels."""
+    own = (torch.version.cuda or "").split(".")[0]
+    majors = sorted(_MAJORS, key=lambda major: str(major) != own)
+    found = [f"libnvrtc.so.{major}" for major in majors]
+    wheels = importlib.util.find_spec("nvidia")
+    for place in list(wheels.submodule_search_locations or ()) if wheels else ():
+        for major in majors:
+            found += map(str, sorted(Path(place).glob(f"*/lib/libnvrtc.so.{major}")))
+    return found
+
+
+class Compiler:
+    """NVRTC, opened.
+
+    Attributes:
+        version: (major, minor).
+    """
+
+    def __init__(self) -> None:
+        """Open the first that is there and not too old.
+
+        Raises:
+            NvrtcError: there is none.
+        """
+        for name in libraries():
+            try:
+                self._handle = ctypes.CDLL(name)
+                for function, types in _SIGNATURES.items():
+                    getattr(self._handle, function).argtypes = types
+            except (OSError, AttributeError):
+                continue
+            major, minor = c_int(), c_int()
+            self._call("nvrtcVersion", ctypes.byref(major), ctypes.byref(minor))
+            self.version = major.value, minor.value
+            if self.version >= _OLDEST:
+                return
+        raise NvrtcError("NVRTC is not there (pip install nvidia-cuda-nvrtc, or a CUDA build of PyTorch)")
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        status = getattr(self._handle, name)(*arguments)
+        if status:
+            raise NvrtcError(f"{name} failed with status {status}")
+
+    def cubin(self, sources: dict[str, str], main: str, options: tuple[str, ...]) -> bytes:
+        """Compile a program.
+
+        Args:
+            sources: text of every file, by the name that others include it with.
+            main: the file to compile.
+            options: of the compiler.
+
+        Raises:
+            NvrtcError: it does not compile; the message ends with the compiler's.
+        """
+        headers = {name.encode(): text.encode() for name, text in sources.items() if name != main}
+        program, count = c_void_p(), len(headers)
+        self._call(
+            "nvrtcCreateProgram", ctypes.byref(program), sources[main].encode(), main.encode(), count,
+            (c_char_p * count)(*headers.values()), (c_char_p * count)(*headers),
+        )  # fmt: skip
+        try:
+            given = (c_char_p * len(options))(*(option.encode() for option in options))
+            try:
+                self._call("nvrtcCompileProgram", program, len(options), given)
+            except NvrtcError as error:
+                raise NvrtcError(f"{error}: {self._text(program, 'ProgramLog').decode(errors='replace')}") from error
+            return self._text(program, "CUBIN")
+        finally:
+            self._call("nvrtcDestroyProgram", ctypes.byref(program))
+
+    def _text(self, program: c_void_p, what: str) -> bytes:
+        size = c_size_t()
+        self._call(f"nvrtcGet{what}Size", program, ctypes.byref(size))
+        buffer = ctypes.create_string_buffer(size.value)
+        self._call(f"nvrtcGet{what}", program, buffer)
+        return buffer.raw if what == "CUBIN" else buffer.value.strip()[-_LOG_CHARACTERS:]
