@@ -19,7 +19,10 @@ __all__ = ["Variant", "kernel_title", "launches", "problem", "selection"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FULL = "bias+mask+dropout"
-ALL_FEATURES = ("none", "mask", "dropout", "mask+dropout", "bias", "bias+mask", "bias+dropout", FULL)
+# Masks without positions take the kernels with positions, so that these are all there are.
+ALL_FEATURES = (
+    "none", "dropout", "bias", "bias+dropout", "bias+mask", FULL, "bias+pair", "bias+pair+dropout",
+)  # fmt: skip
 BATCH, HEADS, LENGTH = 2, 12, 2048
 
 
@@ -32,7 +35,7 @@ class Variant:
         direction: "forward" or "backward".
         dtype: "bf16", "fp16" or "fp32".
         head_dim: D.
-        features: "none", or some of "bias", "mask" and "dropout" joined by "+".
+        features: "none", or some of "bias", "mask" (of tokens), "pair" (of pairs) and "dropout" joined by "+".
     """
 
     chip: str
@@ -45,6 +48,11 @@ class Variant:
     def title(self) -> str:
         """Return what every table calls it, without the chip."""
         return f"{self.dtype} D{self.head_dim} {self.features}"
+
+
+# What Triton's compiler fails on, all versions up to 3.9: truth values of a tile that change their layout. A call that
+# needs one is refused when its backend is chosen, and the next backend answers.
+FAILING = (Variant("gfx942", "forward", "bf16", 64, "bias+pair+dropout"),)
 
 
 def selection(*, oldest: bool) -> list[Variant]:
@@ -61,11 +69,12 @@ def selection(*, oldest: bool) -> list[Variant]:
         wanted += [("sm_90", dtype, 64, FULL) for dtype in ("fp32", "fp16")]
         wanted += [("sm_86", "bf16", 64, FULL), ("sm_86", "bf16", 128, FULL), ("sm_86", "fp32", 64, FULL)]
         wanted += [("sm_120", "bf16", 64, FULL)]
-    return [
+    found = [
         Variant(chip, direction, dtype, dim, features)
         for chip, dtype, dim, features in wanted
         for direction in ("backward", "forward")
     ]
+    return [variant for variant in found if variant not in FAILING]
 
 
 def problem(variant: Variant) -> AttentionProblem:
@@ -78,6 +87,7 @@ def problem(variant: Variant) -> AttentionProblem:
     q, k, v = (empty(BATCH, LENGTH, HEADS, variant.head_dim).transpose(1, 2) for _ in range(3))
     tables = [empty(512, HEADS, variant.head_dim).transpose(0, 1) if "bias" in features else None for _ in range(2)]
     tokens = empty(BATCH, LENGTH, dtype=torch.bool) if "mask" in features else None
+    pair = empty(BATCH, 1, LENGTH, LENGTH, dtype=torch.bool) if "pair" in features else None
     dropout = "dropout" in features
     return AttentionProblem(
         q,
@@ -85,7 +95,7 @@ def problem(variant: Variant) -> AttentionProblem:
         v,
         tables[0],
         tables[1],
-        Masks(key=tokens, query=tokens),
+        Masks(key=tokens, query=tokens, pair=pair),
         PositionSpec(),
         (3 * variant.head_dim) ** -0.5,
         dropout_p=0.1 if dropout else 0.0,
@@ -108,13 +118,16 @@ def launches(variant: Variant) -> tuple[Any, ...]:
     return tuple(launch.backward_launches(call, torch.empty_like(out), None, out, lse, needs, variant.chip).launches)
 
 
-# Constant of a kernel -> the feature that sets it.
-_CONSTANTS = {"HAS_BIAS": "bias", "MASKED": "mask", "DROPOUT": "dropout"}
+# Constant of a kernel -> the feature that each of its values stands for.
+_CONSTANTS: dict[str, dict[Any, str]] = {
+    "HAS_BIAS": {True: "bias"}, "MASKED": {1: "mask", 2: "pair"}, "DROPOUT": {True: "dropout"},
+}  # fmt: skip
 
 
 def kernel_title(variant: Variant, launch: Any) -> str:
     """Return the name of a kernel and of its variant: with those features alone that the kernel knows."""
-    present = [name for constant, name in _CONSTANTS.items() if launch.constants.get(constant)]
+    values = {constant: launch.constants.get(constant) for constant in _CONSTANTS}
+    present = [names[values[constant]] for constant, names in _CONSTANTS.items() if values[constant]]
     knows = any(constant in launch.constants for constant in _CONSTANTS)
     features = f" {'+'.join(present) or 'none'}" if knows else ""
     name = launch.kernel.__name__.removeprefix("_disentangled_")

@@ -118,7 +118,9 @@ def allowed(
             else:
                 pointers = pair_mask + i[:, None] * stride_pm + j[None, :] * stride_pn
                 inside = (i < nq)[:, None] & (j < nk)[None, :]
-            score = tl.where(tl.load(pointers, mask=inside, other=0) != 0, score, -float("inf"))
+            # As a number: the truth values of a tile cannot change their layout on AMD devices.
+            limit = tl.load(pointers, mask=inside, other=0).to(tl.float32)
+            score = tl.where(limit > 0, score, -float("inf"))
     return score
 
 
