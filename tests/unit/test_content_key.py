@@ -5,8 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
+from deberta_kernels import native
 from deberta_kernels.modules import positions
 from deberta_kernels.modules.positions import content_key
+
+
+@pytest.fixture(autouse=True, params=["with the library", "without the library"])
+def reading(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read weights by the native library's checksum, and by PyTorch."""
+    if request.param == "without the library":
+        monkeypatch.setattr(native, "opened", lambda: None)
+    elif native.opened() is None:
+        pytest.skip(str(native.unavailable()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int8])
@@ -56,3 +66,13 @@ def test_no_content_key_where_reading_is_not_cheap_or_not_possible():
     assert content_key(torch.ones(4, 4).t()[1:]) is None
     assert content_key(torch.ones(4, device="meta")) is None
     assert content_key(torch.ones(4).to_sparse()) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_content_key_sees_signs_change_in_pairs(dtype):
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(5)).to(dtype)
+    key = content_key(weight)
+    for columns in ([1, 3], [1, 5, 9, 13], list(range(64))):
+        edited = weight.clone()
+        edited.data[:, columns] *= -1
+        assert content_key(edited) != key
