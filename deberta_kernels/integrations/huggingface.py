@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,13 +36,7 @@ _UNFUSED_REMEDY = "models with custom attention are not fused"
 
 
 class FusedAttention(Swapped):
-    """Mix the kernels into one attention module of a patched model.
-
-    Attributes:
-        swap_compute: `compute` of `attend`.
-    """
-
-    swap_compute: ClassVar[Callable[..., Tensor] | None] = None
+    """Mix the kernels into one attention module of a patched model."""
 
     def forward(
         self,
@@ -56,14 +50,27 @@ class FusedAttention(Swapped):
         """Attend; see `attend` for the arguments."""
         return attend(
             self, self.swap_options, self.swap_original, hidden_states, attention_mask, output_attentions,
-            query_states, relative_pos, rel_embeddings, compute=self.swap_compute,
+            query_states, relative_pos, rel_embeddings,
         )  # fmt: skip
 
 
 class FusedAdapterAttention(FusedAttention):
     """Mix the kernels into one attention module that AdapterHub made its own."""
 
-    swap_compute = staticmethod(attend_with_adapters)
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Any,
+        output_attentions: bool = False,
+        query_states: Tensor | None = None,
+        relative_pos: Tensor | None = None,
+        rel_embeddings: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend; see `attend` for the arguments."""
+        return attend(
+            self, self.swap_options, self.swap_original, hidden_states, attention_mask, output_attentions,
+            query_states, relative_pos, rel_embeddings, compute=attend_with_adapters,
+        )  # fmt: skip
 
 
 class FusedEncoder(Swapped):
