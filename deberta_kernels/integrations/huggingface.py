@@ -55,7 +55,10 @@ class FusedAttention(Swapped):
 
 
 class FusedAdapterAttention(FusedAttention):
-    """Mix the kernels into one attention module that AdapterHub made its own."""
+    """Mix the kernels into one attention module that AdapterHub made its own.
+
+    Its forward is a function of its own on purpose: the encoder tells adapted modules by it, see `_ADAPTED_FORWARDS`.
+    """
 
     def forward(
         self,
