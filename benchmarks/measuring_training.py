@@ -56,15 +56,15 @@ class Workshop:
 
     def candidates(self, dtype: str) -> dict[str, Any]:
         """Return name -> model; all share their weights."""
-        found = {"eager": self.plain, "patched": self._patched(False)}
+        found = {"eager": self.plain, "patched": self._patched("auto")}
         if dtype == "float32":
             found["onednn"] = self._patched(True)
         return found
 
-    def _patched(self, onednn: bool) -> Any:
+    def _patched(self, fast_linears: bool | str) -> Any:
         shared: dict[int, Any] = {id(x): x for x in (*self.plain.parameters(), *self.plain.buffers())}
         model = copy.deepcopy(self.plain, shared)
-        deberta_kernels.patch(model, backend=self.plan.backend, strict=True, onednn=onednn)
+        deberta_kernels.patch(model, backend=self.plan.backend, strict=True, fast_linears=fast_linears)
         return model
 
 

@@ -17,7 +17,7 @@ from .integrations.huggingface import (
     uninstall,
 )
 from .integrations.swap import Swapped, is_swapped, swap, undo
-from .modules import linear
+from .modules import products
 from .modules.positions import forget, forget_all
 from .modules.self_attention import AttentionOptions
 
@@ -56,7 +56,7 @@ def patch(
     backend: str = "auto",
     unpad: str | bool = "auto",
     strict: bool = False,
-    onednn: str | bool = "auto",
+    fast_linears: str | bool = "auto",
 ) -> PatchReport:
     """Make every DeBERTa (v1, v2 or v3) inside a model run fused attention, in place.
 
@@ -71,20 +71,21 @@ def patch(
             False, never. Results are the same, padded rows included (without dropout).
         strict: raise NotImplementedError where a call, or the model, would run the original code, or where the best
             backend of the device refuses a call; without it that is one warning per reason.
-        onednn: whether plain linear layers on the CPU run in oneDNN: "auto", in inference where PyTorch's own are the
-            slower ones; True, also in training; or False. oneDNN keeps code for each number of tokens it meets, up to
-            some hundred MB: True suits training with few different lengths.
+        fast_linears: whether plain linear layers on the CPU are computed in faster ways than PyTorch's: "auto", where
+            that costs no memory: float32 in inference, bfloat16 and float16 on processors without instructions for
+            them; True, float32 in training as well, by oneDNN, which keeps code for each number of tokens it meets,
+            up to some hundred MB: it suits training with few different lengths; or False.
 
     Returns:
         What was patched, and what was left alone and why.
 
     Raises:
         TypeError: model is not a module, or strict is not a bool.
-        ValueError: no DeBERTa inside, or an unknown backend, unpad or onednn.
+        ValueError: no DeBERTa inside, or an unknown backend, unpad or fast_linears.
         RuntimeError: the backend's module does not load.
-        NotImplementedError: onednn=True without oneDNN; or strict, and something was left alone.
+        NotImplementedError: fast_linears=True without oneDNN; or strict, and something was left alone.
     """
-    options = _options(backend, unpad, strict, onednn)
+    options = _options(backend, unpad, strict, fast_linears)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}; pass the model itself.")
     encoders, attentions, left_alone = plan(model)
@@ -135,7 +136,7 @@ def unpatch(model: nn.Module) -> int:
 
 
 def patch_all(
-    *, backend: str = "auto", unpad: str | bool = "auto", strict: bool = False, onednn: str | bool = "auto"
+    *, backend: str = "auto", unpad: str | bool = "auto", strict: bool = False, fast_linears: str | bool = "auto"
 ) -> None:
     """Make every DeBERTa of transformers run fused attention: those in memory and all made from now on.
 
@@ -147,15 +148,15 @@ def patch_all(
         backend: as in `patch`.
         unpad: as in `patch`.
         strict: as in `patch`.
-        onednn: as in `patch`.
+        fast_linears: as in `patch`.
 
     Raises:
-        ValueError: an unknown backend, unpad or onednn.
+        ValueError: an unknown backend, unpad or fast_linears.
         ImportError: transformers is not installed, or does not import.
         RuntimeError: the backend's module does not load.
-        NotImplementedError: onednn=True without oneDNN, or a transformers whose classes this release does not know.
+        NotImplementedError: fast_linears=True without oneDNN, or a transformers whose classes are not known.
     """
-    install(_options(backend, unpad, strict, onednn))
+    install(_options(backend, unpad, strict, fast_linears))
 
 
 def unpatch_all() -> None:
@@ -164,17 +165,17 @@ def unpatch_all() -> None:
     forget_all()
 
 
-def _options(backend: str, unpad: str | bool, strict: bool, onednn: str | bool) -> AttentionOptions:
+def _options(backend: str, unpad: str | bool, strict: bool, fast_linears: str | bool) -> AttentionOptions:
     dispatch.check_backend(backend)
     if backend != "auto":
         dispatch.load(backend)
-    for name, value in (("unpad", unpad), ("onednn", onednn)):
+    for name, value in (("unpad", unpad), ("fast_linears", fast_linears)):
         if not isinstance(value, bool) and value != "auto":
             raise ValueError(f"{name} must be 'auto', True or False, got {value!r}; pass {name}='auto'.")
     if not isinstance(strict, bool):
         raise TypeError(f"strict must be a bool, got {strict!r}; pass True or False.")
-    if onednn is True and linear.refusal() is not None:
-        raise NotImplementedError(f"onednn=True is not possible: {linear.refusal()}; pass onednn='auto'.")
-    return AttentionOptions(
-        backend, strict, unpad, linear.wanted() if onednn == "auto" else bool(onednn), onednn_train=onednn is True
-    )
+    if fast_linears is True and products.refusal() is not None:
+        raise NotImplementedError(f"fast_linears=True is not possible: {products.refusal()}; pass fast_linears='auto'.")
+    if fast_linears == "auto" and not products.anything_gained():
+        fast_linears = False
+    return AttentionOptions(backend, strict, unpad, fast_linears)

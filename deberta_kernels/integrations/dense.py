@@ -1,4 +1,4 @@
-"""Run the linear layers around attention in oneDNN, in patched models: the feed-forward block and its like."""
+"""Run the linear layers around attention in the fastest way, in patched models: the feed-forward block and its like."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ __all__ = ["KNOWN_DENSE", "fuse_dense", "stand_in"]
 
 
 class FusedIntermediate(Swapped):
-    """Mix oneDNN's linear layer and GELU into the first half of a feed-forward block."""
+    """Mix a fast linear layer and GELU into the first half of a feed-forward block."""
 
     dense: nn.Linear
     intermediate_act_fn: Any
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Widen (..., hidden size) to (..., intermediate size)."""
-        return apply_linear_gelu(self.dense, self.intermediate_act_fn, hidden_states, _trains(self))
+        return apply_linear_gelu(self.dense, self.intermediate_act_fn, hidden_states, _everywhere(self))
 
 
 class FusedOutput(Swapped):
-    """Mix oneDNN's linear layer into what follows attention, or ends a feed-forward block."""
+    """Mix a fast linear layer into what follows attention, or ends a feed-forward block."""
 
     dense: nn.Linear
     dropout: nn.Module
@@ -36,13 +36,13 @@ class FusedOutput(Swapped):
 
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
         """Project hidden_states and add them to input_tensor, both (..., hidden size) when done."""
-        projected = apply_linear(self.dense, hidden_states, _trains(self))
+        projected = apply_linear(self.dense, hidden_states, _everywhere(self))
         normalised: Tensor = self.LayerNorm(self.dropout(projected) + input_tensor)
         return normalised
 
 
 class FusedAdapterOutput(Swapped):
-    """Mix oneDNN's linear layer into AdapterHub's modules of that place, which go on with bottleneck adapters."""
+    """Mix a fast linear layer into AdapterHub's modules of that place, which go on with bottleneck adapters."""
 
     dense: nn.Linear
     dropout: nn.Module
@@ -51,22 +51,22 @@ class FusedAdapterOutput(Swapped):
 
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
         """Project hidden_states, run the adapters, and add input_tensor; see `FusedOutput`."""
-        projected = self.dropout(apply_linear(self.dense, hidden_states, _trains(self)))
+        projected = self.dropout(apply_linear(self.dense, hidden_states, _everywhere(self)))
         return self.bottleneck_layer_forward(projected, input_tensor, self.LayerNorm)
 
 
 # For modules that keep their class because the forward of the class was replaced.
-_stand_ins_train = False
+_stand_ins_everywhere = False
 
 
 def stand_in(options: AttentionOptions) -> None:
     """Set the options of the stand-ins for whole classes; they are put in place elsewhere."""
-    global _stand_ins_train
-    _stand_ins_train = options.onednn_train
+    global _stand_ins_everywhere
+    _stand_ins_everywhere = options.fast_linears is True
 
 
-def _trains(module: Any) -> bool:
-    return module.swap_options.onednn_train if isinstance(module, Swapped) else _stand_ins_train
+def _everywhere(module: Any) -> bool:
+    return module.swap_options.fast_linears is True if isinstance(module, Swapped) else _stand_ins_everywhere
 
 
 def _known(home: str, name: str, mixin: Any) -> Known:
@@ -96,9 +96,9 @@ KNOWN_DENSE = tuple(known for known, _ in _MIXINS.values())
 
 
 def fuse_dense(encoder: nn.Module, options: AttentionOptions) -> None:
-    """Let the linear layers around the attention of an encoder run in oneDNN, or no longer, as the options say."""
+    """Let the linear layers around the attention of an encoder run as the options say."""
     for module, mixin in _dense_blocks(encoder):
-        if options.onednn:
+        if options.fast_linears:
             swap(module, mixin, options)
         else:
             undo(module)

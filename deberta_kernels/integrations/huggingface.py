@@ -206,7 +206,7 @@ def install(options: AttentionOptions) -> None:
 
 
 def _replace_forwards() -> None:
-    for known in (*_KNOWN_OF_TRANSFORMERS, *_KNOWN_ADAPTED, *(KNOWN_DENSE if _installed.onednn else ())):
+    for known in (*_KNOWN_OF_TRANSFORMERS, *_KNOWN_ADAPTED, *(KNOWN_DENSE if _installed.fast_linears else ())):
         known.replace_forward()
 
 

@@ -14,15 +14,16 @@ Source: transformers v5.23.0, models/deberta/modeling_deberta.py and models/debe
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from deberta_kernels.modules.linear import apply_linear
 from deberta_kernels.types import PositionSpec
 
 __all__ = [
     "TALKING_HEADS",
+    "Apply",
     "AttentionModule",
     "is_version_one",
     "mixes_heads",
@@ -34,6 +35,8 @@ __all__ = [
 
 # An nn.Module with the attributes of Hugging Face's DisentangledSelfAttention, of either version.
 AttentionModule: TypeAlias = Any
+# Calls a linear layer.
+Apply: TypeAlias = Callable[[nn.Module, Tensor], Tensor]
 
 # Why a module that mixes heads is not fused, and what the user can change.
 TALKING_HEADS = ("talking_head mixes the scores of different heads", "models of this kind are not fused")
@@ -84,7 +87,7 @@ def position_projections(module: AttentionModule) -> dict[str, nn.Module]:
 
 
 def project_heads(
-    module: AttentionModule, queries: Tensor, hidden_states: Tensor, onednn: bool, train: bool = False
+    module: AttentionModule, queries: Tensor, hidden_states: Tensor, apply: Apply
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Project the states into the queries, keys and values of every head.
 
@@ -92,25 +95,19 @@ def project_heads(
         module: attention module.
         queries: (B, N, hidden size); hidden_states itself in v1.
         hidden_states: (B, N, hidden size); keys and values.
-        onednn: let oneDNN run projections that are plain layers; the others are called as modules anyway.
-        train: in training as well.
+        apply: calls a projection.
 
     Returns:
         three of (B, N, H, D).
     """
     if is_version_one(module):
-        packed = _split(module, _project(module.in_proj, hidden_states, onednn, train))
+        packed = _split(module, apply(module.in_proj, hidden_states))
         q, k, v = packed.chunk(3, dim=-1)
         return q + _split(module, module.q_bias), k, v + _split(module, module.v_bias)
-    q = _split(module, _project(module.query_proj, queries, onednn, train))
-    k = _split(module, _project(module.key_proj, hidden_states, onednn, train))
-    v = _split(module, _project(module.value_proj, hidden_states, onednn, train))
+    q = _split(module, apply(module.query_proj, queries))
+    k = _split(module, apply(module.key_proj, hidden_states))
+    v = _split(module, apply(module.value_proj, hidden_states))
     return q, k, v
-
-
-def _project(projection: nn.Module, x: Tensor, onednn: bool, train: bool) -> Tensor:
-    projected: Tensor = apply_linear(projection, x, train) if onednn else projection(x)
-    return projected
 
 
 def _split(module: AttentionModule, projected: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from deberta_kernels import native
-from deberta_kernels.modules.anatomy import AttentionModule, is_version_one, position_projections, position_spec
+from deberta_kernels.modules.anatomy import Apply, AttentionModule, is_version_one, position_projections, position_spec
 from deberta_kernels.modules.linear import is_hooked, is_linear
 from deberta_kernels.position import attention_span, reachable_rows
 from deberta_kernels.types import PositionSpec
@@ -72,6 +72,7 @@ def projected_tables(
     module: AttentionModule,
     rel_embeddings: Tensor | None,
     length: int,
+    apply: Apply,
     *,
     prepare: Callable[[PositionTables], Tensor | None] | None = None,
     rel_key: Callable[[Tensor], tuple[Any, ...] | None] | None = None,
@@ -83,6 +84,7 @@ def projected_tables(
         rel_embeddings: (at least 2 * att_span, hidden size); None is right only where no position term is on, and
             turns them off in DeBERTa v1.
         length: number of queries and of keys, in tokens.
+        apply: calls a projection.
         prepare: makes a backend's own layout of tables that will be kept.
         rel_key: returns `content_key` of rel_embeddings; lets all layers of one forward share the reading.
 
@@ -101,7 +103,7 @@ def projected_tables(
         start, stop = _rows(length, spec)
         if not _keeps_rows_apart(projections):
             start, stop = 0, 2 * attention_span(spec.position_buckets, spec.max_relative_positions)
-        return _project(module, projections, rel, start, stop, spec)
+        return _project(module, projections, rel, (start, stop), spec, apply)
     start, stop = reachable_rows(length, length, spec)
     kept = _kept.get(module)
     if kept is None or kept.validity != validity or start < kept.start or stop > kept.stop:
@@ -109,7 +111,7 @@ def projected_tables(
         start, stop = reachable_rows(covered, covered, spec)
         # Tables made under inference_mode could not take part in a later differentiable call.
         with torch.inference_mode(False), torch.no_grad():
-            tables = _project(module, projections, rel, start, stop, spec)
+            tables = _project(module, projections, rel, (start, stop), spec, apply)
             if prepare is not None:
                 tables = tables._replace(prepared=prepare(tables))
         kept = _Kept(validity, start, stop, tables)
@@ -201,15 +203,20 @@ def _rows(length: int, spec: PositionSpec) -> tuple[int, int]:
 
 
 def _project(
-    module: AttentionModule, projections: dict[str, nn.Module], rel: Tensor, start: int, stop: int, spec: PositionSpec
+    module: AttentionModule,
+    projections: dict[str, nn.Module],
+    rel: Tensor,
+    window: tuple[int, int],
+    spec: PositionSpec,
+    apply: Apply,
 ) -> PositionTables:
     # (1, rows, hidden): wrapped projections see the three dimensions that Hugging Face gives them.
-    rows = module.pos_dropout(rel[start:stop]).unsqueeze(0)
+    rows = module.pos_dropout(rel[slice(*window)]).unsqueeze(0)
     tables = {
-        name: projection(rows).squeeze(0).unflatten(-1, (module.num_attention_heads, -1)).transpose(0, 1)
+        name: apply(projection, rows).squeeze(0).unflatten(-1, (module.num_attention_heads, -1)).transpose(0, 1)
         for name, projection in projections.items()
     }
-    return PositionTables(tables.get("pos_key"), tables.get("pos_query"), replace(spec, first_row=start))
+    return PositionTables(tables.get("pos_key"), tables.get("pos_query"), replace(spec, first_row=window[0]))
 
 
 def _validity(

@@ -28,6 +28,7 @@ from deberta_kernels.modules.anatomy import (
     scale_factor,
 )
 from deberta_kernels.modules.encoder_mask import EncoderMask
+from deberta_kernels.modules.linear import apply_linear
 from deberta_kernels.modules.packing import Packing
 from deberta_kernels.modules.positions import PositionTables, content_key, projected_tables
 from deberta_kernels.types import AttentionProblem, Masks
@@ -53,15 +54,21 @@ class AttentionOptions:
         backend: "auto" or the name of a backend, which then never falls back to another one.
         strict: raise NotImplementedError where the original code would run, or a slower backend than the device could.
         unpad: "auto": encoders leave out padding where that pays; True: wherever they can; False: never.
-        onednn: compute plain float32 and bfloat16 linear layers with oneDNN; see `linear`.
-        onednn_train: in training as well.
+        fast_linears: compute plain linear layers on the CPU in the fastest way there is: "auto", without a cost in
+            memory; True, wherever oneDNN can; see `products`.
     """
 
     backend: str = "auto"
     strict: bool = False
     unpad: str | bool = "auto"
-    onednn: bool = False
-    onednn_train: bool = False
+    fast_linears: str | bool = False
+
+    def apply(self, linear: nn.Module, x: Tensor) -> Tensor:
+        """Call a linear layer."""
+        if self.fast_linears:
+            return apply_linear(linear, x, everywhere=self.fast_linears is True)
+        projected: Tensor = linear(x)
+        return projected
 
 
 def runs_original_code() -> bool:
@@ -173,7 +180,7 @@ def bind_module(
     def prepare(tables: PositionTables) -> Tensor | None:
         return _prepared(*qkv, tables, scale, options)
 
-    tables = projected_tables(module, rel_embeddings, length, prepare=prepare, rel_key=rel_key)
+    tables = projected_tables(module, rel_embeddings, length, options.apply, prepare=prepare, rel_key=rel_key)
     return partial(
         run_attention, pos_key=cast_for_matmul(tables.pos_key), pos_query=cast_for_matmul(tables.pos_query),
         position=replace(tables.position, prefix_length=prefix_length), scale=scale,
@@ -227,7 +234,7 @@ def project(
     module: AttentionModule, options: AttentionOptions, queries: Tensor, hidden_states: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Project (B, N, hidden size) states into queries, keys and values, (B, H, N, D) each."""
-    q, k, v = project_heads(module, queries, hidden_states, options.onednn, options.onednn_train)
+    q, k, v = project_heads(module, queries, hidden_states, options.apply)
     return cast_for_matmul(q).transpose(1, 2), cast_for_matmul(k).transpose(1, 2), cast_for_matmul(v).transpose(1, 2)
 
 

@@ -29,8 +29,8 @@ def losses(model: Any, inputs: list[dict[str, torch.Tensor]], bfloat16: bool) ->
 
 
 @pytest.mark.parametrize("bfloat16", [False, True])
-@pytest.mark.parametrize("onednn", [False, True])
-def test_losses_stay_as_close_as_those_of_weights_moved_by_a_ten_millionth(bfloat16, onednn, build, batch):
+@pytest.mark.parametrize("fast_linears", [False, True])
+def test_losses_stay_as_close_as_those_of_weights_moved_by_a_ten_millionth(bfloat16, fast_linears, build, batch):
     model = build("DebertaV2ForSequenceClassification", num_hidden_layers=3, num_labels=4).train()
     inputs = []
     for length in (24, 37, 12, 30):
@@ -45,7 +45,7 @@ def test_losses_stay_as_close_as_those_of_weights_moved_by_a_ten_millionth(bfloa
             for parameter in twin.parameters():
                 parameter.add_(1e-7 * torch.randn(parameter.shape, generator=generator))
         gaps.append((losses(twin, inputs, bfloat16) - expected).abs().max())
-    dk.patch(model, strict=True, onednn=onednn)
+    dk.patch(model, strict=True, fast_linears=fast_linears)
     gap = (losses(model, inputs, bfloat16) - expected).abs().max()
     assert expected[-4:].mean() < 0.9 * expected[:4].mean()
     assert 0 < gap <= 3 * max(gaps)

@@ -33,9 +33,9 @@ def projected(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     rows: list[tuple[int, int]] = []
     original = positions._project
 
-    def recording(module, projections, rel, start, stop, spec):
-        rows.append((start, stop))
-        return original(module, projections, rel, start, stop, spec)
+    def recording(module, projections, rel, window, spec, apply):
+        rows.append(window)
+        return original(module, projections, rel, window, spec, apply)
 
     monkeypatch.setattr(positions, "_project", recording)
     return rows

@@ -104,7 +104,7 @@ def test_padding_is_left_out_of_the_whole_encoder(build_one, batch, monkeypatch)
     model, sizes = build_one(), []
     original = nn.functional.linear
     monkeypatch.setattr(nn.functional, "linear", lambda x, *rest: sizes.append(x.shape) or original(x, *rest))
-    dk.patch(model, strict=True, unpad=True, onednn=False)
+    dk.patch(model, strict=True, unpad=True, fast_linears=False)
     with torch.no_grad():
         model(**batch(3, 37))
     assert sizes
@@ -173,7 +173,7 @@ def test_talking_heads_are_left_alone_and_reported(build, build_one, batch):
         with pytest.raises(NotImplementedError, match="talking_head"):
             dk.patch(model, strict=True)
         assert dk.patch(nn.ModuleList([model, build()])).patched == 2
-        dk.patch_all(onednn=False)
+        dk.patch_all(fast_linears=False)
         assert torch.equal(model(**inputs).last_hidden_state, before)
     assert [reason.partition(";")[0] for reason in dk.stats()["fallbacks"]][-1].startswith("talking_head")
     assert calls() == 0

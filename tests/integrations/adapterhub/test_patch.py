@@ -195,7 +195,7 @@ def test_layers_without_an_adapter_run_as_plain_ones(adapt, batch, monkeypatch):
     config = adapters.LoRAConfig(attn_matrices=["q"])
     expected = states(adapt({"task": config}, "task"), batch())
     model = adapt({"task": config}, "task")
-    dk.patch(model, onednn=True)
+    dk.patch(model, fast_linears=True)
     actual = states(model, batch())
     torch.testing.assert_close(actual, expected, atol=3e-5, rtol=1e-5)
     assert len(ran) == 2 * 5  # keys, values, and three around attention; queries have an adapter
@@ -210,7 +210,7 @@ def test_layers_whose_adapter_does_nothing_run_as_plain_ones(head, plain_layers,
         pytest.skip(linear.refusal())
     config = adapters.LoRAConfig(attn_matrices=["q", "k", "v"])
     plain, model = (adapt({"task": config}, "task", head=head) for _ in range(2))
-    dk.patch(model, onednn=True)
+    dk.patch(model, fast_linears=True)
     with_adapter = states(plain, batch())
     torch.testing.assert_close(states(model, batch()), with_adapter, atol=3e-5, rtol=1e-5)
     assert (attention_of(model) in positions._kept) == (head == "DebertaModel")  # v1 projects positions by themselves

@@ -1,4 +1,4 @@
-"""Linear layers through oneDNN: the same values, only where nothing could notice, and undone like every patch."""
+"""Linear layers computed in other ways: the same values, only where nothing could notice, undone like every patch."""
 
 from __future__ import annotations
 
@@ -11,25 +11,26 @@ import torch
 from torch import nn
 
 import deberta_kernels as dk
-from deberta_kernels.modules import linear
+from deberta_kernels.modules import products as ways
 from deberta_kernels.modules.linear import apply_linear, apply_linear_gelu
 
-pytestmark = pytest.mark.skipif(linear.refusal() is not None, reason=f"no oneDNN: {linear.refusal()}")
+pytestmark = pytest.mark.skipif(ways.refusal() is not None, reason=f"no oneDNN: {ways.refusal()}")
 
 LINEARS = 6  # in one layer
+TABLES = 2  # position tables of one layer, projected in training, and once in eval
 
 
 @pytest.fixture
 def products(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Record the activation of each product that oneDNN computes."""
     seen: list[str] = []
-    original = linear._operator()
+    original = ways._operator()
 
     def recording(*arguments: Any) -> torch.Tensor:
         seen.append(arguments[3])
         return original(*arguments)
 
-    monkeypatch.setattr(linear, "_operator", lambda: recording)
+    monkeypatch.setattr(ways, "_operator", lambda: recording)
     return seen
 
 
@@ -47,12 +48,12 @@ def test_hidden_states_are_within_the_budget(
     model, inputs = build(conv_kernel_size=conv), batch(4, 41)
     truth, eager = states_of(in_double(model), inputs), states_of(model, inputs)
     if everywhere:
-        dk.patch_all(unpad=unpad, strict=True, onednn=True)
+        dk.patch_all(unpad=unpad, strict=True, fast_linears=True)
     else:
-        dk.patch(model, unpad=unpad, strict=True, onednn=True)
+        dk.patch(model, unpad=unpad, strict=True, fast_linears=True)
     for layer, state in enumerate(states_of(model, inputs)):
         assert_within_budget(f"state {layer}", state, eager[layer], truth[layer])
-    assert len(products) == LINEARS * model.config.num_hidden_layers
+    assert len(products) == (LINEARS + TABLES) * model.config.num_hidden_layers
     assert products.count("gelu") == model.config.num_hidden_layers
     (dk.unpatch_all if everywhere else lambda: dk.unpatch(model))()
     products.clear()
@@ -63,8 +64,9 @@ def test_hidden_states_are_within_the_budget(
 def test_the_option_can_be_changed_and_survives_copies(build, batch, products):
     model, inputs = build(), batch()
     for wanted, count in ((True, LINEARS * 2), (False, 0), (True, LINEARS * 2)):
-        dk.patch(model, onednn=wanted)
+        dk.patch(model, fast_linears=wanted)
         for candidate in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            states_of(candidate, inputs)  # projects the tables that are kept
             products.clear()
             states_of(candidate, inputs)
             assert len(products) == count
@@ -74,7 +76,7 @@ def test_the_option_can_be_changed_and_survives_copies(build, batch, products):
 def test_other_activations_follow_the_product(activation, build, batch, products):
     model, inputs = build(hidden_act=activation), batch()
     expected = states_of(model, inputs)
-    dk.patch(model, onednn=True)
+    dk.patch(model, fast_linears=True)
     torch.testing.assert_close(states_of(model, inputs), expected, atol=3e-5, rtol=1e-5)
     assert set(products) == {"none"}
 
@@ -95,18 +97,18 @@ def test_gradients_are_within_the_budget(unpad, everywhere, build, batch, in_dou
     model, inputs = build().train(), batch(4, 41)
     truth, eager = gradients_of(in_double(model), inputs), gradients_of(model, inputs)
     if everywhere:
-        dk.patch_all(unpad=unpad, strict=True, onednn=True)
+        dk.patch_all(unpad=unpad, strict=True, fast_linears=True)
     else:
-        dk.patch(model, unpad=unpad, strict=True, onednn=True)
+        dk.patch(model, unpad=unpad, strict=True, fast_linears=True)
     for name, gradient in gradients_of(model, inputs).items():
         assert_within_budget(name, gradient, eager[name], truth[name])
-    assert products == ["none"] * (PRODUCTS * LINEARS * model.config.num_hidden_layers)
+    assert products == ["none"] * (PRODUCTS * (LINEARS + TABLES) * model.config.num_hidden_layers)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpoints_keep_every_bit(reentrant, build, batch):
     model, inputs = build(hidden_dropout_prob=0.1).train(), batch()
-    dk.patch(model, strict=True, onednn=True)
+    dk.patch(model, strict=True, fast_linears=True)
     expected = {name: gradient.clone() for name, gradient in gradients_of(model, inputs).items()}
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     for name, gradient in gradients_of(model, inputs).items():
@@ -120,7 +122,7 @@ def test_only_gradients_somebody_needs_are_computed(wanted, bias, products):
     for name, tensor in {"x": x, "weight": layer.weight, "bias": layer.bias}.items():
         if tensor is not None:
             tensor.requires_grad_(name in wanted)
-    found = apply_linear(layer, x, train=True)
+    found = apply_linear(layer, x, everywhere=True)
     assert found.requires_grad == any(t is not None and t.requires_grad for t in (x, layer.weight, layer.bias))
     if found.requires_grad:
         found.sum().backward()  # a gradient of stride 0
@@ -137,7 +139,7 @@ def test_only_gradients_somebody_needs_are_computed(wanted, bias, products):
 def test_second_derivatives_are_right():
     layer, x = nn.Linear(6, 5), torch.randn(3, 6, requires_grad=True)
     found = []
-    for call in (layer, lambda x: apply_linear(layer, x, train=True)):
+    for call in (layer, lambda x: apply_linear(layer, x, everywhere=True)):
         inputs = (x, layer.weight, layer.bias)
         first = torch.autograd.grad(call(x).sin().sum(), inputs, create_graph=True)
         found.append(torch.autograd.grad(sum(g.square().sum() for g in first), inputs))
@@ -149,7 +151,7 @@ def test_second_derivatives_are_right():
 def test_gradients_of_many_outputs_at_once_are_right():
     layer, x = nn.Linear(6, 5), torch.randn(3, 6)
     expected = torch.autograd.functional.jacobian(layer, x)
-    call = torch.autograd.functional.jacobian(lambda x: apply_linear(layer, x, train=True), x, vectorize=True)
+    call = torch.autograd.functional.jacobian(lambda x: apply_linear(layer, x, everywhere=True), x, vectorize=True)
     torch.testing.assert_close(call, expected)
 
 
@@ -157,21 +159,21 @@ def test_forward_mode_keeps_its_tangents():
     layer, x = nn.Linear(6, 5), torch.randn(3, 6)
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
-        tangent = torch.autograd.forward_ad.unpack_dual(apply_linear(layer, dual, train=True)).tangent
+        tangent = torch.autograd.forward_ad.unpack_dual(apply_linear(layer, dual, everywhere=True)).tangent
     torch.testing.assert_close(tangent, torch.ones_like(x) @ layer.weight.t())
 
 
 @pytest.mark.parametrize("everywhere", [True, False])
 def test_training_uses_the_modules_unless_asked_otherwise(everywhere, build, batch, products, monkeypatch):
-    monkeypatch.setattr(linear, "wanted", lambda: True)
+    monkeypatch.setattr(ways, "wanted", lambda dtype: True)
     model, inputs = build().train(), batch()
     for wanted, count in (("auto", 0), (True, PRODUCTS), ("auto", 0)):
-        dk.patch_all(onednn=wanted) if everywhere else dk.patch(model, onednn=wanted)
+        dk.patch_all(fast_linears=wanted) if everywhere else dk.patch(model, fast_linears=wanted)
         products.clear()
         gradients_of(model, inputs)
-        assert len(products) == count * LINEARS * model.config.num_hidden_layers
+        assert len(products) == count * (LINEARS + TABLES) * model.config.num_hidden_layers
         states_of(model, inputs)  # in training mode without gradients: the first pass of a checkpoint
-        assert len(products) == (count and count + 1) * LINEARS * model.config.num_hidden_layers
+        assert len(products) == (count and count + 1) * (LINEARS + TABLES) * model.config.num_hidden_layers
 
 
 def test_frozen_layers_pass_gradients_on(build, batch, products):
@@ -180,7 +182,7 @@ def test_frozen_layers_pass_gradients_on(build, batch, products):
     for candidate in (plain, model):
         candidate.requires_grad_(False)
         candidate.embeddings.requires_grad_(True)
-    dk.patch(model, onednn=True)
+    dk.patch(model, fast_linears=True)
     for candidate in (plain, model):
         candidate(**inputs).last_hidden_state.square().sum().backward()
     weight, before = (m.embeddings.word_embeddings.weight.grad for m in (model, plain))
@@ -211,15 +213,15 @@ def test_layers_that_are_not_plain_are_called_as_modules(change, build, batch, p
     for part in (model.encoder.layer[0].attention.self.key_proj, model.encoder.layer[1].output.dense):
         change(part)
     expected = states_of(model, inputs)
-    dk.patch(model, onednn=True)
+    dk.patch(model, fast_linears=True)
     torch.testing.assert_close(states_of(model, inputs), expected, atol=5e-5, rtol=1e-5)
-    assert len(products) == LINEARS * 2 - 2
+    assert len(products) == (LINEARS + TABLES) * 2 - 3  # the tables of the changed key_proj as well
 
 
 def test_backward_hooks_change_gradients_as_before(build, batch):
     model, inputs = build().train(), batch()
     plain = copy.deepcopy(model)
-    dk.patch(model, onednn=True)
+    dk.patch(model, fast_linears=True)
     found, calls = [], []
     for candidate in (plain, model):
         for part in (
@@ -243,7 +245,7 @@ def test_a_bias_of_another_dtype_is_refused_as_before():
 
 def test_edits_of_a_weight_take_part_at_once(build, batch):
     model, inputs = build(), batch()
-    dk.patch(model, onednn=True)
+    dk.patch(model, fast_linears=True)
     states_of(model, inputs)
     model.encoder.layer[0].output.dense.weight.data.mul_(1.5)
     actual = states_of(model, inputs)
@@ -254,7 +256,7 @@ def test_edits_of_a_weight_take_part_at_once(build, batch):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_dynamic_quantization_after_patching_takes_part(build, batch, products):
     model, inputs = build(), batch()
-    dk.patch(model, onednn=True)
+    dk.patch(model, fast_linears=True)
     quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
     states_of(quantized, inputs)
     assert products == []
@@ -262,27 +264,27 @@ def test_dynamic_quantization_after_patching_takes_part(build, batch, products):
 
 def test_autocast_and_other_dtypes_use_the_modules(build, batch, products):
     model, inputs = build(), batch()
-    dk.patch(model, onednn=True)
+    dk.patch(model, fast_linears=True)
     with torch.autocast("cpu", torch.bfloat16):
         states_of(model, inputs)
     states_of(model.half(), inputs)
     states_of(model.double(), inputs)
-    assert products == []
+    assert products == []  # widened ones among them, where the processor has no others
 
 
-@pytest.mark.skipif(not linear._multiplies(torch.bfloat16), reason="the processor has no bfloat16 products")
+@pytest.mark.skipif(not ways.can_multiply(torch.bfloat16), reason="the processor has no bfloat16 products")
 def test_bfloat16_is_within_the_budget(build, batch, in_double, assert_within_budget, products):
     model, inputs = build().bfloat16(), batch(4, 41)
     truth, eager = states_of(in_double(model), inputs), states_of(model, inputs)
-    dk.patch(model, strict=True, onednn=True)
+    dk.patch(model, strict=True, fast_linears=True)
     for layer, state in enumerate(states_of(model, inputs)):
         assert_within_budget(f"state {layer}", state, eager[layer], truth[layer])
-    assert len(products) == LINEARS * model.config.num_hidden_layers
+    assert len(products) == (LINEARS + TABLES) * model.config.num_hidden_layers
 
 
 def test_pytorchs_own_switch_holds(build, batch, products):
     model, inputs = build(), batch()
-    dk.patch(model, onednn=True)
+    dk.patch(model, fast_linears=True)
     with torch.backends.mkldnn.flags(enabled=False):
         states_of(model, inputs)
     assert products == []
@@ -308,20 +310,162 @@ def test_values_that_are_not_finite_are_never_hidden():
 
 
 def test_auto_follows_the_processor(monkeypatch):
-    for maker, expected in (("GenuineIntel", False), ("AuthenticAMD", True), (None, False)):
-        linear.wanted.cache_clear()
-        monkeypatch.setattr(linear, "vendor", lambda maker=maker: maker)
-        assert linear.wanted() == (expected and torch.backends.mkl.is_available())
-    linear.wanted.cache_clear()
+    wide, narrow = frozenset({"avx2", "avx512f", "avx512_bf16"}), frozenset({"avx2"})
+    for maker, flags, expected in (
+        ("GenuineIntel", wide, False),
+        ("AuthenticAMD", wide, True),
+        ("AuthenticAMD", narrow, False),
+        (None, wide, False),
+    ):
+        ways.wanted.cache_clear(), ways.can_multiply.cache_clear()
+        monkeypatch.setattr(ways, "vendor", lambda maker=maker: maker)
+        monkeypatch.setattr(ways, "features", lambda flags=flags: flags)
+        for dtype in (torch.float32, torch.bfloat16):
+            assert ways.wanted(dtype) == (expected and torch.backends.mkl.is_available())
+        assert not ways.wanted(torch.float16)
+    ways.wanted.cache_clear(), ways.can_multiply.cache_clear()
+
+
+@pytest.fixture
+def widening(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
+    """Take the processor for one without instructions for narrow products; record the dtype of each widened one."""
+    seen: list[torch.dtype] = []
+    original = ways.widened
+
+    def recording(x: torch.Tensor, weight: Any, bias: Any, dtype: torch.dtype, gelu: bool = False) -> torch.Tensor:
+        seen.append(dtype)
+        return original(x, weight, bias, dtype, gelu)
+
+    monkeypatch.setattr(ways, "lacks_products", lambda dtype: dtype in (torch.bfloat16, torch.float16))
+    monkeypatch.setattr(ways, "widened", recording)
+    return seen
+
+
+NARROW = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("everywhere", [True, False])
+@pytest.mark.parametrize("dtype", NARROW)
+def test_widened_states_are_within_the_budget(
+    dtype, everywhere, build, batch, in_double, assert_within_budget, widening, products
+):
+    model, inputs = build().to(dtype), batch(4, 41)
+    truth, eager = states_of(in_double(model), inputs), states_of(model, inputs)
+    dk.patch_all(strict=True) if everywhere else dk.patch(model, strict=True)
+    for layer, state in enumerate(states_of(model, inputs)):
+        assert state.dtype == dtype
+        assert_within_budget(f"state {layer}", state, eager[layer], truth[layer])
+    assert widening == [dtype] * ((LINEARS + TABLES) * model.config.num_hidden_layers)
+    assert products == []
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("dtype", NARROW)
+def test_widened_gradients_are_within_the_budget(
+    autocast, dtype, build, batch, in_double, assert_within_budget, widening
+):
+    model, inputs = build().train(), batch(4, 41)
+    if not autocast:
+        model = model.to(dtype)
+
+    def gradients() -> dict[str, torch.Tensor]:
+        with torch.autocast("cpu", dtype, enabled=autocast):
+            return gradients_of(model, inputs)
+
+    truth, eager = gradients_of(in_double(model), inputs), gradients()
+    dk.patch(model, strict=True)
+    for name, gradient in gradients().items():
+        assert gradient.dtype == eager[name].dtype
+        assert_within_budget(name, gradient.to(dtype), eager[name].to(dtype), truth[name])
+    assert widening == [dtype] * ((LINEARS + TABLES) * model.config.num_hidden_layers)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_checkpoints_keep_every_bit_of_widened_products(autocast, reentrant, build, batch, widening):
+    model, inputs = build(hidden_dropout_prob=0.1).train(), batch()
+    model = model if autocast else model.bfloat16()
+    dk.patch(model, strict=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected = {name: gradient.clone() for name, gradient in gradients_of(model, inputs).items()}
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        for name, gradient in gradients_of(model, inputs).items():
+            assert torch.equal(gradient, expected[name]), name
+    assert widening
+
+
+@pytest.mark.parametrize("wanted", ["x", "weight", "bias", "x weight bias"])
+def test_widened_gradients_nobody_needs_are_left_out(wanted, widening):
+    layer, x = nn.Linear(24, 40).bfloat16().requires_grad_(False), torch.randn(2, 5, 24).bfloat16()
+    for name, tensor in {"x": x, "weight": layer.weight, "bias": layer.bias}.items():
+        tensor.requires_grad_(name in wanted)
+    apply_linear(layer, x).sum().backward()
+    found = {name: t.grad for name, t in (("x", x), *layer.named_parameters())}
+    assert {name for name, gradient in found.items() if gradient is not None} == set(wanted.split())
+    x.grad = None
+    layer.zero_grad()
+    layer(x).sum().backward()
+    for name, t in (("x", x), *layer.named_parameters()):
+        if t.grad is not None:
+            torch.testing.assert_close(found[name], t.grad)
+    assert len(widening) == 1
+
+
+def test_second_derivatives_of_widened_products_are_right(widening):
+    layer, x = nn.Linear(6, 5).bfloat16(), torch.randn(3, 6).bfloat16().requires_grad_()
+    found = []
+    for call in (layer, lambda x: apply_linear(layer, x)):
+        inputs = (x, layer.weight, layer.bias)
+        first = torch.autograd.grad(call(x).sin().sum(), inputs, create_graph=True)
+        found.append(torch.autograd.grad(sum(g.square().sum() for g in first), inputs))
+    assert found[0][0].abs().max() > 0
+    for expected, actual in zip(*found):
+        torch.testing.assert_close(actual, expected, atol=0.1, rtol=0.05)
+
+
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
+def test_autocast_decides_the_dtype_of_a_widened_product(x_dtype, widening):
+    layer, x = nn.Linear(24, 40), torch.randn(3, 24).to(x_dtype)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for call in (apply_linear, lambda layer, x: apply_linear_gelu(layer, nn.GELU(), x)):
+            assert call(layer, x).dtype == torch.bfloat16
+        assert torch.is_autocast_enabled("cpu")
+        ours, eager = apply_linear(layer, x), layer(x)
+    truth = nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double())
+    assert (ours - truth).abs().max() <= (eager - truth).abs().max()
+    assert len(widening) == 3
+
+
+def test_modules_that_are_not_plain_are_not_widened(widening):
+    layer, x = nn.Linear(8, 8).bfloat16(), torch.randn(3, 8).bfloat16()
+    layer.register_forward_hook(lambda module, args, out: out + 1)
+    with torch.no_grad():
+        assert torch.equal(apply_linear(layer, x), layer(x))
+    assert widening == []
+
+
+def test_the_option_turns_widening_off(build, batch, widening):
+    model, inputs = build().bfloat16(), batch()
+    dk.patch(model, fast_linears=False)
+    states_of(model, inputs)
+    assert widening == []
+
+
+def test_gelu_in_place_changes_nothing_else():
+    layer, x = nn.Linear(24, 40), torch.randn(3, 24)
+    before = x.clone()
+    with torch.no_grad():
+        torch.testing.assert_close(apply_linear_gelu(layer, nn.GELU(), x), nn.functional.gelu(layer(x)))
+    assert torch.equal(x, before)
 
 
 @pytest.mark.parametrize("value", ["yes", 1, None])
 def test_an_unknown_value_is_refused(value, build):
-    with pytest.raises(ValueError, match=r"onednn must be 'auto', True or False, got"):
-        dk.patch(build(), onednn=value)
+    with pytest.raises(ValueError, match=r"fast_linears must be 'auto', True or False, got"):
+        dk.patch(build(), fast_linears=value)
 
 
 def test_without_onednn_it_is_refused_by_name(monkeypatch, build):
-    monkeypatch.setattr(linear, "refusal", lambda: "this PyTorch has no oneDNN")
-    with pytest.raises(NotImplementedError, match="onednn=True is not possible: this PyTorch has no oneDNN"):
-        dk.patch(build(), onednn=True)
+    monkeypatch.setattr(ways, "refusal", lambda: "this PyTorch has no oneDNN")
+    with pytest.raises(NotImplementedError, match="fast_linears=True is not possible: this PyTorch has no oneDNN"):
+        dk.patch(build(), fast_linears=True)
