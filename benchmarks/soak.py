@@ -2,6 +2,11 @@
 
 python benchmarks/soak.py                10,000 steps, some minutes
 python benchmarks/soak.py --steps 2000   fewer
+python benchmarks/soak.py --no-onednn    without PyTorch's oneDNN
+python benchmarks/soak.py --stock        the model as transformers makes it
+
+PyTorch and oneDNN keep compiled code for every size they meet, up to 1024 of each kind, in the stock model as well, and
+fill up for thousands of steps. `--no-onednn` shows what is left without it.
 """
 
 from __future__ import annotations
@@ -22,7 +27,7 @@ EVERY = 10  # steps between two readings
 LONGEST, LARGEST_BATCH = 160, 4
 
 
-def growth(steps: int, seed: int = 0) -> float:
+def growth(steps: int, stock: bool = False, seed: int = 0) -> float:
     """Return the slope of the resident memory over training steps, by least squares, in KiB a step."""
     from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
@@ -33,7 +38,8 @@ def growth(steps: int, seed: int = 0) -> float:
         share_att_key=True, norm_rel_ebd="layer_norm", position_biased_input=False, type_vocab_size=0,
     )  # fmt: skip
     model = DebertaV2ForSequenceClassification(config).train()
-    dk.patch(model, strict=True)
+    if not stock:
+        dk.patch(model, strict=True)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
     readings: list[tuple[int, float]] = []
     for step in range(steps):
@@ -62,10 +68,15 @@ def main() -> int:
     """Run; return 1 when memory grows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--no-onednn", action="store_true", help="switch PyTorch's oneDNN off")
+    parser.add_argument("--stock", action="store_true", help="do not patch the model")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    slope = growth(options.steps)
-    print(f"resident memory: {slope:+.3f} KiB a step over {options.steps} steps of random lengths (at most {MUST})")
+    if options.no_onednn:
+        torch.backends.mkldnn.set_flags(False)
+    slope = growth(options.steps, options.stock)
+    what = f"{'stock' if options.stock else 'patched'}{', without oneDNN' if options.no_onednn else ''}"
+    print(f"resident memory, {what}: {slope:+.3f} KiB a step over {options.steps} steps (at most {MUST})")
     return int(slope > MUST)
 
 
