@@ -23,8 +23,17 @@ from torch import Tensor, nn
 
 from deberta_kernels.processor import features, vendor
 
-__all__ = ["anything_gained", "in_onednn", "in_onednn_with_gradients", "lacks_products", "refusal", "wanted"]
-__all__ += ["widened", "widened_with_gradients"]
+__all__ = [
+    "anything_gained",
+    "can_multiply",
+    "in_onednn",
+    "in_onednn_with_gradients",
+    "lacks_products",
+    "refusal",
+    "wanted",
+    "widened",
+    "widened_with_gradients",
+]
 
 _INTEL = "GenuineIntel"
 
@@ -55,11 +64,9 @@ def wanted(dtype: torch.dtype) -> bool:
     Decided by what the processor is and not by a clock, so that two runs on one machine give the same bits. With AVX2
     the two are equal, and the gradients are faster in MKL.
     """
-    if not torch.backends.mkl.is_available() or refusal() is not None:
+    if not torch.backends.mkl.is_available() or vendor() in (None, _INTEL) or "avx512f" not in features():
         return False
-    if dtype == torch.bfloat16:
-        return vendor() not in (None, _INTEL) and can_multiply(dtype)
-    return dtype == torch.float32 and vendor() not in (None, _INTEL) and "avx512f" in features()
+    return can_multiply(dtype) and refusal() is None
 
 
 @cache
