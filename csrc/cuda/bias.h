@@ -34,41 +34,19 @@ constexpr int kBlockBytes = 8 * kBlockRowBytes;    // 8 x 8 pairs
 constexpr int kFrameRowBytes = 8 * kBlockBytes;    // 8 queries by 64 keys
 constexpr int kRingRowBytes = 2 * kFrameRowBytes;  // the same in both frames of a ring
 
-// The address arithmetic of one lane. Bit `kFrameRowBytes` of an offset in a row of the ring says in which of the two
-// frames it is, so exchanging the frames is one XOR.
+// The frame of p2c, and the address arithmetic of one lane in it; in the backward, whose rows are keys, that of c2p.
 // `kFewRegisters`: compute addresses for each tile instead of keeping them.
 template <bool kFewRegisters>
-class BiasFrames {
+class SharedFrame {
  public:
-  DK_DEVICE BiasFrames(const Lane& lane, uint32_t ring_address, uint32_t frame_address)
-      : ring_(ring_address + 2 * lane.w * kRingRowBytes), ring_load_(lane.g * kBlockRowBytes + 2 * lane.t * 4),
-        frame_load_(frame_address + 2 * lane.w * kFrameRowBytes + ring_load_) {
+  DK_DEVICE SharedFrame(const Lane& lane, uint32_t frame_address)
+      : frame_load_(frame_address + 2 * lane.w * kFrameRowBytes + lane.g * kBlockRowBytes + 2 * lane.t * 4) {
     DK_UNROLL
     for (int e = 0; e < 2; e++) {
-      // c' = 16 w + 8 h + query_of_row(g) - (8 n + 2 t + e) + 64, in blocks of 8 keys; n and h are added later.
-      const int key = query_of_row(lane.g) - 2 * lane.t - e;
-      ring_store_[e] = (8 + 2 * lane.w + (key >> 3)) * kBlockBytes + lane.g * kBlockRowBytes + (key & 7) * 4;
       // query = 16 w + 8 h + g + 8 n + 2 t + e: `frame_row_` its group of 8, not yet mod 8, as an offset.
       const int query = lane.g + 2 * lane.t + e;
       frame_row_[e] = (2 * lane.w + (query >> 3)) * kFrameRowBytes;
       frame_store_[e] = frame_address + 2 * lane.w * kBlockBytes + row_of_query(query & 7) * kBlockRowBytes + lane.g * 4;
-    }
-  }
-
-  // Store the product of the queries with a low block.
-  DK_DEVICE void store_c2p(const float (&product)[32]) const {
-    const uint32_t store[2] = {per_tile(ring_store_[0]), per_tile(ring_store_[1])};
-    sync_warp();  // every lane has loaded what this overwrites, a part of the tile before
-    DK_UNROLL
-    for (int n = 0; n < 8; n++) {
-      DK_UNROLL
-      for (int h = 0; h < 2; h++) {
-        DK_UNROLL
-        for (int e = 0; e < 2; e++) {
-          const uint32_t offset = (store[e] + (h - n) * kBlockBytes) ^ current_;
-          store_shared(ring_ + offset + h * kRingRowBytes, product[4 * n + 2 * h + e]);
-        }
-      }
     }
   }
 
@@ -90,6 +68,45 @@ class BiasFrames {
     }
   }
 
+ protected:
+  DK_DEVICE static uint32_t per_tile(uint32_t value) { return kFewRegisters ? computed_anew(value) : value; }
+
+  uint32_t frame_load_, frame_row_[2], frame_store_[2];
+};
+
+// Both frames of the forward. Bit `kFrameRowBytes` of an offset in a row of the ring says in which of the two frames it
+// is, so exchanging the frames is one XOR.
+template <bool kFewRegisters>
+class BiasFrames : public SharedFrame<kFewRegisters> {
+ public:
+  DK_DEVICE BiasFrames(const Lane& lane, uint32_t ring_address, uint32_t frame_address)
+      : SharedFrame<kFewRegisters>(lane, frame_address), ring_(ring_address + 2 * lane.w * kRingRowBytes),
+        ring_load_(lane.g * kBlockRowBytes + 2 * lane.t * 4) {
+    DK_UNROLL
+    for (int e = 0; e < 2; e++) {
+      // c' = 16 w + 8 h + query_of_row(g) - (8 n + 2 t + e) + 64, in blocks of 8 keys; n and h are added later.
+      const int key = query_of_row(lane.g) - 2 * lane.t - e;
+      ring_store_[e] = (8 + 2 * lane.w + (key >> 3)) * kBlockBytes + lane.g * kBlockRowBytes + (key & 7) * 4;
+    }
+  }
+
+  // Store the product of the queries with a low block.
+  DK_DEVICE void store_c2p(const float (&product)[32]) const {
+    const uint32_t store[2] = {this->per_tile(ring_store_[0]), this->per_tile(ring_store_[1])};
+    sync_warp();  // every lane has loaded what this overwrites, a part of the tile before
+    DK_UNROLL
+    for (int n = 0; n < 8; n++) {
+      DK_UNROLL
+      for (int h = 0; h < 2; h++) {
+        DK_UNROLL
+        for (int e = 0; e < 2; e++) {
+          const uint32_t offset = (store[e] + (h - n) * kBlockBytes) ^ current_;
+          store_shared(ring_ + offset + h * kRingRowBytes, product[4 * n + 2 * h + e]);
+        }
+      }
+    }
+  }
+
   // Load the sum of both terms in the place of the scores.
   DK_DEVICE void load(float (&score)[32]) const {
     const uint32_t ring = ring_ + (ring_load_ ^ current_);
@@ -99,7 +116,7 @@ class BiasFrames {
       for (int h = 0; h < 2; h++) {
         float a, b, c, d;
         load_shared_2(ring + h * kRingRowBytes + n * kBlockBytes, a, b);
-        load_shared_2(frame_load_ + h * kFrameRowBytes + n * kBlockBytes, c, d);
+        load_shared_2(this->frame_load_ + h * kFrameRowBytes + n * kBlockBytes, c, d);
         score[4 * n + 2 * h] = a + c;
         score[4 * n + 2 * h + 1] = b + d;
       }
@@ -110,12 +127,9 @@ class BiasFrames {
   DK_DEVICE void advance() { current_ ^= kFrameRowBytes; }
 
  private:
-  DK_DEVICE static uint32_t per_tile(uint32_t value) { return kFewRegisters ? computed_anew(value) : value; }
-
   uint32_t ring_;         // the first row of this warp
   uint32_t current_ = 0;  // of the ring: which frame is this tile's
-  uint32_t ring_load_, frame_load_;
-  uint32_t ring_store_[2], frame_row_[2], frame_store_[2];
+  uint32_t ring_load_, ring_store_[2];
 };
 
 }  // namespace dk

@@ -17,7 +17,8 @@ DK_DEVICE void philox(uint32_t (&c)[4], uint32_t key0, uint32_t key1) {
   }
 }
 
-// Transpose a 4 x 4 matrix of words spread over four neighbouring lanes, a row each.
+// Transpose a 4 x 4 matrix of words spread over four lanes, a row each: lane t of four that are kStride lanes apart.
+template <int kStride>
 DK_DEVICE void transpose_quad(uint32_t (&words)[4], int t) {
   DK_UNROLL
   for (int step = 1; step <= 2; step *= 2) {
@@ -25,7 +26,7 @@ DK_DEVICE void transpose_quad(uint32_t (&words)[4], int t) {
     DK_UNROLL
     for (int i = 0; i < 2; i++) {
       const int a = step == 1 ? 2 * i : i, b = a + step;
-      const uint32_t received = shuffle_xor(upper ? words[a] : words[b], step);
+      const uint32_t received = shuffle_xor(upper ? words[a] : words[b], step * kStride);
       if (upper) words[a] = received;
       else words[b] = received;
     }
@@ -43,7 +44,7 @@ DK_DEVICE void drop(
     for (int half = 0; half < 2; half++) {
       uint32_t words[4] = {(uint32_t)(first_key >> 3) + 4 * half + lane.t, (uint32_t)rows[h], batch_head, 0};
       philox(words, (uint32_t)seed, (uint32_t)((uint64_t)seed >> 32));
-      transpose_quad(words, lane.t);
+      transpose_quad<1>(words, lane.t);
       DK_UNROLL
       for (int k = 0; k < 4; k++) {
         float* pair = score + 4 * (4 * half + k) + 2 * h;
@@ -52,6 +53,32 @@ DK_DEVICE void drop(
       }
     }
   }
+}
+
+// The same for a tile whose rows are keys, in the order of `query_of_row`, and whose columns are queries; returns which
+// pairs are kept, bit i for accumulator i. The eight rows of a group share a call per column; of the lanes g each makes
+// the calls of the columns 8 g + 2 t + e.
+DK_DEVICE uint32_t kept_pairs(
+    int64_t seed, uint32_t batch_head, int first_key, int first_query, uint32_t threshold, const Lane& lane) {
+  uint32_t kept = 0;
+  DK_UNROLL
+  for (int i = 0; i < 4; i++) {
+    const int h = i >> 1, e = i & 1;
+    uint32_t words[4] = {
+        (uint32_t)(first_key >> 3) + 2 * lane.w + h, (uint32_t)(first_query + 8 * lane.g + 2 * lane.t + e), batch_head, 0};
+    philox(words, (uint32_t)seed, (uint32_t)((uint64_t)seed >> 32));
+    transpose_quad<4>(words, lane.g & 3);
+    DK_UNROLL
+    for (int k = 0; k < 4; k++) {
+      // Word g & 3 of the calls of lanes k and k + 4; the row is key 2 (g & 3) + (g >> 2) of the group.
+      const uint32_t other = shuffle_xor(words[k], 16);
+      const uint32_t own = words[k] >> 16 * (lane.g >> 2) & 0xffffu, far = other >> 16 * (lane.g >> 2) & 0xffffu;
+      const uint32_t lower = lane.g < 4 ? own : far, upper = lane.g < 4 ? far : own;
+      kept |= (uint32_t)(lower >= threshold) << (4 * k + 2 * h + e);
+      kept |= (uint32_t)(upper >= threshold) << (4 * (k + 4) + 2 * h + e);
+    }
+  }
+  return kept;
 }
 
 }  // namespace dk

@@ -25,7 +25,7 @@ DK_DEVICE void initialise_barriers(uint32_t shared) {
 template <class Element, int D, bool kPair, bool kDropout>
 DK_DEVICE void forward(const ForwardParams& p) {
   using L = Layout<D>;
-  const Place place = place_of_block<D>(p);
+  const Place place = place_of_block(p, (int)p.row_tiles, L::kRows);
   if (place.first_row >= place.nq) return;
   const uint32_t shared = shared_base();
   const int thread = thread_index(), warp = uniform(thread / 32), warpgroup = warp / 4;

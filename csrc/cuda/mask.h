@@ -20,7 +20,8 @@ DK_DEVICE void mask_keys(float (&score)[32], const StageInfo& info, const Lane& 
 // One sample's and head's pair mask.
 class PairMask {
  public:
-  DK_DEVICE PairMask(const ForwardParams& p, const Place& place)
+  template <class Params>
+  DK_DEVICE PairMask(const Params& p, const Place& place)
       : base_(p.pair_mask + place.batch * p.pair_mask_stride_b + place.head * p.pair_mask_stride_h),
         stride_m_(p.pair_mask_stride_m), stride_n_(p.pair_mask_stride_n), nq_(place.nq), nk_(place.nk) {}
 
@@ -34,17 +35,26 @@ class PairMask {
     }
   }
 
+  // The same for a tile whose rows are keys and whose columns are queries.
+  DK_DEVICE void apply_transposed(float (&score)[32], const int (&keys)[2], int first_query, const Lane& lane) const {
+    DK_UNROLL
+    for (int i = 0; i < 32; i++) {
+      const int n = i >> 2, h = (i >> 1) & 1, e = i & 1;
+      const int row = first_query + 8 * n + 2 * lane.t + e, key = keys[h];
+      if (row < nq_ && key < nk_ && !load_global(base_ + row * stride_m_ + key * stride_n_)) score[i] = minus_infinity();
+    }
+  }
+
  private:
   const uint8_t* base_;
   int64_t stride_m_, stride_n_;
   int nq_, nk_;
 };
 
-// Zero the rows of v whose keys are masked, so that a NaN there meets no zero probability. The consumers share the work
-// and all return after it is done.
-template <int D>
-DK_DEVICE void zero_masked_values(uint32_t values, const StageInfo& info, int consumer_thread) {
-  constexpr int kThreads = Layout<D>::kConsumers * kWarpgroup;
+// Zero the masked rows of a tile, so that a NaN there meets no zero probability. All threads of the consumers share the
+// work; what they stored is visible to products once they have met.
+template <int D, int kThreads>
+DK_DEVICE void zero_masked_rows(uint32_t tile, const StageInfo& info, int consumer_thread) {
   constexpr int kThreadsPerRow = kThreads / kTile;
   const int row = consumer_thread / kThreadsPerRow, part = consumer_thread % kThreadsPerRow;
   const uint32_t valid = row < 32 ? info.valid_low : info.valid_high;
@@ -52,10 +62,16 @@ DK_DEVICE void zero_masked_values(uint32_t values, const StageInfo& info, int co
     DK_UNROLL
     for (int unit = 0; unit < kRowBytes / 16 * (D / kPanelColumns); unit += kThreadsPerRow) {
       const int u = unit + part, panel = u / (kRowBytes / 16);
-      store_shared_4(values + panel * kTile * kRowBytes + row * kRowBytes + u % (kRowBytes / 16) * 16, 0, 0, 0, 0);
+      store_shared_4(tile + panel * kTile * kRowBytes + row * kRowBytes + u % (kRowBytes / 16) * 16, 0, 0, 0, 0);
     }
     fence_async();
   }
+}
+
+template <int D>
+DK_DEVICE void zero_masked_values(uint32_t values, const StageInfo& info, int consumer_thread) {
+  constexpr int kThreads = Layout<D>::kConsumers * kWarpgroup;
+  zero_masked_rows<D, kThreads>(values, info, consumer_thread);
   sync_threads(kConsumersBarrier, kThreads);
 }
 

@@ -60,6 +60,17 @@ DK_DEVICE uint32_t shared_base() {
 DK_DEVICE void store_shared(uint32_t address, float value) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
 }
+DK_DEVICE void store_shared(uint32_t address, uint32_t value) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+// Store the lower half of a register.
+DK_DEVICE void store_shared_half(uint32_t address, uint32_t value) {
+  asm volatile("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %1;\nst.shared.b16 [%0], low;\n}" ::"r"(address), "r"(value)
+               : "memory");
+}
+DK_DEVICE void store_shared_floats(uint32_t address, float a, float b, float c, float d) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
+}
 DK_DEVICE void store_shared_4(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
@@ -69,6 +80,12 @@ DK_DEVICE void load_shared_2(uint32_t address, float& a, float& b) {
 DK_DEVICE void load_shared_4(uint32_t address, uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d) {
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
                : "=r"(a), "=r"(b), "=r"(c), "=r"(d)
+               : "r"(address)
+               : "memory");
+}
+DK_DEVICE void load_shared_floats(uint32_t address, float& a, float& b, float& c, float& d) {
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(a), "=f"(b), "=f"(c), "=f"(d)
                : "r"(address)
                : "memory");
 }
@@ -117,6 +134,19 @@ DK_DEVICE void copy_box(uint32_t target, const TensorMap& map, uint32_t barrier,
       ::"r"(target), "l"(&map), "r"(barrier), "r"(x), "r"(y), "r"(z) : "memory");
 }
 
+// ---- Reductions: add shared memory to global memory, float32, asynchronously
+
+DK_DEVICE void reduce_add(float* target, uint32_t source, int bytes) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(target), "r"(source),
+               "r"(bytes)
+               : "memory");
+}
+DK_DEVICE void reduce_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// Wait until this thread's reductions have read their shared memory.
+DK_DEVICE void reduce_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+// Wait until they are done.
+DK_DEVICE void reduce_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
 // ---- Registers per thread: one warpgroup gives some away, others take them
 
 template <int kRegisters>
@@ -150,7 +180,7 @@ DK_DEVICE void product_wait() {
 
 // The first operand from registers or from shared memory, the second from shared memory, as descriptors of operand.h
 // say. kAccumulate: add to d instead of overwriting it. kTransposed: the rows of the second operand's memory run along
-// the inner dimension of the product.
+// the inner dimension of the product; kFirstTransposed: those of the first. product_of_8 adds a product of 8 columns.
 #define DK_PRODUCTS(TYPE)                                                                                             \
   template <bool kAccumulate, bool kTransposed>                                                                       \
   static DK_DEVICE void product(float (&d)[32], const uint32_t* a, uint64_t b) {                                      \
@@ -160,13 +190,19 @@ DK_DEVICE void product_wait() {
                  : DK_OUTPUTS(d)                                                                                      \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kAccumulate), "n"(kTransposed));           \
   }                                                                                                                   \
-  template <bool kAccumulate>                                                                                         \
+  template <bool kAccumulate, bool kFirstTransposed = false, bool kTransposed = false>                                \
   static DK_DEVICE void product(float (&d)[32], uint64_t a, uint64_t b) {                                             \
     asm volatile("{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, %34, 0;\n"                                       \
                  "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " " DK_ACCUMULATORS                      \
-                 ", %32, %33, accumulate, 1, 1, 0, 0;\n}"                                                             \
+                 ", %32, %33, accumulate, 1, 1, %35, %36;\n}"                                                         \
                  : DK_OUTPUTS(d)                                                                                      \
-                 : "l"(a), "l"(b), "n"(kAccumulate));                                                                 \
+                 : "l"(a), "l"(b), "n"(kAccumulate), "n"(kFirstTransposed), "n"(kTransposed));                        \
+  }                                                                                                                   \
+  static DK_DEVICE void product_of_8(float (&d)[4], const uint32_t* a, uint64_t b) {                                  \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n8k16.f32." TYPE "." TYPE                                           \
+                 " {%0, %1, %2, %3}, {%4, %5, %6, %7}, %8, 1, 1, 1, 0;"                                               \
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                     \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                               \
   }
 
 // ---- Elements: two of them share a register, the one with the lower index in the lower half

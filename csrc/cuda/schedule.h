@@ -40,14 +40,14 @@ DK_DEVICE int round_up_divide(int a, int b) { return a > 0 ? (a + b - 1) / b : -
 DK_DEVICE int at_least(int value, int low) { return value < low ? low : value; }
 DK_DEVICE int at_most(int value, int high) { return value > high ? high : value; }
 
-template <int D>
-DK_DEVICE Place place_of_block(const ForwardParams& p) {
+// `blocks`: of a sample and head, `first_row` apart from which they differ is the number of this one times `rows`.
+template <class Params>
+DK_DEVICE Place place_of_block(const Params& p, int blocks, int rows) {
   Place place;
-  const int row_tiles = (int)p.row_tiles;
-  const int batch_head = block_index() / row_tiles;
+  const int batch_head = block_index() / blocks;
   place.batch = batch_head / (int)p.heads;
   place.head = batch_head - place.batch * (int)p.heads;
-  place.first_row = (block_index() - batch_head * row_tiles) * Layout<D>::kRows;
+  place.first_row = (block_index() - batch_head * blocks) * rows;
   place.first_token = 0, place.nq = (int)p.nq, place.nk = (int)p.nk;
   if (p.cu_seqlens) {
     place.first_token = load_global(p.cu_seqlens + place.batch);

@@ -62,6 +62,16 @@ inline uint32_t shared_base() { return emulation::Machine::kSharedBase; }
 inline void store_shared(uint32_t address, float value) {
   std::memcpy(machine.shared_access(address, 4, true), &value, 4);
 }
+inline void store_shared(uint32_t address, uint32_t value) {
+  std::memcpy(machine.shared_access(address, 4, true), &value, 4);
+}
+inline void store_shared_half(uint32_t address, uint32_t value) {
+  std::memcpy(machine.shared_access(address, 2, true), &value, 2);
+}
+inline void store_shared_floats(uint32_t address, float a, float b, float c, float d) {
+  const float values[4] = {a, b, c, d};
+  std::memcpy(machine.shared_access(address, 16, true), values, 16);
+}
 inline void store_shared_4(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   const uint32_t values[4] = {a, b, c, d};
   std::memcpy(machine.shared_access(address, 16, true), values, 16);
@@ -73,6 +83,11 @@ inline void load_shared_2(uint32_t address, float& a, float& b) {
 }
 inline void load_shared_4(uint32_t address, uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d) {
   uint32_t values[4];
+  std::memcpy(values, machine.shared_access(address, 16, false), 16);
+  a = values[0], b = values[1], c = values[2], d = values[3];
+}
+inline void load_shared_floats(uint32_t address, float& a, float& b, float& c, float& d) {
+  float values[4];
   std::memcpy(values, machine.shared_access(address, 16, false), 16);
   a = values[0], b = values[1], c = values[2], d = values[3];
 }
@@ -97,6 +112,13 @@ inline void copy_box(uint32_t target, const TensorMap& map, uint32_t barrier, in
   machine.copy(target, map, barrier, {x, y, z, 0, 0}, 3);
 }
 
+// ---- Reductions
+
+inline void reduce_add(float* target, uint32_t source, int bytes) { machine.reduce(target, source, bytes); }
+inline void reduce_commit() { machine.reduce_commit(); }
+inline void reduce_wait_read() { machine.reduce_wait(false); }
+inline void reduce_wait() { machine.reduce_wait(true); }
+
 template <int kRegisters>
 void give_registers() {}
 template <int kRegisters>
@@ -115,11 +137,14 @@ template <emulation::Format kFormat>
 struct EmulatedProducts {
   template <bool kAccumulate, bool kTransposed>
   static void product(float (&d)[32], const uint32_t* a, uint64_t b) {
-    machine.product({kFormat, d, kAccumulate, kTransposed, true, {a[0], a[1], a[2], a[3]}, a, 0, b, {}});
+    machine.product({kFormat, d, 64, kAccumulate, false, kTransposed, true, {a[0], a[1], a[2], a[3]}, a, 0, b, {}});
   }
-  template <bool kAccumulate>
+  template <bool kAccumulate, bool kFirstTransposed = false, bool kTransposed = false>
   static void product(float (&d)[32], uint64_t a, uint64_t b) {
-    machine.product({kFormat, d, kAccumulate, false, false, {}, nullptr, a, b, {}});
+    machine.product({kFormat, d, 64, kAccumulate, kFirstTransposed, kTransposed, false, {}, nullptr, a, b, {}});
+  }
+  static void product_of_8(float (&d)[4], const uint32_t* a, uint64_t b) {
+    machine.product({kFormat, d, 8, true, false, false, true, {a[0], a[1], a[2], a[3]}, a, 0, b, {}});
   }
 };
 

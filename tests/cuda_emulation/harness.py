@@ -10,7 +10,7 @@ import hashlib
 import os
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from deberta_kernels.impl.cuda.arguments import Arguments, Box, ForwardInfo, ForwardParams, TensorMap
-from deberta_kernels.types import AttentionProblem
+from deberta_kernels.impl.cuda.backward_arguments import BackwardArguments, BackwardInfo, BackwardParams
+from deberta_kernels.types import AttentionProblem, Gradients
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = (ROOT / "csrc" / "cuda", Path(__file__).resolve().parent)
@@ -70,12 +71,18 @@ def library(changes: tuple[tuple[str, str], ...] = ()) -> ctypes.CDLL:
     """Load the emulation, see `build`."""
     found = ctypes.CDLL(str(build(changes)))
     found.emulated_info.restype = ForwardInfo
-    found.emulated_params_bytes.restype = ctypes.c_int64
-    for name in ("emulated_map", "emulated_forward", "emulated_products", "emulated_copy", "emulated_driver_log"):
+    found.emulated_backward_info.restype = BackwardInfo
+    found.emulated_params_bytes.restype = found.emulated_backward_params_bytes.restype = ctypes.c_int64
+    for name in (
+        "emulated_map", "emulated_forward", "emulated_backward", "emulated_products", "emulated_copy",
+        "emulated_driver_log",
+    ):  # fmt: skip
         getattr(found, name).restype = ctypes.c_char_p
     found.emulated_value.restype = ctypes.c_float
     if found.emulated_params_bytes() != -(-ctypes.sizeof(ForwardParams) // 64) * 64:
         raise RuntimeError("ForwardParams does not mirror csrc/cuda/params.h")
+    if found.emulated_backward_params_bytes() != -(-ctypes.sizeof(BackwardParams) // 64) * 64:
+        raise RuntimeError("BackwardParams does not mirror csrc/cuda/params.h")
     return found
 
 
@@ -134,6 +141,37 @@ class Launch:
         if error:
             raise EmulationError(error.decode())
         return self.out.transpose(1, 2), self.lse
+
+
+class BackwardLaunch:
+    """One launch of the emulated backward, with the arguments that the package prepares."""
+
+    def __init__(
+        self, problem: AttentionProblem, dout: Tensor, out: Tensor, lse: Tensor, library: ctypes.CDLL, *,
+        dlse: Tensor | None = None, deterministic: bool = False,
+    ) -> None:  # fmt: skip
+        self.problem, self.library = problem, library
+        self.arguments = BackwardArguments(
+            problem, dout, dlse, out, lse, library.emulated_backward_info(), encoder(library),
+            deterministic=deterministic,
+        )  # fmt: skip
+        for x in (self.arguments.dq, self.arguments.dk, self.arguments.dv):
+            x.fill_(float("nan"))
+        self.params = self.arguments.params
+
+    def run(self, blocks: Sequence[int] | None = None, seed: int = 0) -> Gradients:
+        """Run the blocks, in this order if one is given, and the conversion of dq; return the gradients."""
+        order = list(range(self.arguments.blocks) if blocks is None else blocks)
+        allow(self.library, self.arguments.memory)
+        problem = self.problem
+        error = self.library.emulated_backward(
+            ctypes.byref(self.params), int(problem.q.dtype == torch.bfloat16), int(problem.masks.pair is not None),
+            int(problem.dropout_p > 0), len(order), (ctypes.c_int * len(order))(*order), self.arguments.convert_blocks,
+            ctypes.c_uint64(seed),
+        )  # fmt: skip
+        if error:
+            raise EmulationError(error.decode())
+        return self.arguments.gradients()
 
 
 def _span(x: Tensor) -> tuple[int, int]:

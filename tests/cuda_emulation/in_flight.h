@@ -22,10 +22,20 @@ enum class Format { kBFloat16, kFloat16 };
 struct Product {
   Format format;
   float* accumulators;
-  bool accumulate, transposed, from_registers;
+  int columns;
+  bool accumulate, first_transposed, transposed, from_registers;
   uint32_t registers[4];
   const uint32_t* source;  // of `registers`, to see that they stay
   uint64_t first, second;
+  Clock clock;
+};
+
+// A reduction that was asked for and may not have run yet.
+struct Reduction {
+  float* target;
+  uint32_t source;
+  int bytes;
+  Accessor who;
   Clock clock;
 };
 
@@ -33,6 +43,7 @@ struct ProductThread {
   std::vector<Product> open;                       // not committed yet
   std::deque<std::vector<Product>> groups;         // committed, not run yet
   std::map<float*, std::array<float, 32>> values;  // of accumulators with unfinished products; the program sees NaN
+  std::map<float*, int> counts;                    // of their registers
   bool fenced = false;
 };
 
@@ -64,9 +75,9 @@ struct Copy {
   Clock clock;
 };
 
-// Worst number of words that met in a bank, in the accesses of the staging: stores of 4 bytes and loads of 8.
+// Worst number of words that met in a bank, in the accesses of the staging: stores of 4 and 2 bytes, loads of 8.
 struct BankReport {
-  int store = 0, load = 0;
+  int store = 0, half = 0, load = 0;
 };
 
 }  // namespace emulation

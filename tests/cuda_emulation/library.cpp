@@ -1,15 +1,22 @@
 // The emulation as a library with a C interface, for harness.py.
+#include "backward.h"
 #include "forward.h"
 
 namespace {
 
 using Body = void (*)(const dk::ForwardParams&);
+using BackwardBody = void (*)(const dk::BackwardParams&);
 
 #ifndef DK_ONE_KERNEL
 template <class Element, int D>
 Body body_of(bool pair, bool dropout) {
   if (pair) return dropout ? dk::forward<Element, D, true, true> : dk::forward<Element, D, true, false>;
   return dropout ? dk::forward<Element, D, false, true> : dk::forward<Element, D, false, false>;
+}
+template <class Element>
+BackwardBody backward_body_of(bool pair, bool dropout) {
+  if (pair) return dropout ? dk::backward<Element, 64, true, true> : dk::backward<Element, 64, true, false>;
+  return dropout ? dk::backward<Element, 64, false, true> : dk::backward<Element, 64, false, false>;
 }
 #endif
 
@@ -27,7 +34,13 @@ extern "C" {
 
 dk::ForwardInfo emulated_info(int head_dim) { return head_dim == 64 ? info_of<64>() : info_of<128>(); }
 
+dk::BackwardInfo emulated_backward_info() {
+  using L = dk::BackwardLayout<64>;
+  return {dk::kBackwardAbiVersion, 64, L::kRows, dk::kTile, L::kThreads, L::kSharedBytes, L::kTableMargin};
+}
+
 int64_t emulated_params_bytes() { return sizeof(dk::ForwardParams); }
+int64_t emulated_backward_params_bytes() { return sizeof(dk::BackwardParams); }
 
 // Fill a tensor map as cuTensorMapEncodeTiled would; return what it would refuse, or "".
 const char* emulated_map(
@@ -78,11 +91,39 @@ const char* emulated_forward(
   return message.c_str();
 }
 
-// Return the worst number of words that met in a bank, 100 * stores + loads; counted anew afterwards.
+// Run the blocks of a launch of the backward in this order; then, where `convert` is not 0, the conversion of dq, a grid
+// of that many blocks. Returns "" or what went wrong.
+const char* emulated_backward(
+    const dk::BackwardParams* params, int is_bfloat16, int pair, int dropout, int count, const int* blocks, int convert,
+    uint64_t seed) {
+#ifdef DK_ONE_KERNEL
+  if (!is_bfloat16 || pair || dropout) return "only one kernel was compiled";
+  const BackwardBody body = dk::backward<dk::BFloat16, 64, false, false>;
+#else
+  const BackwardBody body =
+      (is_bfloat16 ? backward_body_of<dk::BFloat16> : backward_body_of<dk::Float16>)(pair, dropout);
+#endif
+  const BackwardBody last = is_bfloat16 ? dk::convert_queries<dk::BFloat16, 64> : dk::convert_queries<dk::Float16, 64>;
+  const dk::BackwardInfo info = emulated_backward_info();
+  for (int i = 0; i < count + convert; i++) {
+    const bool converts = i >= count;
+    const int block = converts ? i - count : blocks[i];
+    message = emulation::machine.run(
+        block, converts ? dk::kWarpgroup : info.threads, converts ? 0 : info.shared_bytes,
+        [&] { (converts ? last : body)(*params); }, seed + i);
+    if (message.empty()) continue;
+    message = "block " + std::to_string(block) + (converts ? " of the conversion, " : ", ") + message;
+    break;
+  }
+  return message.c_str();
+}
+
+// Return the worst number of words that met in a bank, 10,000 * stores of 2 bytes + 100 * stores of 4 + loads; counted
+// anew afterwards.
 int emulated_banks() {
   const emulation::BankReport banks = emulation::machine.banks;
   emulation::machine.banks = {};
-  return 100 * banks.store + banks.load;
+  return 10000 * banks.half + 100 * banks.store + banks.load;
 }
 
 // Multiply as a warpgroup, a: (64, 64) and b: (64, 64) bfloat16 by their maps: a b^T with a in shared memory, a b^T and

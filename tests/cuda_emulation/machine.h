@@ -28,6 +28,7 @@ class Machine {
     barriers_.clear();
     named_.clear();
     copies_.clear();
+    reductions_.assign(threads, {});
     traces_.assign(threads, {});
     std::string error = fibers_.run(
         threads, [&](int) { body(); }, [this] { return run_copy(); }, seed);
@@ -35,6 +36,11 @@ class Machine {
       if (error.empty() && !(thread.open.empty() && thread.groups.empty())) error = "ends with unfinished products";
     }
     if (error.empty() && !copies_.empty()) error = "ends with unfinished copies";
+    for (const Reductions& thread : reductions_) {
+      if (error.empty() && !(thread.open.empty() && thread.committed.empty() && thread.read.empty())) {
+        error = "ends with unfinished reductions";
+      }
+    }
     return error;
   }
 
@@ -65,7 +71,7 @@ class Machine {
     const int t = thread();
     const Accessor who{t / kWarp, t % kWarp, epochs_[t / kWarp]};
     for (uint32_t a = address; a < address + size; a += 4) {
-      require(write ? shared_.write(a, who, clocks_[who.agent], fences_[t])
+      require(write ? shared_.write(a, who, clocks_[who.agent], fences_[t], size == 2)
                     : shared_.read(a, who, clocks_[who.agent], clocks_[who.agent].seen[who.agent], fences_),
               "shared memory");
     }
@@ -161,6 +167,43 @@ class Machine {
     clocks_[w].seen[kWarps + signal.index] = 0;  // it has asked for the copy, it does not know that it is done
   }
 
+  // ---- Reductions: each reads its shared memory, and adds it to global memory, when the thread waits for it
+
+  void reduce(float* target, uint32_t source, int bytes) {
+    const int t = thread();
+    if ((uint64_t)target % 16 || source % 16 || bytes % 16 || bytes <= 0) fail("a misaligned reduction");
+    require(shared_.range(source, 4), "reduction");
+    require(shared_.range(source + bytes - 4, 4), "reduction");
+    for (int i = 0; i < bytes / 4; i++) check_global(target + i, 4, true);
+    reductions_[t].open.push_back({target, source, bytes, Accessor{t / kWarp, -1, epochs_[t / kWarp]}, clocks_[t / kWarp]});
+  }
+  void reduce_commit() {
+    Reductions& state = reductions_[thread()];
+    for (const Reduction& reduction : state.open) state.committed.push_back(reduction);
+    state.open.clear();
+  }
+  // `done`: wait for the additions too. Those only read are added when they must be, or at the latest possible moment.
+  void reduce_wait(bool done) {
+    const int t = thread();
+    Reductions& state = reductions_[t];
+    if (!state.open.empty()) fail("a wait with reductions that were not committed");
+    for (const Reduction& reduction : state.committed) {
+      std::vector<float> values(reduction.bytes / 4);
+      for (int i = 0; i < reduction.bytes; i += 4) {
+        const uint32_t now = clocks_[t / kWarp].seen[t / kWarp];
+        require(shared_.read(reduction.source + i, reduction.who, reduction.clock, now, fences_), "reduction");
+        std::memcpy(&values[i / 4], shared_.at(reduction.source + i), 4);
+      }
+      state.read.push_back({reduction.target, std::move(values)});
+    }
+    state.committed.clear();
+    if (!done) return;
+    for (const auto& addition : state.read) {
+      for (size_t i = 0; i < addition.second.size(); i++) addition.first[i] += addition.second[i];
+    }
+    state.read.clear();
+  }
+
   // ---- Products
 
   void product_fence() { products_[thread()].fenced = true; }
@@ -171,8 +214,9 @@ class Machine {
     product.clock = clocks_[t / kWarp];
     float* d = product.accumulators;
     if (!state.values.count(d)) {
-      std::copy(d, d + 32, state.values[d].begin());
-      std::fill(d, d + 32, std::nanf(""));
+      state.counts[d] = product.columns / 2;
+      std::copy(d, d + product.columns / 2, state.values[d].begin());
+      std::fill(d, d + product.columns / 2, std::nanf(""));
     }
     state.open.push_back(product);
   }
@@ -200,6 +244,10 @@ class Machine {
     uint32_t address, size;
     bool write;
   };
+  struct Reductions {
+    std::vector<Reduction> open, committed;
+    std::vector<std::pair<float*, std::vector<float>>> read;
+  };
 
   void begin_epoch(int warp) {
     epochs_[warp]++;
@@ -218,6 +266,7 @@ class Machine {
       for (int lane = 0; lane < kWarp; lane++) addresses.push_back(traces_[warp * kWarp + lane][i].address);
       const int degree = Banks::degree(addresses, first.size);
       if (first.write && first.size == 4) banks.store = std::max(banks.store, degree);
+      if (first.write && first.size == 2) banks.half = std::max(banks.half, degree);
       if (!first.write && first.size == 8) banks.load = std::max(banks.load, degree);
     }
     for (int lane = 0; lane < kWarp; lane++) traces_[warp * kWarp + lane].clear();
@@ -280,10 +329,11 @@ class Machine {
       if (busy.count(it->first)) {
         ++it;
       } else {
-        for (int i = 0; i < 32; i++) {
+        const int count = state.counts[it->first];
+        for (int i = 0; i < count; i++) {
           if (it->first[i] == it->first[i]) fail("accumulators changed while their product may still run");
         }
-        std::copy(it->second.begin(), it->second.end(), it->first);
+        std::copy(it->second.begin(), it->second.begin() + count, it->first);
         it = state.values.erase(it);
       }
     }
@@ -320,18 +370,23 @@ class Machine {
     static thread_local float a[64][16], b[16][64];
     check_descriptor(product.second);
     for (int k = 0; k < 16; k++) {
-      for (int n = 0; n < 64; n++) b[k][n] = operand(product, product.second, n, k, !product.transposed, first_warp, 4);
+      for (int n = 0; n < product.columns; n++) {
+        b[k][n] = operand(product, product.second, n, k, !product.transposed, first_warp, 4);
+      }
     }
     if (!product.from_registers) {
       check_descriptor(product.first);
       for (int m = 0; m < 64; m++) {
-        for (int k = 0; k < 16; k++) a[m][k] = operand(product, product.first, m, k, true, first_warp + m / 16, 1);
+        for (int k = 0; k < 16; k++) {
+          a[m][k] = operand(product, product.first, m, k, !product.first_transposed, first_warp + m / 16, 1);
+        }
       }
     }
     for (int t = 0; t < 128; t++) {
       const Product& own = products_[first_thread + t].groups.front()[op];
       if (own.first != product.first || own.second != product.second || own.accumulate != product.accumulate ||
-          own.from_registers != product.from_registers || own.transposed != product.transposed) {
+          own.from_registers != product.from_registers || own.transposed != product.transposed ||
+          own.first_transposed != product.first_transposed || own.columns != product.columns) {
         fail("threads of a warpgroup issued different products");
       }
       for (int i = 0; i < 4 && own.from_registers; i++) {
@@ -345,7 +400,7 @@ class Machine {
     for (int t = 0; t < 128; t++) {
       const Product& own = products_[first_thread + t].groups.front()[op];
       std::array<float, 32>& d = products_[first_thread + t].values[own.accumulators];
-      for (int i = 0; i < 32; i++) {
+      for (int i = 0; i < product.columns / 2; i++) {
         const int m = accumulator_row(t, i), n = accumulator_column(t, i);
         float sum = own.accumulate ? d[i] : 0.0f;
         for (int k = 0; k < 16; k++) sum += a[m][k] * b[k][n];
@@ -365,6 +420,7 @@ class Machine {
   std::map<uint32_t, TransactionBarrier> barriers_;
   std::map<int, NamedBarrier> named_;
   std::deque<Copy> copies_;
+  std::vector<Reductions> reductions_;
   std::vector<std::vector<Access>> traces_;
 };
 

@@ -51,28 +51,35 @@ class SharedMemory {
   std::string read(
       uint32_t address, const Accessor& who, const Clock& clock, uint32_t now, const std::vector<uint32_t>& fences) {
     Word& word = words_[(address - base_) / 4];
-    if (word.writer.agent < 0) return "reads shared memory that nobody wrote";
-    if (!ordered(word.writer, word.written, who, clock)) return "reads what another is writing: no barrier between";
-    if (who.lane < 0 && word.writer.lane >= 0 && word.fences >= fences[word.writer.agent * 32 + word.writer.lane]) {
-      return "tensor cores read a store that no fence made visible to them";
+    for (const Write& half : word.halves) {
+      if (half.who.agent < 0) return "reads shared memory that nobody wrote";
+      if (!ordered(half.who, half.time, who, clock)) return "reads what another is writing: no barrier between";
+      if (who.lane < 0 && half.who.lane >= 0 && half.fences >= fences[half.who.agent * 32 + half.who.lane]) {
+        return "tensor cores or the copy engine read a store that no fence made visible to them";
+      }
     }
     Read& read = word.reads[who.agent];
     const bool others = read.time && read.who.epoch == who.epoch && read.who.lane != who.lane;
     read = Read{Accessor{who.agent, others ? kManyLanes : who.lane, who.epoch}, now};
     return "";
   }
-  std::string write(uint32_t address, const Accessor& who, const Clock& clock, uint32_t fences) {
+  // `is_half`: only two bytes of the word, which lanes may store beside each other.
+  std::string write(uint32_t address, const Accessor& who, const Clock& clock, uint32_t fences, bool is_half = false) {
     Word& word = words_[(address - base_) / 4];
-    if (word.writer.agent >= 0 && !ordered(word.writer, word.written, who, clock)) {
-      return "writes what another is writing: no barrier between";
+    for (int i = 0; i < 2; i++) {
+      Write& half = word.halves[i];
+      if (is_half && i != (int)(address >> 1 & 1)) continue;
+      if (half.who.agent >= 0 && !ordered(half.who, half.time, who, clock)) {
+        return "writes what another is writing: no barrier between";
+      }
+      half = Write{who, clock.seen[who.agent], fences};
     }
     for (const Read& read : word.reads) {
       if (read.time && !ordered(read.who, read.time, who, clock)) {
         return "writes what another may still be reading: no barrier between";
       }
     }
-    word.writer = who, word.written = clock.seen[who.agent], word.fences = fences;
-    word.reads.fill(Read());
+    if (!is_half) word.reads.fill(Read());
     return "";
   }
 
@@ -82,9 +89,12 @@ class SharedMemory {
     Accessor who{-1, 0, 0};
     uint32_t time = 0;
   };
+  struct Write {
+    Accessor who{-1, 0, 0};
+    uint32_t time = 0, fences = 0;
+  };
   struct Word {
-    Accessor writer{-1, 0, 0};
-    uint32_t written = 0, fences = 0;
+    std::array<Write, 2> halves;
     std::array<Read, kWarps> reads;
   };
 
@@ -109,7 +119,7 @@ class Banks {
     for (size_t first = 0; first < addresses.size(); first += lanes) {
       std::map<uint32_t, std::set<uint32_t>> words;
       for (size_t i = first; i < std::min(first + lanes, addresses.size()); i++) {
-        for (uint32_t w = addresses[i] / 4; w < (addresses[i] + size) / 4; w++) words[w % 32].insert(w);
+        for (uint32_t w = addresses[i] / 4; w < (addresses[i] + size + 3) / 4; w++) words[w % 32].insert(w);
       }
       for (const auto& bank : words) worst = std::max(worst, (int)bank.second.size());
     }

@@ -15,16 +15,17 @@ from deberta_kernels.position import PositionIndex, plain_tensors, position_inde
 from deberta_kernels.types import AttentionProblem, PositionSpec
 
 __all__ = [
-    "ABI_VERSION", "Arguments", "Box", "ForwardInfo", "ForwardParams", "TensorMap", "box_of", "expand", "grid",
+    "ABI_VERSION", "ALIGNMENT", "LOG2E", "LONGEST", "Arguments", "Box", "ForwardInfo", "ForwardParams", "TensorMap",
+    "box_of", "ends", "expand", "grid", "readable", "rows_of_distances",
 ]  # fmt: skip
 
 # csrc/cuda/params.h; the emulation's tests compare the sizes.
 ABI_VERSION = 1
-_LOG2E = 1.4426950408889634
-_ALIGNMENT = 64  # of a tensor map
+LOG2E = 1.4426950408889634
+ALIGNMENT = 64  # of a tensor map
 # prepare() expands a table over all its distances only when they are not many more than the table's rows.
 _MAX_PREPARED = 1 << 13
-_LONGEST = 1 << 16  # tokens; lengths up to this share one index of distances
+LONGEST = 1 << 16  # tokens; lengths up to this share one index of distances
 _BOX = 64  # elements and rows of a box: the 128-byte swizzle allows no more
 
 
@@ -118,8 +119,8 @@ class Arguments:
         """
         self.problem, self.info, self.encode = problem, info, encode
         self.memory: list[tuple[Tensor, bool]] = []
-        self._buffer = ctypes.create_string_buffer(ctypes.sizeof(ForwardParams) + 2 * _ALIGNMENT)
-        start = -ctypes.addressof(self._buffer) % _ALIGNMENT
+        self._buffer = ctypes.create_string_buffer(ctypes.sizeof(ForwardParams) + 2 * ALIGNMENT)
+        start = -ctypes.addressof(self._buffer) % ALIGNMENT
         self.params = ForwardParams.from_buffer(self._buffer, start)
         self._fill(out, lse)
         self._fill_tables()
@@ -137,7 +138,7 @@ class Arguments:
 
     def _fill(self, out: Tensor, lse: Tensor) -> None:
         p, problem = self.params, self.problem
-        q = _readable(problem.q, 2)
+        q = readable(problem.q, 2)
         p.batch, p.heads, p.nq, _ = q.shape
         p.nk = problem.k.shape[2]
         if problem.cu_seqlens is not None:
@@ -147,9 +148,9 @@ class Arguments:
         p.q = self._address(q)
         p.q_stride_b, p.q_stride_h, p.q_stride_n = q.stride()[:3]
         for name, x in (("k", problem.k), ("v", problem.v)):
-            self._map(name, _readable(x, 8), (3, 2, 1, 0))
+            self._map(name, readable(x, 8), (3, 2, 1, 0))
         p.out, p.lse = self._address(out, True), self._address(lse, True)
-        p.qk_scale, p.keep_scale = problem.scale * _LOG2E, 1.0
+        p.qk_scale, p.keep_scale = problem.scale * LOG2E, 1.0
         if problem.dropout_p > 0:
             p.dropout_threshold = dropout.threshold(problem.dropout_p)
             p.keep_scale = dropout.keep_scale(problem.dropout_p)
@@ -161,8 +162,8 @@ class Arguments:
         if (problem.pos_key is None and problem.pos_query is None) or p.prefix >= p.nk:
             p.prefix = p.nk
             return
-        index = position_index(max(p.nq, p.nk, _LONGEST), position)
-        p.low_end, p.high_start = ends = _ends(index)
+        index = position_index(max(p.nq, p.nk, LONGEST), position)
+        p.low_end, p.high_start = ends = ends(index)
         margin = self.info.table_margin
         expanded: Sequence[Tensor]
         if problem.prepared is None:
@@ -207,7 +208,7 @@ def expand(pos_key: Tensor | None, pos_query: Tensor | None, position: PositionS
     Returns:
         (2, H, distances, D) contiguous; None when the distances are too many, or nothing saturates.
     """
-    low_end, high_start = _ends(position_index(_LONGEST, position))
+    low_end, high_start = ends(position_index(LONGEST, position))
     first, last = low_end - margin, high_start + margin
     if last - first > _MAX_PREPARED:
         return None
@@ -225,7 +226,8 @@ def _check_prepared(prepared: Tensor, q: Tensor, shape: tuple[int, ...]) -> Tens
     return prepared
 
 
-def _ends(index: PositionIndex) -> tuple[int, int]:
+def ends(index: PositionIndex) -> tuple[int, int]:
+    """Return `low_end` and `high_start` as the kernels expect them: below 0, and at least 0."""
     return min(index.low_end, -1), max(index.high_start, 0)
 
 
@@ -236,7 +238,7 @@ def _expanded(
     given = pos_key if pos_key is not None else pos_query
     if given is None:
         raise ValueError("there are no position tables to expand.")
-    rows = _rows(position, first, last, given.shape[1], given.device)
+    rows = rows_of_distances(position, first, last, given.shape[1], given.device)
 
     def one(table: Tensor | None) -> Tensor:
         if table is None:
@@ -247,16 +249,16 @@ def _expanded(
 
 
 @lru_cache(maxsize=256)
-def _rows(position: PositionSpec, first: int, last: int, count: int, device: torch.device) -> Tensor:
+def rows_of_distances(position: PositionSpec, first: int, last: int, count: int, device: torch.device) -> Tensor:
     """Return the row of tables of `count` rows for each distance, (last - first,) int64."""
-    index = position_index(max(-first, last, _LONGEST), position)
+    index = position_index(max(-first, last, LONGEST), position)
     with plain_tensors():
         distances = torch.arange(first, last, device="cpu").clamp(-index.reach, index.reach)
         found = (index.delta[distances + index.reach].long() - position.first_row).clamp(0, count - 1)
         return found.to(device)  # waits for the copy, so later calls may read it from any stream
 
 
-def _readable(x: Tensor, unit: int) -> Tensor:
+def readable(x: Tensor, unit: int) -> Tensor:
     """Return x in memory that the kernel can read, its rows at multiples of `unit` elements."""
     x = x.resolve_neg()
     strides = [s for s, size in zip(x.stride()[:3], x.shape[:3]) if size > 1]

@@ -1,0 +1,57 @@
+// One block of the backward: who is who, and the barriers between them.
+#pragma once
+#include "key_consumer.h"
+#include "query_gradient.h"
+
+namespace dk {
+
+template <int D>
+DK_DEVICE void initialise_backward_barriers(uint32_t shared) {
+  using L = BackwardLayout<D>;
+  constexpr int kConsumerWarps = L::kConsumerThreads / 32;
+  for (int i = 0; i < L::kStages; i++) {
+    barrier_init(shared + L::kStageFull + i * 8, 1);
+    barrier_init(shared + L::kStageEmpty + i * 8, kConsumerWarps);
+  }
+  for (int i = 0; i < L::kSlots; i++) {
+    barrier_init(shared + L::kSlotFull + i * 8, 1);
+    barrier_init(shared + L::kSlotEmpty + i * 8, kConsumerWarps);
+  }
+  barrier_init_fence();
+}
+
+// Differentiate by the keys of this block, of every `groups`-th block of a sample and head. The first warpgroup copies, of
+// which one warp is enough; each of the others holds 64 keys.
+template <class Element, int D, bool kPair, bool kDropout>
+DK_DEVICE void backward(const BackwardParams& p) {
+  using L = BackwardLayout<D>;
+  const Place place = place_of_block(p, (int)p.groups, 1);
+  const int thread = thread_index(), warp = uniform(thread / 32), warpgroup = warp / 4;
+  const int first = place.first_row, step = (int)p.groups;
+  if (!KeyBlock(place, first, L::kRows).is_there) return;
+  const uint32_t shared = shared_base();
+  if (thread == 0) initialise_backward_barriers<D>(shared);
+  sync_block();
+  if (warpgroup == 0) {
+    give_registers<L::kProducerRegisters>();
+    if (warp != 0) return;
+    QueryProducer<D> producer(p, place, shared, thread);
+    for (int number = first;; number += step) {
+      const KeyBlock block(place, number, L::kRows);
+      if (!block.is_there) break;
+      producer.run(block);
+    }
+  } else {
+    take_registers<L::kConsumerRegisters>();
+    KeyConsumer<Element, D, kPair, kDropout> consumer(
+        p, place, shared, warpgroup - 1, thread % kWarpgroup, warp % 4);
+    for (int number = first;; number += step) {
+      const KeyBlock block(place, number, L::kRows);
+      if (!block.is_there) break;
+      consumer.run(block, number);
+    }
+    consumer.leave();
+  }
+}
+
+}  // namespace dk
