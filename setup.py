@@ -6,7 +6,7 @@ and is tied to no Python version, so the wheel is tagged py3-none-<platform>. Wi
 still succeeds, with a warning, and the package computes on its PyTorch path.
 
 The sources of the CUDA kernels are copied into the package, where NVRTC compiles them when they are needed. A wheel
-also gets them compiled, where nvcc is at hand: that takes half a minute, so an install in place does without.
+also gets them compiled, where nvcc is at hand: that takes minutes, so an install in place does without.
 
     python setup.py build_native            build in place, skip what is up to date, warn on failure
     python setup.py build_native --strict   the same, but fail with the compiler's message
@@ -61,8 +61,13 @@ COMPILE_TIMEOUT_SECONDS = 600
 CUDA_SOURCES = ROOT / "csrc" / "cuda"
 CUDA_TARGET = ROOT / "deberta_kernels" / "lib" / "cuda"
 CUDA_FLAGS = ("-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", "-cubin")
-# (dtype, head size) of each module.
-CUDA_MODULES = tuple((dtype, head_dim) for dtype in ("bf16", "fp16") for head_dim in (64, 128))
+# (source, dtype, head size) of each module.
+CUDA_MODULES = tuple(
+    (source, dtype, head_dim)
+    for source, head_dims in (("forward", (64, 128)), ("backward", (64,)))
+    for dtype in ("bf16", "fp16")
+    for head_dim in head_dims
+)
 
 
 class BuildError(RuntimeError):
@@ -273,16 +278,16 @@ def build_cubins(sources: Path = CUDA_SOURCES, target: Path = CUDA_TARGET) -> di
     release = run_compiler([nvcc, "--version"], "asking nvcc for its version").strip().splitlines()[-1]
     record: dict[str, Any] = {"sources": digests, "nvcc": release, "flags": list(CUDA_FLAGS)}
     path = target / "build.json"
-    names = [f"forward_{dtype}_d{head_dim}.cubin" for dtype, head_dim in CUDA_MODULES]
+    names = [f"{source}_{dtype}_d{head_dim}.cubin" for source, dtype, head_dim in CUDA_MODULES]
     if path.is_file() and all((target / name).is_file() for name in names):
         before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if {**before, "cubins": None} == {**record, "cubins": None}:
             return before
     with tempfile.TemporaryDirectory(prefix=".build-", dir=target) as folder:
 
-        def compile_one(name: str, dtype: str, head_dim: int) -> str:
+        def compile_one(name: str, source: str, dtype: str, head_dim: int) -> str:
             defined = (f"-DDK_DTYPE={dtype}", f"-DDK_HEAD_DIM={head_dim}")
-            command = [nvcc, *CUDA_FLAGS, *defined, "-o", f"{folder}/{name}", str(target / "forward.cu")]
+            command = [nvcc, *CUDA_FLAGS, *defined, "-o", f"{folder}/{name}", str(target / f"{source}.cu")]
             run_compiler(command, name)
             return hashlib.sha256(Path(folder, name).read_bytes()).hexdigest()
 

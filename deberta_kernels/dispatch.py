@@ -43,8 +43,8 @@ _MODULES = {
 }
 BACKENDS = tuple(_MODULES)
 
-# A backend that has no backward: whose gradients its calls get. Both keep to one meaning of out and lse, all that a
-# backward takes from a forward.
+# A backend whose backward may refuse what its forward runs: whose gradients such calls get. Both keep to one meaning of
+# out and lse, all that a backward takes from a forward.
 _BACKWARD = {"cuda": "triton"}
 
 # What backend="auto" tries per device type, best first. The reference runs only when asked for by name.
@@ -84,7 +84,7 @@ def check_backend(backend: str) -> None:
 
 
 def load(name: str) -> ModuleType:
-    """Import the module of one backend (`forward`, `refusal`, perhaps `backward` and `prepare`).
+    """Import the module of one backend (`forward`, `backward`, `refusal`, perhaps `backward_refusal` and `prepare`).
 
     Raises:
         RuntimeError: its module does not import.
@@ -106,10 +106,10 @@ def refusal(name: str, problem: AttentionProblem) -> str | None:
     except RuntimeError as error:
         return str(error)
     reason: str | None = module.refusal(problem)
-    if reason is None and name in _BACKWARD and _differentiated(problem):
+    if reason is None and _differentiated(problem) and (own := _backward_refusal(name, problem)) is not None:
         other = _BACKWARD[name]
         reason = refusal(other, problem)
-        return None if reason is None else f"its gradients come from backend {other!r}, which cannot run: {reason}"
+        return None if reason is None else _neither(own, other, reason)
     return reason
 
 
@@ -117,18 +117,26 @@ def backward_of(name: str, problem: AttentionProblem) -> tuple[Any, AttentionPro
     """Return the function that computes the gradients of backend `name`, and the problem to hand to it.
 
     Raises:
-        NotImplementedError: they come from another backend, which cannot run this call.
+        NotImplementedError: its own backward cannot run this call, and neither can that of the other backend.
     """
-    other = _BACKWARD.get(name)
-    if other is None:
+    own = _backward_refusal(name, problem)
+    if own is None:
         return load(name).backward, problem
+    other = _BACKWARD[name]
     reason = refusal(other, problem)
     if reason is not None:
-        raise NotImplementedError(
-            f"the gradients of backend {name!r} come from backend {other!r}, which cannot run: {reason}; "
-            "pass backend='torch'."
-        )
+        raise NotImplementedError(f"backend {name!r}: {_neither(own, other, reason)}; pass backend='torch'.")
     return load(other).backward, replace(problem, prepared=None)  # that layout is of the forward's own
+
+
+def _backward_refusal(name: str, problem: AttentionProblem) -> str | None:
+    """Return why backend `name` leaves the gradients to that of `_BACKWARD`, or None when they are its own."""
+    found: str | None = load(name).backward_refusal(problem) if name in _BACKWARD else None
+    return found
+
+
+def _neither(own: str, other: str, reason: str) -> str:
+    return f"it cannot compute the gradients ({own}), and backend {other!r}, which would, cannot run: {reason}"
 
 
 def _differentiated(problem: AttentionProblem) -> bool:
@@ -195,13 +203,17 @@ class Explanation:
     Attributes:
         chosen: name of the backend that would run; None when the call would raise NotImplementedError.
         reasons: for every other backend, why it would not run.
+        gradients: which other backend would compute the gradients, and why; None when the chosen one does so itself, or
+            none are needed.
     """
 
     chosen: str | None
     reasons: dict[str, str]
+    gradients: str | None = None
 
     def __str__(self) -> str:
         head = f"{self.chosen} would run" if self.chosen else "no backend would run: this call raises"
+        head += f"; {self.gradients}" if self.gradients else ""
         return "\n".join([head, *(f"  not {name}: {reason}" for name, reason in self.reasons.items())])
 
 
@@ -235,7 +247,12 @@ def explain(problem: AttentionProblem, backend: str = "auto") -> Explanation:
         if name != chosen:
             idle = other if forced or name in order else f"runs on {device_type} only when asked for by name"
             reasons[name] = refusals[name] or idle
-    return Explanation(chosen, reasons)
+    return Explanation(chosen, reasons, _gradients_elsewhere(chosen, problem))
+
+
+def _gradients_elsewhere(chosen: str | None, problem: AttentionProblem) -> str | None:
+    own = _backward_refusal(chosen, problem) if chosen and _differentiated(problem) else None
+    return None if own is None else f"backend {_BACKWARD[str(chosen)]!r} would compute its gradients: {own}"
 
 
 def count_call(name: str) -> None:

@@ -5,10 +5,13 @@
 #include <cstdlib>
 #include <cstring>
 #include <string>
+#include <vector>
 
 namespace driver {
 
+enum Which { kForward, kBackward, kConversion };
 struct Kernel {
+  Which which;
   bool is_bfloat16;
   int head_dim;
   bool pair, dropout;
@@ -34,6 +37,36 @@ std::string text(const char* format, Values... values) {
   char buffer[200];
   std::snprintf(buffer, sizeof(buffer), format, values...);
   return buffer;
+}
+
+// Return what the name of a kernel says, or one without a head size.
+inline Kernel named(const char* name) {
+  char dtype[5] = "", suffix[40] = "";
+  int head_dim = 0;
+  const auto is = [&](const char* format) { return std::sscanf(name, format, dtype, &head_dim, suffix) >= 2; };
+  Which which = kForward;
+  if (is("disentangled_backward_dq_%4[a-z0-9]_d%d%39s")) which = kConversion;
+  else if (is("disentangled_backward_%4[a-z0-9]_d%d%39s")) which = kBackward;
+  else if (!is("disentangled_forward_%4[a-z0-9]_d%d%39s")) head_dim = 0;
+  return {which, !std::strcmp(dtype, "bf16"), head_dim, std::strstr(suffix, "_pair") != nullptr,
+          std::strstr(suffix, "_dropout") != nullptr, 0};
+}
+
+// Run a launch as the driver would, whose parameters are copied before it returns.
+inline const char* run(const Kernel& kernel, const void* parameters, int blocks) {
+  if (kernel.which == kForward) {
+    alignas(64) dk::ForwardParams copied;
+    std::memcpy(&copied, parameters, sizeof(copied));
+    return emulated_forward(
+        &copied, kernel.is_bfloat16, kernel.head_dim, kernel.pair, kernel.dropout, 0, blocks, 0);
+  }
+  alignas(64) dk::BackwardParams copied;
+  std::memcpy(&copied, parameters, sizeof(copied));
+  const bool converts = kernel.which == kConversion;
+  std::vector<int> all(converts ? 0 : blocks);
+  for (size_t i = 0; i < all.size(); i++) all[i] = (int)i;
+  return emulated_backward(
+      &copied, kernel.is_bfloat16, kernel.pair, kernel.dropout, (int)all.size(), all.data(), converts ? blocks : 0, 0);
 }
 
 }  // namespace driver
@@ -78,15 +111,9 @@ int cuModuleLoadData(void** module, const char* image) {
 }
 int cuModuleGetFunction(void** function, void* module, const char* name) {
   if (module != &driver::loaded_module) return driver::invalid("no such module");
-  char dtype[5] = "", suffix[40] = "";
-  int head_dim = 0;
-  if (std::sscanf(name, "disentangled_forward_%4[a-z0-9]_d%d%39s", dtype, &head_dim, suffix) < 2) {
-    return driver::invalid("named symbol not found");
-  }
-  // Never freed: as many as a test loads.
-  *function = new driver::Kernel{
-      !std::strcmp(dtype, "bf16"), head_dim, std::strstr(suffix, "_pair") != nullptr,
-      std::strstr(suffix, "_dropout") != nullptr, 0};
+  const driver::Kernel kernel = driver::named(name);
+  if (kernel.head_dim == 0) return driver::invalid("named symbol not found");
+  *function = new driver::Kernel(kernel);  // never freed: as many as a test loads
   return driver::called("cuModuleGetFunction", name);
 }
 int cuFuncSetAttribute(void* function, int attribute, int value) {
@@ -124,15 +151,19 @@ int cuLaunchKernel(
                                      threads_z, shared, reinterpret_cast<long>(stream)));
   if (status) return status;
   const driver::Kernel& kernel = *static_cast<driver::Kernel*>(function);
-  const dk::ForwardInfo info = emulated_info(kernel.head_dim);
+  int expected_threads = dk::kWarpgroup, expected_shared = 0;
+  if (kernel.which == driver::kForward) {
+    const dk::ForwardInfo info = emulated_info(kernel.head_dim);
+    expected_threads = info.threads, expected_shared = info.shared_bytes;
+  } else if (kernel.which == driver::kBackward) {
+    const dk::BackwardInfo info = emulated_backward_info();
+    expected_threads = info.threads, expected_shared = info.shared_bytes;
+  }
   if (driver::contexts == 0) return driver::invalid("no context is current");
-  if (y * z * threads_y * threads_z != 1 || (int)threads != info.threads) return driver::invalid("no such block");
-  if (shared != kernel.shared || (int)shared != info.shared_bytes) return driver::invalid("no such shared memory");
+  if (y * z * threads_y * threads_z != 1 || (int)threads != expected_threads) return driver::invalid("no such block");
+  if (shared != kernel.shared || (int)shared != expected_shared) return driver::invalid("no such shared memory");
   if (extra != nullptr) return driver::invalid("nothing extra is expected");
-  alignas(64) dk::ForwardParams copied;  // the driver copies parameters before a launch returns
-  std::memcpy(&copied, parameters[0], sizeof(copied));
-  const char* wrong = emulated_forward(
-      &copied, kernel.is_bfloat16, kernel.head_dim, kernel.pair, kernel.dropout, 0, (int)x, 0);
+  const char* wrong = driver::run(kernel, parameters[0], (int)x);
   return *wrong ? driver::invalid(wrong) : 0;
 }
 

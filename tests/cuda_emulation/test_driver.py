@@ -28,8 +28,8 @@ def module_file(info):
     return head.ljust(58, b"\0") + struct.pack("<HHH", 64, len(headers), 1) + names + content + table
 
 
-def info_of(library, head_dim):
-    info = library.emulated_info(head_dim)
+def info_of(library, head_dim, which="forward"):
+    info = library.emulated_info(head_dim) if which == "forward" else library.emulated_backward_info()
     return [getattr(info, name) for name, _ in info._fields_]
 
 
@@ -41,16 +41,18 @@ def device(monkeypatch):
     opened = driver.Driver(str(harness.build()))
     launch = driver.Module.launch
 
-    def allowed(self, name, arguments, stream):
+    def allowed(self, name, arguments, blocks, stream):
         harness.allow(library, arguments.memory)
-        launch(self, name, arguments, stream)
+        launch(self, name, arguments, blocks, stream)
 
     monkeypatch.setattr(driver.Module, "launch", allowed)
     monkeypatch.setattr(driver, "_opened", lambda: (opened, None))
     monkeypatch.setattr(cuda, "_loaded", {})
     monkeypatch.setattr(cuda, "_ordinal", lambda device: 0)
     monkeypatch.setattr(cuda, "_stream", lambda device: STREAM)
-    monkeypatch.setattr(image, "images", lambda dtype, head_dim: iter([module_file(info_of(library, head_dim))]))
+    monkeypatch.setattr(
+        image, "images", lambda which, dtype, head_dim: iter([module_file(info_of(library, head_dim, which))])
+    )
     return library
 
 
@@ -132,8 +134,49 @@ def test_out_and_lse_serve_the_backward_of_another_backend(device, case):
     assert report.ok, str(report)
 
 
+BACKWARD_CASES = [
+    Case(batch=2, heads=2, nq=100, dtype=BF16, mask="holes_tokens"),
+    Case(batch=1, heads=1, nq=330, dtype=FP16, **SHORT),
+    Case(batch=2, heads=1, nq=90, nk=111, prefix_length=21, dtype=BF16, mask="heads", dropout_p=0.2),
+    Case(batch=3, heads=2, nq=90, dtype=FP16, packed=True, dropout_p=0.1),
+    Case(batch=2, heads=1, nq=70, dtype=BF16, terms="none"),
+]
+
+
+@pytest.mark.parametrize("case", BACKWARD_CASES, ids=lambda case: case.id)
+def test_gradients_of_a_call_are_within_the_budget(device, case):
+    problem = inputs.problem(case)
+    dout = inputs.dout(case, problem)
+    against = budget.truth(problem, dout)
+    out, lse = cuda.forward(problem)
+    found = cuda.backward(problem, dout, None, out, lse, (True,) * 5)
+    results = {name: x for name, x in found._asdict().items() if x is not None}
+    report = budget.measure({"out": out, "lse": lse, **results}, against, case.id)
+    assert report.ok, str(report)
+    assert device.emulated_driver_contexts() == 0
+
+
+def test_a_backward_is_two_launches_of_one_module(device):
+    problem = inputs.problem(Case(batch=2, heads=2, nq=150, dtype=BF16, mask="blocks", dropout_p=0.2))
+    out, lse = cuda.forward(problem)
+    device.emulated_driver(b"", 0, 90, 1)
+    assert cuda.backward_refusal(problem) is None
+    cuda.backward(problem, out, None, out, lse, (True,) * 5)
+    log = device.emulated_driver_log().decode().splitlines()
+    info = device.emulated_backward_info()
+    assert [line for line in log if line.startswith("cuLaunchKernel")] == [
+        f"cuLaunchKernel grid {2 * 2 * 2} 1 1, block {info.threads} 1 1, shared {info.shared_bytes}, stream {STREAM}",
+        f"cuLaunchKernel grid {2 * 2 * 3} 1 1, block 128 1 1, shared 0, stream {STREAM}",
+    ]
+    names = [line.split()[1] for line in log if line.startswith("cuModuleGetFunction")]
+    assert sorted(names) == sorted(
+        ["disentangled_backward_dq_bf16_d64", *(f"disentangled_backward_bf16_d64{pair}{dropout}"
+         for pair in ("", "_pair") for dropout in ("", "_dropout"))]
+    )  # fmt: skip
+
+
 def loaded(dtype=BF16, head_dim=64):
-    return cuda._load(torch.empty(1, head_dim, dtype=dtype))
+    return cuda._load("forward", torch.empty(1, head_dim, dtype=dtype))
 
 
 def test_other_devices_are_refused_by_their_capability(device):
@@ -161,10 +204,10 @@ def test_a_bad_module_gives_way_to_the_next_and_all_reasons_are_said(device, mon
     good = module_file(info_of(device, 64))
     old = module_file([7, *info_of(device, 64)[1:]])
     absent = image.ImageError("no CUDA module was built with the package")
-    monkeypatch.setattr(image, "images", lambda dtype, head_dim: iter([absent, good[:90], old, good]))
+    monkeypatch.setattr(image, "images", lambda *of: iter([absent, good[:90], old, good]))
     assert isinstance(loaded(), tuple)
     monkeypatch.setattr(cuda, "_loaded", {})
-    monkeypatch.setattr(image, "images", lambda dtype, head_dim: iter([absent, good[:90], old]))
+    monkeypatch.setattr(image, "images", lambda *of: iter([absent, good[:90], old]))
     reason = loaded()
     assert reason.startswith("no CUDA module was built with the package; the CUDA module is damaged (")
     assert reason.endswith("; the CUDA module has version 7 of its arguments, not 1")

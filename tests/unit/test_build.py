@@ -173,6 +173,7 @@ def cuda_folders(tmp_path, monkeypatch):
     sources, target, nvcc = tmp_path / "cuda", tmp_path / "lib" / "cuda", tmp_path / "nvcc"
     sources.mkdir()
     (sources / "forward.cu").write_text("kernel")
+    (sources / "backward.cu").write_text("another")
     (sources / "params.h").write_text("params")
     (sources / "README.md").write_text("not a source")
     nvcc.write_text(
@@ -190,7 +191,7 @@ def test_cuda_sources_in_the_package_follow_those_of_the_checkout(cuda_folders):
     (sources / "params.h").unlink()
     (sources / "layout.h").write_text("layout")
     build.copy_cuda_sources(sources, target)
-    assert sorted(path.name for path in target.iterdir()) == ["forward.cu", "layout.h"]
+    assert sorted(path.name for path in target.iterdir()) == ["backward.cu", "forward.cu", "layout.h"]
 
 
 def test_cuda_modules_are_built_once_per_source_and_recorded(cuda_folders):
@@ -202,6 +203,8 @@ def test_cuda_modules_are_built_once_per_source_and_recorded(cuda_folders):
     said = (target / "forward_fp16_d128.cubin").read_text()
     assert "sm_90a" in said
     assert said.endswith("-DDK_DTYPE=fp16 -DDK_HEAD_DIM=128\n")
+    assert "backward_bf16_d64.cubin" in record["cubins"]
+    assert "backward_bf16_d128.cubin" not in record["cubins"]
     built = (target / "forward_fp16_d128.cubin").stat().st_mtime_ns
     assert build.build_cubins(sources, target) == record
     assert (target / "forward_fp16_d128.cubin").stat().st_mtime_ns == built

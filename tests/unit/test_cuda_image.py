@@ -13,10 +13,11 @@ import torch
 from deberta_kernels import env
 from deberta_kernels.impl import cuda
 from deberta_kernels.impl.cuda import cache, driver, image, nvrtc
+from deberta_kernels.impl.cuda.arguments import ForwardInfo
 from deberta_kernels.types import AttentionProblem, Masks, PositionSpec
 
 BF16 = torch.bfloat16
-SOURCES = {"forward.cu": '#include "params.h"\n', "params.h": "#pragma once\n"}
+SOURCES = {"forward.cu": '#include "params.h"\n', "backward.cu": "// backward\n", "params.h": "#pragma once\n"}
 CUBIN = b"\x7fELF and so on"
 
 FAKE_NVRTC = r"""
@@ -90,7 +91,7 @@ def compiler(monkeypatch):
 
 
 def test_the_module_built_with_the_package_comes_first_and_nothing_is_compiled(folder, compiler):
-    assert next(image.images(BF16, 64)) == CUBIN
+    assert next(image.images("forward", BF16, 64)) == CUBIN
     assert compiler.calls == 0
     assert image.status()["built"] == ["forward_bf16_d64.cubin"]
 
@@ -108,19 +109,30 @@ def test_the_module_built_with_the_package_comes_first_and_nothing_is_compiled(f
 )
 def test_a_module_that_cannot_be_trusted_gives_way_to_nvrtc(folder, compiler, change, reason):
     change(folder)
-    first, second = image.images(BF16, 64)
+    first, second = image.images("forward", BF16, 64)
     assert str(first).startswith(reason)
     assert b"--gpu-architecture=sm_90a" in second
     assert compiler.calls == 1
 
 
+def test_both_passes_have_modules_of_their_own(folder, compiler, tmp_path):
+    made = {which: image.compiled(which, BF16, 64) for which in ("forward", "backward")}
+    assert all(f"['backward.cu', 'forward.cu', 'params.h'] {which}.cu" in text.decode() for which, text in made.items())
+    kept = sorted(path.name.rsplit("_", 1)[0] for path in (tmp_path / "cache").iterdir())
+    assert kept == ["backward_bf16_d64", "forward_bf16_d64"]
+    first, second = image.images("backward", BF16, 64)
+    assert str(first) == "no CUDA module was built with the package"
+    assert second == made["backward"]
+    assert compiler.calls == 2
+
+
 def test_what_nvrtc_made_is_kept_for_other_processes(folder, compiler, tmp_path):
-    first = image.compiled(BF16, 128)
-    assert image.compiled(BF16, 128) == first
+    first = image.compiled("forward", BF16, 128)
+    assert image.compiled("forward", BF16, 128) == first
     assert compiler.calls == 1
-    image.compiled(torch.float16, 128)
+    image.compiled("forward", torch.float16, 128)
     (folder / "params.h").write_text("changed")
-    image.compiled(BF16, 128)
+    image.compiled("forward", BF16, 128)
     assert compiler.calls == 3
     kept = list((tmp_path / "cache").iterdir())
     assert len(kept) == 3
@@ -129,33 +141,34 @@ def test_what_nvrtc_made_is_kept_for_other_processes(folder, compiler, tmp_path)
 
 
 def test_a_damaged_module_in_the_cache_is_compiled_again(folder, compiler, tmp_path):
-    first = image.compiled(BF16, 64)
+    first = image.compiled("forward", BF16, 64)
     (kept,) = (tmp_path / "cache").iterdir()
     kept.write_bytes(kept.read_bytes()[:-3])
-    assert image.compiled(BF16, 64) == first
+    assert image.compiled("forward", BF16, 64) == first
     assert compiler.calls == 2
-    assert image.compiled(BF16, 64) == first
+    assert image.compiled("forward", BF16, 64) == first
     assert compiler.calls == 2
 
 
 def test_a_cache_that_cannot_be_used_costs_a_compilation_and_a_log_line(folder, compiler, tmp_path, caplog):
     (tmp_path / "cache").write_text("no folder")
     with caplog.at_level(logging.WARNING):
-        assert image.compiled(BF16, 64)
+        assert image.compiled("forward", BF16, 64)
     assert "compiled anew in every process: the cache" in caplog.text
 
 
 def test_missing_sources_are_a_reason(folder, compiler):
     for path in folder.iterdir():
         path.unlink()
-    with pytest.raises(image.ImageError, match="the CUDA sources are not in the package"):
-        image.compiled(BF16, 64)
+    for which in ("forward", "backward"):
+        with pytest.raises(image.ImageError, match="the CUDA sources are not in the package"):
+            image.compiled(which, BF16, 64)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x7fELF", CUBIN * 9, b"\x7fELF".ljust(64, b"\0")], ids=len)
 def test_a_file_that_is_no_module_is_damaged(content):
     with pytest.raises(image.ImageError, match="the CUDA module is damaged"):
-        image.forward_info(content)
+        image.info_of(content, ForwardInfo)
 
 
 # ---- The cache

@@ -96,20 +96,42 @@ def differentiable():
     return AttentionProblem(q, q, q, None, None, Masks(), PositionSpec(), 1.0, max_seqlen=4)
 
 
-def test_a_backend_without_a_backward_runs_gradients_only_where_the_other_one_can(monkeypatch):
-    monkeypatch.setitem(dispatch._loaded, "cuda", stand_in())
+def cuda_stand_in(own=None):
+    """The backend "cuda", whose backward refuses for the reason `own`."""
+    return types.SimpleNamespace(
+        refusal=lambda problem: None, backward_refusal=lambda problem: own, backward="own backward"
+    )
+
+
+WIDE = "head_dim 128 is not 64"
+NEITHER = (
+    "it cannot compute the gradients (head_dim 128 is not 64), and backend 'triton', which would, cannot run: "
+    "triton is not installed"
+)
+
+
+def test_gradients_are_the_backends_own_where_its_backward_runs(monkeypatch):
+    monkeypatch.setitem(dispatch._loaded, "cuda", cuda_stand_in())
+    monkeypatch.setitem(dispatch._loaded, "triton", stand_in("triton is not installed"))
+    assert dispatch.refusal("cuda", differentiable()) is None
+    prepared = dataclasses.replace(problem(), prepared=torch.zeros(1))
+    assert dispatch.backward_of("cuda", prepared) == ("own backward", prepared)
+
+
+def test_a_backward_that_refuses_leaves_gradients_only_where_the_other_one_can_run(monkeypatch):
+    monkeypatch.setitem(dispatch._loaded, "cuda", cuda_stand_in(WIDE))
     monkeypatch.setitem(dispatch._loaded, "triton", stand_in("triton is not installed"))
     assert dispatch.refusal("cuda", problem()) is None
     with torch.no_grad():
         assert dispatch.refusal("cuda", differentiable()) is None
-    reason = "its gradients come from backend 'triton', which cannot run: triton is not installed"
-    assert dispatch.refusal("cuda", differentiable()) == reason
-    with pytest.raises(NotImplementedError, match=r"gradients of backend 'cuda' come from .*; pass backend='torch'\."):
+    assert dispatch.refusal("cuda", differentiable()) == NEITHER
+    with pytest.raises(NotImplementedError) as raised:
         dispatch.backward_of("cuda", problem())
+    assert str(raised.value) == f"backend 'cuda': {NEITHER}; pass backend='torch'."
 
 
-def test_a_backend_without_a_backward_hands_the_call_on_without_its_own_layout(monkeypatch):
-    monkeypatch.setitem(dispatch._loaded, "cuda", stand_in())
+def test_the_other_backend_gets_the_call_without_a_layout_that_is_not_its_own(monkeypatch):
+    monkeypatch.setitem(dispatch._loaded, "cuda", cuda_stand_in(WIDE))
     monkeypatch.setitem(dispatch._loaded, "triton", types.SimpleNamespace(refusal=lambda p: None, backward="theirs"))
     monkeypatch.setitem(dispatch._loaded, "cpu", types.SimpleNamespace(refusal=lambda p: None, backward="own"))
     assert dispatch.refusal("cuda", differentiable()) is None
@@ -117,6 +139,18 @@ def test_a_backend_without_a_backward_hands_the_call_on_without_its_own_layout(m
     function, handed_on = dispatch.backward_of("cuda", prepared)
     assert (function, handed_on.prepared) == ("theirs", None)
     assert dispatch.backward_of("cpu", prepared) == ("own", prepared)
+
+
+def test_explain_says_whose_gradients_a_call_gets_and_why(monkeypatch):
+    monkeypatch.setitem(dispatch._loaded, "cuda", cuda_stand_in(WIDE))
+    monkeypatch.setitem(dispatch._loaded, "triton", stand_in())
+    explanation = dispatch.explain(differentiable(), "cuda")
+    assert explanation.gradients == f"backend 'triton' would compute its gradients: {WIDE}"
+    assert str(explanation).splitlines()[0] == f"cuda would run; {explanation.gradients}"
+    assert dispatch.explain(problem(), "cuda").gradients is None
+    assert dispatch.explain(differentiable(), "torch").gradients is None
+    monkeypatch.setitem(dispatch._loaded, "cuda", cuda_stand_in())
+    assert dispatch.explain(differentiable(), "cuda").gradients is None
 
 
 def test_the_cuda_kernels_are_not_chosen_without_being_named():

@@ -1,6 +1,7 @@
-"""Run the CUDA C++ forward of csrc/cuda on a Hopper GPU, over the driver; it has no backward of its own.
+"""Run the CUDA C++ kernels of csrc/cuda on a Hopper GPU, over the driver.
 
-Proven in emulation (`tests/cuda_emulation`), not yet run on a device.
+Proven in emulation (`tests/cuda_emulation`), not yet run on a device. What the backward refuses, `dispatch` gives to
+another backend.
 """
 
 from __future__ import annotations
@@ -12,25 +13,29 @@ import torch
 from torch import Tensor
 
 from deberta_kernels.impl.cuda import driver, image
-from deberta_kernels.impl.cuda.arguments import Arguments, ForwardInfo, expand, grid
-from deberta_kernels.types import AttentionProblem, PositionSpec
+from deberta_kernels.impl.cuda.arguments import Arguments, ForwardInfo, Info, expand, grid
+from deberta_kernels.impl.cuda.backward_arguments import CONVERSION_THREADS, BackwardArguments, BackwardInfo, plan
+from deberta_kernels.types import AttentionProblem, Gradients, PositionSpec
 
-__all__ = ["NAME", "forward", "prepare", "refusal", "status"]
+__all__ = ["NAME", "backward", "backward_refusal", "forward", "prepare", "refusal", "status"]
 
 NAME = "cuda"
 
 # The kernels use instructions that exist in sm_90a only.
 _CAPABILITY = (9, 0)
 _MOST = (1 << 31) - 1  # blocks of a grid; tokens
+# Of the sums that a deterministic backward keeps apart by sample: beyond, they would be most of what a step takes.
+_MOST_SUM_BYTES = 1 << 30
+_INFOS: dict[str, type[Info]] = {"forward": ForwardInfo, "backward": BackwardInfo}
 
 
 class _Loaded(NamedTuple):
     module: driver.Module
-    info: ForwardInfo
+    info: Any  # ForwardInfo or BackwardInfo
 
 
-# (device, dtype, head size): the module, or why none could be loaded.
-_loaded: dict[tuple[int, torch.dtype, int], _Loaded | str] = {}
+# ("forward" or "backward", device, dtype, head size): the module, or why none could be loaded.
+_loaded: dict[tuple[str, int, torch.dtype, int], _Loaded | str] = {}
 _lock = threading.Lock()
 
 
@@ -44,18 +49,44 @@ def refusal(problem: AttentionProblem) -> str | None:
         return f"it runs on cuda tensors, not {q.device.type}"
     if q.dtype not in image.DTYPES:
         return f"it computes bfloat16 and float16, not {str(q.dtype).removeprefix('torch.')}"
-    if q.shape[-1] not in image.HEAD_DIMS:
-        return f"head_dim {q.shape[-1]} is not one of {', '.join(map(str, image.HEAD_DIMS))}"
     if problem.scale <= 0:
         return "the scale is not positive"
+    reason, found = _refusal("forward", q)
+    if found is None:
+        return reason
+    return _size_refusal(problem, grid(problem, found.info.rows)[0])
+
+
+def backward_refusal(problem: AttentionProblem) -> str | None:
+    """Return why the CUDA kernels cannot differentiate a problem that their forward runs, or None when they can.
+
+    The module of the backward is loaded here, as that of the forward in `refusal`.
+    """
+    reason, found = _refusal("backward", problem.q)
+    if found is None:
+        return reason
+    planned = plan(problem, found.info, torch.are_deterministic_algorithms_enabled())
+    size = planned.table_bytes(problem.q.shape[3])
+    if planned.copies != (1, 1) and size > _MOST_SUM_BYTES:
+        return f"the sums of its deterministic backward would take {size >> 20} MiB, more than {_MOST_SUM_BYTES >> 20}"
+    return _size_refusal(problem, planned.blocks)
+
+
+def _refusal(which: str, q: Tensor) -> tuple[str | None, _Loaded | None]:
+    """Return why there is no module, and the module; neither for tensors without values, perhaps without a device."""
+    if q.shape[-1] not in image.HEAD_DIMS[which]:
+        known = ", ".join(map(str, image.HEAD_DIMS[which]))
+        return f"head_dim {q.shape[-1]} is not {'one of ' if ',' in known else ''}{known}", None
     if type(q) not in (Tensor, torch.nn.Parameter):
-        return None  # without values there is perhaps no device either
-    found = _load(q)
-    if isinstance(found, str):
-        return found
-    blocks = grid(problem, found.info.rows)[0]
-    if max(blocks, q.shape[2], problem.k.shape[2]) > _MOST:
-        return f"{blocks} blocks, {q.shape[2]} queries or {problem.k.shape[2]} keys are more than {_MOST}"
+        return None, None
+    found = _load(which, q)
+    return (found, None) if isinstance(found, str) else (None, found)
+
+
+def _size_refusal(problem: AttentionProblem, blocks: int) -> str | None:
+    nq, nk = problem.q.shape[2], problem.k.shape[2]
+    if max(blocks, nq, nk) > _MOST:
+        return f"{blocks} blocks, {nq} queries or {nk} keys are more than {_MOST}"
     return None
 
 
@@ -67,14 +98,44 @@ def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
         lse: (B, H, Nq) float32, natural log.
     """
     q = problem.q
-    found = _need(q)
+    found = _need("forward", q)
     batch, heads, nq, head_dim = q.shape
     out = torch.empty(batch, nq, heads, head_dim, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, heads, nq, dtype=torch.float32, device=q.device)
     arguments = Arguments(problem, found.info, driver.driver().encode, out, lse)
-    name = image.kernel(q.dtype, head_dim, problem.masks.pair is not None, problem.dropout_p > 0)
-    found.module.launch(name, arguments, _stream(q.device))
+    name = image.kernel("forward", q.dtype, head_dim, problem.masks.pair is not None, problem.dropout_p > 0)
+    found.module.launch(name, arguments, arguments.blocks, _stream(q.device))
     return out.transpose(1, 2), lse
+
+
+def backward(
+    problem: AttentionProblem, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor,
+    needs: tuple[bool, bool, bool, bool, bool],
+) -> Gradients:  # fmt: skip
+    """Compute the gradients asked for.
+
+    Sums over keys and over queries are added in any order, unless `torch.use_deterministic_algorithms` asks for one.
+
+    Args:
+        problem: what forward got.
+        dout: (B, H, Nq, D) dtype of q, any strides.
+        dlse: (B, H, Nq) float32 or None.
+        out: what forward returned.
+        lse: what forward returned.
+        needs: whether dq, dk, dv, dpos_key, dpos_query are wanted.
+    """
+    q = problem.q
+    found = _need("backward", q)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    arguments = BackwardArguments(
+        problem, dout, dlse, out, lse, found.info, driver.driver().encode, deterministic=deterministic
+    )
+    head_dim, stream = q.shape[3], _stream(q.device)
+    name = image.kernel("backward", q.dtype, head_dim, problem.masks.pair is not None, problem.dropout_p > 0)
+    found.module.launch(name, arguments, arguments.blocks, stream)
+    if needs[0]:
+        found.module.launch(image.conversion(q.dtype, head_dim), arguments, arguments.convert_blocks, stream)
+    return arguments.gradients(needs)
 
 
 def prepare(pos_key: Tensor | None, pos_query: Tensor | None, position: PositionSpec) -> Tensor | None:
@@ -91,7 +152,7 @@ def prepare(pos_key: Tensor | None, pos_query: Tensor | None, position: Position
     table = pos_key if pos_key is not None else pos_query
     if table is None:
         return None
-    return expand(pos_key, pos_query, position, _need(table).info.table_margin)
+    return expand(pos_key, pos_query, position, _need("forward", table).info.table_margin)
 
 
 def status() -> dict[str, Any]:
@@ -104,16 +165,16 @@ def status() -> dict[str, Any]:
     return {"driver": ".".join(map(str, found.version())), "devices": capabilities, **image.status()}
 
 
-def _need(x: Tensor) -> _Loaded:
-    found = _load(x)
+def _need(which: str, x: Tensor) -> _Loaded:
+    found = _load(which, x)
     if isinstance(found, str):
         raise RuntimeError(f"the CUDA kernels cannot be loaded: {found}")
     return found
 
 
-def _load(x: Tensor) -> _Loaded | str:
+def _load(which: str, x: Tensor) -> _Loaded | str:
     """Return the module for tensors like this one, (..., D), or why there is none; the answer is remembered."""
-    key = _ordinal(x.device), x.dtype, x.shape[-1]
+    key = which, _ordinal(x.device), x.dtype, x.shape[-1]
     if key not in _loaded:
         with _lock:
             if key not in _loaded:
@@ -124,22 +185,31 @@ def _load(x: Tensor) -> _Loaded | str:
     return _loaded[key]
 
 
-def _loaded_module(device: int, dtype: torch.dtype, head_dim: int) -> _Loaded | str:
+def _loaded_module(which: str, device: int, dtype: torch.dtype, head_dim: int) -> _Loaded | str:
     opened = driver.driver()
-    found = opened.capability(device)
-    if found != _CAPABILITY:
-        return "the GPU has compute capability {}.{}, it needs {}.{}".format(*found, *_CAPABILITY)
-    names = tuple(image.kernel(dtype, head_dim, pair, dropout) for pair in (False, True) for dropout in (False, True))
+    capability = opened.capability(device)
+    if capability != _CAPABILITY:
+        return "the GPU has compute capability {}.{}, it needs {}.{}".format(*capability, *_CAPABILITY)
     reasons = []
-    for cubin in image.images(dtype, head_dim):
+    for cubin in image.images(which, dtype, head_dim):
         try:
             if isinstance(cubin, image.ImageError):
                 raise cubin
-            info = image.forward_info(cubin)
-            return _Loaded(driver.Module(opened, device, cubin, names, info.shared_bytes), info)
+            info: Any = image.info_of(cubin, _INFOS[which])
+            kernels = _kernels(which, dtype, head_dim, info)
+            return _Loaded(driver.Module(opened, device, cubin, kernels), info)
         except (image.ImageError, driver.DriverError) as error:
             reasons.append(str(error))
     return "; ".join(reasons)
+
+
+def _kernels(which: str, dtype: torch.dtype, head_dim: int, info: Any) -> dict[str, tuple[int, int]]:
+    """Return the kernels of a module: threads of a block, bytes of dynamic shared memory."""
+    names = (image.kernel(which, dtype, head_dim, pair, dropout) for pair in (False, True) for dropout in (False, True))
+    found = dict.fromkeys(names, (info.threads, info.shared_bytes))
+    if which == "backward":
+        found[image.conversion(dtype, head_dim)] = (CONVERSION_THREADS, 0)
+    return found
 
 
 def _ordinal(device: torch.device) -> int:

@@ -1,4 +1,7 @@
-"""Prepare one launch of the CUDA forward: what csrc/cuda/README.md says under "What the host prepares"."""
+"""Prepare one launch of the CUDA forward: what csrc/cuda/README.md says under "What the host prepares".
+
+`Call` is what a launch of the backward needs as well, see backward_arguments.py.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,12 +19,10 @@ from deberta_kernels.position import PositionIndex, plain_tensors, position_inde
 from deberta_kernels.types import AttentionProblem, PositionSpec
 
 __all__ = [
-    "ABI_VERSION", "ALIGNMENT", "LOG2E", "LONGEST", "Arguments", "Box", "ForwardInfo", "ForwardParams", "TensorMap",
-    "box_of", "ends", "expand", "grid", "readable", "rows_of_distances",
+    "ALIGNMENT", "LOG2E", "LONGEST", "Arguments", "Box", "Call", "Encode", "ForwardInfo", "ForwardParams", "Info",
+    "TensorMap", "box_of", "ends", "expand", "grid", "readable", "rows_of_distances", "select",
 ]  # fmt: skip
 
-# csrc/cuda/params.h; the emulation's tests compare the sizes.
-ABI_VERSION = 1
 LOG2E = 1.4426950408889634
 ALIGNMENT = 64  # of a tensor map
 # prepare() expands a table over all its distances only when they are not many more than the table's rows.
@@ -29,9 +31,22 @@ LONGEST = 1 << 16  # tokens; lengths up to this share one index of distances
 _BOX = 64  # elements and rows of a box: the 128-byte swizzle allows no more
 
 
-class ForwardInfo(ctypes.Structure):
+class Info(ctypes.Structure):
+    """What a compiled module says of itself: seven integers in constant memory.
+
+    Attributes:
+        VERSION: the `abi_version` that this package fills arguments for.
+        SYMBOL: name of the constant.
+    """
+
+    VERSION: ClassVar[int]
+    SYMBOL: ClassVar[str]
+
+
+class ForwardInfo(Info):
     """`ForwardInfo` of csrc/cuda/params.h."""
 
+    VERSION, SYMBOL = 1, "disentangled_forward_info"
     _fields_ = [
         (name, ctypes.c_int32)
         for name in ("abi_version", "head_dim", "rows", "keys", "threads", "shared_bytes", "table_margin")
@@ -78,6 +93,10 @@ class Box:
     box: tuple[int, ...]
 
 
+# Fills a tensor map, see `Driver.encode`.
+Encode = Callable[[TensorMap, torch.dtype, Box], None]
+
+
 def box_of(x: Tensor, order: tuple[int, ...]) -> Box:
     """Describe a tensor of 16-bit elements, its dimensions in this order, innermost first."""
     sizes = tuple(x.shape[i] for i in order)
@@ -95,19 +114,95 @@ def grid(problem: AttentionProblem, rows: int) -> tuple[int, int]:
     return samples * heads * row_tiles, row_tiles
 
 
-class Arguments:
-    """The arguments of one launch, and every tensor whose address they hold.
+class Call:
+    """The arguments of one call's launches, and every tensor whose address they hold.
 
     Attributes:
         params: to be passed by address; it lies on a 64-byte boundary.
-        blocks: of the grid.
-        memory: (tensor, whether the kernel writes it).
+        memory: (tensor, whether a kernel writes it).
     """
 
-    def __init__(
-        self, problem: AttentionProblem, info: ForwardInfo, encode: Callable[[TensorMap, torch.dtype, Box], None],
-        out: Tensor, lse: Tensor,
-    ) -> None:  # fmt: skip
+    def __init__(self, layout: type[ctypes.Structure], problem: AttentionProblem, encode: Encode) -> None:
+        """Fill in what every kernel reads: sizes, scales, dropout.
+
+        Args:
+            layout: of the arguments.
+            problem: the call.
+            encode: fills a tensor map, see `Driver.encode`.
+        """
+        self.problem, self.encode = problem, encode
+        self.memory: list[tuple[Tensor, bool]] = []
+        self._buffer = ctypes.create_string_buffer(ctypes.sizeof(layout) + 2 * ALIGNMENT)
+        self.params: Any = layout.from_buffer(self._buffer, -ctypes.addressof(self._buffer) % ALIGNMENT)
+        p = self.params
+        p.batch, p.heads, p.nq, _ = problem.q.shape
+        p.nk = problem.k.shape[2]
+        if problem.cu_seqlens is not None:
+            p.batch = problem.cu_seqlens.numel() - 1
+            p.cu_seqlens = self.address(problem.cu_seqlens.contiguous())
+        p.qk_scale, p.keep_scale = problem.scale * LOG2E, 1.0
+        if problem.dropout_p > 0:
+            p.dropout_threshold = dropout.threshold(problem.dropout_p)
+            p.keep_scale = dropout.keep_scale(problem.dropout_p)
+            p.seed = self.address(problem.seed)
+
+    @property
+    def masked(self) -> bool:
+        """Whether some query may have no softmax."""
+        masks = self.problem.masks
+        return masks.key is not None or masks.query is not None or masks.pair is not None
+
+    def address(self, x: Tensor | None, writable: bool = False) -> int:
+        """Return the address of a tensor that a kernel reads, or writes."""
+        if x is None:
+            return 0
+        self.memory.append((x, writable))
+        return x.data_ptr()
+
+    def map(self, name: str, x: Tensor, order: tuple[int, ...]) -> None:
+        """Fill the tensor map of this name, with the dimensions of x in this order, innermost first."""
+        self.address(x)
+        self.encode(getattr(self.params, name), x.dtype, box_of(x, order))
+
+    def strided(self, name: str, x: Tensor) -> None:
+        """Fill in the address and the strides of (B, H, N, D) values that are read without a map."""
+        x = readable(x, 2)
+        setattr(self.params, name, self.address(x))
+        for axis, stride in zip("bhn", x.stride()):
+            setattr(self.params, f"{name}_stride_{axis}", stride)
+
+    def tables(self, first: int, expanded: Sequence[Tensor]) -> None:
+        """Fill in both expanded tables, (H, rows, D) each, whose row 0 is that of distance `first`."""
+        p = self.params
+        p.table_rows, p.table_offset = expanded[0].shape[1], -first
+        for name, x in zip(("pos_key", "pos_query"), expanded):
+            self.map(name, x, (2, 1, 0))
+            setattr(p, f"{name}_rows", x.data_ptr())
+
+    def token_mask(self, name: str, mask: Tensor | None) -> None:
+        """Fill in a (B, N) bool mask."""
+        if mask is not None:
+            mask = mask if mask.stride(1) == 1 else mask.contiguous()
+            setattr(self.params, name, self.address(mask))
+            setattr(self.params, f"{name}_stride_b", mask.stride(0))
+
+    def pair_mask(self) -> None:
+        """Fill in the mask of pairs, if there is one."""
+        p, pair = self.params, self.problem.masks.pair
+        if pair is not None:
+            p.pair_mask = self.address(pair)
+            p.pair_mask_stride_b, head, p.pair_mask_stride_m, p.pair_mask_stride_n = pair.stride()
+            p.pair_mask_stride_h = head if pair.shape[1] > 1 else 0
+
+
+class Arguments(Call):
+    """The arguments of a forward.
+
+    Attributes:
+        blocks: of the grid.
+    """
+
+    def __init__(self, problem: AttentionProblem, info: ForwardInfo, encode: Encode, out: Tensor, lse: Tensor) -> None:
         """Fill the arguments.
 
         Args:
@@ -117,83 +212,38 @@ class Arguments:
             out: (B, Nq, H, D) contiguous, dtype of q; will be written.
             lse: (B, H, Nq) float32 contiguous; will be written.
         """
-        self.problem, self.info, self.encode = problem, info, encode
-        self.memory: list[tuple[Tensor, bool]] = []
-        self._buffer = ctypes.create_string_buffer(ctypes.sizeof(ForwardParams) + 2 * ALIGNMENT)
-        start = -ctypes.addressof(self._buffer) % ALIGNMENT
-        self.params = ForwardParams.from_buffer(self._buffer, start)
-        self._fill(out, lse)
-        self._fill_tables()
-        self._fill_masks()
-
-    def _address(self, x: Tensor | None, writable: bool = False) -> int:
-        if x is None:
-            return 0
-        self.memory.append((x, writable))
-        return x.data_ptr()
-
-    def _map(self, name: str, x: Tensor, order: tuple[int, ...]) -> None:
-        self._address(x)
-        self.encode(getattr(self.params, name), x.dtype, box_of(x, order))
-
-    def _fill(self, out: Tensor, lse: Tensor) -> None:
-        p, problem = self.params, self.problem
-        q = readable(problem.q, 2)
-        p.batch, p.heads, p.nq, _ = q.shape
-        p.nk = problem.k.shape[2]
-        if problem.cu_seqlens is not None:
-            p.batch = problem.cu_seqlens.numel() - 1
-            p.cu_seqlens = self._address(problem.cu_seqlens.contiguous())
-        self.blocks, p.row_tiles = grid(problem, self.info.rows)
-        p.q = self._address(q)
-        p.q_stride_b, p.q_stride_h, p.q_stride_n = q.stride()[:3]
+        super().__init__(ForwardParams, problem, encode)
+        p = self.params
+        self.blocks, p.row_tiles = grid(problem, info.rows)
+        self.strided("q", problem.q)
         for name, x in (("k", problem.k), ("v", problem.v)):
-            self._map(name, readable(x, 8), (3, 2, 1, 0))
-        p.out, p.lse = self._address(out, True), self._address(lse, True)
-        p.qk_scale, p.keep_scale = problem.scale * LOG2E, 1.0
-        if problem.dropout_p > 0:
-            p.dropout_threshold = dropout.threshold(problem.dropout_p)
-            p.keep_scale = dropout.keep_scale(problem.dropout_p)
-            p.seed = self._address(problem.seed)
+            self.map(name, readable(x, 8), (3, 2, 1, 0))
+        p.out, p.lse = self.address(out, True), self.address(lse, True)
+        self._fill_tables(info.table_margin)
+        if self.masked:
+            p.mean = self.address(problem.v.mean(2, dtype=torch.float32).contiguous())
+            self.token_mask("key_mask", problem.masks.key)
+            self.token_mask("query_mask", problem.masks.query)
+            self.pair_mask()
 
-    def _fill_tables(self) -> None:
+    def _fill_tables(self, margin: int) -> None:
         p, problem, position = self.params, self.problem, self.problem.position
         p.prefix = position.prefix_length
         if (problem.pos_key is None and problem.pos_query is None) or p.prefix >= p.nk:
             p.prefix = p.nk
             return
         index = position_index(max(p.nq, p.nk, LONGEST), position)
-        p.low_end, p.high_start = ends = ends(index)
-        margin = self.info.table_margin
+        p.low_end, p.high_start = low_end, high_start = ends(index)
         expanded: Sequence[Tensor]
         if problem.prepared is None:
-            first = max(ends[0], min(1 - (p.nk - p.prefix), -1)) - margin
-            last = min(ends[1], max(p.nq - 1, 0)) + margin
+            first = max(low_end, min(1 - (p.nk - p.prefix), -1)) - margin
+            last = min(high_start, max(p.nq - 1, 0)) + margin
             expanded = _expanded(problem.pos_key, problem.pos_query, position, first, last)
         else:
-            first, last = ends[0] - margin, ends[1] + margin
+            first, last = low_end - margin, high_start + margin
             shape = (2, p.heads, last - first, problem.q.shape[3])
             expanded = _check_prepared(problem.prepared, problem.q, shape).unbind()
-        p.table_rows, p.table_offset = last - first, -first
-        for name, x in zip(("pos_key", "pos_query"), expanded):
-            self._map(name, x, (2, 1, 0))
-            setattr(p, f"{name}_rows", x.data_ptr())
-
-    def _fill_masks(self) -> None:
-        p, masks = self.params, self.problem.masks
-        key, query, pair = masks.key, masks.query, masks.pair
-        if key is None and query is None and pair is None:
-            return
-        p.mean = self._address(self.problem.v.mean(2, dtype=torch.float32).contiguous())
-        for name, mask in (("key_mask", key), ("query_mask", query)):
-            if mask is not None:
-                mask = mask if mask.stride(1) == 1 else mask.contiguous()
-                setattr(p, name, self._address(mask))
-                setattr(p, f"{name}_stride_b", mask.stride(0))
-        if pair is not None:
-            p.pair_mask = self._address(pair)
-            p.pair_mask_stride_b, head, p.pair_mask_stride_m, p.pair_mask_stride_n = pair.stride()
-            p.pair_mask_stride_h = head if pair.shape[1] > 1 else 0
+        self.tables(first, expanded)
 
 
 def expand(pos_key: Tensor | None, pos_query: Tensor | None, position: PositionSpec, margin: int) -> Tensor | None:
@@ -238,22 +288,29 @@ def _expanded(
     given = pos_key if pos_key is not None else pos_query
     if given is None:
         raise ValueError("there are no position tables to expand.")
-    rows = rows_of_distances(position, first, last, given.shape[1], given.device)
+    return select(pos_key, pos_query, rows_of_distances(position, first, last, given.shape[1], given.device))
 
-    def one(table: Tensor | None) -> Tensor:
-        if table is None:
-            return given.new_zeros(given.shape[0], last - first, given.shape[2])
-        return table.index_select(1, rows).contiguous()
 
-    return one(pos_key), one(pos_query)
+def select(pos_key: Tensor | None, pos_query: Tensor | None, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Copy these rows of the tables, each (H, rows, D); a missing one is all zeros."""
+
+    def one(table: Tensor | None, other: Tensor | None) -> Tensor:
+        if table is not None:
+            return table.index_select(1, rows).contiguous()
+        assert other is not None  # a call without tables has none to copy
+        return other.new_zeros(other.shape[0], rows.numel(), other.shape[2])
+
+    return one(pos_key, pos_query), one(pos_query, pos_key)
 
 
 @lru_cache(maxsize=256)
-def rows_of_distances(position: PositionSpec, first: int, last: int, count: int, device: torch.device) -> Tensor:
-    """Return the row of tables of `count` rows for each distance, (last - first,) int64."""
+def rows_of_distances(
+    position: PositionSpec, first: int, last: int, count: int, device: torch.device, sign: int = 1
+) -> Tensor:
+    """Return the row of tables of `count` rows for each distance, first ... last - 1 times `sign`, (n,) int64."""
     index = position_index(max(-first, last, LONGEST), position)
     with plain_tensors():
-        distances = torch.arange(first, last, device="cpu").clamp(-index.reach, index.reach)
+        distances = (sign * torch.arange(first, last, device="cpu")).clamp(-index.reach, index.reach)
         found = (index.delta[distances + index.reach].long() - position.first_row).clamp(0, count - 1)
         return found.to(device)  # waits for the copy, so later calls may read it from any stream
 

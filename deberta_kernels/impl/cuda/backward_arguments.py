@@ -3,39 +3,42 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+import math
+from collections.abc import Sequence
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from deberta_kernels import dropout
 from deberta_kernels.impl.cuda.arguments import (
-    ALIGNMENT,
     LOG2E,
     LONGEST,
-    Box,
+    Call,
+    Encode,
+    Info,
     TensorMap,
-    box_of,
     ends,
     grid,
     readable,
     rows_of_distances,
+    select,
 )
 from deberta_kernels.position import position_index
 from deberta_kernels.types import AttentionProblem, Gradients
 
-__all__ = ["BACKWARD_ABI_VERSION", "BackwardArguments", "BackwardInfo", "BackwardParams"]
+__all__ = ["CONVERSION_THREADS", "BackwardArguments", "BackwardInfo", "BackwardParams", "Plan", "in_order", "plan"]
 
-# csrc/cuda/params.h; the emulation's tests compare the sizes.
-BACKWARD_ABI_VERSION = 1
+CONVERSION_THREADS = 128
 _TILE = 64
 _PREFIX_STEP = 16  # kPrefixStep of csrc/cuda/schedule.h
+_FLOAT = 4  # bytes
 
 
-class BackwardInfo(ctypes.Structure):
+class BackwardInfo(Info):
     """`BackwardInfo` of csrc/cuda/params.h."""
 
-    _fields_ = [
+    VERSION, SYMBOL = 1, "disentangled_backward_info"
+    _fields_: ClassVar = [
         (name, ctypes.c_int32)
         for name in ("abi_version", "head_dim", "keys", "queries", "threads", "shared_bytes", "table_margin")
     ]
@@ -58,19 +61,98 @@ class BackwardParams(ctypes.Structure):
     ]  # fmt: skip
 
 
-class BackwardArguments:
-    """The arguments of one launch, and every tensor whose address they hold.
+class Plan(NamedTuple):
+    """Say how large a launch is: what follows from lengths and from the compiled kernel.
 
     Attributes:
-        params: to be passed by address; it lies on a 64-byte boundary.
+        samples: of a batch, or packed sequences.
+        heads: H.
+        prefix: leading keys without a position; all keys where there are no tables.
+        ends: `low_end` and `high_start`.
+        first: smallest distance from a query to a key, j - i, that has a row in the expanded tables.
+        table_rows: how many they have, a multiple of 64; 0 where there are no tables.
+        is_far: whether there are tiles all of whose distances are saturated.
+        row_tiles: tiles of queries per sample and head.
+        convert_blocks: blocks of the conversion of dq.
+        key_blocks: blocks of keys per sample and head.
+        groups: thread blocks that share them.
+        copies: (B, consumers): sums of table gradients that are kept apart.
+    """
+
+    samples: int
+    heads: int
+    prefix: int
+    ends: tuple[int, int]
+    first: int
+    table_rows: int
+    is_far: bool
+    row_tiles: int
+    convert_blocks: int
+    key_blocks: int
+    groups: int
+    copies: tuple[int, int]
+
+    @property
+    def blocks(self) -> int:
+        """Return the blocks of the grid."""
+        return self.samples * self.heads * self.groups
+
+    def table_bytes(self, head_dim: int) -> int:
+        """Return the memory that the sums of table gradients take."""
+        return _FLOAT * self.copies[0] * self.copies[1] * 2 * self.heads * self.table_rows * head_dim
+
+
+def plan(problem: AttentionProblem, info: BackwardInfo, deterministic: bool) -> Plan:
+    """Plan a launch.
+
+    Args:
+        problem: the call.
+        info: what the compiled kernel says of itself.
+        deterministic: add every sum in one fixed order: a thread block then holds all keys of a head, one after the
+            other, and adds to sums of its own.
+    """
+    position, packed = problem.position, problem.cu_seqlens is not None
+    samples, heads, nq, _ = problem.q.shape
+    nk = problem.k.shape[2]
+    if problem.cu_seqlens is not None:
+        samples, nq, nk = problem.cu_seqlens.numel() - 1, problem.max_seqlen, problem.max_seqlen
+    biased = (problem.pos_key is not None or problem.pos_query is not None) and position.prefix_length < nk
+    prefix = position.prefix_length if biased else problem.k.shape[2] if packed else nk
+    convert_blocks, row_tiles = grid(problem, info.queries)
+    shift, keys = prefix % _PREFIX_STEP, info.keys
+    others = nk - prefix + shift if nk > prefix else 0  # these blocks start at a multiple of the step
+    key_blocks = -(-min(prefix, nk) // keys) + -(-others // keys)
+    consumers = keys // _TILE
+    found = Plan(
+        samples, heads, prefix, (0, 0), 0, 0, False, row_tiles, convert_blocks, key_blocks,
+        min(1, key_blocks) if deterministic else key_blocks, (samples, consumers) if deterministic else (1, 1),
+    )  # fmt: skip
+    if not biased:
+        return found
+    low_end, high_start = ends(position_index(max(problem.q.shape[2], problem.k.shape[2], LONGEST), position))
+    first = max(-high_start, 1 - nq) - info.table_margin
+    last = min(-low_end, nk - prefix - 1) + 1 + info.table_margin
+    first -= (first + shift) % _TILE
+    last += (first - last) % _TILE
+    # Of the last tile of queries with the first block of keys, and of the first tile with the last block.
+    highest = (row_tiles - 1) * _TILE - (keys - 1 - shift)
+    lowest = _TILE - 1 - ((-(-others // keys) - 1) * keys - shift)
+    is_far = highest >= high_start or lowest <= low_end
+    return found._replace(ends=(low_end, high_start), first=first, table_rows=last - first, is_far=is_far)
+
+
+class BackwardArguments(Call):
+    """The arguments of one backward: of its kernel, and of the one that converts dq after it.
+
+    Attributes:
+        plan: how large the launch is.
         blocks: of the grid of the backward.
         convert_blocks: of the grid of the conversion of dq.
-        memory: (tensor, whether a kernel writes it).
     """
 
     def __init__(
         self, problem: AttentionProblem, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor,
-        info: BackwardInfo, encode: Callable[[TensorMap, torch.dtype, Box], None], *, deterministic: bool = False,
+        info: BackwardInfo, encode: Encode, *, deterministic: bool = False,
     ) -> None:  # fmt: skip
         """Fill the arguments.
 
@@ -82,164 +164,122 @@ class BackwardArguments:
             lse: (B, H, Nq) float32, of the forward.
             info: what the compiled kernel says of itself.
             encode: fills a tensor map, see `Driver.encode`.
-            deterministic: add every sum in one fixed order; slower, since a block then holds all keys of a head.
+            deterministic: see `plan`.
         """
-        self.problem, self.info, self.encode = problem, info, encode
-        self.memory: list[tuple[Tensor, bool]] = []
-        self._buffer = ctypes.create_string_buffer(ctypes.sizeof(BackwardParams) + 2 * ALIGNMENT)
-        start = -ctypes.addressof(self._buffer) % ALIGNMENT
-        self.params = BackwardParams.from_buffer(self._buffer, start)
-        self.padded = lse == -torch.inf
-        self._table_rows: Tensor | None = None
-        self._fill_call()
+        super().__init__(BackwardParams, problem, encode)
+        self.plan = plan(problem, info, deterministic)
+        self.blocks, self.convert_blocks = self.plan.blocks, self.plan.convert_blocks
+        self._rows: Tensor | None = None  # of the tables, one for each row of the expanded ones
+        p = self.params
+        p.scale, p.prefix, p.row_tiles = problem.scale, self.plan.prefix, self.plan.row_tiles
+        p.key_blocks, p.groups = self.plan.key_blocks, self.plan.groups
+        self.strided("k", problem.k)
+        self.strided("v", problem.v)
         self._fill_rows(dout, dlse, out, lse)
         self._fill_tables()
-        self._fill_blocks(deterministic)
-        self._fill_masks(dout)
-        self._fill_results()
-
-    def _address(self, x: Tensor | None, writable: bool = False) -> int:
-        if x is None:
-            return 0
-        self.memory.append((x, writable))
-        return x.data_ptr()
-
-    def _map(self, name: str, x: Tensor, order: tuple[int, ...]) -> None:
-        self._address(x)
-        self.encode(getattr(self.params, name), x.dtype, box_of(x, order))
-
-    def _fill_call(self) -> None:
-        p, problem = self.params, self.problem
-        p.batch, p.heads, p.nq, self.head_dim = problem.q.shape
-        p.nk = problem.k.shape[2]
-        self.samples, self.longest = p.batch, p.nk
-        if problem.cu_seqlens is not None:
-            p.batch = problem.cu_seqlens.numel() - 1
-            p.cu_seqlens = self._address(problem.cu_seqlens.contiguous())
-            self.longest = problem.max_seqlen
-        self.convert_blocks, p.row_tiles = grid(problem, self.info.queries)
-        for name, x in (("k", problem.k), ("v", problem.v)):
-            x = readable(x, 2)
-            setattr(p, name, self._address(x))
-            for axis, stride in zip("bhn", x.stride()):
-                setattr(p, f"{name}_stride_{axis}", stride)
-        p.scale, p.qk_scale, p.keep_scale = problem.scale, problem.scale * LOG2E, 1.0
-        if problem.dropout_p > 0:
-            p.dropout_threshold = dropout.threshold(problem.dropout_p)
-            p.keep_scale = dropout.keep_scale(problem.dropout_p)
-            p.seed = self._address(problem.seed)
+        self._fill_sums(info.keys // _TILE)
+        self.dq, self.dk, self.dv = (self._result(name) for name in ("q", "k", "v"))
 
     def _fill_rows(self, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor) -> None:
-        """What the kernel needs of each query beside itself."""
-        p = self.params
-        self._map("q", readable(self.problem.q, 8), (3, 2, 1, 0))
-        self._map("dout", readable(dout, 8), (3, 2, 1, 0))
-        delta = (dout.float() * out.float()).sum(-1)
+        """Fill in what the kernel reads of each query, its position aside."""
+        p, problem = self.params, self.problem
+        self.map("q", readable(problem.q, 8), (3, 2, 1, 0))
+        self.map("dout", readable(dout, 8), (3, 2, 1, 0))
+        delta = dout.to(torch.float32, copy=True).mul_(out).sum(-1)
         if dlse is not None:
             delta = delta - dlse
-        delta = delta.masked_fill(self.padded, 0.0).contiguous()
-        lse2 = (lse.double() * LOG2E).float().masked_fill(self.padded, torch.inf).contiguous()
-        p.lse2, p.delta = self._address(lse2), self._address(delta)
+        # Rounded once: a large score makes the last bit of a weight coarse.
+        lse2 = (lse.double() * LOG2E).float()
+        if self.masked:
+            padded = lse == -torch.inf
+            delta, lse2 = delta.masked_fill_(padded, 0.0), lse2.masked_fill_(padded, torch.inf)
+            dmean = dout.masked_fill(~padded[..., None], 0.0).sum(2, dtype=torch.float32).div_(p.nk)
+            p.dmean = self.address(dmean.contiguous())
+            self.token_mask("key_mask", problem.masks.key)
+            self.pair_mask()
+        p.lse2, p.delta = self.address(lse2.contiguous()), self.address(delta.contiguous())
 
     def _fill_tables(self) -> None:
-        p, problem, position = self.params, self.problem, self.problem.position
-        p.prefix = position.prefix_length
+        p, problem, size = self.params, self.problem, self.plan
+        p.low_end, p.high_start = size.ends
         given = problem.pos_key if problem.pos_key is not None else problem.pos_query
-        if given is None or p.prefix >= p.nk:
-            p.prefix = p.nk
+        if given is None or size.table_rows == 0:
             return
-        p.low_end, p.high_start = low_end, high_start = ends(position_index(max(p.nq, p.nk, LONGEST), position))
-        first = max(-high_start, 1 - p.nq) - self.info.table_margin
-        last = min(-low_end, p.nk - p.prefix - 1) + 1 + self.info.table_margin
-        first -= (first + p.prefix % _PREFIX_STEP) % _TILE
-        last += (first - last) % _TILE
-        p.table_rows, p.table_offset = last - first, -first
-        self._table_rows = rows_of_distances(position, 1 - last, 1 - first, given.shape[1], given.device).flip(0)
-        reversed_tables = [
-            given.new_zeros(given.shape[0], last - first, given.shape[2]) if table is None
-            else table.index_select(1, self._table_rows).contiguous()
-            for table in (problem.pos_key, problem.pos_query)
-        ]  # fmt: skip
-        for name, x in zip(("pos_key", "pos_query"), reversed_tables):
-            self._map(name, x, (2, 1, 0))
-            setattr(p, f"{name}_rows", x.data_ptr())
-        self._fill_far(*reversed_tables)
+        last = size.first + size.table_rows
+        self._rows = rows_of_distances(problem.position, size.first, last, given.shape[1], given.device, -1)
+        pos_key, pos_query = select(problem.pos_key, problem.pos_query, self._rows)
+        self.tables(size.first, (pos_key, pos_query))
+        if size.is_far:
+            self._fill_far(pos_key, pos_query)
 
     def _fill_far(self, pos_key: Tensor, pos_query: Tensor) -> None:
-        """The second operand and the constant of each query for distances <= low_end, then for those >= high_start."""
-        p = self.params
-        q = self.problem.q.masked_fill(self.padded[..., None], 0.0)
-        a, b = (table[:, [-1, 0]].transpose(0, 1)[:, None, :, None] for table in (pos_key, pos_query))  # (2, 1, H, 1, D)
-        self._map("q_far", (q[None] + b).flatten(0, 1).contiguous(), (3, 2, 1, 0))
-        constants = (q[None].float() * a.float()).sum(-1) * p.qk_scale
-        p.far_constants = self._address(constants.contiguous())
+        """Fill in what far tiles read in the place of tables: first that of i - j <= low_end, then of >= high_start.
 
-    def _fill_blocks(self, deterministic: bool) -> None:
-        p, info = self.params, self.info
-        longest, prefix = self.longest, min(p.prefix, self.longest)
-        others = longest - prefix // _PREFIX_STEP * _PREFIX_STEP if longest > prefix else 0
-        p.key_blocks = -(-prefix // info.keys) + -(-others // info.keys)
-        p.groups = min(1, p.key_blocks) if deterministic else p.key_blocks
-        self.blocks = p.batch * p.heads * p.groups
-        device, consumers = self.problem.q.device, info.keys // _TILE
-        tiles = p.batch * p.row_tiles
-        if self.problem.cu_seqlens is not None:
-            tiles = p.nq // _TILE + p.batch
-        size = 2 * p.heads * p.table_rows * self.head_dim
-        copies = (p.batch, consumers) if deterministic else (1, 1)
-        self.dq_sums = torch.zeros(tiles, p.heads, _TILE * self.head_dim, device=device)
-        self.dtables = torch.zeros(*copies, 2, p.heads, p.table_rows // _TILE, _TILE * self.head_dim, device=device)
-        self.far_sums = torch.zeros(2, 2, p.heads, p.batch * p.key_blocks * consumers, self.head_dim, device=device)
-        p.dq_sums, p.dtables, p.far_sums = (self._address(x, True) for x in (self.dq_sums, self.dtables, self.far_sums))
-        self.memory.append((self.dq_sums, False))  # read by the conversion
-        p.dtables_stride_b, p.dtables_stride_consumer = (consumers * size, size) if deterministic else (0, 0)
+        All their pairs read one row a of pos_key and one row b of pos_query. So they are plain attention with q + b for
+        the query, rounded as in the forward, and q . a, a constant of the query, added to its scores.
+        """
+        p, q = self.params, self.problem.q
+        batch, heads, nq, head_dim = q.shape
+        far = q.new_empty(2 * batch, heads, nq, head_dim)
+        constants = torch.empty(2, batch, heads, nq, dtype=torch.float32, device=q.device)
+        for side, row in enumerate((-1, 0)):
+            torch.add(q, pos_query[:, row, None], out=far[side * batch :][:batch])
+            torch.sum(q * pos_key[:, row, None].float(), -1, out=constants[side])
+        self.map("q_far", far, (3, 2, 1, 0))
+        p.far_constants = self.address(constants.mul_(p.qk_scale))
 
-    def _fill_masks(self, dout: Tensor) -> None:
-        p, masks = self.params, self.problem.masks
-        key, pair = masks.key, masks.pair
-        if key is not None or pair is not None or masks.query is not None:
-            p.dmean = self._address((dout.float() * self.padded[..., None]).sum(2) / p.nk)
-        if key is not None:
-            key = key if key.stride(1) == 1 else key.contiguous()
-            p.key_mask, p.key_mask_stride_b = self._address(key), key.stride(0)
-        if pair is not None:
-            p.pair_mask = self._address(pair)
-            p.pair_mask_stride_b, head, p.pair_mask_stride_m, p.pair_mask_stride_n = pair.stride()
-            p.pair_mask_stride_h = head if pair.shape[1] > 1 else 0
+    def _fill_sums(self, consumers: int) -> None:
+        """Make zeroed memory for what more than one thread block adds to; `consumers` of a block add on their own."""
+        p, size = self.params, self.plan
+        head_dim, heads = self.problem.q.shape[3], size.heads
+        packed = self.problem.cu_seqlens is not None
+        tiles = p.nq // _TILE + size.samples if packed else size.samples * size.row_tiles
+        shapes = (
+            (tiles, heads, _TILE * head_dim),
+            (*size.copies, 2, heads, size.table_rows // _TILE, _TILE * head_dim),
+            (2, 2, heads, size.samples * size.key_blocks * consumers if size.is_far else 0, head_dim),
+        )
+        sizes = [math.prod(shape) for shape in shapes]
+        memory = torch.zeros(sum(sizes), device=self.problem.q.device).split(sizes)
+        dq_sums, self._dtables, self._far_sums = (x.view(shape) for x, shape in zip(memory, shapes))
+        for name, x in (("dq_sums", dq_sums), ("dtables", self._dtables), ("far_sums", self._far_sums)):
+            if x.numel():
+                setattr(p, name, self.address(x, True))
+        self.address(dq_sums)  # read by the conversion
+        if size.copies != (1, 1):
+            p.dtables_stride_b, p.dtables_stride_consumer = self._dtables.stride()[:2]
 
-    def _fill_results(self) -> None:
-        p, problem = self.params, self.problem
-        results = []
-        for x in (problem.q, problem.k, problem.v):
-            batch, heads, length, head_dim = x.shape
-            results.append(torch.empty(batch, length, heads, head_dim, dtype=x.dtype, device=x.device))
-        self.dq, self.dk, self.dv = results
-        p.dq, p.dk, p.dv = (self._address(x, True) for x in results)
+    def _result(self, name: str) -> Tensor:
+        x: Tensor = getattr(self.problem, name)
+        batch, heads, length, head_dim = x.shape
+        found = torch.empty(batch, length, heads, head_dim, dtype=x.dtype, device=x.device)
+        setattr(self.params, f"d{name}", self.address(found, True))
+        return found
 
-    def gradients(self) -> Gradients:
-        """Return the gradients, once the kernels have run."""
-        dq, dk, dv = (x.transpose(1, 2) for x in (self.dq, self.dk, self.dv))
-        return Gradients(dq, dk, dv, self._table_gradient(self.problem.pos_key, 0),
-                         self._table_gradient(self.problem.pos_query, 1))  # fmt: skip
+    def gradients(self, needs: Sequence[bool] = (True,) * 5) -> Gradients:
+        """Return the gradients asked for, dq ... dpos_query, once the kernels have run."""
+        dq, dk, dv = (x.transpose(1, 2) if need else None for x, need in zip((self.dq, self.dk, self.dv), needs))
+        tables = (self.problem.pos_key, self.problem.pos_query)
+        folded = (
+            self._folded(which, x) if need and x is not None else None
+            for which, (x, need) in enumerate(zip(tables, needs[3:]))
+        )
+        return Gradients(dq, dk, dv, *folded)
 
-    def _table_gradient(self, table: Tensor | None, which: int) -> Tensor | None:
-        if table is None:
-            return None
+    def _folded(self, which: int, table: Tensor) -> Tensor:
+        """Return the gradient of a table: of all distances that share a row, and of far tiles, the sum."""
         found = torch.zeros(table.shape, dtype=torch.float32, device=table.device)
-        rows = self._table_rows
-        if rows is not None:
-            sums = _in_order(self.dtables[:, :, which].sum((0, 1)), self.head_dim)
-            found.index_add_(1, rows, sums)
-            far = self.far_sums[which].sum(2)
-            for side, row in enumerate((rows[-1:], rows[:1])):
-                found.index_add_(1, row, far[side][:, None])
-        return (found * self.problem.scale).to(table.dtype)
+        if self._rows is not None:
+            found.index_add_(1, self._rows, in_order(self._dtables[:, :, which].sum((0, 1)), table.shape[2]))
+            far = self._far_sums[which].sum(2)
+            for side, row in enumerate((self._rows[-1:], self._rows[:1])):
+                found.index_add_(1, row, far[side, :, None])
+        return found.mul_(self.problem.scale).to(table.dtype)
 
 
-def _in_order(sums: Tensor, head_dim: int) -> Tensor:
+def in_order(sums: Tensor, head_dim: int) -> Tensor:
     """Return (H, rows, D) from (H, rows / 64, 64 * D), whose blocks lie as accumulators do."""
     heads, blocks, _ = sums.shape
-    panels = head_dim // 64
-    parts = sums.view(heads, blocks, panels, 8, 4, 8, 4, 2, 2)  # panel, n, w, g, t, h, e
+    parts = sums.view(heads, blocks, head_dim // 64, 8, 4, 8, 4, 2, 2)  # panel, n, w, g, t, h, e
     # Row 16 w + 8 h + g, column 64 panel + 8 n + 2 t + e.
     return parts.permute(0, 1, 4, 7, 5, 2, 3, 6, 8).reshape(heads, blocks * _TILE, head_dim)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from deberta_kernels.impl.cuda.arguments import Arguments, Box, TensorMap
+from deberta_kernels.impl.cuda.arguments import Box, Call, TensorMap
 
 __all__ = ["LIBRARY", "Driver", "DriverError", "Module", "driver", "unavailable"]
 
@@ -145,45 +145,46 @@ class Driver:
 class Module:
     """One compiled module on one device, and its kernels."""
 
-    def __init__(self, driver: Driver, device: int, cubin: bytes, names: tuple[str, ...], shared_bytes: int) -> None:
+    def __init__(self, driver: Driver, device: int, cubin: bytes, kernels: dict[str, tuple[int, int]]) -> None:
         """Load it.
 
         Args:
             driver: the open driver.
             device: number of the device.
             cubin: the compiled module.
-            names: of its kernels.
-            shared_bytes: dynamic shared memory of a block.
+            kernels: its kernels by name: threads of a block, and bytes of dynamic shared memory.
 
         Raises:
             DriverError: the driver cannot load it, or a kernel is missing.
         """
-        self._driver, self._device, self._shared_bytes = driver, device, shared_bytes
+        self._driver, self._device, self._kernels = driver, device, kernels
         self._functions: dict[str, c_void_p] = {}
         handle = c_void_p()
         with driver.on(device):
             driver.call("cuModuleLoadData", ctypes.byref(handle), cubin)
-            for name in names:
+            for name, (_, shared_bytes) in kernels.items():
                 function = c_void_p()
                 driver.call("cuModuleGetFunction", ctypes.byref(function), handle, name.encode())
                 driver.call("cuFuncSetAttribute", function, _MAX_DYNAMIC_SHARED, shared_bytes)
                 self._functions[name] = function
 
-    def launch(self, name: str, arguments: Arguments, stream: int) -> None:
+    def launch(self, name: str, arguments: Call, blocks: int, stream: int) -> None:
         """Launch a kernel; returns before it has run.
 
         Args:
             name: of the kernel.
             arguments: copied by the driver.
+            blocks: of the grid.
             stream: address of the CUDA stream, 0 for the default one.
         """
-        if arguments.blocks == 0:
+        if blocks == 0:
             return
+        threads, shared_bytes = self._kernels[name]
         pointers = (c_void_p * 1)(ctypes.addressof(arguments.params))
         with self._driver.on(self._device):
             self._driver.call(
-                "cuLaunchKernel", self._functions[name], arguments.blocks, 1, 1, arguments.info.threads, 1, 1,
-                self._shared_bytes, stream, pointers, None,
+                "cuLaunchKernel", self._functions[name], blocks, 1, 1, threads, 1, 1, shared_bytes, stream, pointers,
+                None,
             )  # fmt: skip
 
 

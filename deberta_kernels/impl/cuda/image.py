@@ -14,20 +14,22 @@ import threading
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from deberta_kernels.impl.cuda import cache, nvrtc
-from deberta_kernels.impl.cuda.arguments import ABI_VERSION, ForwardInfo
+from deberta_kernels.impl.cuda.arguments import Info
 
-__all__ = ["DTYPES", "ImageError", "compiled", "forward_info", "images", "kernel", "packaged", "status"]
+__all__ = ["DTYPES", "HEAD_DIMS", "ImageError", "compiled", "conversion", "images", "info_of", "kernel", "packaged",
+           "status"]  # fmt: skip
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-HEAD_DIMS = (64, 128)
+# Pass: the head sizes it is compiled for.
+HEAD_DIMS = {"forward": (64, 128), "backward": (64,)}
 
 _FOLDER = Path(__file__).resolve().parents[2] / "lib" / "cuda"
-_MAIN = "forward.cu"
+AnInfo = TypeVar("AnInfo", bound=Info)
 _lock = threading.Lock()
 _logger = logging.getLogger(__name__)
 
@@ -36,28 +38,36 @@ class ImageError(RuntimeError):
     """Say why a compiled module is not there or cannot be trusted."""
 
 
-def kernel(dtype: torch.dtype, head_dim: int, pair: bool, dropout: bool) -> str:
-    """Return the name of a kernel."""
-    name = f"disentangled_forward_{DTYPES[dtype]}_d{head_dim}"
+def kernel(which: str, dtype: torch.dtype, head_dim: int, pair: bool, dropout: bool) -> str:
+    """Return the name of a kernel of "forward" or "backward"."""
+    name = f"disentangled_{which}_{DTYPES[dtype]}_d{head_dim}"
     return name + ("_pair" if pair else "") + ("_dropout" if dropout else "")
 
 
-def images(dtype: torch.dtype, head_dim: int) -> Iterator[bytes | ImageError]:
-    """Yield the compiled module, best source first, or why a source has none; nothing is compiled before it is due."""
+def conversion(dtype: torch.dtype, head_dim: int) -> str:
+    """Return the name of the kernel that ends a backward: it converts dq."""
+    return f"disentangled_backward_dq_{DTYPES[dtype]}_d{head_dim}"
+
+
+def images(which: str, dtype: torch.dtype, head_dim: int) -> Iterator[bytes | ImageError]:
+    """Yield the compiled module of "forward" or "backward", best source first, or why a source has none.
+
+    Nothing is compiled before it is due.
+    """
     for find in (packaged, compiled):
         try:
-            yield find(dtype, head_dim)
+            yield find(which, dtype, head_dim)
         except (ImageError, nvrtc.NvrtcError) as error:
             yield ImageError(str(error))
 
 
-def packaged(dtype: torch.dtype, head_dim: int) -> bytes:
+def packaged(which: str, dtype: torch.dtype, head_dim: int) -> bytes:
     """Return the module that was built with the wheel.
 
     Raises:
         ImageError: there is none, it is damaged, or it was built from other sources.
     """
-    name = f"forward_{DTYPES[dtype]}_d{head_dim}.cubin"
+    name = f"{which}_{DTYPES[dtype]}_d{head_dim}.cubin"
     record = _record()
     if name not in record.get("cubins", {}):
         raise ImageError("no CUDA module was built with the package")
@@ -72,48 +82,48 @@ def packaged(dtype: torch.dtype, head_dim: int) -> bytes:
     return content
 
 
-def compiled(dtype: torch.dtype, head_dim: int) -> bytes:
+def compiled(which: str, dtype: torch.dtype, head_dim: int) -> bytes:
     """Return the module as NVRTC compiles it, from the private cache where an earlier process left it there.
 
     Raises:
         ImageError: the sources are not in the package.
         NvrtcError: NVRTC is not there, or does not compile them.
     """
-    sources = _sources()
-    if _MAIN not in sources:
+    sources, main = _sources(), f"{which}.cu"
+    if main not in sources:
         raise ImageError(f"the CUDA sources are not in the package ({_FOLDER} holds none)")
     options = ("--gpu-architecture=sm_90a", "--std=c++17", f"-DDK_DTYPE={DTYPES[dtype]}", f"-DDK_HEAD_DIM={head_dim}")
     with _lock:
         compiler = _compiler()
-        digest = _sha256(json.dumps([compiler.version, options, sources], sort_keys=True).encode())
-        name = f"forward_{DTYPES[dtype]}_d{head_dim}_{digest[:32]}.cubin"
+        digest = _sha256(json.dumps([compiler.version, main, options, sources], sort_keys=True).encode())
+        name = f"{which}_{DTYPES[dtype]}_d{head_dim}_{digest[:32]}.cubin"
         made = None
         try:
             made = cache.read(name)
             if made is None:
-                made = compiler.cubin(sources, _MAIN, options)
+                made = compiler.cubin(sources, main, options)
                 cache.write(name, made)
         except cache.CacheError as error:
             _logger.warning("the CUDA kernels are compiled anew in every process: %s", error)
-        return made if made is not None else compiler.cubin(sources, _MAIN, options)
+        return made if made is not None else compiler.cubin(sources, main, options)
 
 
-def forward_info(cubin: bytes) -> ForwardInfo:
-    """Return `disentangled_forward_info` of a compiled module, the only data in constant bank 3; no device is needed.
+def info_of(cubin: bytes, layout: type[AnInfo]) -> AnInfo:
+    """Return what a compiled module says of itself, the only data in constant bank 3; no device is needed.
 
     Raises:
         ImageError: the module is damaged, or made for another version of the package.
     """
     try:
-        info = ForwardInfo(*_constants(cubin))
+        info = layout(*_constants(cubin, layout.SYMBOL))
     except (struct.error, IndexError, ValueError) as error:
         raise ImageError(f"the CUDA module is damaged ({error})") from error
-    if info.abi_version != ABI_VERSION:
-        raise ImageError(f"the CUDA module has version {info.abi_version} of its arguments, not {ABI_VERSION}")
+    if info.abi_version != layout.VERSION:
+        raise ImageError(f"the CUDA module has version {info.abi_version} of its arguments, not {layout.VERSION}")
     return info
 
 
-def _constants(cubin: bytes) -> tuple[int, ...]:
+def _constants(cubin: bytes, symbol: str) -> tuple[int, ...]:
     if cubin[:4] != b"\x7fELF":
         raise ValueError("it is no ELF file")
     (table,) = struct.unpack_from("<Q", cubin, 40)
@@ -123,7 +133,7 @@ def _constants(cubin: bytes) -> tuple[int, ...]:
         start = headers[names][4] + name
         if cubin[start : cubin.index(b"\0", start)] == b".nv.constant3" and length >= 28:
             return struct.unpack_from("<7i", cubin, offset)
-    raise ValueError("it holds no disentangled_forward_info")
+    raise ValueError(f"it holds no {symbol}")
 
 
 def status() -> dict[str, Any]:
@@ -133,14 +143,14 @@ def status() -> dict[str, Any]:
         "built": names of the modules that came with the package; "nvcc": the compiler's version, or None; "sources":
         whether the sources are in the package; "nvrtc": version of NVRTC, or why it cannot be used.
     """
-    record = _record()
+    record, sources = _record(), _sources()
     try:
         found = ".".join(map(str, _compiler().version))
     except nvrtc.NvrtcError as error:
         found = str(error)
     return {
-        "built": sorted(record.get("cubins", {})), "nvcc": record.get("nvcc"), "sources": _MAIN in _sources(),
-        "nvrtc": found,
+        "built": sorted(record.get("cubins", {})), "nvcc": record.get("nvcc"),
+        "sources": all(f"{which}.cu" in sources for which in HEAD_DIMS), "nvrtc": found,
     }  # fmt: skip
 
 
