@@ -42,6 +42,10 @@ def items(plan: Plan) -> list[Item]:
     found[6:6] = special  # after every dtype, short and long
     if plan.backend != "cuda" and not plan.small:
         other = replace(plan, backend="cuda")
+        found += [
+            Item("cuda deterministic gradients", lambda: _where_it_runs(other, lambda: _deterministic(other))),
+            Item("cuda unwritten memory is never read", lambda: _where_it_runs(other, lambda: _poisoned(other))),
+        ]
         found += [Item(f"cuda {case.id}", lambda case=case: _check_where_it_runs(other, case)) for case in cases(plan)]
     found += [Item(f"long {case.id}", lambda case=case: _check(plan, case)) for case in long_cases(plan)]
     if not (plan.small or plan.smoke):
@@ -66,8 +70,19 @@ def _check(plan: Plan, case: Case) -> dict[str, Any]:
 
 
 def _check_where_it_runs(plan: Plan, case: Case) -> dict[str, Any]:
-    refused = dispatch.refusal(plan.backend, inputs.problem(case, plan.device))
-    return {"ok": True, "skipped": refused} if refused else _check(plan, case)
+    """Check a case where its forward runs, and say whose gradients those are."""
+    problem = inputs.problem(case, plan.device)
+    problem = replace(problem, q=problem.q.requires_grad_())
+    explained = dispatch.explain(problem, plan.backend)
+    if explained.chosen is None:
+        return {"ok": True, "skipped": dispatch.refusal(plan.backend, problem)}
+    return {**_check(plan, case), "gradients": explained.gradients or "its own"}
+
+
+def _where_it_runs(plan: Plan, check: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    q = torch.empty(1, 1, 1, GEOMETRY.dim, dtype=torch.bfloat16, device=plan.device, requires_grad=True)
+    refused = dispatch.refusal(plan.backend, AttentionProblem(q, q, q, None, None, Masks(), PositionSpec(), 1.0))
+    return {"ok": True, "skipped": refused} if refused else check()
 
 
 def _kept(report: budget.Report) -> dict[str, Any]:

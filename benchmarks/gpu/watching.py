@@ -13,6 +13,7 @@ import torch
 from baselines import draw, ours
 from shapes import Shape
 
+from deberta_kernels import dispatch
 from deberta_kernels.testing import budget, inputs
 from deberta_kernels.testing.backends import Target
 from deberta_kernels.testing.inputs import Case
@@ -114,13 +115,18 @@ def run_small(plan: Plan) -> int:
         Case(batch=1, heads=1, nq=1100, dtype=torch.float16),
         Case(batch=1, heads=1, nq=77, nk=130, dtype=torch.float32, head_dim=40),
     ]
-    target = Target(plan.backend, plan.backend, (half, torch.float16, torch.float32), device=plan.device)
-    for case in found:
-        problem = inputs.problem(case, plan.device)
-        budget.evaluate(target.run, problem, inputs.dout(case, problem))
-    if plan.device != "cpu":
-        torch.cuda.synchronize()
-    print(f"ran {len(found)} cases", flush=True)
+    for backend in (plan.backend, "cuda") if plan.device != "cpu" and plan.backend != "cuda" else (plan.backend,):
+        target = Target(backend, backend, (half, torch.float16, torch.float32), device=plan.device)
+        ran = 0
+        for case in found:
+            problem = inputs.problem(case, plan.device)
+            if backend != plan.backend and dispatch.refusal(backend, problem) is not None:
+                continue
+            budget.evaluate(target.run, problem, inputs.dout(case, problem))
+            ran += 1
+        if plan.device != "cpu":
+            torch.cuda.synchronize()
+        print(f"ran {ran} cases of {backend}", flush=True)
     return 0
 
 

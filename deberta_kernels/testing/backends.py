@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from deberta_kernels import api, dispatch, env, native
+from deberta_kernels.testing.inputs import Case
 from deberta_kernels.types import AttentionProblem, Masks, PositionSpec
 
 __all__ = ["TARGETS", "Target", "available"]
@@ -32,6 +33,8 @@ class Target:
         thread_invariant: results are bit-equal for every number of threads.
         most_tiles: leave out cases of more tiles than this, 64 queries by 64 keys of one head; for a backend that takes
             a tenth of a second a tile. The random cases, thousands of them, leave such a backend out.
+        head_dims: the head dimensions it computes; None for all that the suite has.
+        repeats: the same call gives the same bits; otherwise only under `torch.use_deterministic_algorithms`.
     """
 
     name: str
@@ -41,11 +44,13 @@ class Target:
     device: str = "cpu"
     thread_invariant: bool = False
     most_tiles: int | None = None
+    head_dims: tuple[int, ...] | None = None
+    repeats: bool = True
 
     def skip_reason(self) -> str | None:
         """Return why this target cannot be tested on this machine, or None."""
-        if self.backend == "triton":
-            return _triton_skip_reason(self.device)
+        if self.backend in ("triton", "cuda"):
+            return _gpu_skip_reason(self.backend, self.device)
         return _cpu_skip_reason(self.isa) if self.backend == "cpu" else None
 
     def case_skip_reason(self, batch: int, heads: int, nq: int, nk: int) -> str | None:
@@ -54,6 +59,12 @@ class Target:
         if self.most_tiles is None or tiles <= self.most_tiles:
             return None
         return f"{self.name} is slow: {tiles} tiles are more than {self.most_tiles}"
+
+    def fitted(self, case: Case) -> Case:
+        """Return the case, with a head dimension of this target's where it has another one."""
+        if self.head_dims is None or case.head_dim in self.head_dims:
+            return case
+        return replace(case, head_dim=self.head_dims[0])
 
     def run(self, problem: AttentionProblem) -> tuple[Tensor, Tensor]:
         """Run a problem through the public machinery, differentiably.
@@ -97,6 +108,7 @@ TARGETS = (
         for isa in ("generic", "avx2", "avx512", "avx512_bf16")
     ),
     Target("triton", "triton", (torch.float32, *_LOW), device="cuda"),
+    Target("cuda", "cuda", _LOW, device="cuda", head_dims=(64, 128), repeats=False),
     Target("triton_interpreted", "triton", (torch.float32, torch.float16), most_tiles=24),
 )
 
@@ -118,10 +130,10 @@ def _cpu_skip_reason(isa: str | None) -> str | None:
 
 
 @cache
-def _triton_skip_reason(device: str) -> str | None:
-    if env.triton_interpreted() != (device == "cpu"):
+def _gpu_skip_reason(backend: str, device: str) -> str | None:
+    if backend == "triton" and env.triton_interpreted() != (device == "cpu"):
         return f"TRITON_INTERPRET is {'' if env.triton_interpreted() else 'not '}set"
     if device == "cuda" and not torch.cuda.is_available():
         return "there is no CUDA device"
-    q = torch.empty(1, 1, 1, 16, dtype=torch.float16, device=device)
-    return dispatch.refusal("triton", AttentionProblem(q, q, q, None, None, Masks(), PositionSpec(), 1.0))
+    q = torch.empty(1, 1, 1, 64, dtype=torch.float16, device=device)
+    return dispatch.refusal(backend, AttentionProblem(q, q, q, None, None, Masks(), PositionSpec(), 1.0))

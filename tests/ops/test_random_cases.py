@@ -109,7 +109,7 @@ def run_everywhere(case):
 
 def targets_by_device(case):
     """Return what runs this case, by device: every backend, and the variant whose turn it is."""
-    available = backends.available(case.dtype)
+    available = [t for t in backends.available(case.dtype) if t.fitted(case) == case]
     variants = [target for target in available if target.isa is not None]
     chosen = [target for target in available if target.isa is None]
     if variants:
