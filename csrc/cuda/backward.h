@@ -10,7 +10,7 @@ DK_DEVICE void initialise_backward_barriers(uint32_t shared) {
   using L = BackwardLayout<D>;
   constexpr int kConsumerWarps = L::kConsumerThreads / 32;
   for (int i = 0; i < L::kStages; i++) {
-    barrier_init(shared + L::kStageFull + i * 8, 1);
+    barrier_init(shared + L::kStageFull + i * 8, 2);  // copies, and what the producer stores itself
     barrier_init(shared + L::kStageEmpty + i * 8, kConsumerWarps);
   }
   for (int i = 0; i < L::kSlots; i++) {
@@ -27,28 +27,25 @@ DK_DEVICE void backward(const BackwardParams& p) {
   using L = BackwardLayout<D>;
   const Place place = place_of_block(p, (int)p.groups, 1);
   const int thread = thread_index(), warp = uniform(thread / 32), warpgroup = warp / 4;
-  const int first = place.first_row, step = (int)p.groups;
+  const int first = place.first_row;
   if (!KeyBlock(place, first, L::kRows).is_there) return;
   const uint32_t shared = shared_base();
-  if (thread == 0) initialise_backward_barriers<D>(shared);
+  if (thread == 0) {
+    initialise_backward_barriers<D>(shared);
+    store_place(place, shared + L::kPlace);
+  }
   sync_block();
   if (warpgroup == 0) {
     give_registers<L::kProducerRegisters>();
     if (warp != 0) return;
-    QueryProducer<D> producer(p, place, shared, thread);
-    for (int number = first;; number += step) {
-      const KeyBlock block(place, number, L::kRows);
-      if (!block.is_there) break;
-      producer.run(block);
+    QueryProducer<D> producer(p, shared, thread);
+    for (int number = first; KeyBlock(load_place<D>(shared), number, L::kRows).is_there; number += (int)p.groups) {
+      producer.run(number);
     }
   } else {
     take_registers<L::kConsumerRegisters>();
-    KeyConsumer<Element, D, kPair, kDropout> consumer(
-        p, place, shared, warpgroup - 1, thread % kWarpgroup, warp % 4);
-    for (int number = first;; number += step) {
-      const KeyBlock block(place, number, L::kRows);
-      if (!block.is_there) break;
-      consumer.run(block, number);
+    KeyConsumer<Element, D, kPair, kDropout> consumer(p, shared, warpgroup - 1, thread % kWarpgroup);
+    while (KeyBlock(load_place<D>(shared), consumer.run() + (int)p.groups, L::kRows).is_there) {
     }
     consumer.leave();
   }

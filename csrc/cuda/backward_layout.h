@@ -46,7 +46,9 @@ struct BackwardLayout {
 
   static constexpr int kOnes = kConsumer + kConsumers * kConsumerBytes;  // 8 rows of 64 ones
   static constexpr int kStatistics = kOnes + 8 * kRowBytes;
-  static constexpr int kStageInfo = kStatistics + kStages * kStatisticsBytes;
+  static constexpr int kPlace = kStatistics + kStages * kStatisticsBytes;   // a `Place`
+  static constexpr int kFirstBlock = kPlace + 32;                          // an integer of each consumer's first thread
+  static constexpr int kStageInfo = kFirstBlock + 16;
   static constexpr int kStageFull = kStageInfo + kStages * 16;
   static constexpr int kStageEmpty = kStageFull + kStages * 8;
   static constexpr int kSlotFull = kStageEmpty + kStages * 8;

@@ -9,6 +9,35 @@
 
 namespace dk {
 
+// The block's place in the call lies in shared memory: in registers it would take those of the products.
+DK_DEVICE void store_place(const Place& place, uint32_t address) {
+  store_shared_4(address, (uint32_t)place.batch, (uint32_t)place.head, (uint32_t)place.first_token, (uint32_t)place.nq);
+  store_shared_4(address + 16, (uint32_t)place.nk, (uint32_t)place.prefix, 0u, 0u);
+}
+template <int D>
+DK_DEVICE Place load_place(uint32_t shared) {
+  uint32_t x[8];
+  load_shared_4(shared + BackwardLayout<D>::kPlace, x[0], x[1], x[2], x[3]);
+  load_shared_4(shared + BackwardLayout<D>::kPlace + 16, x[4], x[5], x[6], x[7]);
+  return Place{(int)x[0], (int)x[1], (int)x[2], (int)x[3], (int)x[4], (int)x[5], 0};
+}
+
+// What the consumers are told of a tile, in the place of `StageInfo::zone`: its zone, and the number of the block of keys.
+struct Visit {
+  int word;
+  DK_DEVICE int zone() const { return word & 7; }
+  DK_DEVICE int number() const { return word >> 3; }
+};
+
+// A position in a ring as one number; kEntries is a power of two.
+template <int kEntries>
+struct RingCounter {
+  uint32_t count = 0;
+  DK_DEVICE int entry() const { return (int)(count % kEntries); }
+  DK_DEVICE uint32_t parity() const { return count / kEntries & 1; }
+  DK_DEVICE RingCounter next() const { return RingCounter{count + 1}; }
+};
+
 // The keys of a block. Prefix keys are blocks from key 0, the other keys blocks from `Walk::key_start` of schedule.h.
 struct KeyBlock {
   int first_key;    // counted in the sample

@@ -18,21 +18,22 @@ namespace dk {
 
 // Adds the term of the rows to `SharedFrame`, which holds that of the columns: (r, c) from both products of the rows, in
 // a second frame that is only read by the warp that wrote it. That frame lies in two halves, of two warps each.
-class TileBias : public SharedFrame<true> {
+class TileBias : public SharedFrame<false> {
  public:
-  DK_DEVICE TileBias(const Lane& lane, uint32_t frame_address) : SharedFrame<true>(lane, frame_address), w_(lane.w) {
-    load_ = lane.g * kBlockRowBytes + 2 * lane.t * 4;
+  // `frame`: of the columns; the other one lies at `lower` for warps 0 and 1, at `upper` for the others.
+  DK_DEVICE TileBias(const Lane& lane, uint32_t frame, uint32_t lower, uint32_t upper)
+      : SharedFrame<false>(lane, frame), own_((lane.w < 2 ? lower : upper) + (lane.w & 1) * 2 * kFrameRowBytes),
+        load_(own_ + lane.g * kBlockRowBytes + 2 * lane.t * 4) {
     DK_UNROLL
     for (int e = 0; e < 2; e++) {
       const int column = query_of_row(lane.g) - 2 * lane.t - e;  // 16 w + 8 (h - n) come later
       block_[e] = (2 * lane.w + (column >> 3)) * kBlockBytes;
-      inside_[e] = lane.g * kBlockRowBytes + (column & 7) * 4;
+      store_[e] = own_ + lane.g * kBlockRowBytes + (column & 7) * 4;
     }
   }
 
-  // Store the products of the rows with the high and with the low block. `half`: of two warps.
-  DK_DEVICE void store_rows(const float (&high)[32], const float (&low)[32], uint32_t half) const {
-    const uint32_t target[2] = {half + computed_anew(inside_[0]), half + computed_anew(inside_[1])};
+  // Store the products of the rows with the high and with the low block.
+  DK_DEVICE void store_rows(const float (&high)[32], const float (&low)[32]) const {
     DK_UNROLL
     for (int n = 0; n < 8; n++) {
       DK_UNROLL
@@ -42,21 +43,20 @@ class TileBias : public SharedFrame<true> {
           const uint32_t block = block_[e] + (h - n) * kBlockBytes;  // below 0 where c > r
           const int i = 4 * n + 2 * h + e;
           const bool is_low = block & 8 * kBlockBytes;
-          store_shared(target[e] + (block & 7 * kBlockBytes) + h * kFrameRowBytes, is_low ? low[i] : high[i]);
+          store_shared(store_[e] + (block & 7 * kBlockBytes) + h * kFrameRowBytes, is_low ? low[i] : high[i]);
         }
       }
     }
   }
 
   // Load the sum of both terms in the place of the scores.
-  DK_DEVICE void load(float (&score)[32], uint32_t half) const {
-    const uint32_t own = half + load_;
+  DK_DEVICE void load(float (&score)[32]) const {
     DK_UNROLL
     for (int n = 0; n < 8; n++) {
       DK_UNROLL
       for (int h = 0; h < 2; h++) {
         float a, b, c, d;
-        load_shared_2(own + h * kFrameRowBytes + n * kBlockBytes, a, b);
+        load_shared_2(load_ + h * kFrameRowBytes + n * kBlockBytes, a, b);
         load_shared_2(frame_load_ + h * kFrameRowBytes + n * kBlockBytes, c, d);
         score[4 * n + 2 * h] = a + c;
         score[4 * n + 2 * h + 1] = b + d;
@@ -64,25 +64,26 @@ class TileBias : public SharedFrame<true> {
     }
   }
 
-  // Return where this warp's part of the frame is, the frame being at `lower` for warps 0 and 1, at `upper` for others.
-  DK_DEVICE uint32_t half(uint32_t lower, uint32_t upper) const {
-    return (w_ < 2 ? lower : upper) + (w_ & 1) * 2 * kFrameRowBytes;
-  }
-
  private:
-  int w_;
-  uint32_t load_, block_[2], inside_[2];
+  uint32_t own_, load_, block_[2], store_[2];
 };
 
+// Store a tile of 64 x 64 pairs, given as the first operand of a product, as an operand in shared memory.
+DK_DEVICE void store_scores(const uint32_t (&pairs)[16], const Lane& lane, uint32_t tile) {
+  const uint32_t target = tile + (16 * lane.w + lane.g) * kRowBytes + lane.g * 16 + lane.t * 4;
+  DK_UNROLL
+  for (int i = 0; i < 16; i++) store_shared((target ^ (i >> 1) * 16) + (i & 1) * 8 * kRowBytes, pairs[i]);
+}
+
+// `pairs`, in what follows, are the gradients of scores as the first operand of a product.
 class GradientTiles {
   static constexpr int kPairs = kTile * kTile * 2;  // bytes of one
 
  public:
-  // `rotated` and `columns` are of two tiles each.
-  DK_DEVICE GradientTiles(const Lane& lane, uint32_t scores, uint32_t rotated, uint32_t columns)
-      : scores_(scores + (16 * lane.w + lane.g) * kRowBytes + lane.g * 16 + lane.t * 4), rotated_(rotated),
-        rotated_row_(rotated + (16 * lane.w + lane.g) * kRowBytes), columns_row_(columns + 2 * lane.t * kRowBytes),
-        g_(lane.g * 16), t_(2 * lane.t * 16) {
+  // `rotated` and `columns` are of two tiles each. `current`: from `rotated` to the tile that is complete with this one.
+  DK_DEVICE GradientTiles(const Lane& lane, uint32_t rotated, uint32_t columns, uint32_t current)
+      : rotated_(rotated + (16 * lane.w + lane.g) * kRowBytes), columns_(columns + 2 * lane.t * kRowBytes),
+        current_(current), g_(lane.g * 16), t_(2 * lane.t * 16) {
     DK_UNROLL
     for (int e = 0; e < 2; e++) {
       const int y = query_of_row(lane.g) - 2 * lane.t - e;  // 16 w + 8 (h - n) come later
@@ -91,45 +92,30 @@ class GradientTiles {
     }
   }
 
-  // Where the block that is complete after this tile lies, and the one that the next tile completes.
-  DK_DEVICE uint32_t complete() const { return rotated_ + current_; }
-  DK_DEVICE uint32_t begun() const { return rotated_ + (current_ ^ kPairs); }
-  DK_DEVICE void advance() { current_ ^= kPairs; }
-
-  // `pairs`: the gradients of the scores as an operand of a product.
-  DK_DEVICE void store_scores(const uint32_t (&pairs)[16]) const {
+  // Store them in `rotated` and in `columns`. One after the other: addresses for all of them would not fit in registers.
+  DK_DEVICE void store(const uint32_t (&pairs)[16]) const {
     DK_UNROLL
-    for (int i = 0; i < 16; i++) store_shared((scores_ ^ (i >> 1) * 16) + (i & 1) * 8 * kRowBytes, pairs[i]);
-  }
-
-  DK_DEVICE void store_rotated(const uint32_t (&pairs)[16]) const {
-    const uint32_t unit[2] = {computed_anew(unit_[0]), computed_anew(unit_[1])};
-    DK_UNROLL
-    for (int i = 0; i < 32; i++) {
-      const int n = i >> 2, h = (i >> 1) & 1, e = i & 1;
-      const uint32_t y = unit[e] + (h - n) * 16;  // unit of 8 distances; below 0 where c > r
-      const uint32_t tile = ((y & 8 * 16) * (kPairs / (8 * 16))) ^ current_;
-      const uint32_t value = e ? pairs[i >> 1] >> 16 : pairs[i >> 1];
-      store_shared_half(rotated_row_ + inside_[e] + tile + ((y & 7 * 16) ^ g_) + h * 8 * kRowBytes, value);
-    }
-  }
-
-  DK_DEVICE void store_columns(const uint32_t (&pairs)[16]) const {
-    const uint32_t unit[2] = {computed_anew(unit_[0]), computed_anew(unit_[1])};
-    DK_UNROLL
-    for (int i = 0; i < 32; i++) {
-      const int n = i >> 2, h = (i >> 1) & 1, e = i & 1;
-      const uint32_t y = unit[e] + (h - n) * 16;
-      const uint32_t tile = (y & 8 * 16) * (kPairs / (8 * 16));
-      const uint32_t value = e ? pairs[i >> 1] >> 16 : pairs[i >> 1];
-      const uint32_t row = columns_row_ + inside_[e] + (8 * n + e) * kRowBytes;
-      store_shared_half(row + tile + ((y & 7 * 16) ^ (t_ + e * 16)), value);
+    for (int step = 0; step < 9; step++) {
+      DK_UNROLL
+      for (int e = 0; e < 2; e++) {
+        const uint32_t y = computed_anew(unit_[e] + (1 - step) * 16);  // unit of 8 distances; below 0 where c > r
+        const uint32_t low = (y & 8 * 16) * (kPairs / (8 * 16));       // from a tile of the high block to the other
+        const uint32_t row = rotated_ + inside_[e] + (low ^ current_) + ((y & 7 * 16) ^ g_);
+        const uint32_t column = columns_ + inside_[e] + low + ((y & 7 * 16) ^ (t_ + e * 16));
+        DK_UNROLL
+        for (int h = 0; h < 2; h++) {
+          const int n = step - 1 + h;
+          if (n < 0 || n > 7) continue;
+          const uint32_t value = e ? pairs[2 * n + h] >> 16 : pairs[2 * n + h];
+          store_shared_half(row + h * 8 * kRowBytes, value);
+          store_shared_half(column + (8 * n + e) * kRowBytes, value);
+        }
+      }
     }
   }
 
  private:
-  uint32_t scores_, rotated_, rotated_row_, columns_row_, g_, t_, unit_[2], inside_[2];
-  uint32_t current_ = 0;
+  uint32_t rotated_, columns_, current_, g_, t_, unit_[2], inside_[2];
 };
 
 }  // namespace dk

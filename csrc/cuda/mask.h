@@ -35,14 +35,17 @@ class PairMask {
     }
   }
 
-  // The same for a tile whose rows are keys and whose columns are queries.
-  DK_DEVICE void apply_transposed(float (&score)[32], const int (&keys)[2], int first_query, const Lane& lane) const {
+  // Return which pairs are allowed in a tile whose rows are keys and whose columns are queries, bit i for accumulator i.
+  DK_DEVICE uint32_t allowed_transposed(const int (&keys)[2], int first_query, const Lane& lane) const {
+    uint32_t allowed = 0;
     DK_UNROLL
     for (int i = 0; i < 32; i++) {
       const int n = i >> 2, h = (i >> 1) & 1, e = i & 1;
       const int row = first_query + 8 * n + 2 * lane.t + e, key = keys[h];
-      if (row < nq_ && key < nk_ && !load_global(base_ + row * stride_m_ + key * stride_n_)) score[i] = minus_infinity();
+      const bool inside = row < nq_ && key < nk_;
+      allowed |= (uint32_t)(!inside || load_global(base_ + row * stride_m_ + key * stride_n_) != 0) << i;
     }
+    return allowed;
   }
 
  private:

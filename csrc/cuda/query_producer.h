@@ -10,114 +10,117 @@ class QueryProducer {
   using L = BackwardLayout<D>;
 
  public:
-  DK_DEVICE QueryProducer(const BackwardParams& p, const Place& place, uint32_t shared, int lane)
-      : p_(p), place_(place), shared_(shared), lane_(lane) {}
+  DK_DEVICE QueryProducer(const BackwardParams& p, uint32_t shared, int lane) : p_(p), shared_(shared), lane_(lane) {}
 
   // Bring everything that one block of keys meets.
-  DK_DEVICE void run(const KeyBlock& block) {
-    const QueryWalk<D> walk(p_, place_, block);
+  DK_DEVICE void run(int number) {
+    const KeyBlock block(load_place<D>(shared_), number, L::kRows);
+    const QueryWalk<D> walk(p_, load_place<D>(shared_), block);
     bool carried = false;  // whether the tile before was near and visited
     const int tiles = any_key(block) ? walk.tiles : 0;
-    Tile next = tile_of(walk, 0, tiles);
+    Tile next = tile_of(0, tiles);
     for (int tile = 0; tile < tiles; tile++) {
-      Tile now = next;
-      next = tile_of(walk, tile + 1, tiles);  // arrives while this tile waits for a stage
-      const bool near = now.info.zone == kNear;
-      const bool visited = now.info.valid_low | now.info.valid_high;
+      const Tile now = next;
+      next = tile_of(tile + 1, tiles);  // arrives while this tile waits for a stage
+      int zone = walk.zone(tile);
+      const bool near = zone == kNear, visited = now.valid[0] | now.valid[1];
       if (visited) {
-        if (near && !carried) now.info.zone = kNearFirst;
-        put(now);
-        if (near) put_tables(walk.x0 - now.info.first_key, carried);
+        if (near && !carried) zone = kNearFirst;
+        put(now, tile * kTile, zone, number);
+        if (near) put_tables(walk.x0 - tile * kTile, carried);
       }
       carried = near && visited;
     }
-    Tile end{};
-    end.info.zone = kEnd;
-    put(end);
+    put(Tile{}, 0, kEnd, number);
   }
 
  private:
-  // What goes with a tile: queries `lane` and `lane + 32` of it.
+  // Of queries `lane` and `lane + 32` of a tile the log-sum-exp; of all queries whether they have one.
   struct Tile {
-    StageInfo info;  // first_key: the first query
-    float shift[2], delta[2];
+    float lse[2];
+    uint32_t valid[2];
   };
 
   DK_DEVICE bool any_key(const KeyBlock& block) const {
+    const Place place = load_place<D>(shared_);
     bool valid = false;
     for (int i = lane_; i < L::kRows; i += 32) {
       const int key = block.first_key + i;
       if (key < block.start || key >= block.stop) continue;
-      valid |= !p_.key_mask || load_global(p_.key_mask + place_.batch * p_.key_mask_stride_b + key) != 0;
+      valid |= !p_.key_mask || load_global(p_.key_mask + place.batch * p_.key_mask_stride_b + key) != 0;
     }
     return ballot(valid) != 0;
   }
 
-  // A score less its query's shift is the logarithm of the probability; what a far zone adds to scores is in the shift.
-  DK_DEVICE Tile tile_of(const QueryWalk<D>& walk, int number, int tiles) const {
-    Tile tile{};
-    if (number >= tiles) return tile;
-    tile.info.zone = walk.zone(number);
-    tile.info.first_key = number * kTile;
-    const bool far = tile.info.zone == kLeft || tile.info.zone == kRight;
-    const int64_t samples = p_.cu_seqlens ? 1 : p_.batch, batch = p_.cu_seqlens ? 0 : place_.batch;
-    uint32_t valid[2];
+  // Where a query's number lies among those of all queries.
+  DK_DEVICE int64_t at(const Place& place, int row) const {
+    const int batch = p_.cu_seqlens ? 0 : place.batch;
+    return (batch * p_.heads + place.head) * p_.nq + place.first_token + row;
+  }
+
+  DK_DEVICE Tile tile_of(int number, int tiles) const {
+    const Place place = load_place<D>(shared_);
+    Tile tile;
     DK_UNROLL
     for (int i = 0; i < 2; i++) {
-      const int row = tile.info.first_key + 32 * i + lane_;
-      const int64_t at = (batch * p_.heads + place_.head) * p_.nq + place_.first_token + row;
-      float lse = -minus_infinity();
-      if (row < place_.nq) {
-        lse = load_global(p_.lse2 + at);
-        tile.delta[i] = load_global(p_.delta + at);
-      }
-      const bool is_there = lse != -minus_infinity();
-      tile.shift[i] = minus_infinity();
-      if (is_there) {
-        const int64_t side = tile.info.zone == kLeft ? 0 : samples * p_.heads * p_.nq;
-        tile.shift[i] = (far ? load_global(p_.far_constants + side + at) : 0.0f) - lse;
-      }
-      valid[i] = ballot(is_there);
+      const int row = number * kTile + 32 * i + lane_;
+      tile.lse[i] = -minus_infinity();
+      if (number < tiles && row < place.nq) tile.lse[i] = load_global(p_.lse2 + at(place, row));
+      tile.valid[i] = ballot(tile.lse[i] != -minus_infinity());
     }
-    tile.info.valid_low = valid[0], tile.info.valid_high = valid[1];
     return tile;
   }
 
-  DK_DEVICE void put(const Tile& tile) {
-    const uint32_t full = shared_ + L::kStageFull + stage_.entry * 8;
-    const int zone = tile.info.zone;
-    barrier_wait(shared_ + L::kStageEmpty + stage_.entry * 8, stage_.parity ^ 1);
-    DK_UNROLL
-    for (int i = 0; i < 2; i++) {
-      const uint32_t statistics = shared_ + L::kStatistics + stage_.entry * L::kStatisticsBytes + (32 * i + lane_) * 4;
-      store_shared(statistics, tile.shift[i]);
-      store_shared(statistics + kTile * 4, tile.delta[i]);
-    }
-    sync_warp();  // lane 0 arrives for all
+  DK_DEVICE void put(const Tile& tile, int first_query, int zone, int number) {
+    const uint32_t full = shared_ + L::kStageFull + stage_.entry() * 8;
+    barrier_wait(shared_ + L::kStageEmpty + stage_.entry() * 8, stage_.parity() ^ 1);
     if (lane_ == 0) {
       store_shared_4(
-          shared_ + L::kStageInfo + stage_.entry * 16, tile.info.valid_low, tile.info.valid_high,
-          (uint32_t)tile.info.first_key, (uint32_t)zone);
-      if (zone == kEnd) {
-        barrier_arrive(full);
-      } else {
-        barrier_arrive_expect(full, 2 * L::kTileBytes);
-        const int token = place_.first_token + tile.info.first_key, batch = p_.cu_seqlens ? 0 : place_.batch;
-        const int samples = p_.cu_seqlens ? 1 : (int)p_.batch;
-        const uint32_t offset = shared_ + stage_.entry * L::kTileBytes;
-        const bool far = zone == kLeft || zone == kRight;
-        DK_UNROLL
-        for (int panel = 0; panel < D / kPanelColumns; panel++) {
-          const uint32_t target = offset + panel * kTile * kRowBytes;
-          const int column = panel * kPanelColumns, side = zone == kLeft ? batch : samples + batch;
-          if (far) copy_box(target + L::kQueries, p_.q_far, full, column, token, place_.head, side);
-          else copy_box(target + L::kQueries, p_.q, full, column, token, place_.head, batch);
-          copy_box(target + L::kDouts, p_.dout, full, column, token, place_.head, batch);
-        }
-      }
+          shared_ + L::kStageInfo + stage_.entry() * 16, tile.valid[0], tile.valid[1], (uint32_t)first_query,
+          (uint32_t)(zone | number << 3));
+      if (zone == kEnd) barrier_arrive(full);
+      else put_queries(full, first_query, zone);
     }
+    if (zone != kEnd) put_statistics(tile, first_query, zone);
     sync_warp();
-    stage_.advance();
+    if (lane_ == 0) barrier_arrive(full);  // for all lanes
+    stage_.count++;
+  }
+
+  DK_DEVICE void put_queries(uint32_t full, int first_query, int zone) const {
+    barrier_arrive_expect(full, 2 * L::kTileBytes);
+    const Place place = load_place<D>(shared_);
+    const int token = place.first_token + first_query, batch = p_.cu_seqlens ? 0 : place.batch;
+    const int samples = p_.cu_seqlens ? 1 : (int)p_.batch;
+    const uint32_t offset = shared_ + stage_.entry() * L::kTileBytes;
+    const bool far = zone == kLeft || zone == kRight;
+    DK_UNROLL
+    for (int panel = 0; panel < D / kPanelColumns; panel++) {
+      const uint32_t target = offset + panel * kTile * kRowBytes;
+      const int column = panel * kPanelColumns, side = zone == kLeft ? batch : samples + batch;
+      if (far) copy_box(target + L::kQueries, p_.q_far, full, column, token, place.head, side);
+      else copy_box(target + L::kQueries, p_.q, full, column, token, place.head, batch);
+      copy_box(target + L::kDouts, p_.dout, full, column, token, place.head, batch);
+    }
+  }
+
+  // A score plus its query's shift is the logarithm of the probability; what a far zone adds to scores is in the shift.
+  DK_DEVICE void put_statistics(const Tile& tile, int first_query, int zone) const {
+    const Place place = load_place<D>(shared_);
+    const int64_t side = zone == kLeft ? 0 : (p_.cu_seqlens ? 1 : p_.batch) * p_.heads * p_.nq;
+    const bool far = zone == kLeft || zone == kRight;
+    DK_UNROLL
+    for (int i = 0; i < 2; i++) {
+      float shift = minus_infinity(), delta = 0.0f;
+      if (tile.lse[i] != -minus_infinity()) {
+        const int64_t row = at(place, first_query + 32 * i + lane_);
+        delta = load_global(p_.delta + row);
+        shift = (far ? load_global(p_.far_constants + side + row) : 0.0f) - tile.lse[i];
+      }
+      const uint32_t target = shared_ + L::kStatistics + stage_.entry() * L::kStatisticsBytes + (32 * i + lane_) * 4;
+      store_shared(target, shift);
+      store_shared(target + kTile * 4, delta);
+    }
   }
 
   // As in the forward: a run of near tiles reads blocks of 64 distances downwards.
@@ -131,28 +134,28 @@ class QueryProducer {
   }
 
   DK_DEVICE void put_blocks(int row) {
-    barrier_wait(shared_ + L::kSlotEmpty + slot_.entry * 8, slot_.parity ^ 1);
+    barrier_wait(shared_ + L::kSlotEmpty + slot_.entry() * 8, slot_.parity() ^ 1);
     if (lane_ == 0) {
-      const uint32_t full = shared_ + L::kSlotFull + slot_.entry * 8;
+      const uint32_t full = shared_ + L::kSlotFull + slot_.entry() * 8;
+      const int head = load_place<D>(shared_).head;
       barrier_arrive_expect(full, 2 * L::kTileBytes);
-      const uint32_t offset = shared_ + slot_.entry * L::kTileBytes;
+      const uint32_t offset = shared_ + slot_.entry() * L::kTileBytes;
       DK_UNROLL
       for (int panel = 0; panel < D / kPanelColumns; panel++) {
         const uint32_t target = offset + panel * kTile * kRowBytes;
-        copy_box(target + L::kPosRow, p_.pos_query, full, panel * kPanelColumns, row, place_.head);
-        copy_box(target + L::kPosColumn, p_.pos_key, full, panel * kPanelColumns, row, place_.head);
+        copy_box(target + L::kPosRow, p_.pos_query, full, panel * kPanelColumns, row, head);
+        copy_box(target + L::kPosColumn, p_.pos_key, full, panel * kPanelColumns, row, head);
       }
     }
     sync_warp();
-    slot_.advance();
+    slot_.count++;
   }
 
   const BackwardParams& p_;
-  const Place& place_;
   const uint32_t shared_;
   const int lane_;
-  RingPosition<L::kStages> stage_;
-  RingPosition<L::kSlots> slot_;
+  RingCounter<L::kStages> stage_;
+  RingCounter<L::kSlots> slot_;
 };
 
 }  // namespace dk

@@ -76,6 +76,11 @@ inline void store_shared_4(uint32_t address, uint32_t a, uint32_t b, uint32_t c,
   const uint32_t values[4] = {a, b, c, d};
   std::memcpy(machine.shared_access(address, 16, true), values, 16);
 }
+inline uint32_t load_shared(uint32_t address) {
+  uint32_t value;
+  std::memcpy(&value, machine.shared_access(address, 4, false), 4);
+  return value;
+}
 inline void load_shared_2(uint32_t address, float& a, float& b) {
   float values[2];
   std::memcpy(values, machine.shared_access(address, 8, false), 8);

@@ -21,10 +21,23 @@ __all__ = [
 ]  # fmt: skip
 
 SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
-# (dtype, head size) of each module.
-MODULES = tuple((dtype, head_dim) for dtype in ("bf16", "fp16") for head_dim in (64, 128))
-# What turns the kernel into plain flash attention: no near tiles.
-PLAIN = ("if (info.zone == kNearFirst) near_run(info);\n      else far_zone(info);", "far_zone(info);")
+# (pass, dtype, head size) of each module.
+MODULES = tuple(
+    (which, dtype, head_dim)
+    for which, head_dims in (("forward", (64, 128)), ("backward", (64,)))
+    for dtype in ("bf16", "fp16")
+    for head_dim in head_dims
+)
+# What turns a kernel into plain flash attention, by pass: the file, and what takes its near tiles away.
+PLAIN = {
+    "forward": (
+        "consumer.h", "if (info.zone == kNearFirst) near_run(info);\n      else far_zone(info);", "far_zone(info);"
+    ),
+    "backward": (
+        "key_consumer.h", "visit = visit.zone() == kNearFirst ? near_run() : far_zone(visit);",
+        "visit = far_zone(visit);",
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -80,10 +93,13 @@ class Usage:
     serialised: int
 
 
-def compile_module(dtype: str, head_dim: int) -> dict[str, CudaReport]:
+def compile_module(which: str, dtype: str, head_dim: int) -> dict[str, CudaReport]:
     """Compile one module for sm_90a, and plain flash attention to compare with; return a report per kernel.
 
+    Kernels without tiles of pairs, such as the conversion of dq, are left out.
+
     Args:
+        which: "forward" or "backward".
         dtype: "bf16" or "fp16".
         head_dim: 64 or 128.
 
@@ -91,13 +107,15 @@ def compile_module(dtype: str, head_dim: int) -> dict[str, CudaReport]:
         RuntimeError: it does not compile, or nvdisasm is missing.
     """
     with tempfile.TemporaryDirectory() as name:
-        log, cubin = run_compiler(SOURCES, dtype, head_dim, Path(name))
+        log, cubin = run_compiler(SOURCES, which, dtype, head_dim, Path(name))
         loops = _loops(cubin)
         shared = _info(cubin)[5]
-        plain = _plain(dtype, head_dim, Path(name))
+        plain = _plain(which, dtype, head_dim, Path(name))
     reports = {}
     for kernel, usage in read_log(log).items():
         near, far = loops[kernel]
+        if near is None and kernel.startswith("disentangled_backward_dq"):
+            continue
         if near is None or far is None:
             raise RuntimeError(f"{kernel}: no loops over near and far tiles to be found in what nvcc made")
         reports[kernel] = CudaReport(
@@ -120,12 +138,12 @@ def read_log(log: str) -> dict[str, Usage]:
     return found
 
 
-def run_compiler(sources: Path, dtype: str, head_dim: int, folder: Path) -> tuple[str, Path]:
+def run_compiler(sources: Path, which: str, dtype: str, head_dim: int, folder: Path) -> tuple[str, Path]:
     """Compile one module; return what ptxas printed, and the cubin."""
     cubin = folder / "module.cubin"
     command = [
         str(nvcc()), "-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", "-cubin", "-Xptxas=-v",
-        f"-DDK_DTYPE={dtype}", f"-DDK_HEAD_DIM={head_dim}", "-o", str(cubin), str(sources / "forward.cu"),
+        f"-DDK_DTYPE={dtype}", f"-DDK_HEAD_DIM={head_dim}", "-o", str(cubin), str(sources / f"{which}.cu"),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -133,15 +151,16 @@ def run_compiler(sources: Path, dtype: str, head_dim: int, folder: Path) -> tupl
     return done.stdout + done.stderr, cubin
 
 
-def _plain(dtype: str, head_dim: int, folder: Path) -> dict[str, Counts]:
+def _plain(which: str, dtype: str, head_dim: int, folder: Path) -> dict[str, Counts]:
     changed = folder / "plain"
     shutil.copytree(SOURCES, changed)
-    consumer = changed / "consumer.h"
+    file, choice, far_only = PLAIN[which]
+    consumer = changed / file
     text = consumer.read_text(encoding="utf-8")
-    if PLAIN[0] not in text:
-        raise RuntimeError("consumer.h no longer chooses between near and far tiles as tools/offline/cuda.py expects")
-    consumer.write_text(text.replace(*PLAIN), encoding="utf-8")
-    _, cubin = run_compiler(changed, dtype, head_dim, folder)
+    if choice not in text:
+        raise RuntimeError(f"{file} no longer chooses between near and far tiles as tools/offline/cuda.py expects")
+    consumer.write_text(text.replace(choice, far_only), encoding="utf-8")
+    _, cubin = run_compiler(changed, which, dtype, head_dim, folder)
     return {kernel: loops[0] for kernel, loops in _loops(cubin).items() if loops[0] is not None}
 
 
@@ -156,7 +175,7 @@ def _loops(cubin: Path) -> dict[str, tuple[Counts | None, Counts | None]]:
 
 
 def _info(cubin: Path) -> tuple[int, ...]:
-    """Return the seven numbers of `disentangled_forward_info`, the only data in constant bank 3."""
+    """Return the seven numbers of `disentangled_<pass>_info`, the only data in constant bank 3."""
     data = cubin.read_bytes()
     (table,) = struct.unpack_from("<Q", data, 40)
     size, number, names = struct.unpack_from("<HHH", data, 58)
@@ -165,7 +184,7 @@ def _info(cubin: Path) -> tuple[int, ...]:
         start = headers[names][4] + name
         if data[start : data.index(b"\0", start)] == b".nv.constant3" and length >= 28:
             return struct.unpack_from("<7i", data, offset)
-    raise RuntimeError("the module holds no disentangled_forward_info")
+    raise RuntimeError("the module holds no disentangled_*_info")
 
 
 def full_tile(counts: Counts) -> int:
