@@ -185,29 +185,29 @@ def test_lora_through_the_plugin_interface_is_fused(build, batch, calls_per_laye
 
 
 def test_layers_without_an_adapter_run_as_plain_ones(adapt, batch, monkeypatch):
-    from deberta_kernels.modules import linear
+    from deberta_kernels.modules import products
 
-    if linear.refusal() is not None:
-        pytest.skip(linear.refusal())
+    if products.refusal() is not None:
+        pytest.skip(products.refusal())
     ran: list[torch.Size] = []
-    operator = linear._operator()
-    monkeypatch.setattr(linear, "_operator", lambda: lambda x, w, *rest: ran.append(w.shape) or operator(x, w, *rest))
+    operator = products._operator()
+    monkeypatch.setattr(products, "_operator", lambda: lambda x, w, *rest: ran.append(w.shape) or operator(x, w, *rest))
     config = adapters.LoRAConfig(attn_matrices=["q"])
     expected = states(adapt({"task": config}, "task"), batch())
     model = adapt({"task": config}, "task")
     dk.patch(model, fast_linears=True)
     actual = states(model, batch())
     torch.testing.assert_close(actual, expected, atol=3e-5, rtol=1e-5)
-    assert len(ran) == 2 * 5  # keys, values, and three around attention; queries have an adapter
+    assert len(ran) == 2 * 6  # keys, their table, values, and three around attention; queries have an adapter
 
 
 @pytest.mark.parametrize("how", ["inactive", "merged"])
-@pytest.mark.parametrize(("head", "plain_layers"), [("DebertaV2Model", 6), ("DebertaModel", 4)])
+@pytest.mark.parametrize(("head", "plain_layers"), [("DebertaV2Model", 6 + 2), ("DebertaModel", 4)])
 def test_layers_whose_adapter_does_nothing_run_as_plain_ones(head, plain_layers, how, adapt, batch, monkeypatch):
-    from deberta_kernels.modules import linear, positions
+    from deberta_kernels.modules import positions, products
 
-    if linear.refusal() is not None:
-        pytest.skip(linear.refusal())
+    if products.refusal() is not None:
+        pytest.skip(products.refusal())
     config = adapters.LoRAConfig(attn_matrices=["q", "k", "v"])
     plain, model = (adapt({"task": config}, "task", head=head) for _ in range(2))
     dk.patch(model, fast_linears=True)
@@ -217,8 +217,8 @@ def test_layers_whose_adapter_does_nothing_run_as_plain_ones(head, plain_layers,
     for one in (plain, model):
         one.set_active_adapters(None) if how == "inactive" else one.merge_adapter("task")
     ran: list[torch.Size] = []
-    operator = linear._operator()
-    monkeypatch.setattr(linear, "_operator", lambda: lambda x, w, *rest: ran.append(w.shape) or operator(x, w, *rest))
+    operator = products._operator()
+    monkeypatch.setattr(products, "_operator", lambda: lambda x, w, *rest: ran.append(w.shape) or operator(x, w, *rest))
     expected = states(plain, batch())
     assert torch.allclose(expected, with_adapter, atol=1e-4) == (how == "merged")
     torch.testing.assert_close(states(model, batch()), expected, atol=3e-5, rtol=1e-5)
