@@ -384,9 +384,14 @@ def main() -> None:
 
         def finalize_options(self) -> None:
             # The library decides whether the wheel is pure, so it comes first.
-            self.get_finalized_command("build_native").cuda = True
             self.run_command("build_native")
             super().finalize_options()
+
+        def run(self) -> None:
+            # Not where the options are finalised: an install in place does that as well, and would wait for minutes.
+            if Layout().library.is_file():
+                build_cubins_or_say()
+            super().run()
 
         def get_tag(self) -> tuple[str, str, str]:
             platform = super().get_tag()[2]
