@@ -1,11 +1,6 @@
 // One module: the backward for one dtype, -DDK_DTYPE=bf16 or fp16, and one head size, -DDK_HEAD_DIM=64.
 #include "backward.h"
-
-#define DK_NAME_(prefix, dtype, head_dim, suffix) prefix##_##dtype##_d##head_dim##suffix
-#define DK_NAME(prefix, dtype, head_dim, suffix) DK_NAME_(prefix, dtype, head_dim, suffix)
-
-using bf16 = dk::BFloat16;
-using fp16 = dk::Float16;
+#include "names.h"
 
 extern "C" {
 
@@ -21,7 +16,7 @@ __constant__ dk::BackwardInfo disentangled_backward_info = {
 
 #define DK_KERNEL(suffix, pair, dropout)                                                                         \
   __global__ void __launch_bounds__(dk::BackwardLayout<DK_HEAD_DIM>::kThreads, 1)                                \
-      DK_NAME(disentangled_backward, DK_DTYPE, DK_HEAD_DIM, suffix)(const __grid_constant__ dk::BackwardParams p) { \
+      DK_NAME(backward, DK_DTYPE, DK_HEAD_DIM, suffix)(const __grid_constant__ dk::BackwardParams p) { \
     dk::backward<DK_DTYPE, DK_HEAD_DIM, pair, dropout>(p);                                                       \
   }
 
@@ -31,7 +26,7 @@ DK_KERNEL(_dropout, false, true)
 DK_KERNEL(_pair_dropout, true, true)
 
 __global__ void __launch_bounds__(dk::kWarpgroup)
-    DK_NAME(disentangled_backward_dq, DK_DTYPE, DK_HEAD_DIM, )(const __grid_constant__ dk::BackwardParams p) {
+    DK_NAME(backward_dq, DK_DTYPE, DK_HEAD_DIM, )(const __grid_constant__ dk::BackwardParams p) {
   dk::convert_queries<DK_DTYPE, DK_HEAD_DIM>(p);
 }
 

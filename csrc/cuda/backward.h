@@ -1,24 +1,9 @@
-// One block of the backward: who is who, and the barriers between them.
+// One block of the backward: who is who.
 #pragma once
 #include "key_consumer.h"
 #include "query_gradient.h"
 
 namespace dk {
-
-template <int D>
-DK_DEVICE void initialise_backward_barriers(uint32_t shared) {
-  using L = BackwardLayout<D>;
-  constexpr int kConsumerWarps = L::kConsumerThreads / 32;
-  for (int i = 0; i < L::kStages; i++) {
-    barrier_init(shared + L::kStageFull + i * 8, 2);  // copies, and what the producer stores itself
-    barrier_init(shared + L::kStageEmpty + i * 8, kConsumerWarps);
-  }
-  for (int i = 0; i < L::kSlots; i++) {
-    barrier_init(shared + L::kSlotFull + i * 8, 1);
-    barrier_init(shared + L::kSlotEmpty + i * 8, kConsumerWarps);
-  }
-  barrier_init_fence();
-}
 
 // Differentiate by the keys of this block, of every `groups`-th block of a sample and head. The first warpgroup copies, of
 // which one warp is enough; each of the others holds 64 keys.
@@ -31,7 +16,7 @@ DK_DEVICE void backward(const BackwardParams& p) {
   if (!KeyBlock(place, first, L::kRows).is_there) return;
   const uint32_t shared = shared_base();
   if (thread == 0) {
-    initialise_backward_barriers<D>(shared);
+    initialise_barriers<L>(shared, 2);  // copies, and what the producer stores itself
     store_place(place, shared + L::kPlace);
   }
   sync_block();

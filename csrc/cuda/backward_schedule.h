@@ -38,6 +38,12 @@ struct RingCounter {
   DK_DEVICE RingCounter next() const { return RingCounter{count + 1}; }
 };
 
+// Which of the sums of the gradients of queries, of one tile and head each, a tile adds to.
+DK_DEVICE int64_t query_sum(const BackwardParams& p, const Place& place, int first_query) {
+  const int64_t first_tile = p.cu_seqlens ? place.first_token / kTile + place.batch : place.batch * p.row_tiles;
+  return (first_tile + first_query / kTile) * p.heads + place.head;
+}
+
 // The keys of a block. Prefix keys are blocks from key 0, the other keys blocks from `Walk::key_start` of schedule.h.
 struct KeyBlock {
   int first_key;    // counted in the sample

@@ -1,11 +1,6 @@
 // One module: the forward for one dtype, -DDK_DTYPE=bf16 or fp16, and one head size, -DDK_HEAD_DIM=64 or 128.
 #include "forward.h"
-
-#define DK_NAME_(dtype, head_dim, suffix) disentangled_forward_##dtype##_d##head_dim##suffix
-#define DK_NAME(dtype, head_dim, suffix) DK_NAME_(dtype, head_dim, suffix)
-
-using bf16 = dk::BFloat16;
-using fp16 = dk::Float16;
+#include "names.h"
 
 extern "C" {
 
@@ -21,7 +16,7 @@ __constant__ dk::ForwardInfo disentangled_forward_info = {
 
 #define DK_KERNEL(suffix, pair, dropout)                                                                 \
   __global__ void __launch_bounds__(dk::Layout<DK_HEAD_DIM>::kThreads, 1)                                \
-      DK_NAME(DK_DTYPE, DK_HEAD_DIM, suffix)(const __grid_constant__ dk::ForwardParams p) {              \
+      DK_NAME(forward, DK_DTYPE, DK_HEAD_DIM, suffix)(const __grid_constant__ dk::ForwardParams p) {              \
     dk::forward<DK_DTYPE, DK_HEAD_DIM, pair, dropout>(p);                                                \
   }
 

@@ -1,24 +1,9 @@
-// One block of the forward: who is who, and the barriers between them.
+// One block of the forward: who is who.
 #pragma once
 #include "consumer.h"
 #include "producer.h"
 
 namespace dk {
-
-template <int D>
-DK_DEVICE void initialise_barriers(uint32_t shared) {
-  using L = Layout<D>;
-  constexpr int kConsumerWarps = L::kConsumers * kWarpgroup / 32;
-  for (int i = 0; i < L::kStages; i++) {
-    barrier_init(shared + L::kStageFull + i * 8, 1);
-    barrier_init(shared + L::kStageEmpty + i * 8, kConsumerWarps);
-  }
-  for (int i = 0; i < L::kSlots; i++) {
-    barrier_init(shared + L::kSlotFull + i * 8, 1);
-    barrier_init(shared + L::kSlotEmpty + i * 8, kConsumerWarps);
-  }
-  barrier_init_fence();
-}
 
 // Attend with the queries of this block. The first warpgroup copies, of which one warp is enough; each of the others
 // computes 64 rows.
@@ -29,7 +14,7 @@ DK_DEVICE void forward(const ForwardParams& p) {
   if (place.first_row >= place.nq) return;
   const uint32_t shared = shared_base();
   const int thread = thread_index(), warp = uniform(thread / 32), warpgroup = warp / 4;
-  if (thread == 0) initialise_barriers<D>(shared);
+  if (thread == 0) initialise_barriers<L>(shared, 1);
   sync_block();
   if (warpgroup == 0) {
     if (L::kConsumers > 1) give_registers<L::kProducerRegisters>();

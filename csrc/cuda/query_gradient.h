@@ -1,7 +1,7 @@
 // The last step of the backward: from sums of the gradients of queries, in the order of accumulators, to dq.
 #pragma once
+#include "backward_schedule.h"
 #include "bias.h"
-#include "schedule.h"
 
 namespace dk {
 
@@ -12,9 +12,7 @@ DK_DEVICE void convert_queries(const BackwardParams& p) {
   if (place.first_row >= place.nq) return;
   const int thread = thread_index();
   const Lane lane(thread, thread / 32);
-  const int64_t first_tile = p.cu_seqlens ? place.first_token / kTile + place.batch : place.batch * p.row_tiles;
-  const int64_t tile = (first_tile + place.first_row / kTile) * p.heads + place.head;
-  const float* sums = p.dq_sums + tile * kTile * D + 4 * thread;
+  const float* sums = p.dq_sums + query_sum(p, place, place.first_row) * kTile * D + 4 * thread;
   const int batch = p.cu_seqlens ? 0 : place.batch;
   const float scale = (float)p.scale;
   DK_UNROLL

@@ -89,9 +89,8 @@ class Sums {
     sync_consumer();
     if (thread_ == 0) {
       const Place place = load_place<D>(shared_);
-      const int64_t first_tile = p_.cu_seqlens ? place.first_token / kTile + place.batch : place.batch * p_.row_tiles;
-      const int64_t tile = (first_tile + first_query / kTile) * p_.heads + place.head;
-      reduce_add(p_.dq_sums + (2 * tile + consumer_) * kHalfFloats, frame + summed, kHalfBytes);
+      const int64_t sum = query_sum(p_, place, first_query);
+      reduce_add(p_.dq_sums + (2 * sum + consumer_) * kHalfFloats, frame + summed, kHalfBytes);
       reduce_commit();
     }
   }

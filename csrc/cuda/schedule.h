@@ -87,6 +87,21 @@ struct Walk {
   }
 };
 
+// The barriers of both rings, of stages and of slots. `copies`: arrivals that fill a stage.
+template <class L>
+DK_DEVICE void initialise_barriers(uint32_t shared, int copies) {
+  constexpr int kConsumerWarps = L::kConsumers * kWarpgroup / 32;
+  for (int i = 0; i < L::kStages; i++) {
+    barrier_init(shared + L::kStageFull + i * 8, copies);
+    barrier_init(shared + L::kStageEmpty + i * 8, kConsumerWarps);
+  }
+  for (int i = 0; i < L::kSlots; i++) {
+    barrier_init(shared + L::kSlotFull + i * 8, 1);
+    barrier_init(shared + L::kSlotEmpty + i * 8, kConsumerWarps);
+  }
+  barrier_init_fence();
+}
+
 // A ring of barriers: position n uses entry n mod kEntries, in phase n / kEntries.
 template <int kEntries>
 struct RingPosition {
