@@ -28,6 +28,8 @@ CASES = [
     Case(batch=3, heads=1, nq=150, dtype=BF16, packed=True, **SHORT),
     Case(batch=1, heads=2, nq=100, dtype=BF16, dropout_p=0.3),
     Case(batch=1, heads=1, nq=90, dtype=FP16, dropout_p=0.2, mask="heads"),
+    *(Case(batch=1, heads=1, nq=150, dtype=dtype, spread=spread) for dtype, spread in
+      ((FP16, 8.0), (FP16, 30.0), (BF16, 30.0), (BF16, 200.0))),
 ]  # fmt: skip
 
 
