@@ -5,8 +5,8 @@ python benchmarks/soak.py --steps 2000   fewer
 python benchmarks/soak.py --no-onednn    without PyTorch's oneDNN
 python benchmarks/soak.py --stock        the model as transformers makes it
 
-PyTorch and oneDNN keep compiled code for every size they meet, up to 1024 of each kind, in the stock model as well, and
-fill up for thousands of steps. `--no-onednn` shows what is left without it.
+PyTorch and oneDNN keep compiled code for every size they meet, in the stock model as well, until caches of 1024 entries
+are full. That takes thousands of steps. `--no-onednn` shows what grows without them.
 """
 
 from __future__ import annotations
