@@ -1,15 +1,17 @@
-"""Estimate the time of the CUDA forward from its compiled instructions, by the rule and device of predict.py.
+"""Estimate the time of the CUDA kernels from their compiled instructions, by the rule and device of predict.py.
 
     python tools/predict_cuda.py
 
-What differs from the Triton kernels is counted exactly here, since the kernel lays its memory out itself: operands that
-come from registers, loads of 8 bytes, no bank conflicts, and tiles that two warpgroups share. SDPA's flash kernel is
-taken at its usual rate for heads of 64, a lead and no measurement. nvcc and nvdisasm are needed, no GPU.
+What differs from the Triton kernels is counted exactly here, since the kernels lay their memory out themselves:
+operands that come from registers, the width of loads and stores, tiles that two warpgroups share, and the sums of the
+backward, which pass through shared memory and L2. No bank conflicts are assumed. SDPA's flash kernel is taken at its
+usual rate for heads of 64, a lead and no measurement. nvcc and nvdisasm are needed, no GPU.
 """
 
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -20,35 +22,60 @@ from offline.table import aligned
 from predict import DEVICE, HEADS, MATRIX_FLOPS, OPERAND, SATURATED, TILE, TOKENS, WARPS, overlapped
 
 LENGTHS = (512, 1024, 2048, 4096, 8192)
-KERNEL = "disentangled_forward_bf16_d64"
 ROWS = 128
 SDPA_FLOPS = 350e12
-# 16 columns or rows of an operand of 64, per product; near tiles take the keys from there as first operand, 8 times.
+# 16 columns or rows of an operand of 64, per product.
 STEP = OPERAND // 4
-KEYS_FIRST = 8
+# What a warpgroup's sum of 64 x 64 takes, in float32.
+SUM = TILE * TILE * 4
 
 
-def cycles(counts: Counts, loaded: int, first_operands: int) -> float:
-    """Return the estimated cycles of one pass over 64 x 64 pairs.
+@dataclass(frozen=True)
+class Pass:
+    """Say what one pass over 64 x 64 pairs moves beside what its instructions tell.
 
-    Args:
-        counts: of the pass.
+    Attributes:
         loaded: operand tiles that the block loads for its two warpgroups.
         first_operands: products whose first operand is in shared memory.
+        added: bytes that the copy engine adds to sums in L2.
     """
-    wavefronts = WARPS * (counts.shared_stores + 2 * (counts.shared_loads - 1))
-    operands = STEP * (counts.matrix + first_operands)
+
+    loaded: int
+    first_operands: int
+    added: int = 0
+
+
+# Near tiles of the forward take the keys from shared memory, 8 times. The backward's far tiles do so with the gradients
+# of scores, for those of queries, of which each warpgroup adds half; its near tiles have all but three products' first
+# operands there (those by values, weights and gradients of scores), and add the gradients of a block of each table.
+FORWARD = Pass(4, 8), Pass(2, 0)
+BACKWARD = Pass(4, 48, SUM // 2 + 2 * SUM), Pass(2, 4, SUM // 2)
+
+
+def cycles(counts: Counts, moved: Pass) -> float:
+    """Return the estimated cycles of one pass over 64 x 64 pairs."""
+    operands = STEP * (counts.matrix + moved.first_operands)
     return overlapped({
         "issue": counts.instructions,
         "matrix": counts.matrix * MATRIX_FLOPS / DEVICE.flops,
         "exponentials": TILE * TILE / DEVICE.exponentials,
-        "shared": wavefronts + operands / DEVICE.shared_bytes,
-        "l2": loaded * OPERAND * TILE / ROWS / DEVICE.l2_bytes,
+        "shared": WARPS * counts.wavefronts + (operands + moved.added) / DEVICE.shared_bytes,
+        "l2": (moved.loaded * OPERAND * TILE / ROWS + moved.added) / DEVICE.l2_bytes,
     })  # fmt: skip
 
 
+def milliseconds(length: int, near: float, far: float) -> float:
+    """Return the time of all passes of a length, given the cycles of one."""
+    near_passes, far_passes = passes(length)
+    heads = HEADS * (TOKENS // length)
+    return 1e3 * heads * (near_passes * near + far_passes * far) / (DEVICE.multiprocessors * DEVICE.clock)
+
+
 def passes(length: int) -> tuple[int, int]:
-    """Return how many 64 x 64 passes of one head are in near tiles of 128 x 64, and how many in far ones."""
+    """Return how many 64 x 64 passes of one head are in near tiles of 128 x 64, and how many in far ones.
+
+    The 128 are queries in the forward and keys in the backward.
+    """
     near = far = 0
     for row in range(0, length, ROWS):
         for key in range(0, length, TILE):
@@ -59,17 +86,17 @@ def passes(length: int) -> tuple[int, int]:
 
 def main() -> int:
     """Print the estimates."""
-    report = cuda.compile_module("forward", "bf16", 64)[KERNEL]
-    near, far = cycles(report.near, 4, KEYS_FIRST), cycles(report.far, 2, 0)
-    print(f"cycles of one pass over 64 x 64 pairs: near {near:.0f}, far {far:.0f}\n")
-    rows = [["length", "forward ms", "SDPA flash ms", "of its speed"]]
+    loops = {}
+    for which, moved in (("forward", FORWARD), ("backward", BACKWARD)):
+        report = cuda.compile_module(which, "bf16", 64)[f"disentangled_{which}_bf16_d64"]
+        loops[which] = cycles(report.near, moved[0]), cycles(report.far, moved[1])
+        print(f"cycles of one pass over 64 x 64 pairs, {which}: near %.0f, far %.0f" % loops[which])
+    rows = [["length", "forward ms", "SDPA flash ms", "of its speed", "backward ms"]]
     for length in LENGTHS:
-        heads = HEADS * (TOKENS // length)
-        near_passes, far_passes = passes(length)
-        ours = heads * (near_passes * near + far_passes * far) / (DEVICE.multiprocessors * DEVICE.clock)
-        flash = heads * length**2 * 4 * TILE / SDPA_FLOPS
-        rows.append([str(length), f"{1e3 * ours:.3f}", f"{1e3 * flash:.3f}", f"{flash / ours:.2f}"])
-    print(aligned(rows))
+        flash = 1e3 * HEADS * (TOKENS // length) * length**2 * 4 * TILE / SDPA_FLOPS
+        forward, backward = (milliseconds(length, *loops[which]) for which in ("forward", "backward"))
+        rows.append([str(length), f"{forward:.3f}", f"{flash:.3f}", f"{flash / forward:.2f}", f"{backward:.3f}"])
+    print("\n" + aligned(rows))
     return 0
 
 

@@ -30,8 +30,9 @@ DK_DEVICE void backward(const BackwardParams& p) {
   } else {
     take_registers<L::kConsumerRegisters>();
     KeyConsumer<Element, D, kPair, kDropout> consumer(p, shared, warpgroup - 1, thread % kWarpgroup);
-    while (KeyBlock(load_place<D>(shared), consumer.run() + (int)p.groups, L::kRows).is_there) {
-    }
+    int number;
+    do number = consumer.run() + (int)p.groups;
+    while (KeyBlock(load_place<D>(shared), number, L::kRows).is_there);
     consumer.leave();
   }
 }

@@ -286,7 +286,7 @@ class KeyConsumer {
   }
 
   // What a pair mask and dropout say of this thread's pairs: bit i of accumulator i. Found before there are scores, while
-  // registers are free.
+  // registers are free, and put together there: the compiler would keep the parts.
   struct Draws {
     uint32_t allowed = ~0u, kept = ~0u;
   };
@@ -297,12 +297,12 @@ class KeyConsumer {
     const int first_key = keys_.first_key(visit().number());
     if (kPair) {
       const int keys[2] = {keys_.key(first_key, 0), keys_.key(first_key, 1)};
-      draws.allowed = PairMask(p_, place).allowed_transposed(keys, first_query(), lane());
+      draws.allowed = computed_anew(PairMask(p_, place).allowed_transposed(keys, first_query(), lane()));
     }
     if (kDropout) {
-      draws.kept = kept_pairs(
+      draws.kept = computed_anew(kept_pairs(
           load_global(p_.seed) + no_number(), (uint32_t)(place.batch * (int)p_.heads + place.head), first_key, first_query(),
-          (uint32_t)p_.dropout_threshold, lane());
+          (uint32_t)p_.dropout_threshold, lane()));
     }
     return draws;
   }
@@ -386,9 +386,12 @@ class KeyConsumer {
   }
 
   // Multiply two tiles of 64 x 64. kFirstRows, kSecondRows: the product sums over the rows of the tile, not its columns.
+  // Pair masks and dropout leave no registers to keep descriptors in over the loops, so these are made where they are used.
   template <bool kAccumulate, bool kFirstRows, bool kSecondRows>
   DK_DEVICE static void multiply(float (&d)[32], uint32_t first, uint32_t second) {
-    const uint32_t a = operand_start(first), b = operand_start(second);
+    constexpr bool kAnew = kPair || kDropout;
+    const uint32_t a = operand_start(kAnew ? computed_anew(first) : first);
+    const uint32_t b = operand_start(kAnew ? computed_anew(second) : second);
     DK_UNROLL
     for (int k = 0; k < kOver; k++) {
       const uint64_t x = kFirstRows ? rows_inside<kTile>(a, 0, k) : columns_inside<kTile>(a, k);

@@ -109,7 +109,7 @@ class KeyRows {
       DK_UNROLL
       for (int h = 0; h < 2; h++) {
         float k0, k1;
-        Element::unpack(k[2 * n + h], k0, k1);
+        Element::unpack(computed_anew(k[2 * n + h]), k0, k1);  // else unpacked from `store_k` on, in twice the registers
         of_rows[2 * n] += s[h] * k0, of_rows[2 * n + 1] += s[h] * k1;
       }
     }

@@ -45,14 +45,6 @@ def test_what_is_wrong_is_said(report, message):
         assert not cuda_offline.broken("one_d64", report, BOUND)[0]
 
 
-def test_the_backward_may_spill_as_much_as_is_committed():
-    report, bound = replace(GOOD, spills=40), {**BOUND, "bytes of spills": [40, 43]}
-    assert cuda_offline.broken("disentangled_backward_one_d64", report, bound) == []
-    assert cuda_offline.broken("disentangled_backward_one_d64", replace(report, spills=44), bound)
-    assert cuda_offline.broken("disentangled_backward_one_d64", report, BOUND)
-    assert cuda_offline.broken("disentangled_forward_one_d64", report, bound)
-
-
 def test_a_kernel_without_a_bound_is_wrong():
     assert "no bound is committed" in cuda_offline.broken("one_d64", GOOD, None)[0]
 

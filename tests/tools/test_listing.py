@@ -84,6 +84,7 @@ def test_opcodes_are_counted_by_kind():
     counts = count(["LDS.U.128", "LDSM.16.M88", "LDL", "STL.64", "STS", "SHFL.BFLY", "MUFU.EX2", "UTCHMMA.2CTA", "LDG"])
     assert counts.instructions == 9
     assert (counts.shared_loads, counts.shared_stores, counts.local, counts.shuffles) == (2, 1, 2, 1)
+    assert counts.wavefronts == 4 + 1 + 1
     assert (counts.special, counts.matrix) == (1, 1)
     assert matrix_name(["MOV", "HMMA.16816.F32.BF16"]) == "HMMA"
     assert matrix_name(["v_mfma_f32_32x32x8_bf16"]) == "mfma"

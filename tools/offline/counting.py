@@ -37,6 +37,7 @@ class Counts:
         local_stores: stores to local memory.
         shared_loads: loads from shared memory.
         shared_stores: stores to shared memory.
+        wavefronts: what NVIDIA's loads and stores of those take without bank conflicts: one per 4 bytes of a lane.
         special: exponentials, logarithms, reciprocals.
     """
 
@@ -47,6 +48,7 @@ class Counts:
     local_stores: int = 0
     shared_loads: int = 0
     shared_stores: int = 0
+    wavefronts: int = 0
     special: int = 0
 
     @property
@@ -96,8 +98,15 @@ def count(opcodes: list[str]) -> Counts:
         for name, pattern in _PATTERNS:
             if pattern.match(opcode):
                 found[name] += 1
+                if name in ("shared_loads", "shared_stores"):
+                    found["wavefronts"] += _wavefronts(opcode)
                 break
     return Counts(**found)
+
+
+def _wavefronts(opcode: str) -> int:
+    width = re.search(r"\.(64|128)$", opcode)
+    return int(width[1]) // 32 if width else 1
 
 
 def matrix_name(opcodes: list[str]) -> str:
