@@ -30,6 +30,8 @@ ECOSYSTEM_PINS = --pin transformers==5.16.1 --pin gliner==0.2.29 --pin sentence-
 # It needs a transformers older than that of the test extra.
 SPACY_PINS = --pin spacy-transformers==1.4.0 --pin spacy==3.8.18 --pin pytest --pin hypothesis --pin numpy
 TF4_TESTS ?= tests/integrations tests/unit
+# A process for each core, up to eight: one takes a gigabyte. ARGS="-n 0" runs the tests in one process.
+PYTEST = -m pytest -n auto --maxprocesses 8 --dist worksteal
 # The tests never ask the hub for anything.
 OFFLINE = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
@@ -47,13 +49,13 @@ demo: env-demo ## run real text through a DeBERTa before and after patching; pri
 	@$(RUN) -m deberta_kernels demo $(MODEL) $(ARGS)
 
 test: env-test ## run the test suite
-	@$(OFFLINE) $(RUN) -m pytest $(ARGS)
+	@$(OFFLINE) $(RUN) $(PYTEST) $(ARGS)
 
 test-tf4: env-tf4 ## run the integration tests against transformers 4.57.6 and adapters 1.3.0
-	@$(OFFLINE) $(VENV_TF4)/bin/python -m pytest $(TF4_TESTS) $(ARGS)
+	@$(OFFLINE) $(VENV_TF4)/bin/python $(PYTEST) $(TF4_TESTS) $(ARGS)
 
 test-triton: env-triton ## test the Triton kernels in Triton's interpreter, on the CPU
-	@$(OFFLINE) TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(RUN) -m pytest tests/ops -k "triton_interpreted or test_triton" $(ARGS)
+	@$(OFFLINE) TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(RUN) $(PYTEST) tests/ops -k "triton_interpreted or test_triton" $(ARGS)
 
 test-ecosystem: env-ecosystem ## run the tests with GLiNER, sentence-transformers, Presidio, spaCy and quantised layers
 	@$(OFFLINE) $(VENV_ECOSYSTEM)/bin/python -m pytest tests/integrations/test_consumers.py $(ARGS)

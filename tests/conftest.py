@@ -57,6 +57,11 @@ def pytest_addoption(parser):
     )
 
 
+def pytest_configure(config):
+    if config.getoption("--write-tables") and config.getoption("numprocesses", None):
+        raise pytest.UsageError("--write-tables writes what one process has seen; add -n 0")
+
+
 def pytest_collection_modifyitems(config, items):
     """Leave out what a target cannot run; of what is left, slow targets run a sample of each test."""
     chosen, by_test = [], {}
