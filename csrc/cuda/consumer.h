@@ -60,9 +60,10 @@ class Consumer {
   DK_DEVICE void wait_slot(const RingPosition<L::kSlots>& slot) const {
     barrier_wait(shared_ + L::kSlotFull + slot.entry * 8, slot.parity);
   }
-  DK_DEVICE void release_slot() {
-    if ((thread_ & 31) == 0) barrier_arrive(shared_ + L::kSlotEmpty + high_.entry * 8);
-    high_.advance();
+  DK_DEVICE void release_slot() { release(high_); }
+  DK_DEVICE void release(RingPosition<L::kSlots>& slot) const {
+    if ((thread_ & 31) == 0) barrier_arrive(shared_ + L::kSlotEmpty + slot.entry * 8);
+    slot.advance();
   }
 
   // ---- Zones
@@ -103,11 +104,18 @@ class Consumer {
     uint32_t q[4 * kSteps];
     load_queries(q);
     // Of the high blocks of a run, in the order of the copies, the last one belongs to consumer 0.
+    RingPosition<L::kSlots> skipped = high_;
     DK_UNROLL
     for (int i = 0; i < L::kConsumers - 1; i++) {
-      if (i < L::kConsumers - 1 - consumer_) release_slot();
+      if (i < L::kConsumers - 1 - consumer_) high_.advance();
     }
     wait_slot(high_);
+    // Not before that: until the copies of a run begin, the other consumer may still read what lay in these slots. It has
+    // not released that yet, and these arrivals would count for it.
+    DK_UNROLL
+    for (int i = 0; i < L::kConsumers - 1; i++) {
+      if (i < L::kConsumers - 1 - consumer_) release(skipped);
+    }
     {
       // What the first tile needs of its high block a product brings that otherwise the tile before would have made.
       float product[32];
@@ -126,7 +134,8 @@ class Consumer {
       info = next_stage();
     }
     finish_values();
-    // The last low blocks: this consumer's own, and those of the consumers before it.
+    // The last low blocks: this consumer's own, and those of the consumers before it, whose copies have begun, since the
+    // stage that follows is there.
     DK_UNROLL
     for (int i = 0; i < L::kConsumers; i++) {
       if (i <= consumer_) release_slot();

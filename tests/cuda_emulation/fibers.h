@@ -1,4 +1,5 @@
-// Threads of one block as fibers on one processor: each runs until it must wait for another, in a random order.
+// Threads of one block as fibers on one processor: each runs until it must wait for another, in a random order. Those of
+// a warpgroup can be made late: they run only while no other thread and no copy can go on.
 #pragma once
 #include <ucontext.h>
 
@@ -14,6 +15,7 @@
 namespace emulation {
 
 constexpr int kWarp = 32;
+constexpr int kWarpgroup = 128;
 constexpr size_t kStackBytes = 256 << 10;
 
 // What a thread waits for: it goes on once `passed` counts more than it did when the thread began to wait.
@@ -43,22 +45,8 @@ class Fibers {
       makecontext(&fiber.context, reinterpret_cast<void (*)()>(&Fibers::enter), 0);
     }
     running_ = this;
-    bool progress = true;
-    while (progress && error_.empty()) {
-      progress = false;
-      std::shuffle(order.begin(), order.end(), random_);
-      for (int thread : order) {
-        Fiber& fiber = fibers_[thread];
-        if (fiber.done || (fiber.gate && fiber.gate->passed == fiber.seen)) continue;
-        progress = true;
-        fiber.gate = nullptr;
-        current_ = thread;
-        swapcontext(&scheduler_, &fiber.context);
-        if (!error_.empty()) return error_;
-        if (random_() % 4 == 0) idle();
-      }
-      if (!progress) progress = idle();
-    }
+    do std::shuffle(order.begin(), order.end(), random_);
+    while (turn(order, idle, false) || (error_.empty() && idle()) || turn(order, idle, true));
     for (int i = 0; i < threads && error_.empty(); i++) {
       if (!fibers_[i].done) error_ = "deadlock: thread " + std::to_string(i) + " waits at " + fibers_[i].where;
     }
@@ -66,6 +54,8 @@ class Fibers {
   }
 
   int current() const { return current_; }
+  // Make the threads of a warpgroup late; none with -1.
+  void make_late(int warpgroup) { late_ = warpgroup; }
 
   // Called by a thread: wait until the gate is passed again.
   void wait(Gate& gate, const char* where) {
@@ -95,6 +85,23 @@ class Fibers {
     bool done = false;
   };
 
+  // Let each thread that can run do so once, only the late ones or only the others. Returns whether any did.
+  bool turn(const std::vector<int>& order, const std::function<bool()>& idle, bool late) {
+    bool any = false;
+    for (int thread : order) {
+      Fiber& fiber = fibers_[thread];
+      if (!error_.empty()) return false;
+      if ((thread / kWarpgroup == late_) != late || fiber.done) continue;
+      if (fiber.gate && fiber.gate->passed == fiber.seen) continue;
+      any = true;
+      fiber.gate = nullptr;
+      current_ = thread;
+      swapcontext(&scheduler_, &fiber.context);
+      if (error_.empty() && random_() % 4 == 0) idle();
+    }
+    return any && error_.empty();
+  }
+
   static void enter() {
     Fibers& self = *running_;
     const int thread = self.current_;
@@ -108,7 +115,7 @@ class Fibers {
   ucontext_t scheduler_;
   std::mt19937_64 random_;
   std::string error_;
-  int current_ = 0;
+  int current_ = 0, late_ = -1;
 };
 
 }  // namespace emulation

@@ -128,8 +128,12 @@ class Launch:
         self.arguments = Arguments(problem, info, encoder(library), self.out, self.lse)
         self.params, self.grid = self.arguments.params, self.arguments.blocks
 
-    def run(self, blocks: range | None = None, seed: int = 0) -> tuple[Tensor, Tensor]:
-        """Run some blocks, or all; return out and lse, NaN where nothing was written."""
+    def run(self, blocks: range | None = None, seed: int = 0, late: int = -1) -> tuple[Tensor, Tensor]:
+        """Run some blocks, or all; return out and lse, NaN where nothing was written.
+
+        `late` is a warpgroup that runs only while nothing else can; -1: none.
+        """
+        self.library.emulated_late(late)
         blocks = blocks if blocks is not None else range(self.grid)
         allow(self.library, self.arguments.memory)
         problem = self.problem
@@ -159,8 +163,12 @@ class BackwardLaunch:
             x.fill_(float("nan"))
         self.params = self.arguments.params
 
-    def run(self, blocks: Sequence[int] | None = None, seed: int = 0) -> Gradients:
-        """Run the blocks, in this order if one is given, and the conversion of dq; return the gradients."""
+    def run(self, blocks: Sequence[int] | None = None, seed: int = 0, late: int = -1) -> Gradients:
+        """Run the blocks, in this order if one is given, and the conversion of dq; return the gradients.
+
+        `late` is a warpgroup that runs only while nothing else can; -1: none.
+        """
+        self.library.emulated_late(late)
         order = list(range(self.arguments.blocks) if blocks is None else blocks)
         allow(self.library, self.arguments.memory)
         problem = self.problem
@@ -180,6 +188,6 @@ def _span(x: Tensor) -> tuple[int, int]:
     return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
 
 
-def run(problem: AttentionProblem, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Run a problem forward; `seed` is that of the order in which threads run."""
-    return Launch(problem, library()).run(seed=seed)
+def run(problem: AttentionProblem, seed: int = 0, late: int = -1) -> tuple[Tensor, Tensor]:
+    """Run a problem forward; `seed` is that of the order in which threads run, `late` as in `Launch.run`."""
+    return Launch(problem, library()).run(seed=seed, late=late)

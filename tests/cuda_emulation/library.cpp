@@ -67,6 +67,9 @@ void emulated_memory(int count, const uint64_t* begins, const uint64_t* ends, co
   }
 }
 
+// Make a warpgroup run only while nothing else can, in all launches that follow; none with -1.
+void emulated_late(int warpgroup) { emulation::machine.make_late(warpgroup); }
+
 // Run the blocks [first, last) of a launch; return "" or what went wrong.
 const char* emulated_forward(
     const dk::ForwardParams* params, int is_bfloat16, int head_dim, int pair, int dropout, int first, int last,

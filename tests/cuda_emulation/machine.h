@@ -45,6 +45,7 @@ class Machine {
   }
 
   int thread() const { return fibers_.current(); }
+  void make_late(int warpgroup) { fibers_.make_late(warpgroup); }
   int block() const { return block_; }
   int threads() const { return threads_; }
   [[noreturn]] void fail(const std::string& message) { fibers_.fail(message); }

@@ -11,6 +11,7 @@ import torch
 
 from deberta_kernels.testing import budget, inputs
 from deberta_kernels.testing.inputs import Case
+from deberta_kernels.types import AttentionProblem
 from tests.cuda_emulation import harness
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -71,6 +72,38 @@ def random_case(seed: int) -> Case:
         prefix_length=prefix, mask=mask, layout=draw(inputs.LAYOUTS), spread=draw((1.0, 3.0, 30.0)),
         dropout_p=draw((0.0, 0.0, 0.3)), reachable=draw((False, True)), packed=packed, seed=seed,
     )  # fmt: skip
+
+
+def with_gaps(nk: int, *gaps: tuple[int, int]) -> AttentionProblem:
+    """Return a problem whose keys in each gap, first and behind the last, are masked: near tiles in several runs."""
+    problem = inputs.problem(Case(batch=1, heads=1, nq=128, nk=nk, dtype=BF16))
+    keep = torch.ones(1, nk, dtype=torch.bool)
+    for first, stop in gaps:
+        keep[:, first:stop] = False
+    return replace(problem, masks=replace(problem.masks, key=keep))
+
+
+LATE = [with_gaps(384, (192, 256)), with_gaps(384, (320, 384), (64, 128)), with_gaps(512, (192, 256), (320, 384))]
+
+
+@pytest.mark.parametrize("late", [0, 1, 2])
+@pytest.mark.parametrize("problem", LATE, ids=["3+2", "1+3", "3+1+2"])
+def test_results_do_not_depend_on_a_warpgroup_that_falls_behind(problem, late):
+    expected, actual = harness.run(problem), harness.run(problem, late=late)
+    assert torch.equal(expected[0], actual[0])
+    assert torch.equal(expected[1], actual[1])
+
+
+def test_a_block_is_not_passed_on_before_its_copy():
+    """The second consumer still reads what lay there before."""
+    wait, after, before = (
+        "    wait_slot(high_);\n",
+        "    // Not before that",
+        "    {\n      // What the first tile needs",
+    )
+    library = harness.library(((wait + after, after), (before, wait + before)))
+    with pytest.raises(harness.EmulationError, match=r"still be reading|another is writing"):
+        harness.Launch(LATE[0], library).run(late=2)
 
 
 @pytest.mark.parametrize("case", [random_case(seed) for seed in range(24)], ids=lambda case: case.id)
