@@ -76,6 +76,17 @@ def test_deterministic_gradients_do_not_depend_on_the_order_of_blocks_and_thread
             assert torch.equal(gradient, expected[name]), name
 
 
+@pytest.mark.parametrize("late", [0, 1, 2])
+@pytest.mark.parametrize("case", [
+    Case(batch=1, heads=1, nq=330, dtype=BF16, **SHORT),
+    Case(batch=1, heads=1, nq=200, nk=140, dtype=BF16, mask="sparse"),
+], ids=lambda case: case.id)  # fmt: skip
+def test_deterministic_gradients_do_not_depend_on_a_warpgroup_that_falls_behind(case, late):
+    expected = present(launched(case, deterministic=True).run())
+    actual = present(launched(case, deterministic=True).run(late=late))
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
+
+
 def test_gradients_in_any_order_stay_within_the_budget():
     case = Case(batch=1, heads=1, nq=300, dtype=BF16, **SHORT)
     problem = inputs.problem(case)
