@@ -9,6 +9,7 @@ from torch import nn
 from . import dispatch
 from .integrations.dense import fuse_dense
 from .integrations.huggingface import (
+    BESIDE,
     FusedAttention,
     FusedEncoder,
     attention_mixin,
@@ -94,13 +95,16 @@ def patch(
             f"model must contain a DeBERTa of transformers, got {type(model).__name__} without one; "
             "patch it after it is built or loaded."
         )
-    if left_alone and (strict or not attentions):
-        name, reason = next(iter(left_alone.items()))
-        dispatch.fallback(
-            f"{name or type(model).__name__} was left alone: {reason}",
-            "models of this kind are not fused in this release",
-            strict,
-        )
+    first: dict[str, str] = {}
+    for name, reason in left_alone.items():
+        first.setdefault(reason, name or type(model).__name__)
+    for reason, name in first.items():
+        if not reason.startswith(BESIDE):  # its cause has a reason of its own
+            dispatch.fallback(
+                f"{name} was left alone: {reason}",
+                "only models that run the code of transformers or AdapterHub are fused",
+                strict,
+            )
     for module in encoders:
         swap(module, FusedEncoder, options)
         fuse_dense(module, options)

@@ -24,15 +24,19 @@ from deberta_kernels.integrations.adapter_attention import attend_with_adapters
 from deberta_kernels.integrations.dense import KNOWN_DENSE, fuse_dense, stand_in
 from deberta_kernels.integrations.encoder import encode
 from deberta_kernels.integrations.known import ADAPTERHUB, ADAPTERHUB_ONE, MODELING, MODELING_ONE, Known
-from deberta_kernels.integrations.swap import ORIGINAL, Swapped, base_class, forward_of, swap
+from deberta_kernels.integrations.swap import ORIGINAL, Swapped, base_class, forward_of, original_forward, swap
 from deberta_kernels.modules.anatomy import TALKING_HEADS, mixes_heads
 from deberta_kernels.modules.self_attention import AttentionOptions, DisentangledSelfAttention, attend
 
-__all__ = ["FusedAttention", "FusedEncoder", "attention_mixin", "install", "plan", "uninstall"]
+__all__ = ["BESIDE", "FusedAttention", "FusedEncoder", "attention_mixin", "install", "plan", "uninstall"]
 
 _ATTENTION, _ENCODER, _ENCODER_ONE = "DisentangledSelfAttention", "DebertaV2Encoder", "DebertaEncoder"
+# Begins the reason of what is left alone only because of another module.
+BESIDE = "beside"
 _UNFUSED = "an attention module of this encoder is neither Hugging Face's nor AdapterHub's own"
 _UNFUSED_REMEDY = "models with custom attention are not fused"
+# Where the forwards of layers come from that only hand the mask on.
+_ROUTING = ("transformers.", "adapters.", "torch.", "deberta_kernels.")
 
 
 class FusedAttention(Swapped):
@@ -105,7 +109,12 @@ def _attention_stand_in(compute: Any = None) -> Any:
 
     @functools.wraps(FusedAttention.forward)
     def forward(self: nn.Module, *arguments: Any, **named: Any) -> tuple[Tensor, Tensor | None]:
-        return attend(self, _installed, getattr(forward, ORIGINAL), *arguments, compute=compute, **named)
+        original = getattr(forward, ORIGINAL)
+        changed = _changed_method(self, _ATTENTIONS)
+        if changed is not None:
+            dispatch.fallback(changed, _UNFUSED_REMEDY, _installed.strict)
+            return original(self, *arguments, **named)  # type: ignore[no-any-return]
+        return attend(self, _installed, original, *arguments, compute=compute, **named)
 
     return forward
 
@@ -132,6 +141,8 @@ _KNOWN_ADAPTED = (
     Known(ADAPTERHUB, _ADAPTED, _attention_stand_in(attend_with_adapters), (*_BIAS, "transpose_for_scores_extended")),
     Known(ADAPTERHUB_ONE, _ADAPTED, _attention_stand_in(attend_with_adapters), _BIAS_ONE),
 )
+_ATTENTIONS = (*_KNOWN_ADAPTED, _KNOWN_ATTENTION_ONE, _KNOWN_ATTENTION)
+_ENCODERS = (_KNOWN_ENCODER_ONE, _KNOWN_ENCODER)
 _KNOWN_OF_TRANSFORMERS = (_KNOWN_ATTENTION, _KNOWN_ENCODER, _KNOWN_ATTENTION_ONE, _KNOWN_ENCODER_ONE)
 
 
@@ -148,8 +159,21 @@ def _encode_if_fused(module: Any, options: AttentionOptions, original: Any, *arg
         if not all(map(_is_fused, attentions)):
             dispatch.fallback(_UNFUSED, _UNFUSED_REMEDY, options.strict)
             return original(module, *arguments, **named)
+    changed = _changed_method(module, _ENCODERS)
+    for attention in attentions:
+        changed = changed or _changed_method(attention, _ATTENTIONS)
+    if changed is not None:
+        dispatch.fallback(changed, _UNFUSED_REMEDY, options.strict)
+        return original(module, *arguments, **named)
     adapted = any(forward_of(attention) in _ADAPTED_FORWARDS for attention in attentions)
     return encode(module, options, original, *arguments, adapted=adapted, **named)
+
+
+def _changed_method(module: nn.Module, candidates: tuple[Known, ...]) -> str | None:
+    """Return why a call must run the original code: after patching too, and of subclasses that `patch_all` reaches."""
+    if torch.compiler.is_compiling() or isinstance(module, DisentangledSelfAttention):
+        return None
+    return _known_of(module, *candidates).changed_method(module)
 
 
 _ADAPTED_FORWARDS = (FusedAdapterAttention.forward, *(known.stand_in for known in _KNOWN_ADAPTED))
@@ -231,8 +255,8 @@ def plan(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module], dict[str, 
     for name, encoder in _named(model, _ENCODER, _ENCODER_ONE):
         names = {f"{name}.layer.{i}.attention.self".lstrip("."): m for i, m in enumerate(_attention_of(encoder))}
         reasons = {key: _attention_reason(module) for key, module in names.items()}
-        own = _known_of(encoder, _KNOWN_ENCODER_ONE, _KNOWN_ENCODER).refusal(encoder)
-        shared = own or next((f"beside {key}: {reason}" for key, reason in reasons.items() if reason), None)
+        own = _known_of(encoder, *_ENCODERS).refusal(encoder) or _layer_reason(encoder)
+        shared = own or next((f"{BESIDE} {key}: {reason}" for key, reason in reasons.items() if reason), None)
         if shared is None:
             encoders.append(encoder)
         else:
@@ -246,6 +270,16 @@ def plan(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module], dict[str, 
         else:
             left_alone[name] = reason
     return encoders, attentions, left_alone
+
+
+def _layer_reason(encoder: nn.Module) -> str | None:
+    """Return which layer, or attention around the fused one, might look at the mask, which is no tensor there."""
+    for layer in getattr(encoder, "layer", ()):
+        for part in (layer, getattr(layer, "attention", layer)):
+            cls = base_class(part)
+            if not original_forward(cls).__module__.startswith(_ROUTING):
+                return f"{cls.__module__}.{cls.__qualname__} has a forward of its own"
+    return None
 
 
 def _named(model: nn.Module, *class_names: str) -> Iterator[tuple[str, nn.Module]]:
@@ -280,5 +314,5 @@ def attention_mixin(module: nn.Module) -> type[FusedAttention]:
 def _attention_reason(module: nn.Module) -> str | None:
     if isinstance(module, DisentangledSelfAttention):
         return None
-    known = _known_of(module, *_KNOWN_ADAPTED, _KNOWN_ATTENTION_ONE, _KNOWN_ATTENTION)
+    known = _known_of(module, *_ATTENTIONS)
     return known.refusal(module) or (TALKING_HEADS[0] if mixes_heads(module) else None)

@@ -18,6 +18,7 @@ MODELING = "transformers.models.deberta_v2.modeling_deberta_v2"
 MODELING_ONE = "transformers.models.deberta.modeling_deberta"
 ADAPTERHUB = "adapters.models.deberta_v2.modeling_deberta_v2"
 ADAPTERHUB_ONE = "adapters.models.deberta.modeling_deberta"
+_PACKAGES = ("transformers.", "adapters.")
 
 
 class Known(NamedTuple):
@@ -75,10 +76,20 @@ class Known(NamedTuple):
             return unknown
         if original_forward(cls) is not original_forward(known):
             return f"{cls.__module__}.{cls.__qualname__} has a forward of its own"
-        changed = next((name for name in self.methods if getattr(cls, name, None) is not getattr(known, name)), None)
-        if changed is not None:
-            return f"{cls.__module__}.{cls.__qualname__} has its own {changed}"
-        hidden = next((name for name in self.methods if name in module.__dict__), None)
-        if hidden is not None or forward_of(module) is None:
-            return f"its {hidden or 'forward'} was replaced on the instance"
+        if forward_of(module) is None:
+            return "its forward was replaced on the instance"
+        return self.changed_method(module)
+
+    def changed_method(self, module: nn.Module) -> str | None:
+        """Return which further method of an instance of the class is not the class's own; None if all are."""
+        cls, known = base_class(module), self.find()
+        for name in self.methods:
+            method: Any = getattr(known, name)
+            own: Any = getattr(cls, name, None)
+            if own is not method:
+                return f"{cls.__module__}.{cls.__qualname__} has its own {name}"
+            if not method.__module__.startswith(_PACKAGES):
+                return f"the {name} of {self.name} was replaced by {method.__module__}.{method.__qualname__}"
+            if name in module.__dict__:
+                return f"its {name} was replaced on the instance"
         return None

@@ -52,6 +52,116 @@ def test_attention_that_gets_another_class_after_patching_runs_the_original_enco
     torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-5)
 
 
+class OwnBias(hf.DisentangledSelfAttention):
+    def disentangled_attention_bias(self, *args, **kwargs):
+        return 0.5 * super().disentangled_attention_bias(*args, **kwargs)
+
+
+class OwnMask(hf.DebertaV2Encoder):
+    def get_attention_mask(self, attention_mask):
+        return super().get_attention_mask(attention_mask).bool().tril()
+
+
+class OwnPositions(hf.DebertaV2Encoder):
+    def get_rel_pos(self, *args, **kwargs):
+        found = super().get_rel_pos(*args, **kwargs)
+        return None if found is None else -found
+
+
+def _own_bias(model):
+    model.encoder.layer[1].attention.self.__class__ = OwnBias
+
+
+def _own_mask(model):
+    model.encoder.__class__ = OwnMask
+
+
+def _own_positions(model):
+    model.encoder.__class__ = OwnPositions
+
+
+def _mask_of_the_instance(model):
+    kept = model.encoder.get_attention_mask
+    model.encoder.get_attention_mask = lambda mask: kept(mask).bool().tril()
+
+
+@pytest.mark.parametrize("change", [_own_bias, _own_mask, _own_positions, _mask_of_the_instance])
+def test_patch_all_leaves_changed_methods_alone(change, build, batch):
+    model, inputs = build(), batch()
+    change(model)
+    expected = states(model, inputs)
+    dk.patch_all()
+    with pytest.warns(dispatch.DebertaKernelsWarning, match=r"has its own|was replaced on the instance"):
+        actual = states(model, inputs)
+    torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-5)
+    dk.patch_all(strict=True)
+    with pytest.raises(NotImplementedError, match="models with custom attention are not fused"):
+        states(model, inputs)
+
+
+def test_a_method_replaced_after_patching_is_heeded(build, batch):
+    model, inputs = build(), batch()
+    plain = copy.deepcopy(model)
+    dk.patch(model)
+    _mask_of_the_instance(plain)
+    _mask_of_the_instance(model)
+    with pytest.warns(dispatch.DebertaKernelsWarning, match="get_attention_mask was replaced on the instance"):
+        actual = states(model, inputs)
+    torch.testing.assert_close(actual, states(plain, inputs), atol=2e-5, rtol=1e-5)
+
+
+def test_a_method_replaced_for_its_whole_class_is_heeded(build, batch, monkeypatch):
+    model, inputs = build(), batch()
+    plain, original = copy.deepcopy(model), hf.DisentangledSelfAttention.disentangled_attention_bias
+    dk.patch(model)
+
+    def halved(self, *args, **kwargs):
+        return 0.5 * original(self, *args, **kwargs)
+
+    monkeypatch.setattr(hf.DisentangledSelfAttention, "disentangled_attention_bias", halved)
+    with pytest.warns(dispatch.DebertaKernelsWarning, match="disentangled_attention_bias of .* was replaced by"):
+        actual = states(model, inputs)
+    torch.testing.assert_close(actual, states(plain, inputs), atol=2e-5, rtol=1e-5)
+
+
+class OwnLayer(hf.DebertaV2Layer):
+    def forward(self, hidden_states, attention_mask, *args, **kwargs):
+        keep = attention_mask.any(-1).any(1)[..., None]
+        output = super().forward(hidden_states, attention_mask, *args, **kwargs)
+        return (output[0] * keep, *output[1:])
+
+
+def test_an_encoder_whose_layers_read_the_mask_is_left_alone(build, batch):
+    model, inputs = build(), batch()
+    model.encoder.layer[1].__class__ = OwnLayer
+    expected = states(model, inputs)
+    with pytest.warns(dispatch.DebertaKernelsWarning, match="OwnLayer has a forward of its own"):
+        report = dk.patch(model)
+    assert (report.patched, report.encoders) == (0, 0)
+    assert torch.equal(states(model, inputs), expected)
+
+
+def test_a_hook_before_a_layer_gets_the_mask_it_would_get_unpatched(build, batch):
+    model, inputs = build(), batch()
+    seen = []
+    model.encoder.layer[1].register_forward_pre_hook(lambda module, args: seen.append(args[1]))
+    expected = states(model, inputs)
+    dk.patch(model)
+    torch.testing.assert_close(states(model, inputs), expected, atol=2e-5, rtol=1e-5)
+    assert torch.equal(seen[0], seen[1])
+    assert kernel_calls() == 2
+
+
+def test_each_reason_of_what_is_left_alone_is_warned_of(build):
+    models = nn.ModuleList([build(), build(), build()])
+    models[0].encoder.layer[0].attention.self.__class__ = OwnForward
+    models[1].encoder.layer[1].__class__ = OwnLayer
+    with pytest.warns(dispatch.DebertaKernelsWarning) as warned:
+        assert dk.patch(models).patched == 2
+    assert len(warned) == 2
+    assert all(any(name in str(one.message) for one in warned) for name in ("OwnForward", "OwnLayer"))
+
+
 def test_a_method_replaced_on_the_instance_is_left_alone(build):
     model = build()
     model.encoder.layer[0].attention.self.forward = lambda *args, **kwargs: None
