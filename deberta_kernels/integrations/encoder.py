@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.module import _has_any_global_hook
 
 from deberta_kernels.integrations.adapter_attention import AdapterMask
-from deberta_kernels.integrations.swap import Swapped
+from deberta_kernels.integrations.swap import Swapped, base_class, original_forward
 from deberta_kernels.masks import parse_huggingface_mask
 from deberta_kernels.modules.anatomy import is_version_one
 from deberta_kernels.modules.encoder_mask import EncoderMask
@@ -102,6 +103,8 @@ def _packing(module: Any, options: AttentionOptions, hidden_states: Tensor, keep
     batch, length = keep.shape
     if options.unpad is False or batch * length == 0 or not _readable(hidden_states, keep):
         return None
+    if _has_any_global_hook():
+        return None
     if options.unpad == "auto" and batch * length < _FEWEST_TOKENS:
         return None
     packing = find_packing(keep, hidden_states, _FULLEST if options.unpad == "auto" else 1.0)
@@ -125,7 +128,7 @@ def _takes_packed_states(module: Any) -> bool:
     """
     for layer in module.layer:
         routes = (layer, layer.attention, layer.attention.output, layer.intermediate, layer.output)
-        if any(not _home(part).startswith(_MODELING) for part in routes):
+        if any(not _home(part).startswith(_MODELING) or not _runs_own_forward(part) for part in routes):
             return False
         for part in layer.modules():
             if not _home(part).startswith(_TOKENWISE) and not isinstance(part, Swapped):
@@ -142,10 +145,23 @@ def _home(part: Any) -> str:
     return next(c.__module__ for c in type(part).__mro__ if not c.__module__.startswith("torch.distributed.fsdp"))
 
 
+def _runs_own_forward(part: Any) -> bool:
+    """Tell whether the forward of a module's class is the one it was written with."""
+    return original_forward(base_class(part)).__module__.startswith(_MODELING)
+
+
+def _is_mask_watched(layer: Any) -> bool:
+    """Tell whether a hook sees the mask before a layer or its attention does, and would expect a tensor."""
+    return any(_any_harmful(part._forward_pre_hooks) for part in (layer, layer.attention, layer.attention.self))
+
+
 def _is_watched(part: Any) -> bool:
     kinds = (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks)
-    hooks = (hook for kind in kinds for hook in kind.values())
-    return any(not str(getattr(hook, "__module__", "")).startswith(_HARMLESS_HOOKS) for hook in hooks)
+    return any(map(_any_harmful, kinds))
+
+
+def _any_harmful(hooks: Any) -> bool:
+    return any(not str(getattr(hook, "__module__", "")).startswith(_HARMLESS_HOOKS) for hook in hooks.values())
 
 
 def _run_layers(
@@ -168,7 +184,10 @@ def _run_layers(
             padded = packing.unpack(output)
         if convolves:
             padded = convolution(hidden_states, padded, source if source.dim() == 2 else source.sum(-2) > 0)
-            output = padded if packing is None else packing.pack(padded)
+        if packing is not None and (convolves or (keep_states and torch.is_grad_enabled())):
+            output = packing.pack(padded)  # from the very states that are returned, which are part of the graph
+        elif convolves:
+            output = padded
         states.append(padded)
         if query_states is None:
             keys = output
@@ -180,13 +199,14 @@ def _run_layers(
 def _run_layer(
     layer: Any, keys: Tensor, mask: EncoderMask, query_states: Tensor | None, rel_embeddings: Tensor | None
 ) -> Tensor:
+    given = mask.dense() if type(mask) is EncoderMask and _is_mask_watched(layer) else mask
     if getattr(layer, "gradient_checkpointing", False) and layer.training:
         # A reentrant checkpoint differentiates positional arguments only, each layer on its own. By keyword, the
         # normalised relative embeddings would be one graph that every layer's backward runs through again.
-        result = layer(keys, mask, query_states, None, rel_embeddings, False)
+        result = layer(keys, given, query_states, None, rel_embeddings, False)
     else:
         result = layer(
-            keys, mask, query_states=query_states, relative_pos=None, rel_embeddings=rel_embeddings,
+            keys, given, query_states=query_states, relative_pos=None, rel_embeddings=rel_embeddings,
             output_attentions=False,
         )  # fmt: skip
     output: Tensor = result[0]

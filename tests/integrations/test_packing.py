@@ -203,6 +203,55 @@ def test_a_hook_sees_the_shape_it_would_see_unpatched(build, batch):
     assert shapes == [(4, 41, model.config.hidden_size)]
 
 
+def test_global_hooks_get_the_padded_states(build, batch, packings):
+    model, inputs = build(), batch(4, 41)
+
+    def centre(module, args, output):
+        if type(module).__name__ == "DebertaV2Output":
+            return output - output.mean(1, keepdim=True)
+        return None
+
+    dk.patch(model, unpad=True)
+    handle = nn.modules.module.register_module_forward_hook(centre)
+    try:
+        actual = states_of(model, inputs)
+        dk.unpatch(model)
+        close(actual, states_of(model, inputs))
+    finally:
+        handle.remove()
+    assert packings[-1] is None
+
+
+def test_a_layer_class_whose_forward_somebody_replaced_gets_the_padded_states(build, batch, packings, monkeypatch):
+    model, inputs = build(), batch(4, 41)
+    plain, layer = copy.deepcopy(model), type(model.encoder.layer[0])
+    original = layer.forward
+
+    def centred(self, *args, **kwargs):
+        output = original(self, *args, **kwargs)
+        return (output[0] - output[0].mean(1, keepdim=True), *output[1:])
+
+    dk.patch(model, unpad=True)
+    monkeypatch.setattr(layer, "forward", centred)
+    close(states_of(model, inputs), states_of(plain, inputs))
+    assert packings[-1] is None
+
+
+@pytest.mark.parametrize("unpad", [False, True])
+def test_returned_states_are_part_of_the_graph(unpad, build, batch):
+    model, inputs = build(), batch(4, 41)
+    plain = copy.deepcopy(model)
+    dk.patch(model, unpad=unpad)
+    gradients = []
+    for one in (plain, model):
+        output = one(**inputs, output_hidden_states=True)
+        weight = torch.randn(output[0].shape, generator=torch.Generator().manual_seed(1))
+        loss = (output[0] * weight * inputs["attention_mask"][..., None]).sum()
+        gradients.append(torch.autograd.grad(loss, output.hidden_states[:-1]))
+    for expected, actual in zip(*gradients):
+        torch.testing.assert_close(actual, expected, atol=2e-4, rtol=1e-4)
+
+
 def test_lora_is_packed_and_takes_part(build, batch, packings):
     peft = pytest.importorskip("peft", reason="peft is not installed")
     inputs = batch(4, 41)
