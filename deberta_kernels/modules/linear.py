@@ -19,6 +19,8 @@ from deberta_kernels.modules import products
 __all__ = ["apply_linear", "apply_linear_gelu", "is_hooked", "is_linear"]
 
 _NARROW = (torch.bfloat16, torch.float16)
+# Somebody may replace these for every module of their class.
+_FORWARDS = (nn.Linear.forward, nn.GELU.forward)
 
 
 def apply_linear(linear: Any, x: Tensor, everywhere: bool = False) -> Tensor:
@@ -79,7 +81,7 @@ def is_linear(module: Any) -> bool:
     cls = type(module)
     if cls.__module__ == "adapters.methods.lora" and cls.__name__ in ("LoRALinearTorch", "LoRAMergedLinear"):
         return not module.fan_in_fan_out and (bool(module.merged) or module.get_active_setup() is None)
-    return cls is nn.Linear
+    return cls is nn.Linear and cls.forward is _FORWARDS[0]
 
 
 def _result_dtype(x: Tensor) -> torch.dtype:
@@ -129,9 +131,10 @@ def _needs_gradient(linear: Any, x: Tensor) -> bool:
 def _is_gelu(activation: Any) -> bool:
     if isinstance(activation, nn.Module) and is_hooked(activation):
         return False
-    if type(activation) is nn.GELU:
-        return activation.approximate == "none"
-    if type(activation).__module__ == "transformers.activations":
+    cls = type(activation)
+    if cls is nn.GELU:
+        return activation.approximate == "none" and cls.forward is _FORWARDS[1]
+    if cls.__module__ == "transformers.activations" and cls.forward.__module__ == cls.__module__:
         activation = getattr(activation, "act", None)
     return activation is nn.functional.gelu
 

@@ -204,6 +204,32 @@ def test_layers_that_are_not_plain_are_called_as_modules(change, build, batch, p
     assert len(products) == (LINEARS + TABLES) * 2 - 3  # the tables of the changed key_proj as well
 
 
+def test_a_forward_replaced_for_all_linear_layers_is_called(build, batch, monkeypatch):
+    model, inputs = build(), batch()
+    plain, original, kept = copy.deepcopy(model), nn.Linear.forward, []
+
+    def recording(self, x):
+        y = 1.5 * original(self, x)
+        kept.append((y, y.clone()))
+        return y
+
+    monkeypatch.setattr(nn.Linear, "forward", recording)
+    expected = states_of(plain, inputs)
+    for fast_linears in ("auto", True):
+        dk.patch(model, fast_linears=fast_linears)
+        torch.testing.assert_close(states_of(model, inputs), expected, atol=5e-5, rtol=1e-5)
+    assert all(torch.equal(now, before) for now, before in kept)
+
+
+def test_an_activation_whose_forward_was_replaced_is_called(build, batch, monkeypatch):
+    model, inputs = build(), batch()
+    plain = copy.deepcopy(model)
+    activation = type(model.encoder.layer[0].intermediate.intermediate_act_fn)
+    monkeypatch.setattr(activation, "forward", lambda self, x: x.relu())
+    dk.patch(model, fast_linears=True)
+    torch.testing.assert_close(states_of(model, inputs), states_of(plain, inputs), atol=5e-5, rtol=1e-5)
+
+
 def test_backward_hooks_change_gradients_as_before(build, batch):
     model, inputs = build().train(), batch()
     plain = copy.deepcopy(model)
