@@ -15,6 +15,12 @@ MASKS = ("none", "key", "pair")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
+def _size(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
+    return int(text)
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the command line's parser."""
     from .demo.runner import add_arguments
@@ -30,10 +36,10 @@ def parser() -> argparse.ArgumentParser:
         add_help=False,
     )
     explain = commands.add_parser("explain", help="say which backend would run a call, and why not the others")
-    explain.add_argument("--batch", type=int, default=1, help="B")
-    explain.add_argument("--heads", type=int, default=12, help="H")
-    explain.add_argument("--length", type=int, default=512, help="N, queries and keys")
-    explain.add_argument("--head-dim", type=int, default=64, help="D")
+    explain.add_argument("--batch", type=_size, default=1, help="B")
+    explain.add_argument("--heads", type=_size, default=12, help="H")
+    explain.add_argument("--length", type=_size, default=512, help="N, queries and keys")
+    explain.add_argument("--head-dim", type=_size, default=64, help="D")
     explain.add_argument("--dtype", choices=DTYPES, default="float32")
     explain.add_argument("--device", default="cpu", help="a torch device, such as cpu or cuda:0")
     explain.add_argument("--mask", choices=MASKS, default="none", help="none, per key (B, N), per pair (B, 1, N, N)")

@@ -63,8 +63,10 @@ class EnhancedMaskDecoder(nn.Module):
             raise TypeError(f"model must be a DebertaV2ForMaskedLM, got {type(model).__name__}; load the model as one.")
         if any(is_version_one(layer.attention.self) for layer in model.deberta.encoder.layer):
             raise TypeError(f"model must be a DebertaV2ForMaskedLM, got DeBERTa v1's {type(model).__name__}.")
-        if steps < 1:
-            raise ValueError(f"steps must be at least 1, got {steps}; the released models were trained with 2.")
+        if not isinstance(steps, int) or steps < 1:
+            raise ValueError(
+                f"steps must be an integer of at least 1, got {steps!r}; the released models were trained with 2."
+            )
         if len(model.deberta.encoder.layer) < 2:
             raise ValueError("model must have at least two layers, got one; the decoder reads what enters the last.")
 

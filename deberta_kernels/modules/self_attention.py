@@ -246,6 +246,8 @@ def cast_for_matmul(tensor: Any) -> Any:
 def _parse_direct(attention_mask: Tensor | None, batch: int, heads: int, length: int) -> Masks:
     """Parse a mask given to an attention module itself, which Hugging Face broadcasts to (B, H, N, N)."""
     if attention_mask is not None:
+        if not isinstance(attention_mask, Tensor):
+            raise TypeError(f"attention_mask must be a tensor or None, got {type(attention_mask).__name__}.")
         given, full = tuple(attention_mask.shape), (batch, heads, length, length)
         if len(given) > 4 or any(size not in (1, n) for size, n in zip(reversed(given), reversed(full))):
             raise ValueError(
@@ -293,7 +295,12 @@ def _refusal(
         return ("attention probabilities were asked for", "leave output_attentions=False where they are not needed")
     if query_states is not None and is_version_one(module):
         return ("query_states were given to DeBERTa v1", "pass none")
-    if hidden_states.dim() != 3 or (query_states is not None and query_states.shape != hidden_states.shape):
+    if hidden_states.dim() != 3:
+        return (
+            f"hidden_states has {hidden_states.dim()} dimensions",
+            "pass hidden_states of shape (B, N, hidden size)",
+        )
+    if query_states is not None and query_states.shape != hidden_states.shape:
         return (
             "query_states and hidden_states differ in shape",
             "pass query_states of the shape of hidden_states, or none",
@@ -314,7 +321,7 @@ def refusal_of(module: AttentionModule) -> tuple[str, str] | None:
     if type(dropout) is not nn.Dropout or dropout.p >= 1.0:
         return (
             "the attention dropout is not an nn.Dropout with a probability below 1",
-            f"it is {type(dropout).__name__}; change it",
+            f"it is {type(dropout).__name__}; nn.Dropout(0.0) switches it off",
         )
     if dropout._forward_hooks or dropout._forward_pre_hooks or "forward" in dropout.__dict__:
         return (

@@ -173,7 +173,7 @@ def test_bad_arguments_are_refused_by_name(build):
     )
     with pytest.raises(TypeError, match="got DeBERTa v1's DebertaForMaskedLM"):
         dk.EnhancedMaskDecoder(DebertaForMaskedLM(config))
-    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="steps must be an integer of at least 1, got 0"):
         dk.EnhancedMaskDecoder(build(HEAD), steps=0)
     with pytest.raises(ValueError, match="at least two layers"):
         dk.EnhancedMaskDecoder(build(HEAD, num_hidden_layers=1))

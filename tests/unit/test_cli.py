@@ -89,6 +89,12 @@ def test_explain_reports_bad_options_without_a_traceback(capsys, arguments, mess
     assert message in capsys.readouterr().err
 
 
+def test_explain_refuses_sizes_below_one_by_name(capsys):
+    with pytest.raises(SystemExit):
+        main(["explain", "--length", "-3"])
+    assert "--length: must be an integer of at least 1, got '-3'" in capsys.readouterr().err
+
+
 def test_unknown_command_shows_the_usage(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["fly"])
