@@ -36,7 +36,7 @@ struct BackwardLayout {
   static constexpr int kPosColumn = kPosRow + kSlots * kTileBytes;       // and of that of columns: pos_key
   static constexpr int kConsumer = kPosColumn + kSlots * kTileBytes;
 
-  // Of each consumer, from kConsumer on. kScores and kRotated are neighbours: see `TileBias`.
+  // Of each consumer, from kConsumer on.
   static constexpr int kKeys = 0;
   static constexpr int kScores = kKeys + kTileBytes;                     // gradients of scores, in the place of the pair
   static constexpr int kRotated = kScores + kPairBytes;                  // two, by distance: see `GradientTiles`

@@ -29,7 +29,7 @@ struct Visit {
   DK_DEVICE int number() const { return word >> 3; }
 };
 
-// A position in a ring as one number; kEntries is a power of two.
+// A position in a ring, in one register where `RingPosition` takes two; kEntries is a power of two.
 template <int kEntries>
 struct RingCounter {
   uint32_t count = 0;

@@ -115,6 +115,8 @@ def compile_module(which: str, dtype: str, head_dim: int) -> dict[str, CudaRepor
     for kernel, usage in read_log(log).items():
         near, far = loops[kernel]
         if near is None and kernel.startswith("disentangled_backward_dq"):
+            if usage.spills:
+                raise RuntimeError(f"{kernel}: {usage.spills} bytes of spills")
             continue
         if near is None or far is None:
             raise RuntimeError(f"{kernel}: no loops over near and far tiles to be found in what nvcc made")
