@@ -27,6 +27,8 @@ LOG2E = 1.4426950408889634
 ALIGNMENT = 64  # of a tensor map
 # prepare() expands a table over all its distances only when they are not many more than the table's rows.
 _MAX_PREPARED = 1 << 13
+# Rows of expanded tables come in multiples of this.
+_TABLE_STEP = 64
 LONGEST = 1 << 16  # tokens; lengths up to this share one index of distances
 _BOX = 64  # elements and rows of a box: the 128-byte swizzle allows no more
 
@@ -236,8 +238,9 @@ class Arguments(Call):
         p.low_end, p.high_start = low_end, high_start = ends(index)
         expanded: Sequence[Tensor]
         if problem.prepared is None:
-            first = max(low_end, min(1 - (p.nk - p.prefix), -1)) - margin
-            last = min(high_start, max(p.nq - 1, 0)) + margin
+            # In steps: lengths without end would have index tensors without end, see `rows_of_distances`.
+            first = (max(low_end, min(1 - (p.nk - p.prefix), -1)) - margin) // _TABLE_STEP * _TABLE_STEP
+            last = -(-(min(high_start, max(p.nq - 1, 0)) + margin) // _TABLE_STEP) * _TABLE_STEP
             expanded = _expanded(problem.pos_key, problem.pos_query, position, first, last)
         else:
             first, last = low_end - margin, high_start + margin
