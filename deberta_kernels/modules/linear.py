@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._device import DeviceContext
 
 from deberta_kernels.modules import products
 
@@ -106,11 +107,18 @@ def _is_plain(linear: Any, x: Tensor) -> bool:
             return False
     return not (
         torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
+        or _is_any_function_watched()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
     )
+
+
+def _is_any_function_watched() -> bool:
+    """Tell whether a mode sees every function; that of a default device changes only how tensors are made."""
+    if torch._C._len_torch_function_stack() == 0:
+        return False
+    return any(type(mode) is not DeviceContext for mode in torch.overrides._get_current_function_mode_stack())
 
 
 def _is_plain_parameter(parameter: Tensor, x: Tensor, autocast: bool) -> bool:

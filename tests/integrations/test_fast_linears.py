@@ -204,6 +204,14 @@ def test_layers_that_are_not_plain_are_called_as_modules(change, build, batch, p
     assert len(products) == (LINEARS + TABLES) * 2 - 3  # the tables of the changed key_proj as well
 
 
+def test_a_default_device_changes_nothing(build, batch, products):
+    model, inputs = build(), batch()
+    dk.patch(model, fast_linears=True)
+    with torch.device("cpu"):
+        states_of(model, inputs)
+    assert len(products) >= LINEARS * 2
+
+
 def test_a_forward_replaced_for_all_linear_layers_is_called(build, batch, monkeypatch):
     model, inputs = build(), batch()
     plain, original, kept = copy.deepcopy(model), nn.Linear.forward, []
