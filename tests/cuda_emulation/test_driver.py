@@ -193,6 +193,14 @@ def test_what_the_driver_refuses_at_loading_is_a_reason(device, name):
     assert device.emulated_driver_contexts() == 0
 
 
+@pytest.mark.parametrize("status", [2, 900])
+def test_what_may_pass_is_tried_again(device, status):
+    device.emulated_driver(b"cuModuleLoadData", status, 90, 1)
+    assert loaded() == f"cuModuleLoadData: made to fail ({status})"
+    device.emulated_driver(b"", 0, 90, 1)
+    assert isinstance(loaded(), tuple)
+
+
 def test_a_launch_that_fails_raises(device):
     device.emulated_driver(b"cuLaunchKernel", 700, 90, 1)
     with pytest.raises(RuntimeError, match=r"cuLaunchKernel: made to fail \(700\)"):

@@ -173,7 +173,7 @@ def _need(which: str, x: Tensor) -> _Loaded:
 
 
 def _load(which: str, x: Tensor) -> _Loaded | str:
-    """Return the module for tensors like this one, (..., D), or why there is none; the answer is remembered."""
+    """Return the module for tensors like this one, (..., D), or why there is none, remembered if it is to last."""
     key = which, _ordinal(x.device), x.dtype, x.shape[-1]
     if key not in _loaded:
         with _lock:
@@ -181,6 +181,8 @@ def _load(which: str, x: Tensor) -> _Loaded | str:
                 try:
                     _loaded[key] = _loaded_module(*key)
                 except driver.DriverError as error:
+                    if error.passing:
+                        return str(error)
                     _loaded[key] = str(error)
     return _loaded[key]
 
@@ -199,6 +201,8 @@ def _loaded_module(which: str, device: int, dtype: torch.dtype, head_dim: int) -
             kernels = _kernels(which, dtype, head_dim, info)
             return _Loaded(driver.Module(opened, device, cubin, kernels), info)
         except (image.ImageError, driver.DriverError) as error:
+            if isinstance(error, driver.DriverError) and error.passing:
+                raise
             reasons.append(str(error))
     return "; ".join(reasons)
 

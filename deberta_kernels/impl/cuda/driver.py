@@ -46,8 +46,20 @@ _ELEMENTS = {torch.float16: 6, torch.bfloat16: 9}
 _NO_INTERLEAVE, _SWIZZLE_128_BYTES, _PROMOTE_256_BYTES, _FILL_ZEROS = 0, 3, 3, 0
 
 
+# Of cuda.h: no memory is left, and what a stream that is being captured refuses.
+_PASSING = (2, *range(900, 910))
+
+
 class DriverError(RuntimeError):
-    """Say what the driver refused, or why there is none."""
+    """Say what the driver refused, or why there is none.
+
+    Attributes:
+        passing: the same call may succeed later.
+    """
+
+    def __init__(self, message: str, status: int = 0) -> None:
+        super().__init__(message)
+        self.passing = status in _PASSING
 
 
 class Driver:
@@ -90,7 +102,7 @@ class Driver:
         if status:
             text = c_char_p()
             self._handle.cuGetErrorString(status, ctypes.byref(text))
-            raise DriverError(f"{name}: {(text.value or b'unknown error').decode(errors='replace')} ({status})")
+            raise DriverError(f"{name}: {(text.value or b'unknown error').decode(errors='replace')} ({status})", status)
 
     def _integer(self, name: str, *arguments: Any) -> int:
         found = c_int()
@@ -204,7 +216,7 @@ def driver() -> Driver:
     """
     found, reason = _opened()
     if found is None:
-        raise DriverError(reason)
+        raise DriverError(str(reason))
     return found
 
 
