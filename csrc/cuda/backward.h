@@ -10,7 +10,7 @@ namespace dk {
 template <class Element, int D, bool kPair, bool kDropout>
 DK_DEVICE void backward(const BackwardParams& p) {
   using L = BackwardLayout<D>;
-  const Place place = place_of_block(p, (int)p.groups, 1);
+  const Place place = place_of_block(p, (int)p.groups, 1, kTile);
   const int thread = thread_index(), warp = uniform(thread / 32), warpgroup = warp / 4;
   const int first = place.first_row;
   if (!KeyBlock(place, first, L::kRows).is_there) return;

@@ -95,6 +95,27 @@ def test_gradients_in_any_order_stay_within_the_budget():
     check(case, problem, present(launch.run(order, seed=3)))
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_sequence_longer_than_was_said_harms_no_other(deterministic):
+    case = Case(batch=2, heads=2, nq=300, dtype=BF16, packed=True)
+    problem = inputs.problem(case)
+    tokens = problem.q.shape[2]
+    cu_seqlens = torch.tensor([0, tokens - 60, tokens], dtype=torch.int32)
+    honest = replace(problem, cu_seqlens=cu_seqlens, max_seqlen=tokens)
+    out, lse = harness.run(honest)
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(BF16)
+
+    def run(problem):
+        launch = harness.BackwardLaunch(
+            problem, dout, out.contiguous(), lse.contiguous(), harness.library(), deterministic=deterministic
+        )
+        return present(launch.run())
+
+    expected, found = run(honest), run(replace(honest, max_seqlen=64))
+    for name in ("dq", "dk", "dv"):
+        assert torch.equal(found[name][:, :, -60:], expected[name][:, :, -60:]), name
+
+
 def test_nan_in_padding_stays_there():
     case = Case(batch=2, heads=1, nq=130, dtype=BF16, mask="holes_tokens")
     problem = inputs.problem(case)
