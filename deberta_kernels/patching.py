@@ -72,10 +72,11 @@ def patch(
             False, never. Results are the same, padded rows included (without dropout).
         strict: raise NotImplementedError where a call, or the model, would run the original code, or where the best
             backend of the device refuses a call; without it that is one warning per reason.
-        fast_linears: whether plain linear layers on the CPU are computed in faster ways than PyTorch's: "auto", float32
-            in inference, bfloat16 and float16 on processors without instructions for them always; True, float32 in
-            training as well; or False. float32 goes to oneDNN, which keeps code for each number of tokens it meets, up
-            to some hundred MB: True suits training with few different lengths.
+        fast_linears: whether plain linear layers on the CPU are computed in faster ways than PyTorch's: "auto", where
+            some are known for the processor, in inference, and bfloat16 and float16 without instructions for them in
+            training as well; True, always, and float32 in training as well; or False. Up to 192 tokens go to the native
+            library, more to oneDNN, which keeps code for each number of tokens it meets, up to some hundred MB: True
+            suits training with few different lengths.
 
     Returns:
         What was patched, and what was left alone and why.

@@ -61,11 +61,14 @@ DK_EXPORT int dk_variant_runs(int64_t i) { return at(i) != nullptr; }
 
 namespace {
 
-template <class Run>
-int guarded(const AttentionParams* p, int64_t variant, const Run& run) {
+bool fits(const AttentionParams& p) { return p.head_dim <= kMaxHeadDim; }
+bool fits(const LinearParams&) { return true; }
+
+template <class Params, class Run>
+int guarded(const Params* p, int64_t variant, const Run& run) {
   if (!p || p->abi_version != kAbiVersion) return kBadAbi;
   const Variant* chosen = at(variant);
-  if (!chosen || p->head_dim > kMaxHeadDim) return kUnsupported;
+  if (!chosen || !fits(*p)) return kUnsupported;
   try {
     return run(*chosen);
   } catch (...) {  // only allocations can fail
@@ -91,6 +94,9 @@ DK_EXPORT int64_t dk_cpu_prepared_bytes(const AttentionParams* p, int64_t varian
     return kOk;
   });
   return bytes;
+}
+DK_EXPORT int dk_cpu_linear(const LinearParams* p, int64_t variant) {
+  return guarded(p, variant, [&](const Variant& v) { return v.linear(*p); });
 }
 DK_EXPORT uint64_t dk_cpu_checksum(const char* data, int64_t bytes, int64_t variant) {
   const Variant* chosen = at(variant);

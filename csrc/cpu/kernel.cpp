@@ -7,6 +7,7 @@
 #include "backward.h"
 #include "checksum.h"
 #include "forward.h"
+#include "linear.h"
 
 #define DK_CONCAT_(a, b) a##b
 #define DK_CONCAT(a, b) DK_CONCAT_(a, b)
@@ -66,6 +67,14 @@ int backward(const AttentionParams& p) {
   return done ? kOk : kOutOfMemory;
 }
 
+int linear(const LinearParams& p) {
+  return with_word(p.dtype, [&](auto word) -> int {
+    using Layer = Linear<decltype(word)>;
+    if (!Layer::supports(p)) return kUnsupported;
+    return Layer(p).run() ? kOk : kOutOfMemory;
+  });
+}
+
 double thread_seconds() {
   timespec now;
   clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
@@ -96,7 +105,7 @@ double gemm_rate(int64_t dtype, int64_t repeats) {
 namespace dk {
 
 extern const Variant DK_CONCAT(kVariant_, DK_VARIANT);
-const Variant DK_CONCAT(kVariant_, DK_VARIANT) = {DK_STRING(DK_VARIANT), kV,      forward,  backward,
-                                                  prepared_bytes,        prepare, checksum, gemm_rate};
+const Variant DK_CONCAT(kVariant_, DK_VARIANT) = {DK_STRING(DK_VARIANT), kV,     forward,  backward,
+                                                  prepared_bytes,        prepare, linear, checksum, gemm_rate};
 
 }  // namespace dk

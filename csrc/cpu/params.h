@@ -1,11 +1,11 @@
-// The one struct that crosses the C ABI. deberta_kernels/native.py mirrors its layout, impl/cpu.py fills it; every field is
-// 8 bytes wide so that no compiler can pad it differently. All strides count elements.
+// The structs that cross the C ABI. deberta_kernels/native.py mirrors their layout; every field is 8 bytes wide so that
+// no compiler can pad it differently. All strides count elements.
 #pragma once
 #include <cstdint>
 
 namespace dk {
 
-constexpr int64_t kAbiVersion = 3;
+constexpr int64_t kAbiVersion = 4;
 constexpr int kMaxHeadDim = 256;
 
 enum DataType : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
@@ -64,6 +64,19 @@ struct AttentionParams {
   int64_t seed;
 };
 
+// A linear layer: out (tokens, out_features) = x (tokens, in_features) times weight (out_features, in_features) + bias.
+struct LinearParams {
+  int64_t abi_version;
+  int64_t tokens, in_features, out_features;  // out_features is a multiple of 16
+  int64_t dtype;       // DataType of everything: float32, or bfloat16 with instructions for it
+  int64_t gelu;        // 1: the exact GELU of it
+  int64_t threads;
+  const void* x;       // all contiguous
+  const void* weight;
+  const void* bias;    // (out_features), or null
+  void* out;
+};
+
 // What one instruction-set variant of kernel.cpp offers to dispatch.cpp.
 struct Variant {
   const char* name;
@@ -72,6 +85,7 @@ struct Variant {
   int (*backward)(const AttentionParams&);
   int64_t (*prepared_bytes)(const AttentionParams&);
   int (*prepare)(const AttentionParams&, void*);
+  int (*linear)(const LinearParams&);
   uint64_t (*checksum)(const char* data, int64_t bytes);
   double (*gemm_rate)(int64_t dtype, int64_t repeats);
 };

@@ -28,6 +28,9 @@ DK_INLINE vf round_nearest(vf x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEARE
 DK_INLINE vf power_of_two(vf n) {  // 2^n for whole n in [-127, 0]; 0 for n = -127
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
 }
+DK_INLINE vf where_positive(vf x, vf yes, vf no) {
+  return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(x, zero(), _CMP_GT_OQ));
+}
 DK_INLINE vf select(uint32_t bits, vf yes, vf no) {
   const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
   const __m256i on = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32((int)bits), lane), lane);

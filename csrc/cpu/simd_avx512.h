@@ -23,6 +23,9 @@ DK_INLINE vf floor_exponent(vf x) { return x; }
 DK_INLINE vf times_power_of_two(vf p, vf n, vf x) {  // p * 2^n, and 0 for x below -125; NaN in x is kept
   return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(-125.0f), _CMP_NLT_UQ), p, n);
 }
+DK_INLINE vf where_positive(vf x, vf yes, vf no) {
+  return _mm512_mask_mov_ps(no, _mm512_cmp_ps_mask(x, zero(), _CMP_GT_OQ), yes);
+}
 DK_INLINE vf select(uint32_t bits, vf yes, vf no) { return _mm512_mask_mov_ps(no, (__mmask16)bits, yes); }
 
 // values[index[c] - index[0]] for index rising by 0 or 1 a lane.

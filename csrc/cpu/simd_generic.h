@@ -47,6 +47,7 @@ DK_INLINE vf power_of_two(vf n) {  // 2^n for whole n in [-127, 0]; 0 for n = -1
   std::memcpy(&x, bits, sizeof x);
   return x;
 }
+DK_INLINE vf where_positive(vf x, vf yes, vf no) { return x > 0.0f ? yes : no; }
 DK_INLINE vf select(uint32_t bits, vf yes, vf no) {
   vf x;
   for (int c = 0; c < kV; c++) x[c] = (bits >> c & 1) ? yes[c] : no[c];

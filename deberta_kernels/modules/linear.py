@@ -38,6 +38,9 @@ def apply_linear(linear: Any, x: Tensor, everywhere: bool = False) -> Tensor:
         if products.lacks_products(dtype):
             widen = products.widened_with_gradients if differentiable else products.widened
             return widen(x, linear.weight, linear.bias, dtype)
+        # In training a checkpoint's first pass, without gradients, must give the bits of the second, with gradients.
+        if not (differentiable or linear.training) and _runs_natively(linear, x, everywhere):
+            return products.natively(x, linear.weight, linear.bias)
         if _runs_in_onednn(linear, x, everywhere) and (everywhere or not (differentiable or linear.training)):
             multiply = products.in_onednn_with_gradients if differentiable else products.in_onednn
             return multiply(x, linear.weight, linear.bias)
@@ -59,6 +62,8 @@ def apply_linear_gelu(linear: Any, activation: Any, x: Tensor, everywhere: bool 
         dtype = _result_dtype(x)
         if products.lacks_products(dtype):
             return products.widened(x, linear.weight, linear.bias, dtype, gelu=True)
+        if _runs_natively(linear, x, everywhere):
+            return products.natively(x, linear.weight, linear.bias, gelu=True)
         if _runs_in_onednn(linear, x, everywhere):
             return products.in_onednn(x, linear.weight, linear.bias, gelu=True)
         if dtype == x.dtype:
@@ -93,6 +98,10 @@ def _runs_in_onednn(linear: Any, x: Tensor, everywhere: bool) -> bool:
     if torch.is_autocast_enabled("cpu") or not torch.backends.mkldnn.enabled:
         return False
     return products.can_multiply(x.dtype) if everywhere else products.wanted(x.dtype)
+
+
+def _runs_natively(linear: Any, x: Tensor, everywhere: bool) -> bool:
+    return not torch.is_autocast_enabled("cpu") and products.suits_few_tokens(x, linear.weight, everywhere)
 
 
 def _is_plain(linear: Any, x: Tensor) -> bool:

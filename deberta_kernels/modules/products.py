@@ -8,6 +8,8 @@ bfloat16, with instructions for it: oneDNN either way, but here without the oper
 the only rounding. bfloat16 and float16 without: PyTorch multiplies a pair at a time then, several times slower than in
 float32. Here the operands are widened to float32, which is exact, and the result is rounded once.
 
+Few tokens, as in a single text: the native library. A general library lays out the weight anew for every call.
+
 oneDNN's operators are private to PyTorch. They are looked up and tried once, and anything unexpected leaves them alone.
 """
 
@@ -21,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deberta_kernels import native
 from deberta_kernels.processor import features, vendor
 
 __all__ = [
@@ -29,13 +32,19 @@ __all__ = [
     "in_onednn",
     "in_onednn_with_gradients",
     "lacks_products",
+    "natively",
     "refusal",
+    "suits_few_tokens",
     "wanted",
     "widened",
     "widened_with_gradients",
 ]
 
 _INTEL = "GenuineIntel"
+
+# Fewest tokens for which the variants of the native library are faster than oneDNN and MKL, a vector of them, and most.
+_FEWEST = {"avx2": 8, "avx512": 16, "avx512_bf16": 16}
+_MOST = 192
 
 
 @cache
@@ -91,7 +100,40 @@ def lacks_products(dtype: torch.dtype) -> bool:
 def anything_gained() -> bool:
     """Tell whether any dtype has a faster way here than PyTorch's own."""
     narrow = (torch.bfloat16, torch.float16)
-    return wanted(torch.float32) or any(wanted(dtype) or lacks_products(dtype) for dtype in narrow)
+    if wanted(torch.float32) or any(wanted(dtype) or lacks_products(dtype) for dtype in narrow):
+        return True
+    return _native_wanted() and native.opened() is not None
+
+
+@cache
+def _native_wanted() -> bool:
+    """Tell whether the native library's products may be the faster ones: unknown with Intel's MKL and its AMX."""
+    return vendor() not in (None, _INTEL)
+
+
+def suits_few_tokens(x: Tensor, weight: Tensor, everywhere: bool = False) -> bool:
+    """Tell whether the native library multiplies x, (..., in), by weight, (out, in), and faster than others do."""
+    if not (everywhere or _native_wanted()) or not x.is_contiguous() or x.is_neg():
+        return False
+    library = native.opened()
+    if library is None or weight.shape[0] % 16 or not _FEWEST.get(library.isa, _MOST) <= x[..., 0].numel() <= _MOST:
+        return False
+    if x.dtype == torch.bfloat16:
+        return library.isa == "avx512_bf16" and "amx_bf16" not in features() and weight.shape[1] % 2 == 0
+    return x.dtype == torch.float32
+
+
+def natively(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
+    """Return the same as `in_onednn` for what `suits_few_tokens`, all contiguous."""
+    library = native.need()
+    outputs, inputs = weight.shape
+    out = torch.empty(*x.shape[:-1], outputs, dtype=x.dtype, device="cpu")
+    params = native.LINEAR_PARAMS.pack(
+        native.ABI_VERSION, x.numel() // inputs, inputs, outputs, native.DTYPES[x.dtype], gelu, library.threads(),
+        x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr(),
+    )  # fmt: skip
+    library.call("dk_cpu_linear", params)
+    return out
 
 
 @lru_cache(maxsize=1)

@@ -20,15 +20,20 @@ pytestmark = pytest.mark.skipif(ways.refusal() is not None, reason=f"no oneDNN: 
 
 @pytest.fixture
 def products(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Record the activation of each product that oneDNN computes."""
+    """Record the activation of each product that oneDNN or the native library computes."""
     seen: list[str] = []
-    original = ways._operator()
+    original, natively = ways._operator(), ways.natively
 
     def recording(*arguments: Any) -> torch.Tensor:
         seen.append(arguments[3])
         return original(*arguments)
 
+    def recording_natively(x: Any, weight: Any, bias: Any, gelu: bool = False) -> torch.Tensor:
+        seen.append("gelu" if gelu else "none")
+        return natively(x, weight, bias, gelu)
+
     monkeypatch.setattr(ways, "_operator", lambda: recording)
+    monkeypatch.setattr(ways, "natively", recording_natively)
     return seen
 
 
@@ -302,7 +307,8 @@ def test_bfloat16_is_within_the_budget(build, batch, in_double, assert_within_bu
     assert len(products) == (LINEARS + TABLES) * model.config.num_hidden_layers
 
 
-def test_pytorchs_own_switch_holds(build, batch, products):
+def test_pytorchs_own_switch_holds(build, batch, products, monkeypatch):
+    monkeypatch.setattr(ways, "_MOST", 0)  # the native library is not oneDNN
     model, inputs = build(), batch()
     dk.patch(model, fast_linears=True)
     with torch.backends.mkldnn.flags(enabled=False):
