@@ -1,6 +1,7 @@
 // Counter-based dropout: Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3").
 // Key: the seed's two halves. Counter: (key token / 8, query token, sample * heads + head, 0). The four output words
 // are eight 16-bit draws, one per key token, so the mask depends neither on tiles nor on the direction of the pass.
+// Hidden states are drawn for the same way, by counters (element / 8, 0, 0, 1).
 #pragma once
 #include "params.h"
 #include "simd.h"
@@ -16,33 +17,31 @@ struct Dropout {
   bool on() const { return threshold != 0; }
 };
 
+// kV64 times eight draws from the counters (c0, c1, c2, c3); those of counter r go to draws + r * stride.
+DK_INLINE void philox(const Dropout& dropout, vu64 c0, vu64 c1, vu64 c2, vu64 c3, uint16_t* draws, int64_t stride) {
+  const vu64 m0 = u64_set1(0xD2511F53u), m1 = u64_set1(0xCD9E8D57u);
+  uint32_t k0 = (uint32_t)dropout.seed, k1 = (uint32_t)(dropout.seed >> 32);
+  for (int round = 0; round < 10; round++) {
+    const vu64 p0 = u64_mul_low32(c0, m0), p1 = u64_mul_low32(c2, m1);
+    c0 = u64_xor(u64_xor(u64_high(p1), c1), u64_set1(k0));
+    c2 = u64_xor(u64_xor(u64_high(p0), c3), u64_set1(k1));
+    c1 = p1;  // high halves are never read
+    c3 = p0;
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  uint64_t words[2][kV64];
+  u64_store(words[0], u64_joined(c0, c1));
+  u64_store(words[1], u64_joined(c2, c3));
+  for (int r = 0; r < kV64; r++)
+    for (int w = 0; w < 2; w++) std::memcpy(draws + r * stride + 4 * w, &words[w][r], sizeof(uint64_t));
+}
+
 // Draws of kV consecutive queries for the keys from 8 * group: draws[row][8 * offset ...].
 DK_INLINE void philox_rows(const Dropout& dropout, uint64_t stream, uint64_t query, uint64_t group, uint16_t* draws) {
-  const vu64 m0 = u64_set1(0xD2511F53u), m1 = u64_set1(0xCD9E8D57u);
-  for (int first = 0; first < kV; first += kV64) {
-    vu64 c0 = u64_set1(group), c1 = u64_iota(query + first), c2 = u64_set1(stream), c3 = u64_set1(0);
-    uint32_t k0 = (uint32_t)dropout.seed, k1 = (uint32_t)(dropout.seed >> 32);
-    for (int round = 0; round < 10; round++) {
-      const vu64 p0 = u64_mul_low32(c0, m0), p1 = u64_mul_low32(c2, m1);
-      c0 = u64_xor(u64_xor(u64_high(p1), c1), u64_set1(k0));
-      c2 = u64_xor(u64_xor(u64_high(p0), c3), u64_set1(k1));
-      c1 = p1;  // high halves are never read
-      c3 = p0;
-      k0 += 0x9E3779B9u;
-      k1 += 0xBB67AE85u;
-    }
-    uint64_t words[4][kV64];
-    u64_store(words[0], c0);
-    u64_store(words[1], c1);
-    u64_store(words[2], c2);
-    u64_store(words[3], c3);
-    for (int r = 0; r < kV64; r++)
-      for (int w = 0; w < 4; w++) {
-        uint16_t* to = draws + (first + r) * kDrawsPerRow + 2 * w;
-        to[0] = (uint16_t)words[w][r];
-        to[1] = (uint16_t)(words[w][r] >> 16);
-      }
-  }
+  for (int first = 0; first < kV; first += kV64)
+    philox(dropout, u64_set1(group), u64_iota(query + first), u64_set1(stream), u64_set1(0),
+           draws + first * kDrawsPerRow, kDrawsPerRow);
 }
 
 // Fill draws[kV][kDrawsPerRow] for kV queries and kV keys; key `key + c` of row r is draws[r][key % 8 + c].

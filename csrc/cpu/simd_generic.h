@@ -83,6 +83,8 @@ DK_INLINE vu64 u64_iota(uint64_t first) { return vu64{first, first + 1}; }
 DK_INLINE vu64 u64_mul_low32(vu64 a, vu64 b) { return (a & 0xffffffffu) * (b & 0xffffffffu); }  // low halves only
 DK_INLINE vu64 u64_xor(vu64 a, vu64 b) { return a ^ b; }
 DK_INLINE vu64 u64_high(vu64 a) { return a >> 32; }
+// The low half of `low` below the low half of `high`.
+DK_INLINE vu64 u64_joined(vu64 low, vu64 high) { return (low & 0xffffffffu) | high << 32; }
 DK_INLINE void u64_store(uint64_t* p, vu64 a) { std::memcpy(p, &a, sizeof a); }
 
 }  // namespace
