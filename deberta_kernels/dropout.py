@@ -8,8 +8,9 @@ recomputes the mask of the forward and every tile shape, thread count and backen
 * the probability is kept iff draw >= threshold(p), and then multiplied by keep_scale(p).
 
 i and j count inside the sample; with packed sequences b is the index of the sequence and i and j count inside it.
-Prefix keys count in j. The keep rate is a multiple of 2**-16, and keep_scale is its exact inverse, so the expected
-value is exact for every p.
+Prefix keys count in j. Elements of hidden states, where they are dropped by this package, are drawn for in the same
+way: element n of a contiguous tensor takes draw n & 7 of counter (n >> 3, 0, 0, 1). The keep rate is a multiple of
+2**-16, and keep_scale is its exact inverse, so the expected value is exact for every p.
 
 Source:
     J. Salmon, M. Moraes, R. Dror, D. Shaw: Parallel Random Numbers: As Easy as 1, 2, 3 (2011), Philox4x32-10.

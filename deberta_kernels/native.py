@@ -18,6 +18,7 @@ from deberta_kernels import env
 __all__ = [
     "ABI_VERSION",
     "ATTENTION_PARAMS",
+    "DROPOUT_PARAMS",
     "DTYPES",
     "LINEAR_PARAMS",
     "Library",
@@ -30,9 +31,10 @@ __all__ = [
 ]
 
 # csrc/cpu/params.h: the structs in their order, q = 8-byte integer or address, d = double.
-ABI_VERSION = 4
+ABI_VERSION = 5
 ATTENTION_PARAMS = struct.Struct("=73q d q d q")
 LINEAR_PARAMS = struct.Struct("=11q")
+DROPOUT_PARAMS = struct.Struct("=11q d")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _STATUS = {1: "out of memory", 2: "library and package do not match", 3: "not in this instruction set"}
 
@@ -51,7 +53,7 @@ class Library:
             raise OSError("it was built from another version of the package; rebuild it")
         handle.dk_variant_name.restype = ctypes.c_char_p
         handle.dk_variant_name.argtypes = handle.dk_variant_runs.argtypes = [ctypes.c_int64]
-        for name in ("dk_cpu_forward", "dk_cpu_backward", "dk_cpu_linear", "dk_cpu_prepared_bytes"):
+        for name in ("dk_cpu_forward", "dk_cpu_backward", "dk_cpu_linear", "dk_cpu_dropout", "dk_cpu_prepared_bytes"):
             getattr(handle, name).argtypes = [ctypes.c_char_p, ctypes.c_int64]
         handle.dk_cpu_prepared_bytes.restype = ctypes.c_int64
         handle.dk_cpu_prepare.argtypes = [ctypes.c_char_p, ctypes.c_int64, ctypes.c_void_p]

@@ -63,6 +63,7 @@ namespace {
 
 bool fits(const AttentionParams& p) { return p.head_dim <= kMaxHeadDim; }
 bool fits(const LinearParams&) { return true; }
+bool fits(const DropoutParams&) { return true; }
 
 template <class Params, class Run>
 int guarded(const Params* p, int64_t variant, const Run& run) {
@@ -97,6 +98,9 @@ DK_EXPORT int64_t dk_cpu_prepared_bytes(const AttentionParams* p, int64_t varian
 }
 DK_EXPORT int dk_cpu_linear(const LinearParams* p, int64_t variant) {
   return guarded(p, variant, [&](const Variant& v) { return v.linear(*p); });
+}
+DK_EXPORT int dk_cpu_dropout(const DropoutParams* p, int64_t variant) {
+  return guarded(p, variant, [&](const Variant& v) { return v.dropout(*p); });
 }
 DK_EXPORT uint64_t dk_cpu_checksum(const char* data, int64_t bytes, int64_t variant) {
   const Variant* chosen = at(variant);

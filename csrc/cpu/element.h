@@ -119,20 +119,25 @@ DK_INLINE void prefetch_row(const Rows& rows, int64_t i, int count) {
   for (int64_t byte = 0; byte < count * bytes_of(rows.type); byte += 64) __builtin_prefetch(from + byte, 0, 3 - kLevel);
 }
 
+DK_INLINE void read_floats(const char* from, int64_t type, int count, float* to) {
+  if (type == kFloat32) copy_floats(reinterpret_cast<const float*>(from), count, to);
+  else if (type == kBFloat16) read_bfloat16(from, count, to);
+  else read_elements<float16>(from, count, to);
+}
+DK_INLINE void write_floats(const float* from, int count, int64_t type, char* to) {
+  if (type == kFloat32) copy_floats(from, count, reinterpret_cast<float*>(to));
+  else if (type == kBFloat16) write_bfloat16(from, count, to);
+  else write_float16(from, count, to);
+}
+
 // Read row i as floats and fill with zeros up to `padded`.
 static void read_row(const Rows& rows, int64_t i, int count, int padded, float* to) {
-  const char* from = rows.row(i);
   prefetch_row<0>(rows, i + kRowsAhead, count);
-  if (rows.type == kFloat32) copy_floats(reinterpret_cast<const float*>(from), count, to);
-  else if (rows.type == kBFloat16) read_bfloat16(from, count, to);
-  else read_elements<float16>(from, count, to);
+  read_floats(rows.row(i), rows.type, count, to);
   for (int d = count; d < padded; d++) to[d] = 0.0f;
 }
 static void write_row(const float* from, int count, const Rows& rows, int64_t i) {
-  char* to = rows.row(i);
-  if (rows.type == kFloat32) copy_floats(from, count, reinterpret_cast<float*>(to));
-  else if (rows.type == kBFloat16) write_bfloat16(from, count, to);
-  else write_float16(from, count, to);
+  write_floats(from, count, rows.type, rows.row(i));
 }
 
 // Write a vector to each of the rows first ... first + count - 1.

@@ -7,6 +7,7 @@
 #include "backward.h"
 #include "checksum.h"
 #include "forward.h"
+#include "hidden_dropout.h"
 #include "linear.h"
 
 #define DK_CONCAT_(a, b) a##b
@@ -75,6 +76,8 @@ int linear(const LinearParams& p) {
   });
 }
 
+int dropout(const DropoutParams& p) { return drop_hidden(p) ? kOk : kOutOfMemory; }
+
 double thread_seconds() {
   timespec now;
   clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
@@ -105,7 +108,7 @@ double gemm_rate(int64_t dtype, int64_t repeats) {
 namespace dk {
 
 extern const Variant DK_CONCAT(kVariant_, DK_VARIANT);
-const Variant DK_CONCAT(kVariant_, DK_VARIANT) = {DK_STRING(DK_VARIANT), kV,     forward,  backward,
-                                                  prepared_bytes,        prepare, linear, checksum, gemm_rate};
+const Variant DK_CONCAT(kVariant_, DK_VARIANT) = {DK_STRING(DK_VARIANT), kV,      forward, backward, prepared_bytes,
+                                                  prepare,               linear,  dropout, checksum, gemm_rate};
 
 }  // namespace dk

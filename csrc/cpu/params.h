@@ -5,7 +5,7 @@
 
 namespace dk {
 
-constexpr int64_t kAbiVersion = 4;
+constexpr int64_t kAbiVersion = 5;
 constexpr int kMaxHeadDim = 256;
 
 enum DataType : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
@@ -77,6 +77,19 @@ struct LinearParams {
   void* out;
 };
 
+// Dropout of hidden states and the residual that may follow: out = x * keep * scale + residual, all contiguous.
+struct DropoutParams {
+  int64_t abi_version;
+  int64_t count;             // elements
+  int64_t threads;
+  int64_t x_dtype, residual_dtype, out_dtype;
+  const void* x;
+  const void* residual;      // or null
+  void* out;
+  int64_t threshold, seed;   // as in AttentionParams
+  double scale;
+};
+
 // What one instruction-set variant of kernel.cpp offers to dispatch.cpp.
 struct Variant {
   const char* name;
@@ -86,6 +99,7 @@ struct Variant {
   int64_t (*prepared_bytes)(const AttentionParams&);
   int (*prepare)(const AttentionParams&, void*);
   int (*linear)(const LinearParams&);
+  int (*dropout)(const DropoutParams&);
   uint64_t (*checksum)(const char* data, int64_t bytes);
   double (*gemm_rate)(int64_t dtype, int64_t repeats);
 };

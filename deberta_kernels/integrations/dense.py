@@ -1,4 +1,4 @@
-"""Run the linear layers around attention in the fastest way, in patched models: the feed-forward block and its like."""
+"""Run the layers around attention in the fastest way, in patched models: linear ones and the dropout behind them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from deberta_kernels.integrations.known import ADAPTERHUB, ADAPTERHUB_ONE, MODELING, MODELING_ONE, Known
 from deberta_kernels.integrations.swap import Swapped, base_class, swap, undo
+from deberta_kernels.modules.hidden_dropout import drop_and_add
 from deberta_kernels.modules.linear import apply_linear, apply_linear_gelu
 from deberta_kernels.modules.self_attention import AttentionOptions
 
@@ -37,7 +38,7 @@ class FusedOutput(Swapped):
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
         """Project hidden_states and add them to input_tensor, both (..., hidden size) when done."""
         projected = apply_linear(self.dense, hidden_states, _everywhere(self))
-        normalised: Tensor = self.LayerNorm(self.dropout(projected) + input_tensor)
+        normalised: Tensor = self.LayerNorm(drop_and_add(self.dropout, projected, input_tensor))
         return normalised
 
 
@@ -51,7 +52,7 @@ class FusedAdapterOutput(Swapped):
 
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
         """Project hidden_states, run the adapters, and add input_tensor; see `FusedOutput`."""
-        projected = self.dropout(apply_linear(self.dense, hidden_states, _everywhere(self)))
+        projected = drop_and_add(self.dropout, apply_linear(self.dense, hidden_states, _everywhere(self)))
         return self.bottleneck_layer_forward(projected, input_tensor, self.LayerNorm)
 
 

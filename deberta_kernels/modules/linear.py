@@ -17,7 +17,7 @@ from torch.utils._device import DeviceContext
 
 from deberta_kernels.modules import products
 
-__all__ = ["apply_linear", "apply_linear_gelu", "is_hooked", "is_linear"]
+__all__ = ["apply_linear", "apply_linear_gelu", "is_hooked", "is_linear", "is_watched"]
 
 _NARROW = (torch.bfloat16, torch.float16)
 # Somebody may replace these for every module of their class.
@@ -114,7 +114,12 @@ def _is_plain(linear: Any, x: Tensor) -> bool:
     for parameter in (linear.weight, linear.bias):
         if parameter is not None and not _is_plain_parameter(parameter, x, autocast):
             return False
-    return not (
+    return not is_watched()
+
+
+def is_watched() -> bool:
+    """Tell whether a mode, a function transform or a tracer wants to see PyTorch's own operations."""
+    return (
         torch._C._len_torch_dispatch_stack() > 0
         or _is_any_function_watched()
         or torch._C._are_functorch_transforms_active()

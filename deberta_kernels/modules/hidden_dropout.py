@@ -1,0 +1,90 @@
+"""Drop hidden states and add the residual that follows: on the CPU in one pass of the native library.
+
+PyTorch draws a float for each element, one after the other, and keeps the result for the backward. Here draws are
+counted (see `deberta_kernels.dropout`), so the backward makes them again. A dropout module is taken over only if it is
+a plain `nn.Dropout` that nobody watches; everything else is called.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deberta_kernels import native
+from deberta_kernels.dropout import draw_seed, keep_scale, threshold
+from deberta_kernels.modules.linear import is_hooked, is_watched
+
+__all__ = ["drop_and_add"]
+
+_FORWARD = nn.Dropout.forward
+
+
+def drop_and_add(dropout: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """Return dropout(x), plus the residual if there is one.
+
+    Args:
+        dropout: a module.
+        x: any shape.
+        residual: that of x, or None; of another dtype, the result has the wider of the two.
+    """
+    if _is_plain(dropout, x, residual):
+        dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+        seed = int(draw_seed("cpu"))
+        return _Dropped.apply(x, residual, dropout.p, seed, dtype)  # type: ignore[no-any-return]
+    dropped: Tensor = dropout(x)
+    return dropped if residual is None else dropped + residual
+
+
+def _is_plain(dropout: Any, x: Tensor, residual: Tensor | None) -> bool:
+    if torch.compiler.is_compiling() or type(dropout) is not nn.Dropout or nn.Dropout.forward is not _FORWARD:
+        return False
+    if not dropout.training or not 0 < dropout.p < 1 or is_hooked(dropout) or is_watched():
+        return False
+    if residual is not None and (residual.shape != x.shape or not _is_supported(residual)):
+        return False
+    return _is_supported(x) and native.opened() is not None
+
+
+def _is_supported(x: Tensor) -> bool:
+    return type(x) is Tensor and x.device.type == "cpu" and x.dtype in native.DTYPES and x.numel() > 0
+
+
+class _Dropped(torch.autograd.Function):
+    """Make the same draws in the backward, which is a dropout as well, and differentiable in turn."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, residual: Tensor | None, p: float, seed: int, dtype: torch.dtype) -> Tensor:
+        ctx.draws = p, seed
+        ctx.shape, ctx.dtypes = x.shape, (x.dtype, None if residual is None else residual.dtype)
+        return _drop(x, residual, p, seed, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        dx = dresidual = None
+        if ctx.needs_input_grad[0]:
+            p, seed = ctx.draws
+            if type(dout) is Tensor and not torch._C._functorch.is_legacy_batchedtensor(dout):
+                dx = _Dropped.apply(dout, None, p, seed, ctx.dtypes[0])
+            else:  # many gradients at once
+                ones = torch.ones(ctx.shape, dtype=torch.float32, device="cpu")
+                dx = (dout * _drop(ones, None, p, seed, torch.float32)).to(ctx.dtypes[0])
+        if ctx.needs_input_grad[1]:
+            dresidual = dout.to(ctx.dtypes[1])
+        return dx, dresidual, None, None, None
+
+
+def _drop(x: Tensor, residual: Tensor | None, p: float, seed: int, dtype: torch.dtype) -> Tensor:
+    library = native.need()
+    x = x.resolve_neg().contiguous()
+    if residual is not None:
+        residual = residual.resolve_neg().contiguous()
+    out = torch.empty(x.shape, dtype=dtype, device="cpu")
+    params = native.DROPOUT_PARAMS.pack(
+        native.ABI_VERSION, x.numel(), library.threads(), native.DTYPES[x.dtype],
+        native.DTYPES[x.dtype if residual is None else residual.dtype], native.DTYPES[dtype],
+        x.data_ptr(), 0 if residual is None else residual.data_ptr(), out.data_ptr(), threshold(p), seed, keep_scale(p),
+    )  # fmt: skip
+    library.call("dk_cpu_dropout", params)
+    return out
