@@ -10,7 +10,12 @@ namespace dk {
 template <class Element, int D, bool kPair, bool kDropout>
 DK_DEVICE void backward(const BackwardParams& p) {
   using L = BackwardLayout<D>;
-  const Place place = place_of_block(p, (int)p.groups, 1, kTile);
+  Place place = place_of_block(p, (int)p.groups, 1);
+  if (p.cu_seqlens) {
+    // Should a sequence be longer than the host was told, it ends with its tiles: there is no place for more sums.
+    place.nq = place.nk = at_most(place.nq, (int)p.row_tiles * kTile);
+    place.prefix = at_most(place.prefix, place.nk);
+  }
   const int thread = thread_index(), warp = uniform(thread / 32), warpgroup = warp / 4;
   const int first = place.first_row;
   if (!KeyBlock(place, first, L::kRows).is_there) return;

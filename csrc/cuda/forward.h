@@ -10,7 +10,7 @@ namespace dk {
 template <class Element, int D, bool kPair, bool kDropout>
 DK_DEVICE void forward(const ForwardParams& p) {
   using L = Layout<D>;
-  const Place place = place_of_block(p, (int)p.row_tiles, L::kRows, L::kRows);
+  const Place place = place_of_block(p, (int)p.row_tiles, L::kRows);
   if (place.first_row >= place.nq) return;
   const uint32_t shared = shared_base();
   const int thread = thread_index(), warp = uniform(thread / 32), warpgroup = warp / 4;

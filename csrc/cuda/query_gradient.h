@@ -8,7 +8,7 @@ namespace dk {
 // Convert one tile of queries; a block is one warpgroup, one block per tile.
 template <class Element, int D>
 DK_DEVICE void convert_queries(const BackwardParams& p) {
-  const Place place = place_of_block(p, (int)p.row_tiles, kTile, kTile);
+  const Place place = place_of_block(p, (int)p.row_tiles, kTile);
   if (place.first_row >= place.nq) return;
   const int thread = thread_index();
   const Lane lane(thread, thread / 32);

@@ -41,10 +41,8 @@ DK_DEVICE int at_least(int value, int low) { return value < low ? low : value; }
 DK_DEVICE int at_most(int value, int high) { return value > high ? high : value; }
 
 // `blocks`: of a sample and head, `first_row` apart from which they differ is the number of this one times `rows`.
-// `tile_rows`: of a tile of `row_tiles`. A packed sequence ends with its tiles, should it be longer than the host was told:
-// sums and tables have no place for more.
 template <class Params>
-DK_DEVICE Place place_of_block(const Params& p, int blocks, int rows, int tile_rows) {
+DK_DEVICE Place place_of_block(const Params& p, int blocks, int rows) {
   Place place;
   const int batch_head = block_index() / blocks;
   place.batch = batch_head / (int)p.heads;
@@ -53,8 +51,7 @@ DK_DEVICE Place place_of_block(const Params& p, int blocks, int rows, int tile_r
   place.first_token = 0, place.nq = (int)p.nq, place.nk = (int)p.nk;
   if (p.cu_seqlens) {
     place.first_token = load_global(p.cu_seqlens + place.batch);
-    const int length = load_global(p.cu_seqlens + place.batch + 1) - place.first_token;
-    place.nq = place.nk = at_most(length, (int)p.row_tiles * tile_rows);
+    place.nq = place.nk = load_global(p.cu_seqlens + place.batch + 1) - place.first_token;
   }
   place.prefix = at_most((int)p.prefix, place.nk);
   return place;
