@@ -84,7 +84,7 @@ def projected_tables(
         rel_embeddings: (at least 2 * att_span, hidden size); None is right only where no position term is on, and
             turns them off in DeBERTa v1.
         length: number of queries and of keys, in tokens.
-        apply: calls a projection.
+        apply: calls a projection, or the dropout before it.
         prepare: makes a backend's own layout of tables that will be kept.
         rel_key: returns `content_key` of rel_embeddings; lets all layers of one forward share the reading.
 
@@ -211,7 +211,7 @@ def _project(
     apply: Apply,
 ) -> PositionTables:
     # (1, rows, hidden): wrapped projections see the three dimensions that Hugging Face gives them.
-    rows = module.pos_dropout(rel[slice(*window)]).unsqueeze(0)
+    rows = apply(module.pos_dropout, rel[slice(*window)]).unsqueeze(0)
     tables = {
         name: apply(projection, rows).squeeze(0).unflatten(-1, (module.num_attention_heads, -1)).transpose(0, 1)
         for name, projection in projections.items()

@@ -28,6 +28,7 @@ from deberta_kernels.modules.anatomy import (
     scale_factor,
 )
 from deberta_kernels.modules.encoder_mask import EncoderMask
+from deberta_kernels.modules.hidden_dropout import drop_and_add
 from deberta_kernels.modules.linear import apply_linear
 from deberta_kernels.modules.packing import Packing
 from deberta_kernels.modules.positions import PositionTables, content_key, projected_tables
@@ -62,11 +63,13 @@ class AttentionOptions:
     unpad: str | bool = "auto"
     fast_linears: str | bool = False
 
-    def apply(self, linear: nn.Module, x: Tensor) -> Tensor:
-        """Call a linear layer."""
-        if self.fast_linears:
-            return apply_linear(linear, x, everywhere=self.fast_linears is True)
-        return linear(x)  # type: ignore[no-any-return]
+    def apply(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """Call a linear layer or a dropout."""
+        if not self.fast_linears:
+            return layer(x)  # type: ignore[no-any-return]
+        if isinstance(layer, nn.Dropout):
+            return drop_and_add(layer, x)
+        return apply_linear(layer, x, everywhere=self.fast_linears is True)
 
 
 def runs_original_code() -> bool:
