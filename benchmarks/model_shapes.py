@@ -49,7 +49,7 @@ class Batch:
         return Batch(self.input_ids[:samples], self.attention_mask[:samples])
 
 
-SIZES = ((1, 128), (1, 512), (1, 2048), (8, 128), (8, 512))
+SIZES = ((1, 32), (1, 128), (1, 512), (1, 2048), (8, 128), (8, 512))
 RAGGED = (8, 128)
 # (batch, length): (must, aim); a size without an entry is measured all the same and has no bound.
 EAGER = {

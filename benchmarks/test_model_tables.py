@@ -39,8 +39,8 @@ def _pick(samples: dict[str, Any]) -> tuple[float, float]:
     return samples["median"], samples["minimum"]
 
 
-def _line(records: list[dict[str, Any]], shape: ModelShape, other: str) -> Any:
-    lines = judge(records, _pick)
+def _line(records: list[dict[str, Any]], shape: ModelShape, other: str, *rates: dict[str, float]) -> Any:
+    lines = judge(records, _pick, *rates)
     return next(x for x, f in zip(lines, MODEL_FIGURES, strict=True) if f.shape == shape and f.other == other)
 
 
@@ -102,10 +102,10 @@ def test_a_bound_beyond_the_peak_of_the_machine_is_told_apart() -> None:
     shape = ModelShape(1, 128)
     record = _record(shape, {"eager": 6.0, "patched": 4.0}, needed_gflop=300.0)
     rates = {"torch mm float32": 80.0, "oneDNN linear float32": 100.0, "torch linear bfloat16": 1e9}
-    line = judge([record], _pick, rates)[0]
+    line = _line([record], shape, "eager", rates)
     assert line.at_peak == pytest.approx(2.0)
     assert line.verdict == "MISSED"
-    assert judge([record], _pick, {"torch mm float32": 10.0})[0].at_peak is None
+    assert _line([record], shape, "eager", {"torch mm float32": 10.0}).at_peak is None
 
 
 def test_a_lost_shape_stays_and_is_missed() -> None:

@@ -18,6 +18,7 @@ def vendor() -> str | None:
     return described().get("vendor_id")
 
 
+@cache
 def features() -> frozenset[str]:
     """Return the names of its instruction-set extensions; empty where they are unknown."""
     entries = described()

@@ -38,9 +38,9 @@ def drop_and_add(dropout: nn.Module, x: Tensor, residual: Tensor | None = None) 
 
 
 def _is_plain(dropout: Any, x: Tensor, residual: Tensor | None) -> bool:
-    if torch.compiler.is_compiling() or type(dropout) is not nn.Dropout or nn.Dropout.forward is not _FORWARD:
+    if type(dropout) is not nn.Dropout or not dropout.training or not 0 < dropout.p < 1:
         return False
-    if not dropout.training or not 0 < dropout.p < 1 or is_hooked(dropout) or is_watched():
+    if torch.compiler.is_compiling() or nn.Dropout.forward is not _FORWARD or is_hooked(dropout) or is_watched():
         return False
     if residual is not None and (residual.shape != x.shape or not _is_supported(residual)):
         return False
