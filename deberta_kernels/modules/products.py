@@ -42,7 +42,8 @@ __all__ = [
 
 _INTEL = "GenuineIntel"
 
-# Fewest tokens for which the variants of the native library are faster than oneDNN and MKL, a vector of them, and most.
+# Fewest tokens for which the variants of the native library are faster than oneDNN and MKL, a vector of them, and most;
+# measured by benchmarks/bench_linear.py.
 _FEWEST = {"avx2": 8, "avx512": 16, "avx512_bf16": 16}
 _MOST = 192
 
@@ -115,8 +116,8 @@ def suits_few_tokens(x: Tensor, weight: Tensor, everywhere: bool = False) -> boo
     """Tell whether the native library multiplies x, (..., in), by weight, (out, in), and faster than others do."""
     if not (everywhere or _native_wanted()) or not x.is_contiguous() or x.is_neg():
         return False
-    library = native.opened()
-    if library is None or weight.shape[0] % 16 or not _FEWEST.get(library.isa, _MOST) <= x[..., 0].numel() <= _MOST:
+    library, tokens = native.opened(), x.numel() // weight.shape[1]
+    if library is None or weight.shape[0] % 16 or not _FEWEST.get(library.isa, _MOST + 1) <= tokens <= _MOST:
         return False
     if x.dtype == torch.bfloat16:
         return library.isa == "avx512_bf16" and "amx_bf16" not in features() and weight.shape[1] % 2 == 0

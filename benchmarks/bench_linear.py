@@ -1,0 +1,112 @@
+"""Time the linear layers of v3-base by number of tokens: the native library, oneDNN and PyTorch, correct first.
+
+python benchmarks/bench_linear.py          float32, and bfloat16 where the processor has instructions; 2 minutes
+
+The limits in `deberta_kernels.modules.products` were chosen by this. Weights rotate through 48 MB, so they come from
+memory as in a model. One number is the time of all linear layers of one encoder layer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+# (in, out, GELU, how many in an encoder layer)
+LAYERS = ((768, 768, False, 4), (768, 3072, True, 1), (3072, 768, False, 1))
+TOKENS = (4, 8, 16, 32, 64, 128, 192, 256, 384)
+ROTATION_BYTES = 48e6
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", default=",".join(map(str, TOKENS)), help="numbers of tokens, comma-separated")
+    parser.add_argument("--json", default="", help="write here, not to benchmarks/results/<device>/; '-': nowhere")
+    return parser.parse_args(arguments)
+
+
+def candidates(dtype: Any) -> dict[str, Callable[..., Any]]:
+    """Return name -> function of x, weight, bias and whether the GELU follows."""
+    import torch
+    from torch.nn import functional
+
+    from deberta_kernels import native
+    from deberta_kernels.modules import products
+
+    def pytorch(x: Any, weight: Any, bias: Any, gelu: bool) -> Any:
+        y = functional.linear(x, weight, bias)
+        return torch.ops.aten.gelu_.default(y) if gelu else y
+
+    found: dict[str, Callable[..., Any]] = {"pytorch": pytorch}
+    if products.can_multiply(dtype) and products.refusal() is None:
+        found["onednn"] = products.in_onednn
+    isa = native.library_status()["isa"]
+    if dtype == torch.float32 or isa == "avx512_bf16":
+        found["native"] = products.natively
+    return found
+
+
+def measure(dtype: Any, tokens: int) -> dict[str, Any]:
+    """Check and time the linear layers of an encoder layer for one number of tokens."""
+    import torch
+    from timing import Pace, interleave
+    from torch.nn import functional
+
+    record: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), "tokens": tokens, "red": [], "seconds": {}}
+    for inputs, outputs, gelu, count in LAYERS:
+        x, bias = torch.randn(tokens, inputs).to(dtype), torch.randn(outputs).to(dtype)
+        copies = max(2, round(ROTATION_BYTES / (inputs * outputs * dtype.itemsize)))
+        weights = [torch.randn(outputs, inputs).div(inputs**0.5).to(dtype) for _ in range(copies)]
+        truth = functional.linear(x.double(), weights[0].double(), bias.double())
+        truth = functional.gelu(truth) if gelu else truth
+        calls = candidates(dtype)
+        errors = {name: float((call(x, weights[0], bias, gelu) - truth).abs().mean()) for name, call in calls.items()}
+        right = {name: call for name, call in calls.items() if errors[name] <= 2 * errors["pytorch"]}
+        record["red"] += [name for name in calls if name not in right]
+
+        def timed(call: Callable[..., Any], weights: Any = weights, rest: Any = (bias, gelu), x: Any = x) -> Any:
+            return lambda index: call(x, weights[index % len(weights)], *rest)
+
+        samples = interleave({name: timed(call) for name, call in right.items()}, Pace(rounds=15, seconds=4.0))
+        for name, sample in samples.items():
+            record["seconds"][name] = record["seconds"].get(name, 0.0) + count * sample.median
+    return record
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run; return the exit status: 1 where a product is less exact than twice PyTorch's."""
+    options = parse(arguments)
+    sys.path[:0] = [str(HERE), str(HERE.parent)]
+    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
+    import torch
+
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+    from recording import preamble, store
+
+    from deberta_kernels.modules import products
+
+    result = preamble("linear", 1, "cpu", quick=False)
+    result["records"] = []
+    print(f"{'ms per encoder layer':<22}{'pytorch':>9}{'onednn':>9}{'native':>9}")
+    for dtype in (torch.float32, torch.bfloat16):
+        if products.lacks_products(dtype):
+            continue
+        for tokens in map(int, options.tokens.split(",")):
+            record = measure(dtype, tokens)
+            result["records"].append(record)
+            times = (record["seconds"].get(name) for name in ("pytorch", "onednn", "native"))
+            cells = "".join(f"{'-' if x is None else format(1e3 * x, '.2f'):>9}" for x in times)
+            wrong = f" RED: {', '.join(record['red'])}" if record["red"] else ""
+            print(f"{record['dtype']:<10}{tokens:>4} tokens {cells}{wrong}")
+    store(result, options.json)
+    return int(any(record["red"] for record in result["records"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
