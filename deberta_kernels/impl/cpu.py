@@ -13,9 +13,7 @@ from deberta_kernels.native import Library
 from deberta_kernels.position import PositionIndex, position_index, reachable_rows
 from deberta_kernels.types import AttentionProblem, Gradients, Masks, PositionSpec
 
-__all__ = ["NAME", "backward", "forward", "prepare", "refusal"]
-
-NAME = "cpu"
+__all__ = ["backward", "forward", "prepare", "refusal"]
 
 _MAX_HEAD_DIM = 256
 

@@ -23,9 +23,7 @@ from deberta_kernels.masks import allowed
 from deberta_kernels.position import delta
 from deberta_kernels.types import AttentionProblem, Gradients
 
-__all__ = ["NAME", "attention", "backward", "forward", "refusal"]
-
-NAME = "reference"
+__all__ = ["attention", "backward", "forward", "refusal"]
 
 
 def refusal(problem: AttentionProblem) -> str | None:

@@ -219,7 +219,6 @@ def test_dropout_without_a_seed_is_refused():
 
 def test_nothing_is_refused():
     assert torch_tiled.refusal(inputs.problem(Case(nq=4))) is None
-    assert torch_tiled.NAME == "torch"
 
 
 class Largest(TorchDispatchMode):

@@ -17,9 +17,7 @@ from deberta_kernels.impl.cuda.arguments import Arguments, ForwardInfo, Info, ex
 from deberta_kernels.impl.cuda.backward_arguments import CONVERSION_THREADS, BackwardArguments, BackwardInfo, plan
 from deberta_kernels.types import AttentionProblem, Gradients, PositionSpec
 
-__all__ = ["NAME", "backward", "backward_refusal", "forward", "prepare", "refusal", "status"]
-
-NAME = "cuda"
+__all__ = ["backward", "backward_refusal", "forward", "prepare", "refusal", "status"]
 
 # The kernels use instructions that exist in sm_90a only.
 _CAPABILITY = (9, 0)

@@ -11,9 +11,7 @@ from torch import Tensor
 from deberta_kernels import env
 from deberta_kernels.types import AttentionProblem, Gradients, PositionSpec
 
-__all__ = ["NAME", "backward", "forward", "prepare", "refusal"]
-
-NAME = "triton"
+__all__ = ["backward", "forward", "prepare", "refusal"]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MAX_HEAD_DIM = 256
