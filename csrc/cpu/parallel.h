@@ -18,6 +18,7 @@ bool run_tasks(int64_t tasks, int64_t threads, int64_t bytes, const Body& body) 
   std::atomic<bool> failed{false};
   const auto work = [&] {
     static thread_local ThreadBlock scratch;
+    if (next.load() >= tasks) return;
     char* block = scratch.get(bytes);
     if (!block) failed = true;
     for (int64_t task; block && (task = next.fetch_add(1)) < tasks;) body(task, block);
@@ -26,7 +27,9 @@ bool run_tasks(int64_t tasks, int64_t threads, int64_t bytes, const Body& body) 
   if (threads <= 1 || tasks <= 1) {
     work();
   } else {
-#pragma omp parallel num_threads((int)(threads < tasks ? threads : tasks))
+    // All threads, be there work for them or not: OpenMP ends those that a smaller team leaves out, and the next team,
+    // ours or PyTorch's, would wait for new ones.
+#pragma omp parallel num_threads((int)threads)
     work();
   }
   // A thread without memory leaves its share to the others; only if none got any is work left over.
