@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-from typing import Any
 
 import pytest
 import torch
@@ -13,28 +12,15 @@ from torch import nn
 import deberta_kernels as dk
 from deberta_kernels.modules import products as ways
 from deberta_kernels.modules.linear import apply_linear, apply_linear_gelu
-from tests.integrations.linears import LINEARS, TABLES, gradients_of, states_of
+from tests.integrations.linears import LINEARS, TABLES, gradients_of, record_products, states_of
 
 pytestmark = pytest.mark.skipif(ways.refusal() is not None, reason=f"no oneDNN: {ways.refusal()}")
 
 
 @pytest.fixture
 def products(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Record the activation of each product that oneDNN or the native library computes."""
-    seen: list[str] = []
-    original, natively = ways._operator(), ways.natively
-
-    def recording(*arguments: Any) -> torch.Tensor:
-        seen.append(arguments[3])
-        return original(*arguments)
-
-    def recording_natively(x: Any, weight: Any, bias: Any, gelu: bool = False) -> torch.Tensor:
-        seen.append("gelu" if gelu else "none")
-        return natively(x, weight, bias, gelu)
-
-    monkeypatch.setattr(ways, "_operator", lambda: recording)
-    monkeypatch.setattr(ways, "natively", recording_natively)
-    return seen
+    """Record the activation of each product that PyTorch does not compute."""
+    return record_products(monkeypatch)
 
 
 @pytest.mark.parametrize("unpad", [True, False])

@@ -20,6 +20,8 @@ with warnings.catch_warnings():
     )
 from adapters.models.deberta_v2 import modeling_deberta_v2 as hub
 
+from tests.integrations.linears import record_products
+
 PREFIX = adapters.PrefixTuningConfig(prefix_length=7, flat=True)
 
 
@@ -189,9 +191,7 @@ def test_layers_without_an_adapter_run_as_plain_ones(adapt, batch, monkeypatch):
 
     if products.refusal() is not None:
         pytest.skip(products.refusal())
-    ran: list[torch.Size] = []
-    operator = products._operator()
-    monkeypatch.setattr(products, "_operator", lambda: lambda x, w, *rest: ran.append(w.shape) or operator(x, w, *rest))
+    ran = record_products(monkeypatch)
     config = adapters.LoRAConfig(attn_matrices=["q"])
     expected = states(adapt({"task": config}, "task"), batch())
     model = adapt({"task": config}, "task")
@@ -216,9 +216,7 @@ def test_layers_whose_adapter_does_nothing_run_as_plain_ones(head, plain_layers,
     assert (attention_of(model) in positions._kept) == (head == "DebertaModel")  # v1 projects positions by themselves
     for one in (plain, model):
         one.set_active_adapters(None) if how == "inactive" else one.merge_adapter("task")
-    ran: list[torch.Size] = []
-    operator = products._operator()
-    monkeypatch.setattr(products, "_operator", lambda: lambda x, w, *rest: ran.append(w.shape) or operator(x, w, *rest))
+    ran = record_products(monkeypatch)
     expected = states(plain, batch())
     assert torch.allclose(expected, with_adapter, atol=1e-4) == (how == "merged")
     torch.testing.assert_close(states(model, batch()), expected, atol=3e-5, rtol=1e-5)
