@@ -37,7 +37,7 @@ class Linear {
  private:
   static constexpr int kOutputs = 16;  // of a task
   // So many words are summed in registers. A single sum over all of them would lose digits.
-  static constexpr int kWords = 256, kSlice = kWords * Word::kPerWord, kPanel = kWords * kV;
+  static constexpr int kWords = 128 * Word::kPerWord, kSlice = kWords * Word::kPerWord, kPanel = kWords * kV;
 
   int elements(int64_t slice) const { return (int)std::min<int64_t>(kSlice, p_.in_features - slice * kSlice); }
 
@@ -58,11 +58,21 @@ class Linear {
   void multiply(int64_t output, const float* packed, float* sums) const {
     for (int64_t s = 0; s < slices_; s++) {
       const Rows weight = rows(p_.weight, p_.in_features, s * kSlice);
+      if (Word::kPerWord > 1) ask_for_next(output, s);
       const RowSource outputs{reinterpret_cast<const float*>(weight.row(output)), weight.stride / 4, 1};
       const ColumnSource tokens{packed + s * panels_ * kPanel, kPanel, kV};
       gemm<Word>(kOutputs, (int)panels_, words_of<Word>(elements(s)), outputs, tokens, sums, row_, s > 0);
     }
     for (int64_t t = 0; t < panels_; t++) finish(output, t, sums + t * kV);
+  }
+
+  // Ask for the weights of the next step: products of pairs are done before the processor has fetched them by itself.
+  // (Those of floats are not, and lose by it.)
+  DK_INLINE_MEMBER void ask_for_next(int64_t output, int64_t slice) const {
+    if (++slice == slices_) slice = 0, output += kOutputs;
+    if (output == p_.out_features) return;
+    const Rows weight = rows(p_.weight, p_.in_features, slice * kSlice);
+    for (int i = 0; i < kOutputs; i++) prefetch_row<1>(weight, output + i, elements(slice));
   }
 
   // Turn the sums of one panel, add the bias, and write a row for each token.
@@ -84,7 +94,8 @@ class Linear {
 
   const LinearParams& p_;
   const int64_t panels_, slices_;
-  const int64_t row_;  // length of a row of sums; not a power of two, or rows would compete for places in the cache
+  const int64_t row_;  // length of a row of sums; a vector more than needed, or rows of 128 tokens would share places
+                       // in the cache
 };
 
 }  // namespace

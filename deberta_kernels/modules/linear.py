@@ -101,7 +101,7 @@ def _runs_in_onednn(linear: Any, x: Tensor, everywhere: bool) -> bool:
 
 
 def _runs_natively(linear: Any, x: Tensor, everywhere: bool) -> bool:
-    return not torch.is_autocast_enabled("cpu") and products.suits_few_tokens(x, linear.weight, everywhere)
+    return not torch.is_autocast_enabled("cpu") and products.suits_few_tokens(x, linear.weight, linear.bias, everywhere)
 
 
 def _is_plain(linear: Any, x: Tensor) -> bool:
@@ -110,8 +110,11 @@ def _is_plain(linear: Any, x: Tensor) -> bool:
         return False
     if x.device.type != "cpu" or x.numel() == 0 or is_hooked(linear):
         return False
+    weight, bias = linear.weight, linear.bias
+    if weight.dim() != 2 or x.shape[-1:] != weight.shape[1:] or (bias is not None and bias.shape != weight.shape[:1]):
+        return False  # PyTorch broadcasts, or says what is wrong
     autocast = torch.is_autocast_enabled("cpu")
-    for parameter in (linear.weight, linear.bias):
+    for parameter in (weight, bias):
         if parameter is not None and not _is_plain_parameter(parameter, x, autocast):
             return False
     return not is_watched()

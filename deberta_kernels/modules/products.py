@@ -112,9 +112,16 @@ def _native_wanted() -> bool:
     return vendor() not in (None, _INTEL)
 
 
-def suits_few_tokens(x: Tensor, weight: Tensor, everywhere: bool = False) -> bool:
-    """Tell whether the native library multiplies x, (..., in), by weight, (out, in), and faster than others do."""
-    if not (everywhere or _native_wanted()) or not x.is_contiguous() or x.is_neg():
+def suits_few_tokens(x: Tensor, weight: Tensor, bias: Tensor | None = None, everywhere: bool = False) -> bool:
+    """Tell whether the native library multiplies x, (..., in), by weight, (out, in), and faster than others do.
+
+    Memory is what it sees, so everything must be of the right shape, and lie there as it is meant.
+    """
+    if not (everywhere or _native_wanted()) or weight.dim() != 2 or x.shape[-1:] != weight.shape[1:]:
+        return False
+    if bias is not None and (bias.shape != weight.shape[:1] or bias.is_neg()):
+        return False
+    if not x.is_contiguous() or x.is_neg() or weight.is_neg():
         return False
     library, tokens = native.opened(), x.numel() // weight.shape[1]
     if library is None or weight.shape[0] % 16 or not _FEWEST.get(library.isa, _MOST + 1) <= tokens <= _MOST:

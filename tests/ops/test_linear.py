@@ -6,6 +6,7 @@ from torch import nn
 
 from deberta_kernels import native
 from deberta_kernels.modules import products
+from deberta_kernels.modules.linear import apply_linear
 
 STATUS = native.library_status()
 ISAS = STATUS["variants"]
@@ -35,21 +36,35 @@ def natively(layer, x, gelu=False):
 @pytest.mark.parametrize("gelu", [False, True])
 @pytest.mark.parametrize(
     ("tokens", "inputs", "outputs"),
-    [(1, 2, 16), (16, 64, 48), (17, 250, 32), (33, 256, 80), (50, 514, 16), (130, 768, 64), (41, 1030, 16)],
+    [
+        (1, 2, 16),
+        (16, 64, 48),
+        (17, 250, 32),
+        (33, 256, 80),
+        (100, 256, 256),
+        (50, 514, 16),
+        (130, 768, 64),
+        (41, 1030, 16),
+    ],
 )
 def test_is_as_exact_as_pytorch(dtype, tokens, inputs, outputs, gelu):
-    layer, x = layer_of(inputs, outputs, dtype), 2 * torch.randn(tokens, inputs).to(dtype)
-    truth = layer.double()(x.double())
-    layer.to(dtype)
-    eager = layer(x)
-    if gelu:
-        truth, eager = nn.functional.gelu(truth), nn.functional.gelu(eager)
-    ours = natively(layer, x, gelu)
-    assert ours.dtype == dtype
-    error, allowed = ((y.double() - truth).abs() for y in (ours, eager))
-    floor = torch.finfo(torch.float32).eps * float(truth.abs().max())
+    ours, eagers, sizes = [], [], []
+    for seed in range(6):
+        torch.manual_seed(seed)
+        layer, x = nn.Linear(inputs, outputs).to(dtype).requires_grad_(False), torch.randn(tokens, inputs).to(dtype)
+        found, eager = natively(layer, x, gelu), layer(x)
+        truth = layer.double()(x.double())
+        if gelu:
+            truth, eager = nn.functional.gelu(truth), nn.functional.gelu(eager)
+        assert found.dtype == dtype
+        ours.append((found.double() - truth).abs().flatten())
+        eagers.append((eager.double() - truth).abs().flatten())
+        sizes.append(float(truth.abs().max()))
+    error, allowed = torch.cat(ours), torch.cat(eagers)
+    # A quarter of a unit in the last place: the last rounding alone.
+    floor = torch.finfo(torch.float32).eps / 4 * max(sizes)
     assert error.max() <= 2 * (allowed.max() + floor)
-    assert error.mean() <= 1.1 * (allowed.mean() + floor)
+    assert error.mean() <= 1.3 * (allowed.mean() + floor / 4)
 
 
 def test_leading_dimensions_are_kept(dtype):
@@ -121,7 +136,45 @@ def test_what_does_not_suit_is_never_taken(outputs, inputs, kind, monkeypatch):
     monkeypatch.setattr(products, "_native_wanted", lambda: True)
     x, weight = torch.ones(32, inputs, dtype=kind), torch.ones(outputs, inputs, dtype=kind)
     for everywhere in (False, True):
-        assert not products.suits_few_tokens(x, weight, everywhere)
+        assert not products.suits_few_tokens(x, weight, None, everywhere)
+
+
+WEIGHT, X = torch.randn(16, 32), torch.randn(20, 32)
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "bias"),
+    [
+        (torch.randn(20, 48), WEIGHT, None),
+        (torch.randn(20, 16), WEIGHT, None),
+        (X, torch.randn(32), None),
+        (X, WEIGHT, torch.randn(1)),
+        (X, WEIGHT, torch.randn(20, 16)),
+        (X, WEIGHT, torch.randn(8)),
+        (X, WEIGHT, torch.tensor(2.0)),
+        (X, WEIGHT, torch._neg_view(torch.randn(16))),
+        (X, torch._neg_view(WEIGHT), None),
+        (torch._neg_view(X), WEIGHT, None),
+    ],
+    ids=["wide", "narrow", "vector", "bias 1", "bias 20x16", "bias 8", "bias 0-d", "bias", "weight", "x"],
+)
+def test_odd_shapes_and_pending_negations_are_answered_as_before(x, weight, bias):
+    """Memory is all the library sees: PyTorch broadcasts, negates, or raises."""
+    assert not products.suits_few_tokens(x, weight, bias, everywhere=True)
+    layer = nn.Linear(32, 16, bias=False).requires_grad_(False)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    layer.eval()
+    found = []
+    for call in (layer, lambda x: apply_linear(layer, x, everywhere=True)):
+        try:
+            found.append(call(x))
+        except RuntimeError as error:
+            found.append(type(error))
+    if isinstance(found[0], torch.Tensor) and isinstance(found[1], torch.Tensor):
+        torch.testing.assert_close(found[1], found[0])
+    else:
+        assert found[1] is found[0]
 
 
 def test_few_tokens_are_between_a_vector_and_what_a_library_does_as_well(monkeypatch):
@@ -131,8 +184,8 @@ def test_few_tokens_are_between_a_vector_and_what_a_library_does_as_well(monkeyp
         monkeypatch.setattr(products, "_native_wanted", lambda wishes=wishes: wishes)
         for tokens, expected in ((1, False), (16, wanted), (products._MOST, wanted), (products._MOST + 1, False)):
             x = torch.ones(1, tokens, 32)
-            assert products.suits_few_tokens(x, weight, everywhere) == expected
-            assert not products.suits_few_tokens(x.transpose(0, 1).expand(tokens, 2, 32), weight, everywhere)
+            assert products.suits_few_tokens(x, weight, None, everywhere) == expected
+            assert not products.suits_few_tokens(x.transpose(0, 1).expand(tokens, 2, 32), weight, None, everywhere)
     assert not products.suits_few_tokens(torch.ones(16, 32), weight)
 
 
