@@ -38,9 +38,11 @@ def drop_and_add(dropout: nn.Module, x: Tensor, residual: Tensor | None = None) 
 
 
 def _is_plain(dropout: Any, x: Tensor, residual: Tensor | None) -> bool:
-    if type(dropout) is not nn.Dropout or not dropout.training or not 0 < dropout.p < 1:
+    if type(dropout) is not nn.Dropout or not dropout.training or not isinstance(dropout.p, float):
         return False
     if torch.compiler.is_compiling() or nn.Dropout.forward is not _FORWARD or is_hooked(dropout) or is_watched():
+        return False
+    if not 0 < dropout.p < 1 or dropout.inplace:
         return False
     if residual is not None and (residual.shape != x.shape or not _is_supported(residual)):
         return False
@@ -48,7 +50,15 @@ def _is_plain(dropout: Any, x: Tensor, residual: Tensor | None) -> bool:
 
 
 def _is_supported(x: Tensor) -> bool:
-    return type(x) is Tensor and x.device.type == "cpu" and x.dtype in native.DTYPES and x.numel() > 0
+    strided = type(x) is Tensor and x.layout == torch.strided
+    return strided and x.device.type == "cpu" and x.dtype in native.DTYPES and x.numel() > 0
+
+
+def _is_batched(dout: Tensor) -> bool:
+    """Tell whether many gradients are wanted at once, by `torch.vmap` or by `is_grads_batched`."""
+    functorch = torch._C._functorch
+    batched = functorch.is_batchedtensor(dout) or functorch.is_legacy_batchedtensor(dout)
+    return batched or type(dout) is not Tensor or torch._C._are_functorch_transforms_active()
 
 
 class _Dropped(torch.autograd.Function):
@@ -65,7 +75,7 @@ class _Dropped(torch.autograd.Function):
         dx = dresidual = None
         if ctx.needs_input_grad[0]:
             p, seed = ctx.draws
-            if type(dout) is Tensor and not torch._C._functorch.is_legacy_batchedtensor(dout):
+            if not _is_batched(dout):
                 dx = _Dropped.apply(dout, None, p, seed, ctx.dtypes[0])
             else:  # many gradients at once
                 ones = torch.ones(ctx.shape, dtype=torch.float32, device="cpu")

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 import deberta_kernels as dk
+from deberta_kernels import native
+from deberta_kernels.modules import hidden_dropout
 from deberta_kernels.modules import products as ways
 from deberta_kernels.modules.linear import apply_linear, apply_linear_gelu
 from tests.integrations.linears import LINEARS, TABLES, gradients_of, record_products, states_of
@@ -23,12 +25,14 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return record_products(monkeypatch)
 
 
+@pytest.mark.parametrize("most", [0, 192], ids=["oneDNN", "native"])
 @pytest.mark.parametrize("unpad", [True, False])
 @pytest.mark.parametrize("conv", [0, 3])
 @pytest.mark.parametrize("everywhere", [True, False])
 def test_hidden_states_are_within_the_budget(
-    unpad, conv, everywhere, build, batch, in_double, assert_within_budget, products
+    most, unpad, conv, everywhere, build, batch, in_double, assert_within_budget, products, monkeypatch
 ):
+    monkeypatch.setattr(ways, "_MOST", most)
     model, inputs = build(conv_kernel_size=conv), batch(4, 41)
     truth, eager = states_of(in_double(model), inputs), states_of(model, inputs)
     if everywhere:
@@ -80,6 +84,23 @@ def test_gradients_are_within_the_budget(unpad, everywhere, build, batch, in_dou
     for name, gradient in gradients_of(model, inputs).items():
         assert_within_budget(name, gradient, eager[name], truth[name])
     assert products == ["none"] * (PRODUCTS * (LINEARS + TABLES) * model.config.num_hidden_layers)
+
+
+@pytest.mark.skipif(native.opened() is None, reason="the native library is not built")
+@pytest.mark.parametrize(("wanted", "expected"), [(True, 3), (False, 0)])
+def test_hidden_dropout_is_counted_forward_and_backward(wanted, expected, build, batch, monkeypatch):
+    calls, drop = [], hidden_dropout._drop
+    monkeypatch.setattr(hidden_dropout, "_drop", lambda x, *rest: calls.append(x.shape) or drop(x, *rest))
+    model, inputs = build(hidden_dropout_prob=0.1).train(), batch()
+    dk.patch(model, strict=True, fast_linears=wanted)
+    states_of(model, inputs)
+    layers = model.config.num_hidden_layers
+    assert len(calls) == expected * layers  # two around attention, and the relative embeddings
+    gradients_of(model, inputs)
+    assert len(calls) == 3 * expected * layers
+    model.eval()
+    states_of(model, inputs)
+    assert len(calls) == 3 * expected * layers
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -305,7 +326,7 @@ def test_pytorchs_own_switch_holds(build, batch, products, monkeypatch):
 @pytest.mark.parametrize("rows", [0, 1, 5, 130])
 @pytest.mark.parametrize("bias", [True, False])
 def test_products_of_any_size(rows, bias):
-    layer = nn.Linear(24, 40, bias=bias)
+    layer = nn.Linear(24, 40, bias=bias).eval()
     for x in (torch.randn(rows, 24), torch.randn(24, rows).t(), torch.randn(2, rows, 24)[:, :, :]):
         with torch.no_grad():
             torch.testing.assert_close(apply_linear(layer, x), layer(x))
@@ -339,7 +360,7 @@ def test_auto_follows_the_processor(monkeypatch):
 
 
 def test_gelu_in_place_changes_nothing_else():
-    layer, x = nn.Linear(24, 40), torch.randn(3, 24)
+    layer, x = nn.Linear(24, 40).eval(), torch.randn(3, 24)
     before = x.clone()
     with torch.no_grad():
         torch.testing.assert_close(apply_linear_gelu(layer, nn.GELU(), x), nn.functional.gelu(layer(x)))

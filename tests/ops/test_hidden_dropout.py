@@ -98,6 +98,14 @@ def test_gradients_of_many_outputs_at_once_are_right(seeds):
     torch.testing.assert_close(found, factor.float().diag())
 
 
+def test_gradients_may_be_mapped_over(seeds):
+    x = torch.randn(5, requires_grad=True)
+    out = drop_and_add(nn.Dropout(0.4), x)
+    found = torch.func.vmap(lambda dout: torch.autograd.grad(out, x, dout)[0])(torch.eye(5))
+    factor = expected_keep(seeds[0], 0.4, x.shape) * contract.keep_scale(0.4)
+    torch.testing.assert_close(found, factor.float().diag())
+
+
 def test_keep_rate_is_what_was_asked_for():
     torch.manual_seed(0)
     x, p, draws = torch.ones(1_000_000), 0.1, 10_000_000
