@@ -13,7 +13,8 @@ template <class Word>
 class Linear {
  public:
   explicit Linear(const LinearParams& p)
-      : p_(p), panels_((p.tokens + kV - 1) / kV), slices_((p.in_features + kSlice - 1) / kSlice),
+      : p_(p), words_(Word::kPerWord == 1 && p.in_features <= 512 ? 128 : 256), slice_(words_ * Word::kPerWord),
+        panel_(words_ * kV), panels_((p.tokens + kV - 1) / kV), slices_((p.in_features + slice_ - 1) / slice_),
         row_((panels_ + 1) * kV) {}
 
   static bool supports(const LinearParams& p) {
@@ -24,7 +25,7 @@ class Linear {
   // Returns false when memory ran out.
   bool run() const {
     static thread_local ThreadBlock own;
-    float* packed = reinterpret_cast<float*>(own.get(slices_ * panels_ * kPanel * (int64_t)sizeof(float)));
+    float* packed = reinterpret_cast<float*>(own.get(slices_ * panels_ * panel_ * (int64_t)sizeof(float)));
     bool done = packed && run_tasks(panels_, p_.threads, 64, [&](int64_t t, char*) { pack(t, packed); });
     done = done && run_tasks(p_.out_features / kOutputs, p_.threads, kOutputs * row_ * (int64_t)sizeof(float),
                              [&](int64_t task, char* block) {
@@ -36,10 +37,8 @@ class Linear {
 
  private:
   static constexpr int kOutputs = 16;  // of a task
-  // So many words are summed in registers. A single sum over all of them would lose digits.
-  static constexpr int kWords = 128 * Word::kPerWord, kSlice = kWords * Word::kPerWord, kPanel = kWords * kV;
 
-  int elements(int64_t slice) const { return (int)std::min<int64_t>(kSlice, p_.in_features - slice * kSlice); }
+  int elements(int64_t slice) const { return (int)std::min<int64_t>(slice_, p_.in_features - slice * slice_); }
 
   // Columns `first` and on of a (rows, width) matrix.
   Rows rows(const void* data, int64_t width, int64_t first) const {
@@ -51,16 +50,16 @@ class Linear {
   void pack(int64_t t, float* packed) const {
     const LaneBits present = first_lanes((int)std::min<int64_t>(kV, p_.tokens - t * kV));
     for (int64_t s = 0; s < slices_; s++)
-      pack_panel<Word>(rows(p_.x, p_.in_features, s * kSlice), t * kV, present, elements(s),
-                       packed + (s * panels_ + t) * kPanel);
+      pack_panel<Word>(rows(p_.x, p_.in_features, s * slice_), t * kV, present, elements(s),
+                       packed + (s * panels_ + t) * panel_);
   }
 
   void multiply(int64_t output, const float* packed, float* sums) const {
     for (int64_t s = 0; s < slices_; s++) {
-      const Rows weight = rows(p_.weight, p_.in_features, s * kSlice);
+      const Rows weight = rows(p_.weight, p_.in_features, s * slice_);
       if (Word::kPerWord > 1) ask_for_next(output, s);
       const RowSource outputs{reinterpret_cast<const float*>(weight.row(output)), weight.stride / 4, 1};
-      const ColumnSource tokens{packed + s * panels_ * kPanel, kPanel, kV};
+      const ColumnSource tokens{packed + s * panels_ * panel_, panel_, kV};
       gemm<Word>(kOutputs, (int)panels_, words_of<Word>(elements(s)), outputs, tokens, sums, row_, s > 0);
     }
     for (int64_t t = 0; t < panels_; t++) finish(output, t, sums + t * kV);
@@ -71,7 +70,7 @@ class Linear {
   DK_INLINE_MEMBER void ask_for_next(int64_t output, int64_t slice) const {
     if (++slice == slices_) slice = 0, output += kOutputs;
     if (output == p_.out_features) return;
-    const Rows weight = rows(p_.weight, p_.in_features, slice * kSlice);
+    const Rows weight = rows(p_.weight, p_.in_features, slice * slice_);
     for (int i = 0; i < kOutputs; i++) prefetch_row<1>(weight, output + i, elements(slice));
   }
 
@@ -93,6 +92,9 @@ class Linear {
   }
 
   const LinearParams& p_;
+  // So many words are summed in registers, in several slices: a single sum over all of them would lose digits.
+  const int64_t words_, slice_;
+  const int64_t panel_;  // floats of a panel of tokens in one slice
   const int64_t panels_, slices_;
   const int64_t row_;  // length of a row of sums; a vector more than needed, or rows of 128 tokens would share places
                        // in the cache
