@@ -74,8 +74,8 @@ def patch(
             backend of the device refuses a call; without it that is one warning per reason.
         fast_linears: whether plain linear layers on the CPU are computed in faster ways than PyTorch's: "auto", where
             some are known for the processor, in inference, and bfloat16 and float16 without instructions for them in
-            training as well; True, always, and float32 in training as well; or False. In inference 16 to 192 tokens or
-            so go to the native library, else to oneDNN, which keeps code for each number of tokens it meets, up to some
+            training as well; True, always, and float32 in training as well; or False. In inference 8 to 192 tokens go
+            to the native library, else to oneDNN, which keeps code for each number of tokens it meets, up to some
             hundred MB: True suits training with few different lengths. Unless False, the dropout of hidden states and
             of relative embeddings is drawn by the native library as well: same distribution, other bits.
 

@@ -42,10 +42,10 @@ __all__ = [
 
 _INTEL = "GenuineIntel"
 
-# Fewest tokens for which the variants of the native library are faster than oneDNN and MKL, a vector of them, and most;
-# measured by benchmarks/bench_linear.py.
-_FEWEST = {"avx2": 8, "avx512": 16, "avx512_bf16": 16}
-_MOST = 192
+# Numbers of tokens for which these variants of the native library are faster than oneDNN and MKL, measured by
+# benchmarks/bench_linear.py.
+_VARIANTS = ("avx2", "avx512", "avx512_bf16")
+_FEWEST, _MOST = 8, 192
 
 
 @cache
@@ -124,7 +124,7 @@ def suits_few_tokens(x: Tensor, weight: Tensor, bias: Tensor | None = None, ever
     if not x.is_contiguous() or x.is_neg() or weight.is_neg():
         return False
     library, tokens = native.opened(), x.numel() // weight.shape[1]
-    if library is None or weight.shape[0] % 16 or not _FEWEST.get(library.isa, _MOST + 1) <= tokens <= _MOST:
+    if library is None or library.isa not in _VARIANTS or weight.shape[0] % 16 or not _FEWEST <= tokens <= _MOST:
         return False
     if x.dtype == torch.bfloat16:
         return library.isa == "avx512_bf16" and "amx_bf16" not in features() and weight.shape[1] % 2 == 0

@@ -178,12 +178,17 @@ def test_odd_shapes_and_pending_negations_are_answered_as_before(x, weight, bias
         assert found[1] is found[0]
 
 
-def test_few_tokens_are_between_a_vector_and_what_a_library_does_as_well(monkeypatch):
+def test_few_tokens_are_those_that_a_library_is_slow_with(monkeypatch):
     weight = torch.ones(16, 32)
-    wanted = STATUS["isa"] in products._FEWEST
+    wanted = STATUS["isa"] in products._VARIANTS
     for everywhere, wishes in ((False, True), (True, False)):
         monkeypatch.setattr(products, "_native_wanted", lambda wishes=wishes: wishes)
-        for tokens, expected in ((1, False), (16, wanted), (products._MOST, wanted), (products._MOST + 1, False)):
+        for tokens, expected in (
+            (products._FEWEST - 1, False),
+            (products._FEWEST, wanted),
+            (products._MOST, wanted),
+            (products._MOST + 1, False),
+        ):
             x = torch.ones(1, tokens, 32)
             assert products.suits_few_tokens(x, weight, None, everywhere) == expected
             assert not products.suits_few_tokens(x.transpose(0, 1).expand(tokens, 2, 32), weight, None, everywhere)
