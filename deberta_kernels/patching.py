@@ -19,8 +19,8 @@ from .integrations.huggingface import (
 )
 from .integrations.swap import Swapped, is_swapped, swap, undo
 from .modules import products
+from .modules.options import AttentionOptions
 from .modules.positions import forget, forget_all
-from .modules.self_attention import AttentionOptions
 
 __all__ = ["PatchReport", "patch", "patch_all", "unpatch", "unpatch_all"]
 

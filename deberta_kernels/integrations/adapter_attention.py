@@ -28,9 +28,9 @@ from torch import Tensor
 from deberta_kernels.masks import parse_huggingface_mask
 from deberta_kernels.modules.anatomy import AttentionModule
 from deberta_kernels.modules.encoder_mask import EncoderMask
+from deberta_kernels.modules.options import AttentionOptions
 from deberta_kernels.modules.positions import content_key
 from deberta_kernels.modules.self_attention import (
-    AttentionOptions,
     bind_module,
     cast_for_matmul,
     merge_heads,

@@ -12,7 +12,7 @@ from deberta_kernels.integrations.known import ADAPTERHUB, ADAPTERHUB_ONE, MODEL
 from deberta_kernels.integrations.swap import Swapped, base_class, swap, undo
 from deberta_kernels.modules.hidden_dropout import drop_and_add
 from deberta_kernels.modules.linear import apply_linear, apply_linear_gelu
-from deberta_kernels.modules.self_attention import AttentionOptions
+from deberta_kernels.modules.options import AttentionOptions
 
 __all__ = ["KNOWN_DENSE", "fuse_dense", "stand_in"]
 

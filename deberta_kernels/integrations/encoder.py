@@ -18,8 +18,9 @@ from deberta_kernels.integrations.swap import Swapped, base_class, original_forw
 from deberta_kernels.masks import parse_huggingface_mask
 from deberta_kernels.modules.anatomy import is_version_one
 from deberta_kernels.modules.encoder_mask import EncoderMask
+from deberta_kernels.modules.options import AttentionOptions
 from deberta_kernels.modules.packing import Packing, find_packing
-from deberta_kernels.modules.self_attention import AttentionOptions, refusal_of, runs_original_code
+from deberta_kernels.modules.self_attention import refusal_of, runs_original_code
 
 __all__ = ["encode"]
 

@@ -26,7 +26,8 @@ from deberta_kernels.integrations.encoder import encode
 from deberta_kernels.integrations.known import ADAPTERHUB, ADAPTERHUB_ONE, MODELING, MODELING_ONE, Known
 from deberta_kernels.integrations.swap import ORIGINAL, Swapped, base_class, forward_of, original_forward, swap
 from deberta_kernels.modules.anatomy import TALKING_HEADS, mixes_heads
-from deberta_kernels.modules.self_attention import AttentionOptions, DisentangledSelfAttention, attend
+from deberta_kernels.modules.options import AttentionOptions
+from deberta_kernels.modules.self_attention import DisentangledSelfAttention, attend
 
 __all__ = ["BESIDE", "FusedAttention", "FusedEncoder", "attention_mixin", "install", "plan", "uninstall"]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -28,14 +28,12 @@ from deberta_kernels.modules.anatomy import (
     scale_factor,
 )
 from deberta_kernels.modules.encoder_mask import EncoderMask
-from deberta_kernels.modules.hidden_dropout import drop_and_add
-from deberta_kernels.modules.linear import apply_linear
+from deberta_kernels.modules.options import AttentionOptions
 from deberta_kernels.modules.packing import Packing
 from deberta_kernels.modules.positions import PositionTables, content_key, projected_tables
 from deberta_kernels.types import AttentionProblem, Masks
 
 __all__ = [
-    "AttentionOptions",
     "DisentangledSelfAttention",
     "attend",
     "bind_module",
@@ -45,31 +43,6 @@ __all__ = [
     "refusal_of",
     "runs_original_code",
 ]
-
-
-@dataclass(frozen=True)
-class AttentionOptions:
-    """Hold what a user chose for a patched model.
-
-    Attributes:
-        backend: "auto" or the name of a backend, which then never falls back to another one.
-        strict: raise NotImplementedError where the original code would run, or a slower backend than the device could.
-        unpad: "auto": encoders leave out padding where that pays; True: wherever they can; False: never.
-        fast_linears: compute plain linear layers on the CPU in faster ways: False, "auto" or True; see `products`.
-    """
-
-    backend: str = "auto"
-    strict: bool = False
-    unpad: str | bool = "auto"
-    fast_linears: str | bool = False
-
-    def apply(self, layer: nn.Module, x: Tensor) -> Tensor:
-        """Call a linear layer or a dropout."""
-        if not self.fast_linears:
-            return layer(x)  # type: ignore[no-any-return]
-        if isinstance(layer, nn.Dropout):
-            return drop_and_add(layer, x)
-        return apply_linear(layer, x, everywhere=self.fast_linears is True)
 
 
 def runs_original_code() -> bool:
