@@ -61,9 +61,11 @@ DK_EXPORT int dk_variant_runs(int64_t i) { return at(i) != nullptr; }
 
 namespace {
 
+template <class Params>
+bool fits(const Params&) {
+  return true;
+}
 bool fits(const AttentionParams& p) { return p.head_dim <= kMaxHeadDim; }
-bool fits(const LinearParams&) { return true; }
-bool fits(const DropoutParams&) { return true; }
 
 template <class Params, class Run>
 int guarded(const Params* p, int64_t variant, const Run& run) {

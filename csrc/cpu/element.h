@@ -140,21 +140,4 @@ static void write_row(const float* from, int count, const Rows& rows, int64_t i)
   write_floats(from, count, rows.type, rows.row(i));
 }
 
-// Write a vector to each of the rows first ... first + count - 1.
-DK_INLINE void write_vectors(const vf* x, int count, const Rows& rows, int64_t first) {
-  if (rows.type == kFloat32) {
-    for (int c = 0; c < count; c++) store(reinterpret_cast<float*>(rows.row(first + c)), x[c]);
-#ifdef DK_HAS_BF16_DOT
-  } else if (rows.type == kBFloat16) {
-    for (int c = 0; c < count; c++) store_bf16(reinterpret_cast<uint16_t*>(rows.row(first + c)), x[c]);
-#endif
-  } else {
-    float copy[kV];
-    for (int c = 0; c < count; c++) {
-      store(copy, x[c]);
-      write_row(copy, kV, rows, first + c);
-    }
-  }
-}
-
 }  // namespace

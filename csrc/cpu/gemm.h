@@ -85,7 +85,8 @@ DK_NOINLINE static void gemm_rows(int rows, RowSource a, ColumnSource b, float* 
                                   bool accumulate) {
   constexpr int kRows = kVectors > kMicroVectors ? kMicroRows / 2 : kMicroRows;
   int r = 0;
-  // More rows, or there would be too few independent sums; but not if all of them compete for places in the cache.
+  // More rows, or there would be too few independent sums; but not if all of them, 4 KiB or a
+  // multiple apart, compete for the same places in the cache.
   if (kVectors == 1 && a.row % 1024 != 0)
     for (; r + 2 * kMicroRows <= rows; r += 2 * kMicroRows)
       micro_kernel<Word, 2 * kMicroRows, kVectors>({a.data + r * a.row, a.row, a.step}, b, c + r * ldc, ldc, words,

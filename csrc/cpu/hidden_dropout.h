@@ -1,5 +1,7 @@
 // Dropout of hidden states in one pass with the residual that follows. The backward draws again: nothing is kept.
 #pragma once
+#include <algorithm>
+
 #include "dropout.h"
 #include "element.h"
 #include "parallel.h"

@@ -3,11 +3,18 @@
 // A general library lays out the weight anew in every call, and few tokens do not pay for that. Here the tokens are
 // laid out, as the columns of the product, and the weight is read where it is: a row of it is a row of the product.
 #pragma once
+#include <algorithm>
+
 #include "gelu.h"
 #include "pack.h"
 #include "parallel.h"
 
 namespace {
+
+DK_INLINE void write_vector(FloatWord, vf x, char* to) { store(reinterpret_cast<float*>(to), x); }
+#ifdef DK_HAS_BF16_DOT
+DK_INLINE void write_vector(BFloat16Word, vf x, char* to) { store_bf16(reinterpret_cast<uint16_t*>(to), x); }
+#endif
 
 template <class Word>
 class Linear {
@@ -66,7 +73,7 @@ class Linear {
   }
 
   // Ask for the weights of the next step: products of pairs are done before the processor has fetched them by itself.
-  // (Those of floats are not, and lose by it.)
+  // (Those of floats are not, and lose by it.) Inlined, or gcc drops the call of what has no effect that it knows of.
   DK_INLINE_MEMBER void ask_for_next(int64_t output, int64_t slice) const {
     if (++slice == slices_) slice = 0, output += kOutputs;
     if (output == p_.out_features) return;
@@ -86,8 +93,9 @@ class Linear {
       for (int c = 0; c < kV; c++) y[c] = y[c] + load(bias + i);
       if (p_.gelu)
         for (int c = 0; c < kV; c++) y[c] = gelu(y[c]);
-      const int count = (int)std::min<int64_t>(kV, p_.tokens - t * kV);
-      write_vectors(y, count, rows(p_.out, p_.out_features, output + i), t * kV);
+      const Rows out = rows(p_.out, p_.out_features, output + i);
+      const int64_t count = std::min<int64_t>(kV, p_.tokens - t * kV);
+      for (int64_t c = 0; c < count; c++) write_vector(Word(), y[c], out.row(t * kV + c));
     }
   }
 
