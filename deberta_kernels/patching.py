@@ -76,8 +76,8 @@ def patch(
             some are known for the processor, in inference, and bfloat16 and float16 without instructions for them in
             training as well; True, always, and float32 in training as well; or False. In inference 8 to 192 tokens go
             to the native library, else to oneDNN, which keeps code for each number of tokens it meets, up to some
-            hundred MB: True suits training with few different lengths. Unless False, the dropout of hidden states and
-            of relative embeddings is drawn by the native library as well: same distribution, other bits.
+            hundred MB: True suits training with few different lengths. With linear layers the dropouts of hidden
+            states and relative embeddings are taken over: same distribution, other bits.
 
     Returns:
         What was patched, and what was left alone and why.

@@ -113,15 +113,10 @@ def _native_wanted() -> bool:
 
 
 def suits_few_tokens(x: Tensor, weight: Tensor, bias: Tensor | None = None, everywhere: bool = False) -> bool:
-    """Tell whether the native library multiplies x, (..., in), by weight, (out, in), and faster than others do.
-
-    Memory is what it sees, so everything must be of the right shape, and lie there as it is meant.
-    """
-    if not (everywhere or _native_wanted()) or weight.dim() != 2 or x.shape[-1:] != weight.shape[1:]:
+    """Tell whether the native library multiplies faster than others do: shapes that fit, as `natively` wants them."""
+    if not (everywhere or _native_wanted()) or not x.is_contiguous():
         return False
-    if bias is not None and (bias.shape != weight.shape[:1] or bias.is_neg()):
-        return False
-    if not x.is_contiguous() or x.is_neg() or weight.is_neg():
+    if any(tensor is not None and tensor.is_neg() for tensor in (x, weight, bias)):
         return False
     library, tokens = native.opened(), x.numel() // weight.shape[1]
     if library is None or library.isa not in _VARIANTS or weight.shape[0] % 16 or not _FEWEST <= tokens <= _MOST:
@@ -132,7 +127,10 @@ def suits_few_tokens(x: Tensor, weight: Tensor, bias: Tensor | None = None, ever
 
 
 def natively(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
-    """Return the same as `in_onednn` for what `suits_few_tokens`, all contiguous."""
+    """Return the same as `in_onednn` for what `suits_few_tokens`: (..., in), (out, in) and (out,) of one dtype.
+
+    Memory is what the library sees: nothing is checked here but the number of outputs and the instruction set.
+    """
     library = native.need()
     outputs, inputs = weight.shape
     out = torch.empty(*x.shape[:-1], outputs, dtype=x.dtype, device="cpu")

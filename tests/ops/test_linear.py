@@ -159,9 +159,10 @@ WEIGHT, X = torch.randn(16, 32), torch.randn(20, 32)
     ],
     ids=["wide", "narrow", "vector", "bias 1", "bias 20x16", "bias 8", "bias 0-d", "bias", "weight", "x"],
 )
-def test_odd_shapes_and_pending_negations_are_answered_as_before(x, weight, bias):
+def test_odd_shapes_and_pending_negations_are_answered_as_before(x, weight, bias, monkeypatch):
     """Memory is all the library sees: PyTorch broadcasts, negates, or raises."""
-    assert not products.suits_few_tokens(x, weight, bias, everywhere=True)
+    taken: list[torch.Tensor] = []
+    monkeypatch.setattr(products, "natively", lambda *tensors: taken.append(tensors[0]))
     layer = nn.Linear(32, 16, bias=False).requires_grad_(False)
     layer.weight = nn.Parameter(weight, requires_grad=False)
     layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
@@ -176,6 +177,7 @@ def test_odd_shapes_and_pending_negations_are_answered_as_before(x, weight, bias
         torch.testing.assert_close(found[1], found[0])
     else:
         assert found[1] is found[0]
+    assert taken == []
 
 
 def test_few_tokens_are_those_that_a_library_is_slow_with(monkeypatch):
