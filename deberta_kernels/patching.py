@@ -8,15 +8,8 @@ from torch import nn
 
 from . import dispatch
 from .integrations.dense import fuse_dense
-from .integrations.huggingface import (
-    BESIDE,
-    FusedAttention,
-    FusedEncoder,
-    attention_mixin,
-    install,
-    plan,
-    uninstall,
-)
+from .integrations.huggingface import FusedAttention, FusedEncoder, attention_mixin, install, plan, uninstall
+from .integrations.running import paused
 from .integrations.swap import Swapped, is_swapped, swap, undo
 from .modules import products
 from .modules.options import AttentionOptions
@@ -27,7 +20,7 @@ __all__ = ["PatchReport", "patch", "patch_all", "unpatch", "unpatch_all"]
 
 @dataclass(frozen=True)
 class PatchReport:
-    """Say what `patch` did.
+    """What `patch` did.
 
     Attributes:
         patched: number of attention modules that now run through the kernels.
@@ -40,7 +33,11 @@ class PatchReport:
     encoders: int = 0
 
     def __str__(self) -> str:
-        head = f"patched {self.patched} attention modules in {self.encoders} encoders"
+        head = f"patched {_counted(self.patched, 'attention module')}"
+        if self.encoders:
+            head += f" and {_counted(self.encoders, 'encoder')}"
+        elif self.patched:
+            head += ", without the encoder around it: N x N masks and distances are still built"
         names: dict[str, list[str]] = {}
         for name, reason in self.left_alone.items():
             names.setdefault(reason, []).append(name or "the model itself")
@@ -49,6 +46,10 @@ class PatchReport:
             for reason, found in names.items()
         ]
         return "\n".join([head, *lines])
+
+
+def _counted(number: int, name: str) -> str:
+    return f"{number} {name}{'' if number == 1 else 's'}"
 
 
 def patch(
@@ -101,12 +102,11 @@ def patch(
     for name, reason in left_alone.items():
         first.setdefault(reason, name or type(model).__name__)
     for reason, name in first.items():
-        if not reason.startswith(BESIDE):  # its cause has a reason of its own
-            dispatch.fallback(
-                f"{name} was left alone: {reason}",
-                "only models that run the code of transformers or AdapterHub are fused",
-                strict,
-            )
+        dispatch.fallback(
+            f"{name} was left alone: {reason}",
+            "only models that run the code of transformers or AdapterHub are fused",
+            strict,
+        )
     for module in encoders:
         swap(module, FusedEncoder, options)
         fuse_dense(module, options)
@@ -117,6 +117,8 @@ def patch(
 
 def unpatch(model: nn.Module) -> int:
     """Give every module that `patch` changed inside a model its own class back.
+
+    A forward that another thread has begun ends patched, and is waited for; one that begins meanwhile is not patched.
 
     Args:
         model: the model given to `patch`, or any module that contains it; one that is not patched stays as it is.
@@ -135,9 +137,10 @@ def unpatch(model: nn.Module) -> int:
         if isinstance(module, Swapped) and not is_swapped(module):
             undo(module)  # raises, before anything changed
     fused = [module for module in modules if isinstance(module, (FusedAttention, FusedEncoder))]
-    for module in modules:
-        if undo(module):
-            forget(module)
+    with paused(fused):
+        for module in modules:
+            if undo(module):
+                forget(module)
     return len(fused)
 
 

@@ -106,8 +106,7 @@ def fuse_dense(encoder: nn.Module, options: AttentionOptions) -> None:
 
 
 def _dense_blocks(encoder: nn.Module) -> Iterator[tuple[nn.Module, type[Swapped]]]:
-    for layer in getattr(encoder, "layer", ()):
-        for module in (layer.attention.output, layer.intermediate, layer.output):
-            known, mixin = _MIXINS.get(base_class(module).__name__, (None, Swapped))
-            if known is not None and known.refusal(module) is None:
-                yield module, mixin
+    for module in encoder.modules():
+        known, mixin = _MIXINS.get(base_class(module).__name__, (None, Swapped))
+        if known is not None and known.refusal(module) is None:
+            yield module, mixin

@@ -10,24 +10,20 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.modules.module import _has_any_global_hook
+from torch import Tensor, nn
 
 from deberta_kernels.integrations.adapter_attention import AdapterMask
-from deberta_kernels.integrations.swap import Swapped, base_class, original_forward
+from deberta_kernels.integrations.handover import Handover, handover_of
 from deberta_kernels.masks import parse_huggingface_mask
 from deberta_kernels.modules.anatomy import is_version_one
 from deberta_kernels.modules.encoder_mask import EncoderMask
 from deberta_kernels.modules.options import AttentionOptions
 from deberta_kernels.modules.packing import Packing, find_packing
-from deberta_kernels.modules.self_attention import refusal_of, runs_original_code
+from deberta_kernels.modules.padding_gradient import PackedLayer
+from deberta_kernels.modules.self_attention import runs_original_code
 
 __all__ = ["encode"]
 
-_MODELING = ("transformers.models.deberta.", "transformers.models.deberta_v2.")
-# Packages whose modules compute each token from that token alone.
-_TOKENWISE = ("torch.nn.", "transformers.", "peft.tuners.", "deberta_kernels.", "bitsandbytes.", "torchao.")
-_HARMLESS_HOOKS = ("torch.", "accelerate.")
 # Finding a packing takes a few passes over the states: it pays when a twentieth of them goes away.
 _FULLEST = 0.95
 _FEWEST_TOKENS = 32
@@ -45,9 +41,10 @@ def encode(
     relative_pos: Tensor | None = None,
     return_dict: bool = True,
     *,
+    takes_mask: Callable[[nn.Module], bool],
     adapted: bool = False,
 ) -> Any:
-    """Run the encoder, all of whose attention modules are fused; arguments and result are Hugging Face's.
+    """Run the encoder; arguments and result are Hugging Face's.
 
     Args:
         module: `DebertaV2Encoder`, or `DebertaEncoder` of DeBERTa v1.
@@ -61,6 +58,7 @@ def encode(
         query_states: (B, N, hidden size) or None; another shape, or DeBERTa v1, runs the original code.
         relative_pos: None; a tensor runs the original code.
         return_dict: return a `BaseModelOutput`, not a tuple.
+        takes_mask: whether an attention module is fused and would compute a call.
         adapted: the attention modules are AdapterHub's, which may give the states more tokens and samples than the
             mask has.
     """
@@ -82,11 +80,11 @@ def encode(
     if adapted:
         batch, length = attention_mask.shape[0], attention_mask.shape[-1]
     masks = parse_huggingface_mask(attention_mask, batch=batch, nq=length, nk=length)
+    layers = _Layers(module, (AdapterMask if adapted else EncoderMask)(attention_mask, masks), takes_mask, adapted)
     packing = None
-    if not adapted and attention_mask.dim() == 2 and query_states is None and masks.key is not None:
-        packing = _packing(module, options, hidden_states, masks.key)
-    mask = (AdapterMask if adapted else EncoderMask)(attention_mask, masks, packing)
-    last, states = _run_layers(module, hidden_states, mask, query_states, output_hidden_states)
+    if attention_mask.dim() == 2 and query_states is None and masks.key is not None:
+        packing = _packing(layers, options, hidden_states, masks.key)
+    last, states = layers.run(hidden_states, query_states, packing, output_hidden_states)
     if not return_dict:
         return (last,) if states is None else (last, states)
     from transformers.modeling_outputs import BaseModelOutput
@@ -95,21 +93,20 @@ def encode(
 
 
 def _takes_queries(module: Any, query_states: Tensor, hidden_states: Tensor) -> bool:
-    one = any(is_version_one(layer.attention.self) for layer in module.layer)
+    one = any(is_version_one(getattr(getattr(layer, "attention", None), "self", None)) for layer in module.layer)
     return not one and query_states.shape == hidden_states.shape
 
 
-def _packing(module: Any, options: AttentionOptions, hidden_states: Tensor, keep: Tensor) -> Packing | None:
+def _packing(layers: _Layers, options: AttentionOptions, hidden_states: Tensor, keep: Tensor) -> Packing | None:
     """Return how to pack the batch; None where it must, or had better, run padded."""
     batch, length = keep.shape
     if options.unpad is False or batch * length == 0 or not _readable(hidden_states, keep):
         return None
-    if _has_any_global_hook():
-        return None
     if options.unpad == "auto" and batch * length < _FEWEST_TOKENS:
         return None
-    packing = find_packing(keep, hidden_states, _FULLEST if options.unpad == "auto" else 1.0)
-    return packing if packing is not None and _takes_packed_states(module) else None
+    if not layers.begins_packed():
+        return None
+    return find_packing(keep, hidden_states, _FULLEST if options.unpad == "auto" else 1.0)
 
 
 def _readable(hidden_states: Tensor, keep: Tensor) -> bool:
@@ -121,94 +118,94 @@ def _readable(hidden_states: Tensor, keep: Tensor) -> bool:
     return not (hidden_states.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def _takes_packed_states(module: Any) -> bool:
-    """Tell whether nothing inside the layers could notice that it gets (1, rows, C) in place of (B, N, C).
+class _Layers:
+    """The layers of an encoder in one forward.
 
-    The classes that route states must be Hugging Face's own, and everything below them of packages whose modules treat
-    each token alike. A hook may look at anything, unless it is one of those that move or gather weights.
+    Args:
+        module: the encoder.
+        mask: what layers are given that take it.
+        takes_mask: as in `encode`.
+        adapted: as in `encode`.
     """
-    for layer in module.layer:
-        routes = (layer, layer.attention, layer.attention.output, layer.intermediate, layer.output)
-        if any(not _home(part).startswith(_MODELING) or not _runs_own_forward(part) for part in routes):
-            return False
-        for part in layer.modules():
-            if not _home(part).startswith(_TOKENWISE) and not isinstance(part, Swapped):
-                return False
-            if ("forward" in part.__dict__ and "_old_forward" not in part.__dict__) or _is_watched(part):
-                return False
-        if refusal_of(layer.attention.self) is not None:
-            return False
-    return True
 
+    def __init__(self, module: Any, mask: EncoderMask, takes_mask: Callable[[nn.Module], bool], adapted: bool) -> None:
+        self.module, self.mask, self.takes_mask, self.adapted = module, mask, takes_mask, adapted
+        self._given: Any = None  # what the encoder was given, states and queries
+        self._tensors: tuple[Tensor, Tensor | None] | None = None
 
-def _home(part: Any) -> str:
-    """Return where the class of a module was written; FSDP2 puts one of its own in front that adds only hooks."""
-    return next(c.__module__ for c in type(part).__mro__ if not c.__module__.startswith("torch.distributed.fsdp"))
+    def begins_packed(self) -> bool:
+        """Tell whether the first layer takes packed states; each other one is asked in its turn."""
+        return len(self.module.layer) > 0 and self._handover(self.module.layer[0]) is Handover.PACKED
 
+    def run(
+        self, states: Tensor, queries: Tensor | None, packing: Packing | None, keep: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        """Run all layers from (B, N, C) states; return the last ones, and if `keep` those before and after each."""
+        layers, rel_embeddings = self.module.layer, self.module.get_rel_embedding()
+        convolution: Any = getattr(self.module, "conv", None)  # DeBERTa v1 has none
+        given = output = states
+        self._given = given, queries
+        # A tensor of its own for the first layer, whose gradients are then summed before the convolution's are added,
+        # with and without checkpoints.
+        states = states if packing is not None else states.view_as(states)
+        rows: Tensor | None = None  # the packed form of states
+        kept, last = [given], None
+        for number, layer in enumerate(layers):
+            handover = self._handover(layer)
+            if packing is not None and handover is not Handover.PACKED:
+                packing = rows = None
+            self.mask.packing = packing
+            is_convolved = number == 0 and convolution is not None
+            if packing is None:
+                output = self._call(layer, handover, states, queries, rel_embeddings)
+            elif torch.is_grad_enabled():
+                last = PackedLayer(layer, packing, last)
+                output = last.unpack(self._call(layer, handover, last.pack(states), None, rel_embeddings))
+            else:
+                rows = packing.pack(states) if rows is None else rows
+                rows = self._call(layer, handover, rows, None, rel_embeddings)
+                output = packing.unpack(rows)
+            if is_convolved:
+                source = self.mask.source
+                output, rows = convolution(given, output, source if source.dim() == 2 else source.sum(-2) > 0), None
+            if handover is not Handover.PACKED:
+                self.mask.read_anew()
+            if keep:
+                kept.append(output)
+            if queries is None:
+                states = output
+            else:
+                queries = output
+        return output, tuple(kept) if keep else None
 
-def _runs_own_forward(part: Any) -> bool:
-    """Tell whether the forward of a module's class is the one it was written with."""
-    return original_forward(base_class(part)).__module__.startswith(_MODELING)
+    def _handover(self, layer: nn.Module) -> Handover:
+        return handover_of(layer, self.module, self.takes_mask, self.adapted)
 
-
-def _is_mask_watched(layer: Any) -> bool:
-    """Tell whether a hook sees the mask before a layer or its attention does, and would expect a tensor."""
-    return any(_any_harmful(part._forward_pre_hooks) for part in (layer, layer.attention, layer.attention.self))
-
-
-def _is_watched(part: Any) -> bool:
-    kinds = (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks)
-    return any(map(_any_harmful, kinds))
-
-
-def _any_harmful(hooks: Any) -> bool:
-    return any(not str(getattr(hook, "__module__", "")).startswith(_HARMLESS_HOOKS) for hook in hooks.values())
-
-
-def _run_layers(
-    module: Any, hidden_states: Tensor, mask: EncoderMask, query_states: Tensor | None, keep_states: bool
-) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-    rel_embeddings = module.get_rel_embedding()
-    convolution: Any = getattr(module, "conv", None)  # DeBERTa v1 has none
-    packing, source = mask.packing, mask.source
-    states = [hidden_states]
-    # A tensor of its own for the first layer, whose gradients are then summed before the convolution's are added, with
-    # and without checkpoints.
-    keys = hidden_states.view_as(hidden_states) if packing is None else packing.pack(hidden_states)
-    padded = hidden_states
-    for number, layer in enumerate(module.layer):
-        output = _run_layer(layer, keys, mask, query_states, rel_embeddings)
-        convolves = number == 0 and convolution is not None
-        if packing is None:
-            padded = output
-        elif convolves or keep_states or number == len(module.layer) - 1:
-            padded = packing.unpack(output)
-        if convolves:
-            padded = convolution(hidden_states, padded, source if source.dim() == 2 else source.sum(-2) > 0)
-        if packing is not None and (convolves or (keep_states and torch.is_grad_enabled())):
-            output = packing.pack(padded)  # from the very states that are returned, which are part of the graph
-        elif convolves:
-            output = padded
-        states.append(padded)
-        if query_states is None:
-            keys = output
+    def _call(
+        self, layer: Any, handover: Handover, keys: Tensor, queries: Tensor | None, rel_embeddings: Tensor | None
+    ) -> Tensor:
+        output: Tensor
+        if handover is Handover.TENSORS:
+            mask, relative_pos = self._as_hugging_face()
+            output, _ = layer(
+                keys, mask, query_states=queries, relative_pos=relative_pos, rel_embeddings=rel_embeddings,
+                output_attentions=False,
+            )  # fmt: skip
+        elif getattr(layer, "gradient_checkpointing", False) and layer.training:
+            # A reentrant checkpoint differentiates positional arguments only, each layer on its own. By keyword, the
+            # normalised relative embeddings would be one graph that every layer's backward runs through again.
+            output, _ = layer(keys, self.mask, queries, None, rel_embeddings, False)
         else:
-            query_states = output
-    return padded, tuple(states) if keep_states else None
+            output, _ = layer(
+                keys, self.mask, query_states=queries, relative_pos=None, rel_embeddings=rel_embeddings,
+                output_attentions=False,
+            )  # fmt: skip
+        return output
 
-
-def _run_layer(
-    layer: Any, keys: Tensor, mask: EncoderMask, query_states: Tensor | None, rel_embeddings: Tensor | None
-) -> Tensor:
-    given = mask.dense() if type(mask) is EncoderMask and _is_mask_watched(layer) else mask
-    if getattr(layer, "gradient_checkpointing", False) and layer.training:
-        # A reentrant checkpoint differentiates positional arguments only, each layer on its own. By keyword, the
-        # normalised relative embeddings would be one graph that every layer's backward runs through again.
-        result = layer(keys, given, query_states, None, rel_embeddings, False)
-    else:
-        result = layer(
-            keys, given, query_states=query_states, relative_pos=None, rel_embeddings=rel_embeddings,
-            output_attentions=False,
-        )  # fmt: skip
-    output: Tensor = result[0]
-    return output
+    def _as_hugging_face(self) -> tuple[Tensor, Tensor | None]:
+        """Return the mask and the distances that Hugging Face's encoder makes, once for all layers."""
+        if self._tensors is None:
+            hidden_states, queries = self._given
+            mask = self.module.get_attention_mask(self.mask.source)
+            self._tensors = mask, self.module.get_rel_pos(hidden_states, queries, None)
+        return self._tensors

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,25 +22,28 @@ from deberta_kernels import dispatch
 from deberta_kernels.integrations.adapter_attention import attend_with_adapters
 from deberta_kernels.integrations.dense import KNOWN_DENSE, fuse_dense, stand_in
 from deberta_kernels.integrations.encoder import encode
-from deberta_kernels.integrations.known import ADAPTERHUB, ADAPTERHUB_ONE, MODELING, MODELING_ONE, Known
-from deberta_kernels.integrations.swap import ORIGINAL, Swapped, base_class, forward_of, original_forward, swap
+from deberta_kernels.integrations.known import (
+    ADAPTERHUB,
+    ADAPTERHUB_ONE,
+    MODELING,
+    MODELING_ONE,
+    Known,
+    replaced_function,
+)
+from deberta_kernels.integrations.running import begin, end, paused
+from deberta_kernels.integrations.swap import Swapped, base_class, forward_of, original_forward, swap
 from deberta_kernels.modules.anatomy import TALKING_HEADS, mixes_heads
 from deberta_kernels.modules.options import AttentionOptions
-from deberta_kernels.modules.self_attention import DisentangledSelfAttention, attend
+from deberta_kernels.modules.self_attention import DisentangledSelfAttention, attend, refusal_of
 
-__all__ = ["BESIDE", "FusedAttention", "FusedEncoder", "attention_mixin", "install", "plan", "uninstall"]
+__all__ = ["FusedAttention", "FusedEncoder", "attention_mixin", "install", "plan", "uninstall"]
 
 _ATTENTION, _ENCODER, _ENCODER_ONE = "DisentangledSelfAttention", "DebertaV2Encoder", "DebertaEncoder"
-# Begins the reason of what is left alone only because of another module.
-BESIDE = "beside"
-_UNFUSED = "an attention module of this encoder is neither Hugging Face's nor AdapterHub's own"
-_UNFUSED_REMEDY = "models with custom attention are not fused"
-# Where the forwards of layers come from that only hand the mask on.
-_ROUTING = ("transformers.", "adapters.", "torch.", "deberta_kernels.")
+_REMEDY = "only the code of transformers and AdapterHub is fused"
 
 
 class FusedAttention(Swapped):
-    """Mix the kernels into one attention module of a patched model."""
+    """The kernels, to be mixed into one attention module of a patched model."""
 
     def forward(
         self,
@@ -53,14 +55,14 @@ class FusedAttention(Swapped):
         rel_embeddings: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend; see `attend` for the arguments."""
-        return attend(
-            self, self.swap_options, self.swap_original, hidden_states, attention_mask, output_attentions,
-            query_states, relative_pos, rel_embeddings,
+        return _attend(
+            self, hidden_states, attention_mask, output_attentions,
+            query_states=query_states, relative_pos=relative_pos, rel_embeddings=rel_embeddings,
         )  # fmt: skip
 
 
 class FusedAdapterAttention(FusedAttention):
-    """Mix the kernels into one attention module that AdapterHub made its own.
+    """The kernels, to be mixed into one attention module that AdapterHub made its own.
 
     Its forward is a function of its own on purpose: the encoder tells adapted modules by it, see `_ADAPTED_FORWARDS`.
     """
@@ -75,14 +77,14 @@ class FusedAdapterAttention(FusedAttention):
         rel_embeddings: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend; see `attend` for the arguments."""
-        return attend(
-            self, self.swap_options, self.swap_original, hidden_states, attention_mask, output_attentions,
-            query_states, relative_pos, rel_embeddings, compute=attend_with_adapters,
+        return _attend(
+            self, hidden_states, attention_mask, output_attentions, compute=attend_with_adapters,
+            query_states=query_states, relative_pos=relative_pos, rel_embeddings=rel_embeddings,
         )  # fmt: skip
 
 
 class FusedEncoder(Swapped):
-    """Mix the encoder without N x N tensors into the encoder of a patched model."""
+    """The encoder without N x N tensors, to be mixed into the encoder of a patched model."""
 
     def forward(
         self,
@@ -95,9 +97,9 @@ class FusedEncoder(Swapped):
         return_dict: bool = True,
     ) -> Any:
         """Run all layers; see `encode` for the arguments."""
-        return _encode_if_fused(
-            self, self.swap_options, self.swap_original, hidden_states, attention_mask, output_hidden_states,
-            output_attentions, query_states, relative_pos, return_dict,
+        return _encode(
+            self, hidden_states, attention_mask, output_hidden_states, output_attentions, query_states, relative_pos,
+            return_dict,
         )  # fmt: skip
 
 
@@ -110,12 +112,7 @@ def _attention_stand_in(compute: Any = None) -> Any:
 
     @functools.wraps(FusedAttention.forward)
     def forward(self: nn.Module, *arguments: Any, **named: Any) -> tuple[Tensor, Tensor | None]:
-        original = getattr(forward, ORIGINAL)
-        changed = _changed_method(self, _ATTENTIONS)
-        if changed is not None:
-            dispatch.fallback(changed, _UNFUSED_REMEDY, _installed.strict)
-            return original(self, *arguments, **named)  # type: ignore[no-any-return]
-        return attend(self, _installed, original, *arguments, compute=compute, **named)
+        return _attend(self, *arguments, compute=compute, **named)
 
     return forward
 
@@ -125,7 +122,7 @@ def _encoder_stand_in() -> Any:
 
     @functools.wraps(FusedEncoder.forward)
     def forward(self: nn.Module, *arguments: Any, **named: Any) -> Any:
-        return _encode_if_fused(self, _installed, getattr(forward, ORIGINAL), *arguments, **named)
+        return _encode(self, *arguments, **named)
 
     return forward
 
@@ -145,38 +142,6 @@ _KNOWN_ADAPTED = (
 _ATTENTIONS = (*_KNOWN_ADAPTED, _KNOWN_ATTENTION_ONE, _KNOWN_ATTENTION)
 _ENCODERS = (_KNOWN_ENCODER_ONE, _KNOWN_ENCODER)
 _KNOWN_OF_TRANSFORMERS = (_KNOWN_ATTENTION, _KNOWN_ENCODER, _KNOWN_ATTENTION_ONE, _KNOWN_ENCODER_ONE)
-
-
-def _encode_if_fused(module: Any, options: AttentionOptions, original: Any, *arguments: Any, **named: Any) -> Any:
-    """Run the encoder without N x N tensors, unless one of its attention modules would not understand that.
-
-    Attention modules may have been given another class since patching, as `adapters.init` does.
-    """
-    attentions = [layer.attention.self for layer in module.layer]
-    if not all(map(_is_fused, attentions)):
-        if torch.compiler.is_compiling():
-            return original(module, *arguments, **named)
-        _fuse_again(module, options, attentions)
-        if not all(map(_is_fused, attentions)):
-            dispatch.fallback(_UNFUSED, _UNFUSED_REMEDY, options.strict)
-            return original(module, *arguments, **named)
-    changed = _changed_method(module, _ENCODERS)
-    for attention in attentions:
-        changed = changed or _changed_method(attention, _ATTENTIONS)
-    if changed is not None:
-        dispatch.fallback(changed, _UNFUSED_REMEDY, options.strict)
-        return original(module, *arguments, **named)
-    adapted = any(forward_of(attention) in _ADAPTED_FORWARDS for attention in attentions)
-    return encode(module, options, original, *arguments, adapted=adapted, **named)
-
-
-def _changed_method(module: nn.Module, candidates: tuple[Known, ...]) -> str | None:
-    """Return why a call must run the original code: after patching too, and of subclasses that `patch_all` reaches."""
-    if torch.compiler.is_compiling() or isinstance(module, DisentangledSelfAttention):
-        return None
-    return _known_of(module, *candidates).changed_method(module)
-
-
 _ADAPTED_FORWARDS = (FusedAdapterAttention.forward, *(known.stand_in for known in _KNOWN_ADAPTED))
 _FUSED_FORWARDS = (
     FusedAttention.forward,
@@ -187,15 +152,76 @@ _FUSED_FORWARDS = (
 )
 
 
-def _is_fused(attention: nn.Module) -> bool:
-    return forward_of(attention) in _FUSED_FORWARDS
+def _attend(module: Any, *arguments: Any, compute: Any = None, **named: Any) -> tuple[Tensor, Tensor | None]:
+    """Attend with the options of the module, unless somebody changed the code that it stands for."""
+    original, options = original_forward(type(module)), getattr(module, "swap_options", _installed)
+    changed = _changed_attention(module)
+    if changed is None:
+        return attend(module, options, original, *arguments, compute=compute, **named)
+    _note(changed, options)
+    return original(module, *arguments, **named)  # type: ignore[no-any-return]
+
+
+def _encode(module: Any, *arguments: Any, **named: Any) -> Any:
+    """Run the encoder with the options of the module, unless somebody changed the code that it stands for."""
+    original, options = original_forward(type(module)), getattr(module, "swap_options", _installed)
+    changed = _changed_encoder(module)
+    if changed is not None:
+        _note(changed, options)
+        return original(module, *arguments, **named)
+    is_compiling = torch.compiler.is_compiling()
+    if not is_compiling and not begin(module):
+        return original(module, *arguments, **named)
+    try:
+        attentions = _attention_of(module)
+        if not is_compiling:
+            _fuse_again(module, options, attentions)
+        adapted = any(forward_of(attention) in _ADAPTED_FORWARDS for attention in attentions)
+        return encode(module, options, original, *arguments, takes_mask=_takes_mask, adapted=adapted, **named)
+    finally:
+        if not is_compiling:
+            end(module)
+
+
+def _note(changed: str, options: AttentionOptions) -> None:
+    if not torch.compiler.is_compiling():
+        dispatch.fallback(changed, _REMEDY, options.strict)
+    elif options.strict:
+        raise NotImplementedError(f"{changed}; {_REMEDY}.")
+
+
+def _changed_attention(module: nn.Module) -> str | None:
+    """Return which code of an attention module, or code it calls, is not its own any more; None if all is."""
+    if _is_ours(module):
+        return None
+    known = _known_of(module, *_ATTENTIONS)
+    return known.changed(module) or replaced_function(known.home)
+
+
+def _changed_encoder(module: nn.Module) -> str | None:
+    return _known_of(module, *_ENCODERS).changed(module)
+
+
+# What torch.compiler.assume_constant_result does: compiled code keeps what was found when it was traced.
+for _function in (_changed_attention, _changed_encoder):
+    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _takes_mask(attention: nn.Module) -> bool:
+    """Tell whether an attention module is fused and computes what its encoder asks for."""
+    return (
+        forward_of(attention) in _FUSED_FORWARDS
+        and refusal_of(attention) is None
+        and _changed_attention(attention) is None
+    )
 
 
 def _fuse_again(encoder: nn.Module, options: AttentionOptions, attentions: list[nn.Module]) -> None:
     """Fuse the attention modules, and all around them, that AdapterHub has made its own since the patch."""
     for attention in attentions:
-        adapted = attention_mixin(attention) is FusedAdapterAttention
-        if _is_fused(attention) or not adapted or _attention_reason(attention) is not None:
+        if forward_of(attention) in _FUSED_FORWARDS or attention_mixin(attention) is not FusedAdapterAttention:
+            continue
+        if _attention_reason(attention) is not None:
             continue
         if isinstance(encoder, FusedEncoder):
             swap(attention, FusedAdapterAttention, options)
@@ -237,7 +263,8 @@ def _replace_forwards() -> None:
 
 def uninstall() -> bool:
     """Put the classes' own forwards back; return whether they had been replaced."""
-    restored = [known.restore_forward() for known in (*_KNOWN_OF_TRANSFORMERS, *_KNOWN_ADAPTED, *KNOWN_DENSE)]
+    with paused(None):
+        restored = [known.restore_forward() for known in (*_KNOWN_OF_TRANSFORMERS, *_KNOWN_ADAPTED, *KNOWN_DENSE)]
     return any(restored)
 
 
@@ -252,43 +279,37 @@ def plan(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module], dict[str, 
     """
     left_alone: dict[str, str] = {}
     encoders: list[nn.Module] = []
-    inside: dict[nn.Module, str | None] = {}
-    for name, encoder in _named(model, _ENCODER, _ENCODER_ONE):
-        names = {f"{name}.layer.{i}.attention.self".lstrip("."): m for i, m in enumerate(_attention_of(encoder))}
-        reasons = {key: _attention_reason(module) for key, module in names.items()}
-        own = _known_of(encoder, *_ENCODERS).refusal(encoder) or _layer_reason(encoder)
-        shared = own or next((f"{BESIDE} {key}: {reason}" for key, reason in reasons.items() if reason), None)
-        if shared is None:
-            encoders.append(encoder)
-        else:
-            left_alone[name] = shared
-        inside.update({module: reasons[key] or shared for key, module in names.items()})
     attentions: list[nn.Module] = []
-    for name, attention in _named(model, _ATTENTION):
-        reason = inside[attention] if attention in inside else _attention_reason(attention)
-        if reason is None:
-            attentions.append(attention)
-        else:
-            left_alone[name] = reason
+    for name, module in model.named_modules():
+        for modules, names, reason_of in (
+            (encoders, (_ENCODER, _ENCODER_ONE), _encoder_reason),
+            (attentions, (_ATTENTION,), _attention_reason),
+        ):
+            if not _is_called(module, *names):
+                continue
+            reason = reason_of(module)
+            if reason is None:
+                modules.append(module)
+            else:
+                left_alone[name] = reason
+    # Without any attention to serve, an encoder has nothing to gain.
+    fused = set(attentions)
+    encoders = [one for one in encoders if any(module in fused or _is_ours(module) for module in one.modules())]
     return encoders, attentions, left_alone
 
 
-def _layer_reason(encoder: nn.Module) -> str | None:
-    """Return which layer, or attention around the fused one, might look at the mask, which is no tensor there."""
-    for layer in getattr(encoder, "layer", ()):
-        for part in (layer, getattr(layer, "attention", layer)):
-            cls = base_class(part)
-            if not original_forward(cls).__module__.startswith(_ROUTING):
-                return f"{cls.__module__}.{cls.__qualname__} has a forward of its own"
-    return None
+def _is_ours(module: nn.Module) -> bool:
+    return isinstance(module, DisentangledSelfAttention)
 
 
-def _named(model: nn.Module, *class_names: str) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the modules with a class of one of these names: Hugging Face's, subclasses, and others called alike."""
-    for name, module in model.named_modules():
-        classes = type(module).__mro__
-        if any(c.__name__ in class_names and not c.__module__.startswith("deberta_kernels") for c in classes):
-            yield name, module
+def _is_called(module: nn.Module, *class_names: str) -> bool:
+    """Tell whether a module has a class of one of these names: Hugging Face's, subclasses, and others called alike."""
+    classes = type(module).__mro__
+    return any(c.__name__ in class_names and not c.__module__.startswith("deberta_kernels") for c in classes)
+
+
+def _encoder_reason(module: nn.Module) -> str | None:
+    return _known_of(module, *_ENCODERS).refusal(module)
 
 
 def _attention_of(encoder: nn.Module) -> list[nn.Module]:
@@ -313,7 +334,7 @@ def attention_mixin(module: nn.Module) -> type[FusedAttention]:
 
 
 def _attention_reason(module: nn.Module) -> str | None:
-    if isinstance(module, DisentangledSelfAttention):
+    if _is_ours(module):
         return None
     known = _known_of(module, *_ATTENTIONS)
     return known.refusal(module) or (TALKING_HEADS[0] if mixes_heads(module) else None)

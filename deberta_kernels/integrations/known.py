@@ -1,28 +1,47 @@
-"""Know whether a module runs exactly the code of a class that this package has a stand-in for."""
+"""Know whether a module runs exactly the code of a class that this package has a stand-in for.
+
+Asked when a model is patched and again at every call, since anybody may replace a forward, a method or a function of
+the modelling file at any time. What is a class's own code is told by where it comes from, see `modules.originals`.
+"""
 
 from __future__ import annotations
 
 import inspect
 import sys
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
-from deberta_kernels.integrations.swap import ORIGINAL, base_class, forward_of, original_forward
+from deberta_kernels.integrations.swap import ORIGINAL, base_class, forward_of, original_function
+from deberta_kernels.modules.originals import Originals, is_own
 
-__all__ = ["ADAPTERHUB", "ADAPTERHUB_ONE", "MODELING", "MODELING_ONE", "Known"]
+__all__ = ["ADAPTERHUB", "ADAPTERHUB_ONE", "MODELING", "MODELING_ONE", "Known", "replaced_function", "runs_own"]
 
 # Where the classes of DeBERTa v2 and v3, and those of v1, are at home.
 MODELING = "transformers.models.deberta_v2.modeling_deberta_v2"
 MODELING_ONE = "transformers.models.deberta.modeling_deberta"
 ADAPTERHUB = "adapters.models.deberta_v2.modeling_deberta_v2"
 ADAPTERHUB_ONE = "adapters.models.deberta.modeling_deberta"
-_PACKAGES = ("transformers.", "adapters.")
+# Functions of these files that the attention and the encoders call; not every version has all of them.
+_FUNCTIONS = (
+    "make_log_bucket_position", "build_relative_position", "build_rpos", "scaled_size_sqrt", "compute_attention_span",
+    "uneven_size_corrected", "c2p_dynamic_expand", "p2c_dynamic_expand", "pos_dynamic_expand",
+)  # fmt: skip
+# PyTorch's that the attention is made of: place, name and home as `is_own` knows it.
+_OPERATORS = (
+    *((torch, name, "_VariableFunctionsClass") for name in ("bmm", "matmul", "gather", "clamp", "sqrt")),
+    (nn.functional, "softmax", "torch.nn.functional"),
+    (torch.Tensor, "masked_fill", "TensorBase"),
+)
+# Layers of newer transformers checkpoint themselves inside their forward.
+_CHECKPOINTING = "GradientCheckpointingLayer.__init_subclass__.<locals>.forward_with_checkpointing"
 
 
 class Known(NamedTuple):
-    """Name a class whose forward this package can replace, and what else of it a module must not have changed.
+    """A class whose forward this package can replace, and what else of it a module must not have changed.
 
     Attributes:
         home: module that defines the class.
@@ -57,9 +76,9 @@ class Known(NamedTuple):
 
     def unknown_code(self) -> str | None:
         """Return why the class's forward is not one that the stand-in can replace; None if it is."""
-        forward = original_forward(self.find())
-        if forward.__module__ != self.home:
-            return f"the forward of {self.name} was replaced by {forward.__module__}.{forward.__qualname__}"
+        forward = original_function(self.find(), "forward")
+        if not is_own(forward, self.home, f"{self.name}.forward"):
+            return f"the forward of {self.name} was replaced by {_described(forward)}"
         found = list(inspect.signature(forward).parameters)
         if found != list(inspect.signature(self.stand_in).parameters):
             package = self.home.partition(".")[0]
@@ -71,25 +90,66 @@ class Known(NamedTuple):
         cls, known = base_class(module), self.find()
         if known is None or not issubclass(cls, known):
             return f"{cls.__module__}.{cls.__qualname__} is not transformers' DeBERTa"
-        unknown = self.unknown_code()
-        if unknown is not None:
-            return unknown
-        if original_forward(cls) is not original_forward(known):
-            return f"{cls.__module__}.{cls.__qualname__} has a forward of its own"
-        if forward_of(module) is None:
-            return "its forward was replaced on the instance"
-        return self.changed_method(module)
+        return self.changed(module) or self.unknown_code()
 
-    def changed_method(self, module: nn.Module) -> str | None:
-        """Return which further method of an instance of the class is not the class's own; None if all are."""
+    def changed(self, module: nn.Module) -> str | None:
+        """Return which code of an instance of the class is not the class's own; None if all is."""
         cls, known = base_class(module), self.find()
-        for name in self.methods:
-            method: Any = getattr(known, name)
-            own: Any = getattr(cls, name, None)
-            if own is not method:
-                return f"{cls.__module__}.{cls.__qualname__} has its own {name}"
-            if not method.__module__.startswith(_PACKAGES):
-                return f"the {name} of {self.name} was replaced by {method.__module__}.{method.__qualname__}"
-            if name in module.__dict__:
+        for name in ("forward", *self.methods):
+            if not is_own(original_function(cls, name), *_origin(known, name)):
+                return self._describe(cls, known, name)
+            if name in module.__dict__ and (name != "forward" or forward_of(module) is None):
                 return f"its {name} was replaced on the instance"
         return None
+
+    def _describe(self, cls: type, known: type, name: str) -> str:
+        function = original_function(known, name)
+        if original_function(cls, name) is not function:
+            own = "a forward of its own" if name == "forward" else f"its own {name}"
+            return f"{cls.__module__}.{cls.__qualname__} has {own}"
+        return f"the {name} of {self.name} was replaced by {_described(function)}"
+
+
+@cache
+def _origin(cls: type, name: str) -> tuple[str, str]:
+    """Return where a class got a method from, as (module, qualified name)."""
+    owner = next(c for c in cls.__mro__ if name in vars(c))
+    return owner.__module__, f"{owner.__qualname__}.{name}"
+
+
+def _described(function: Any) -> str:
+    return f"{function.__module__}.{getattr(function, '__qualname__', type(function).__name__)}"
+
+
+def runs_own(cls: type[nn.Module], prefixes: tuple[str, ...]) -> bool:
+    """Tell whether a class runs the forward that some class in its ancestry was written with, in one of these packages.
+
+    Args:
+        cls: a class of modules; forwards of this package that stand in for others count as those.
+        prefixes: how the names of the packages' modules begin.
+    """
+    forward = original_function(cls, "forward")
+    while is_own(forward, "transformers.modeling_layers", _CHECKPOINTING):  # one for each class on the way
+        forward = inspect.getclosurevars(forward).nonlocals.get("forward")
+    if is_own(forward, "torch.nn.modules.module", "_forward_unimplemented"):
+        return str(cls.__module__).startswith(prefixes)  # a container, which is never called
+    home = str(getattr(forward, "__globals__", {}).get("__name__"))
+    if not home.startswith(prefixes):
+        return False
+    return any(is_own(forward, home, f"{c.__qualname__}.forward") for c in cls.__mro__ if c.__module__ == home)
+
+
+_originals: dict[str, Originals] = {}
+
+
+def replaced_function(home: str) -> str | None:
+    """Return which function that the code of a modelling file calls somebody replaced; None if nobody did."""
+    originals = _originals.get(home)
+    if originals is None:
+        author = MODELING if "deberta_v2" in home else MODELING_ONE
+        files = [sys.modules[name] for name in {author, home}]
+        originals = _originals[home] = Originals(
+            *((file, name, author, name) for file in files for name in _FUNCTIONS if hasattr(file, name)),
+            *((place, name, operator_home, name) for place, name, operator_home in _OPERATORS),
+        )
+    return originals.replaced()

@@ -13,7 +13,19 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-__all__ = ["ORIGINAL", "Swapped", "base_class", "forward_of", "is_swapped", "original_forward", "swap", "undo"]
+from deberta_kernels.integrations.onlookers import forward_below_accelerate
+
+__all__ = [
+    "ORIGINAL",
+    "Swapped",
+    "base_class",
+    "forward_of",
+    "is_swapped",
+    "original_forward",
+    "original_function",
+    "swap",
+    "undo",
+]
 
 # On a function that stands in for a class's forward: the function it replaced.
 ORIGINAL = "__deberta_kernels_original__"
@@ -24,17 +36,18 @@ _classes: dict[tuple[Any, ...], type[nn.Module]] = {}
 
 
 class Swapped:
-    """Mark modules whose class was swapped; mix in before the module's own class.
+    """What marks modules whose class was swapped; mixed in before the module's own class.
+
+    A forward that is mixed in reads its class once, `cls = type(self)`, and takes the rest from there: another thread
+    may give the module its own class back at any time.
 
     Attributes:
         swap_base: the class from before.
         swap_options: what the user chose, hashable and picklable.
-        swap_original: forward of the class from before, unbound.
     """
 
     swap_base: ClassVar[type[nn.Module]]
     swap_options: ClassVar[Any]
-    swap_original: ClassVar[Callable[..., Any]]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle as (mixin, class from before, options), since the class itself has no home in any module."""
@@ -57,23 +70,22 @@ def base_class(module: nn.Module) -> type[nn.Module]:
     return before
 
 
+def original_function(cls: type[nn.Module], name: str) -> Any:
+    """Return a function of a class as it is now; where a stand-in of this package replaced it, the replaced one."""
+    function = getattr(cls, name, None)
+    return getattr(function, ORIGINAL, None) or function
+
+
 def original_forward(cls: type[nn.Module]) -> Callable[..., Any]:
-    """Return the class's forward; where a stand-in replaced it, the replaced function."""
-    forward = cls.forward
-    return getattr(forward, ORIGINAL, None) or forward
+    """Return the forward that a module of a class would run without this package, unbound, as it is now."""
+    base: type[nn.Module] = getattr(cls, "swap_base", cls)
+    forward: Callable[..., Any] = original_function(base, "forward")
+    return forward
 
 
 def forward_of(module: nn.Module) -> Callable[..., Any] | None:
-    """Return the unbound forward that calling the module runs; None if its instance hides the one of its class.
-
-    accelerate's hooks keep the class's forward, bound, as `_old_forward`; that one counts as visible.
-    """
-    if "forward" not in module.__dict__:
-        return type(module).forward
-    kept = module.__dict__.get("_old_forward")
-    if isinstance(kept, types.MethodType) and kept.__self__ is module:
-        return kept.__func__
-    return None
+    """Return the unbound forward that calling the module ends in; None if its instance hides the one of its class."""
+    return forward_below_accelerate(module) if "forward" in module.__dict__ else type(module).forward
 
 
 def swap(module: nn.Module, mixin: type[Swapped], options: Any) -> None:
@@ -114,7 +126,6 @@ def _swapped_class(mixin: type[Swapped], base: type[nn.Module], options: Any) ->
         "__qualname__": base.__qualname__,
         "swap_base": base,
         "swap_options": options,
-        "swap_original": staticmethod(original_forward(base)),
     }
     return _classes.setdefault((mixin, base, options), type(base.__name__, (mixin, base), body))
 

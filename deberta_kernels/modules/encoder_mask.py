@@ -14,7 +14,7 @@ __all__ = ["EncoderMask"]
 
 
 class EncoderMask:
-    """Carry one forward's mask from a patched encoder to its attention modules, in place of a (B, 1, N, N) tensor.
+    """One forward's mask, as a patched encoder hands it to its attention modules in place of a (B, 1, N, N) tensor.
 
     Not a dataclass on purpose: wrappers that rebuild dataclasses and containers (FSDP, accelerate) leave it whole.
 
@@ -30,6 +30,17 @@ class EncoderMask:
         self.packing = packing
         self._read: tuple[Tensor, tuple[Any, ...] | None] | None = None
 
+    def padded(self) -> EncoderMask:
+        """Return this mask for states that are not packed."""
+        return self if self.packing is None else type(self)(self.source, self.masks)
+
+    def bool(self) -> Tensor:
+        """Refuse to be a tensor, as which Hugging Face's attention takes it once it is no longer patched."""
+        raise RuntimeError(
+            "the mask of a patched encoder reached attention that is not patched any more; a checkpointed forward must "
+            "be differentiated before unpatch(): call patch(model), run the forward again, and then its backward."
+        )
+
     def dense(self) -> Tensor:
         """Return the (B, 1 or H, N, N) mask that Hugging Face's encoder builds, in the dtype of the source."""
         if self.source.dim() == 2:
@@ -44,7 +55,11 @@ class EncoderMask:
         return type(self)(self.source.to(device), masks, packing)
 
     def rel_key(self, rel_embeddings: Tensor) -> tuple[Any, ...] | None:
-        """Return `content_key(rel_embeddings)`, read once for all layers that get the same tensor."""
+        """Return `content_key(rel_embeddings)`, read once for layers that get the same tensor, until `read_anew`."""
         if self._read is None or self._read[0] is not rel_embeddings:
             self._read = (rel_embeddings, content_key(rel_embeddings))
         return self._read[1]
+
+    def read_anew(self) -> None:
+        """Let `rel_key` read again: other code has run since, which may have changed the content."""
+        self._read = None

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import os
 import sys
-from types import BuiltinFunctionType, CodeType, FunctionType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodDescriptorType
 from typing import Any
+
+import torch
 
 __all__ = ["Originals", "is_own"]
 
 # Function -> its code when it was found to be its maker's own, and as what. Only such are kept: a few for good.
 _own: dict[FunctionType, tuple[CodeType, str, str]] = {}
+_OPERATORS: Any = torch._C._VariableFunctions  # type: ignore[attr-defined]
 
 
 def is_own(function: Any, home: str, qualname: str) -> bool:
@@ -22,12 +25,14 @@ def is_own(function: Any, home: str, qualname: str) -> bool:
 
     Args:
         function: anything.
-        home: name of the module, as "torch.nn.modules.linear"; of a builtin, the module or class it belongs to.
+        home: name of the module, as "torch.nn.modules.linear"; of a builtin, the module or class it belongs to, which
+            for torch.bmm and its like is "_VariableFunctionsClass", for tensors' methods "TensorBase".
         qualname: name inside of it, as "Linear.forward".
     """
+    if type(function) is torch.jit.ScriptFunction:
+        function = getattr(function, "_torchdynamo_inline", None)  # what was scripted
     if type(function) is not FunctionType:
-        owner = getattr(function, "__self__", None) if type(function) is BuiltinFunctionType else None
-        return owner is not None and (getattr(owner, "__name__", ""), function.__name__) == (home, qualname)
+        return _is_own_builtin(function, home, qualname)
     code, known = function.__code__, _own.get(function)
     if known is not None and known[0] is code and known[1] == home and known[2] == qualname:
         return True
@@ -37,6 +42,17 @@ def is_own(function: Any, home: str, qualname: str) -> bool:
         return False
     _own[function] = code, home, qualname
     return True
+
+
+def _is_own_builtin(function: Any, home: str, name: str) -> bool:
+    if type(function) is MethodDescriptorType:
+        return (function.__objclass__.__name__, function.__name__) == (home, name)
+    if type(function) is not BuiltinFunctionType or function.__name__ != name:
+        return False
+    owner = function.__self__
+    if owner is None:  # PyTorch's operators, all of one class
+        return home == _OPERATORS.__class__.__name__ and getattr(_OPERATORS, name, None) is function
+    return getattr(owner, "__name__", "") == home
 
 
 def _is_file_of(filename: str, home: str) -> bool:

@@ -56,12 +56,32 @@ class Packing:
 
     def pack(self, padded: Tensor) -> Tensor:
         """Return the rows of a (B, N, C) tensor as (1, rows, C)."""
-        return padded.flatten(0, 1).index_select(0, self._source).unsqueeze(0)
+        return padded.flatten(0, 1).index_select(0, self._source.to(padded.device)).unsqueeze(0)
 
     def unpack(self, packed: Tensor) -> Tensor:
         """Return the (B, N, C) tensor that (1, rows, C) rows stand for."""
-        padded: Tensor = packed.squeeze(0).index_select(0, self._row_of).unflatten(0, self.shape)
+        padded: Tensor = packed.squeeze(0).index_select(0, self._row_of.to(packed.device)).unflatten(0, self.shape)
         return padded
+
+    def padding(self) -> Tensor:
+        """Return the (padded positions,) int64 places of padding in the flattened batch."""
+        return (self._row_of >= self.tokens).nonzero().flatten()
+
+    def row_of_padding(self) -> Tensor:
+        """Return the (padded positions,) int64 row that stands for each of `padding`."""
+        return self._row_of.index_select(0, self.padding())
+
+    def sum_padding(self, padded: Tensor) -> Tensor:
+        """Return (1, rows, C) from (B, N, C): each row the sum of all that it stands for."""
+        flat = padded.flatten(0, 1)
+        empty = flat.new_zeros(self._source.shape[0], flat.shape[1])
+        return empty.index_add(0, self._row_of, flat).unsqueeze(0)
+
+    def divide_padding(self, packed: Tensor) -> Tensor:
+        """Return (1, rows, C) with the rows of padding divided by how many positions they stand for."""
+        paddings = self.shape[1] - self.cu_seqlens.diff().index_select(0, self._sample[self.tokens :])
+        shares = packed[:, self.tokens :] / paddings[:, None]
+        return torch.cat([packed[:, : self.tokens], shares.to(packed.dtype)], dim=1)
 
     def padding_context(self, values: Tensor) -> Tensor:
         """Return what the padded rows attend to by the padded-row rule.

@@ -115,8 +115,9 @@ def projected_tables(
             if prepare is not None:
                 tables = tables._replace(prepared=prepare(tables))
         kept = _Kept(validity, start, stop, tables)
-        with _lock:
-            _kept[module] = kept
+        if _validity(module, projections, rel, content_key) == validity:  # read anew: nothing changed meanwhile
+            with _lock:
+                _kept[module] = kept
     return kept.tables
 
 

@@ -1,7 +1,7 @@
 """Compute Hugging Face's disentangled self-attention through the kernels.
 
 `attend` is the one implementation: the stand-alone module below and patched Hugging Face modules both call it. It
-decides by an allow-list; a call outside it goes to the original code, where there is one.
+decides by an allow-list; a call outside it goes to the original code, or to what stands for it.
 """
 
 from __future__ import annotations
@@ -27,10 +27,13 @@ from deberta_kernels.modules.anatomy import (
     project_heads,
     scale_factor,
 )
+from deberta_kernels.modules.distances import are_ordinary
 from deberta_kernels.modules.encoder_mask import EncoderMask
+from deberta_kernels.modules.in_full import attend_in_full
 from deberta_kernels.modules.options import AttentionOptions
 from deberta_kernels.modules.packing import Packing
 from deberta_kernels.modules.positions import PositionTables, content_key, projected_tables
+from deberta_kernels.position import attention_span
 from deberta_kernels.types import AttentionProblem, Masks
 
 __all__ = [
@@ -61,7 +64,7 @@ def runs_original_code() -> bool:
 def attend(
     module: AttentionModule,
     options: AttentionOptions,
-    original: Callable[..., tuple[Tensor, Tensor | None]] | None,
+    original: Callable[..., tuple[Tensor, Tensor | None]],
     hidden_states: Tensor,
     attention_mask: Tensor | EncoderMask | None,
     output_attentions: bool = False,
@@ -76,14 +79,14 @@ def attend(
     Args:
         module: attention module with Hugging Face's attributes.
         options: see `AttentionOptions`.
-        original: the original forward, an unbound function; None where there is none.
+        original: the original forward, an unbound function.
         hidden_states: (B, N, hidden size); keys and values.
         attention_mask: what a patched encoder hands over; or Hugging Face's mask, broadcastable to (B, H, N, N), not
             0 = keep; None masks nothing.
         output_attentions: also return the probabilities; outside the allow-list.
         query_states: (B, N, hidden size) or None for hidden_states; another length is outside the allow-list.
         relative_pos: None for ordinary distances, or in DeBERTa v1, except from a patched encoder, for no position
-            terms; a tensor is outside the allow-list.
+            terms; a tensor that holds anything else than these distances is outside the allow-list.
         rel_embeddings: (2 * att_span, hidden size); None is right only without relative attention.
         compute: computes calls on the allow-list; None is Hugging Face's attention. It gets the module, the options,
             hidden_states, the queries, attention_mask and rel_embeddings, and returns the context.
@@ -92,13 +95,11 @@ def attend(
         (context, None): context is (B, N, H * D). `original` may return the probabilities in place of None.
 
     Raises:
-        NotImplementedError: the call is outside the allow-list, and options.strict is set or there is no original.
+        NotImplementedError: the call is outside the allow-list, and options.strict is set.
     """
     queries = hidden_states if query_states is None else query_states
     refused = _refusal(module, hidden_states, query_states, output_attentions, relative_pos)
-    if original is None and refused is not None:
-        raise NotImplementedError(f"{refused[0]}; {refused[1]}.")
-    if original is not None and (refused is not None or runs_original_code()):
+    if refused is not None or runs_original_code():
         if refused is not None and not runs_original_code():
             _note(refused, options.strict)
         if isinstance(attention_mask, EncoderMask):
@@ -108,9 +109,8 @@ def attend(
             module, hidden_states, attention_mask, output_attentions,
             query_states=query_states, relative_pos=relative_pos, rel_embeddings=rel_embeddings,
         )  # fmt: skip
-    if is_version_one(module) and not isinstance(attention_mask, EncoderMask):
-        # Its own encoder would have given a relative_pos; without one there are no position terms.
-        rel_embeddings = None
+    if is_version_one(module) and relative_pos is None and not isinstance(attention_mask, EncoderMask):
+        rel_embeddings = None  # without a relative_pos it has no position terms
     queries = _apart(queries)
     hidden_states = queries if query_states is None else _apart(hidden_states)
     return (compute or _fused)(module, options, hidden_states, queries, attention_mask, rel_embeddings), None
@@ -282,8 +282,11 @@ def _refusal(
             "pass query_states of the shape of hidden_states, or none",
         )
     positioned = module.relative_attention and scale_factor(module) > 1
-    if positioned and relative_pos is not None:
-        return ("a relative_pos tensor was given", "pass relative_pos=None where it holds ordinary distances")
+    if positioned and relative_pos is not None and not are_ordinary(relative_pos, module, hidden_states.shape[1]):
+        return (
+            "a relative_pos tensor was given that holds other values than the distances between the tokens",
+            "pass none for ordinary distances",
+        )
     return refusal_of(module)
 
 
@@ -291,8 +294,13 @@ def refusal_of(module: AttentionModule) -> tuple[str, str] | None:
     """Return why no kernel may run any call of a module, and what the user can change; None when one may."""
     if mixes_heads(module):
         return TALKING_HEADS
-    if module.relative_attention and scale_factor(module) > 1 and position_spec(module).position_buckets == 1:
-        return ("the model has one position bucket", "train it with at least two")
+    if module.relative_attention and scale_factor(module) > 1:
+        spec = position_spec(module)
+        if spec.position_buckets == 1:
+            return ("the model has one position bucket", "train it with at least two")
+        span = attention_span(spec.position_buckets, spec.max_relative_positions)
+        if getattr(module, "pos_ebd_size", span) != span:
+            return ("pos_ebd_size of an attention module is not what its other settings make it", "set them together")
     dropout = module.dropout
     if type(dropout) is not nn.Dropout or dropout.p >= 1.0:
         return (
@@ -310,8 +318,9 @@ def refusal_of(module: AttentionModule) -> tuple[str, str] | None:
 class DisentangledSelfAttention(nn.Module):
     """Compute DeBERTa-v2's disentangled self-attention; a drop-in for Hugging Face's module of this name.
 
-    Parameter names, state-dict keys and the signature of `forward` are Hugging Face's. What no kernel computes raises
-    NotImplementedError, since there is no original code to run here.
+    Parameter names, state-dict keys and the signature of `forward` are Hugging Face's, and so are the answers: placed
+    in a Hugging Face encoder it works as that one's own did. What no kernel computes runs in plain PyTorch, with one
+    warning for each reason.
 
     Args:
         config: `DebertaV2Config`, or any object with its attributes.
@@ -372,12 +381,9 @@ class DisentangledSelfAttention(nn.Module):
         """Attend; see `attend` for the arguments.
 
         Returns:
-            (context, None): context is (B, N, H * D).
-
-        Raises:
-            NotImplementedError: probabilities, a relative_pos tensor or query_states of another shape are asked for.
+            (context, probabilities): context is (B, N, H * D); probabilities is None unless asked for.
         """
         return attend(
-            self, self.options, None, hidden_states, attention_mask, output_attentions, query_states, relative_pos,
-            rel_embeddings,
+            self, self.options, attend_in_full, hidden_states, attention_mask, output_attentions, query_states,
+            relative_pos, rel_embeddings,
         )  # fmt: skip

@@ -12,6 +12,7 @@ import transformers
 from transformers.models.deberta_v2 import modeling_deberta_v2 as hf
 
 import deberta_kernels as dk
+from deberta_kernels import dispatch
 
 SETTINGS = [
     {},
@@ -56,14 +57,61 @@ def test_the_signature_is_hugging_faces():
     ]
 
 
-def test_what_no_kernel_computes_is_refused(build):
-    ours = dk.DisentangledSelfAttention(build().config)
+REQUESTS = {
+    "probabilities": lambda hidden: {"output_attentions": True},
+    "other distances": lambda hidden: {"relative_pos": torch.randint(-30, 30, (1, 11, 11))},
+    "distances of each sample": lambda hidden: {"relative_pos": torch.randint(-30, 30, (11, 11), dtype=torch.int32)},
+    "other queries": lambda hidden: {"query_states": hidden.flip(1), "output_attentions": True},
+}
+
+
+@pytest.mark.parametrize("request_", REQUESTS.values(), ids=REQUESTS)
+@pytest.mark.parametrize("settings", [{}, {"share_att_key": False, "pos_att_type": ["c2p"]}, {"position_buckets": -1}])
+def test_what_no_kernel_computes_runs_in_full(settings, request_, build):
+    config = build(**settings).config
+    theirs, ours = hf.DisentangledSelfAttention(config).eval(), dk.DisentangledSelfAttention(config).eval()
+    ours.load_state_dict(theirs.state_dict())
+    hidden, table = torch.randn(2, 11, 32), torch.randn(2 * theirs.pos_ebd_size, 32)
+    mask = torch.ones(2, 1, 11, 11, dtype=torch.bool)
+    mask[1, :, :, 7:] = False
+    more = request_(hidden)
+    expected, probabilities = theirs(hidden, mask, rel_embeddings=table, **more)
+    with pytest.warns(dispatch.DebertaKernelsWarning):
+        actual, seen = ours(hidden, mask, rel_embeddings=table, **more)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
+    assert (seen is None) == (probabilities is None)
+    if seen is not None:
+        torch.testing.assert_close(seen, probabilities, atol=1e-6, rtol=1e-4)
+    assert sum(dk.stats()["calls"].values()) == 0
+
+
+def test_fewer_queries_are_computed_without_p2c_only(build):
     hidden, table = torch.randn(1, 5, 32), torch.randn(32, 32)
-    for extra in ({"output_attentions": True}, {"relative_pos": torch.zeros(5, 5)}, {"query_states": hidden[:, :3]}):
-        with pytest.raises(NotImplementedError):
-            ours(hidden, None, rel_embeddings=table, **extra)
-    out, _ = ours(hidden, None, rel_embeddings=table)
-    assert out.shape == (1, 5, 32)
+    ours = dk.DisentangledSelfAttention(build(pos_att_type=["c2p"]).config).eval()
+    whole, _ = ours(hidden, None, rel_embeddings=table)
+    with pytest.warns(dispatch.DebertaKernelsWarning, match="differ in shape"):
+        part, _ = ours(hidden, None, query_states=hidden[:, :3], rel_embeddings=table)
+    torch.testing.assert_close(part, whole[:, :3], atol=1e-5, rtol=1e-4)
+    with pytest.raises(NotImplementedError, match="query_states must have as many tokens as hidden_states, 5"):
+        dk.DisentangledSelfAttention(build().config)(hidden, None, query_states=hidden[:, :3], rel_embeddings=table)
+
+
+@pytest.mark.parametrize("settings", [{}, {"share_att_key": False}, {"position_buckets": -1}, {"pos_att_type": []}])
+@pytest.mark.parametrize("length", [1, 2, 37])
+def test_it_serves_in_an_encoder_that_is_not_patched(settings, length, build, batch):
+    model, inputs = build(conv_kernel_size=3, **settings), batch(3, length)
+    expected = model(**inputs, output_attentions=True)
+    for layer in model.encoder.layer:
+        ours = dk.DisentangledSelfAttention(model.config).eval()
+        ours.load_state_dict(layer.attention.self.state_dict())
+        layer.attention.self = ours
+    torch.testing.assert_close(model(**inputs)[0], expected[0], atol=3e-5, rtol=1e-4)
+    assert dk.stats()["fallbacks"] == {}
+    assert sum(dk.stats()["calls"].values()) == 2
+    with pytest.warns(dispatch.DebertaKernelsWarning, match="attention probabilities were asked for"):
+        actual = model(**inputs, output_attentions=True)
+    for ours, theirs in zip(actual.attentions, expected.attentions, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=3e-5, rtol=1e-4)
 
 
 def test_it_copies_and_pickles(build):

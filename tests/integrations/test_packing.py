@@ -152,46 +152,102 @@ def test_a_nan_in_one_sample_stays_there(build, batch, packings):
         close(poisoned[sample], clean[sample])
 
 
-def _hook(model: Any) -> None:
-    model.encoder.layer[1].register_forward_hook(lambda *unused: None)
+def _hook(model: Any) -> list:
+    seen: list = []
+    model.encoder.layer[1].register_forward_hook(lambda module, args, out: seen.append((args[0].shape, args[1].shape)))
+    return seen
 
 
-def _pre_hook(model: Any) -> None:
-    model.encoder.layer[0].output.dense.register_forward_pre_hook(lambda *unused: None)
+def _pre_hook(model: Any) -> list:
+    seen: list = []
+    model.encoder.layer[0].output.dense.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
+    return seen
 
 
-def _backward_hook(model: Any) -> None:
+def _backward_hook(model: Any) -> list:
     model.encoder.layer[0].register_full_backward_hook(lambda *unused: None)
+    return []
 
 
 class PerSample(nn.Linear):
     """A module of somebody else, which may well look at the batch dimension."""
 
+    seen: list
 
-def _foreign_module(model: Any) -> None:
-    model.encoder.layer[1].intermediate.dense.__class__ = PerSample
+    def forward(self, x):
+        self.seen.append(x.shape)
+        return super().forward(x) - x.mean((1, 2), keepdim=True)
 
 
-def _replaced_forward(model: Any) -> None:
+def _foreign_module(model: Any) -> list:
     dense = model.encoder.layer[1].intermediate.dense
-    dense.forward = dense.forward
+    dense.__class__, dense.seen = PerSample, []
+    return dense.seen
 
 
-def _unusual_dropout(model: Any) -> None:
+def _replaced_forward(model: Any) -> list:
+    seen: list = []
+    dense = model.encoder.layer[1].intermediate.dense
+    kept = dense.forward
+    dense.forward = lambda x: seen.append(x.shape) or kept(x)
+    return seen
+
+
+def _unusual_dropout(model: Any) -> list:
     model.encoder.layer[1].attention.self.dropout = nn.AlphaDropout(0.1).eval()
+    return []
+
+
+def _activation(model: Any) -> list:
+    seen: list = []
+
+    def centred(x):
+        seen.append(x.shape)
+        return nn.functional.gelu(x - x.mean(1, keepdim=True))
+
+    model.encoder.layer[1].intermediate.intermediate_act_fn = None
+    del model.encoder.layer[1].intermediate.intermediate_act_fn
+    model.encoder.layer[1].intermediate.intermediate_act_fn = centred
+    return seen
 
 
 @pytest.mark.parametrize(
-    "change", [_hook, _pre_hook, _backward_hook, _foreign_module, _replaced_forward, _unusual_dropout]
+    "change", [_hook, _pre_hook, _backward_hook, _foreign_module, _replaced_forward, _unusual_dropout, _activation]
 )
+@pytest.mark.parametrize("when", ["before patching", "after patching"])
 @pytest.mark.filterwarnings("ignore::deberta_kernels.dispatch.DebertaKernelsWarning")
-def test_whatever_could_notice_gets_the_padded_states(change: Callable[[Any], None], build, batch, packings):
-    model, inputs = build(), batch(4, 41)
+def test_whatever_could_notice_gets_the_padded_states(change: Callable[[Any], None], when, build, batch):
+    inputs, found = batch(4, 41), []
+    for patched in (False, True):
+        model = build()
+        if patched and when == "after patching":
+            dk.patch(model, unpad=True)
+        seen = change(model)
+        if patched and when == "before patching":
+            dk.patch(model, unpad=True)
+        found.append((states_of(model, inputs), seen))
+    (expected, there), (actual, here) = found
+    close(actual, expected)
+    assert there == here
+    assert there == [] or len(there) == 1
+
+
+def test_layers_nobody_looks_at_are_packed_up_to_the_first_that_is_watched(build, batch, packings):
+    model, inputs = build(num_hidden_layers=4), batch(4, 41)
     expected = states_of(model, inputs)
-    dk.patch(model, unpad=True)
-    change(model)
+    dk.patch(model, strict=True)
+    calls = []
+    for layer in model.encoder.layer:
+        layer.attention.self.value_proj.register_forward_hook(lambda module, args, out: calls.append(out.shape[:2]))
     close(states_of(model, inputs), expected)
+    assert calls == [(4, 41)] * 4
     assert packings[-1] is None
+    for layer in list(model.encoder.layer)[:2]:
+        layer.attention.self.value_proj._forward_hooks.clear()
+    calls.clear()
+    close(states_of(model, inputs), expected)
+    assert calls == [(4, 41)] * 2
+    assert packings[-1] is not None
 
 
 def test_a_hook_sees_the_shape_it_would_see_unpatched(build, batch):
@@ -238,18 +294,50 @@ def test_a_layer_class_whose_forward_somebody_replaced_gets_the_padded_states(bu
 
 
 @pytest.mark.parametrize("unpad", [False, True])
-def test_returned_states_are_part_of_the_graph(unpad, build, batch):
-    model, inputs = build(), batch(4, 41)
-    plain = copy.deepcopy(model)
-    dk.patch(model, unpad=unpad)
+@pytest.mark.parametrize("conv", [0, 3])
+@pytest.mark.parametrize("reads", ["real tokens", "a mean", "each row its own way", "states between"])
+@pytest.mark.parametrize("padding", ["right", "holes", "sample"])
+def test_gradients_of_everything_returned_and_given_are_as_before(reads, conv, padding, unpad, build, batch, packings):
+    """A loss that reads padding: its rows have different gradients, though their values are the same."""
+    plain, inputs = build(conv_kernel_size=conv, num_hidden_layers=3), batch(4, 41, padding)
+    embeddings = plain.embeddings.word_embeddings(inputs.pop("input_ids")).detach()
+    model = copy.deepcopy(plain)
+    dk.patch(model, unpad=unpad, strict=True)
     gradients = []
     for one in (plain, model):
-        output = one(**inputs, output_hidden_states=True)
+        mask = inputs["attention_mask"].float().requires_grad_()
+        given = embeddings.clone().requires_grad_()
+        output = one(inputs_embeds=given, attention_mask=mask, output_hidden_states=True)
         weight = torch.randn(output[0].shape, generator=torch.Generator().manual_seed(1))
-        loss = (output[0] * weight * inputs["attention_mask"][..., None]).sum()
-        gradients.append(torch.autograd.grad(loss, output.hidden_states[:-1]))
-    for expected, actual in zip(*gradients):
-        torch.testing.assert_close(actual, expected, atol=2e-4, rtol=1e-4)
+        if reads == "real tokens":
+            loss = (output[0] * weight * inputs["attention_mask"][..., None]).sum()
+        elif reads == "a mean":
+            loss = output[0].mean(1).pow(2).sum()
+        elif reads == "each row its own way":
+            loss = (output[0] * weight).sum()
+        else:
+            loss = sum((state * weight.roll(i, 0)).sum() for i, state in enumerate(output.hidden_states))
+        everything = (given, mask, *output.hidden_states, *one.parameters())
+        gradients.append(torch.autograd.grad(loss, everything, allow_unused=True))
+    assert (packings[-1] is not None) == unpad
+    for expected, actual in zip(*gradients, strict=True):
+        if expected is not None:
+            torch.testing.assert_close(actual, expected, atol=5e-4, rtol=2e-4)
+
+
+def test_states_given_to_a_packed_encoder_get_their_own_gradients(build, batch, packings):
+    plain, inputs = build(), batch(4, 41)
+    model = copy.deepcopy(plain)
+    dk.patch(model, unpad=True)
+    gradients = []
+    for one in (plain.encoder, model.encoder):
+        states = torch.randn(4, 41, 32, generator=torch.Generator().manual_seed(1))
+        states = (states * inputs["attention_mask"][..., None]).requires_grad_()
+        out = one(states, inputs["attention_mask"], output_hidden_states=False).last_hidden_state
+        (out * torch.linspace(-1, 1, 41)[:, None]).sum().backward()
+        gradients.append(states.grad)
+    assert packings[-1] is not None
+    torch.testing.assert_close(*gradients, atol=2e-4, rtol=1e-4)
 
 
 def test_lora_is_packed_and_takes_part(build, batch, packings):

@@ -168,7 +168,7 @@ def test_talking_heads_are_left_alone_and_reported(build, build_one, batch):
         with pytest.warns(WARNING, match="talking_head mixes the scores of different heads"):
             report = dk.patch(model)
         assert report.patched == 0
-        assert set(report.left_alone) == {"encoder", *(f"encoder.layer.{i}.attention.self" for i in range(2))}
+        assert set(report.left_alone) == {f"encoder.layer.{i}.attention.self" for i in range(2)}
         assert torch.equal(model(**inputs).last_hidden_state, before)
         with pytest.raises(NotImplementedError, match="talking_head"):
             dk.patch(model, strict=True)
@@ -212,9 +212,11 @@ def test_a_bare_module_has_position_terms_only_from_relative_pos(build_one):
         dk.patch(attention)
         torch.testing.assert_close(attention(hidden, mask, rel_embeddings=table)[0], without)
         assert calls() == 1
-        with pytest.warns(WARNING, match="a relative_pos tensor was given"):
-            actual, _ = attention(hidden, mask, relative_pos=distances, rel_embeddings=table)
-    assert torch.equal(actual, given)
+        actual, _ = attention(hidden, mask, relative_pos=distances, rel_embeddings=table)
+        assert calls() == 2
+        torch.testing.assert_close(actual, given)
+        with pytest.warns(WARNING, match="a relative_pos tensor was given that holds other values"):
+            attention(hidden, mask, relative_pos=distances + 1, rel_embeddings=table)
     assert not torch.allclose(given, without, atol=1e-2)
 
 

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
 import deberta_kernels as dk
-from deberta_kernels.integrations.encoder import _takes_packed_states
+from deberta_kernels.integrations.handover import Handover, handover_of
 
 SETTINGS = {
     "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
@@ -105,7 +105,8 @@ def ddp_with_dropout() -> None:
 def fsdp(checkpoint: bool = False) -> None:
     model = shard(build())
     assert isinstance(model.deberta.encoder.layer[0], FSDPModule)
-    assert _takes_packed_states(model.deberta.encoder)
+    encoder = model.deberta.encoder
+    assert all(handover_of(x, encoder, lambda attention: True, False) is Handover.PACKED for x in encoder.layer)
     if checkpoint:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     dk.reset_stats()

@@ -1,0 +1,143 @@
+"""Decide, at every call, what a patched encoder may hand to a layer: the one place that does.
+
+A layer gets the package's own mask object, or packed states, only where nothing but Hugging Face's known code and this
+package's can see them. Every other layer gets what Hugging Face's encoder would hand over, tensor for tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import IntEnum
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from deberta_kernels.integrations.known import ADAPTERHUB, ADAPTERHUB_ONE, MODELING, MODELING_ONE, runs_own
+from deberta_kernels.integrations.onlookers import is_watched, sees_every_call
+from deberta_kernels.integrations.swap import Swapped, original_forward
+from deberta_kernels.modules.anatomy import is_version_one
+from deberta_kernels.modules.originals import is_own
+
+__all__ = ["Handover", "handover_of"]
+
+# Classes that do no more with a mask than hand it on.
+_LAYERS = ("DebertaV2Layer", "DebertaLayer")
+_ATTENTIONS = ("DebertaV2Attention", "DebertaAttention")
+_ROUTES = (MODELING, MODELING_ONE)
+# Packages whose modules compute each token from that token alone, and PyTorch's own modules that do.
+_TOKENWISE = (
+    *_ROUTES, ADAPTERHUB, ADAPTERHUB_ONE, "transformers.activations", "transformers.pytorch_utils",
+    "transformers.integrations.", "peft.tuners.", "deberta_kernels.", "bitsandbytes.", "torchao.",
+)  # fmt: skip
+_TOKENWISE_TORCH = (
+    "Linear", "LayerNorm", "RMSNorm", "Dropout", "Identity", "GELU", "ReLU", "ReLU6", "LeakyReLU", "ELU", "CELU",
+    "SELU", "SiLU", "Mish", "Tanh", "Sigmoid", "Softplus", "Hardtanh", "Hardswish", "Embedding", "Sequential",
+    "ModuleList", "ModuleDict", "ParameterList", "ParameterDict", "ParametrizationList",
+)  # fmt: skip
+_TOKENWISE_FUNCTIONS = ("relu", "silu", "mish", "elu", "selu", "leaky_relu", "hardswish", "tanh", "sigmoid")
+# Class -> the forwards, with their code, that were looked at when it was found to compute each token alone.
+_found: dict[type, tuple[Any, ...]] = {}
+
+
+class Handover(IntEnum):
+    """What a layer is given; each step asks for more than the one before."""
+
+    TENSORS = 0  # what Hugging Face hands over: padded states, its mask and its distances
+    MASK = 1  # the mask object instead of mask and distances
+    PACKED = 2  # packed states too; and no code but the known runs inside
+
+
+def handover_of(layer: nn.Module, encoder: Any, takes_mask: Callable[[nn.Module], bool], adapted: bool) -> Handover:
+    """Return what an encoder may hand to one of its layers now.
+
+    Args:
+        layer: any module.
+        encoder: `DebertaV2Encoder`, or `DebertaEncoder` of DeBERTa v1.
+        takes_mask: whether an attention module is fused and would compute a call.
+        adapted: the attention modules are AdapterHub's, whose states are never packed.
+    """
+    if sees_every_call() or is_watched(layer) or not _is_route(layer, _LAYERS) or _has_own_checkpoint(layer):
+        return Handover.TENSORS
+    attention: Any = getattr(layer, "attention", None)
+    if not isinstance(attention, nn.Module) or is_watched(attention) or not _is_route(attention, _ATTENTIONS):
+        return Handover.TENSORS
+    inner: Any = getattr(attention, "self", None)
+    if not isinstance(inner, nn.Module) or is_watched(inner) or not takes_mask(inner) or not _agree(encoder, inner):
+        return Handover.TENSORS
+    return Handover.PACKED if not adapted and _is_tokenwise(layer) else Handover.MASK
+
+
+# What torch.compiler.assume_constant_result does: compiled code keeps what was decided when it was traced.
+handover_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _is_route(part: nn.Module, names: tuple[str, ...]) -> bool:
+    cls = type(part)
+    return any(c.__name__ in names and c.__module__ in _ROUTES for c in cls.__mro__) and runs_own(cls, _ROUTES)
+
+
+def _has_own_checkpoint(layer: Any) -> bool:
+    """Tell whether something else than PyTorch's checkpoint runs the layer again in the backward."""
+    if not (getattr(layer, "gradient_checkpointing", False) and layer.training):
+        return False
+    function = layer._gradient_checkpointing_func
+    while hasattr(function, "func"):  # a partial, with the options of the checkpoint
+        function = function.func
+    return function is not checkpoint or not is_own(
+        getattr(checkpoint, "__wrapped__", checkpoint), "torch.utils.checkpoint", "checkpoint"
+    )
+
+
+def _agree(encoder: Any, attention: Any) -> bool:
+    """Tell whether the distances that the encoder would hand over are those that the attention counts by itself."""
+    if encoder.relative_attention != attention.relative_attention:
+        return False
+    if not encoder.relative_attention or is_version_one(attention):
+        return True
+    if encoder.position_buckets > 0 and torch.get_default_dtype() != torch.float32:
+        return False  # Hugging Face counts log buckets in the default dtype
+    names = ("position_buckets", "max_relative_positions")
+    return all(getattr(encoder, name) == getattr(attention, name) for name in names)
+
+
+def _is_tokenwise(part: nn.Module) -> bool:
+    """Tell whether nothing in a module could notice that it gets (1, rows, C) in place of (B, N, C)."""
+    if is_watched(part):
+        return False
+    cls = type(part)
+    found = _found.get(cls)
+    if found is None or not _is_still(cls, found):
+        if not _computes_each_token(cls):
+            return False
+        forwards = (cls.forward, original_forward(cls))
+        _found[cls] = (*forwards, *(getattr(forward, "__code__", None) for forward in forwards))
+    activation = part.__dict__.get("intermediate_act_fn")  # a module is not kept there
+    if activation is not None and not _is_tokenwise_function(activation):
+        return False
+    return all(child is None or _is_tokenwise(child) for child in part._modules.values())
+
+
+def _is_still(cls: Any, found: tuple[Any, ...]) -> bool:
+    forward, original = cls.forward, original_forward(cls)
+    if forward is not found[0] or original is not found[1]:
+        return False
+    return getattr(forward, "__code__", None) is found[2] and getattr(original, "__code__", None) is found[3]
+
+
+def _computes_each_token(cls: type[nn.Module]) -> bool:
+    base: type[nn.Module] = getattr(cls, "swap_base", cls)
+    # FSDP2 puts a class of its own in front that adds only hooks.
+    own = next(c for c in base.__mro__ if not c.__module__.startswith("torch.distributed.fsdp"))
+    if own.__module__.startswith("torch.nn.") and own.__name__ in _TOKENWISE_TORCH:
+        return runs_own(base, ("torch.nn.",))
+    if own.__name__.startswith("Parametrized"):  # torch.nn.utils.parametrize makes a subclass for each module
+        return own.__module__ == "torch.nn.utils.parametrize" and _computes_each_token(own.__bases__[0])
+    return (own.__module__.startswith(_TOKENWISE) or issubclass(cls, Swapped)) and runs_own(base, _TOKENWISE)
+
+
+def _is_tokenwise_function(function: Any) -> bool:
+    if is_own(function, "torch._C._nn", "gelu"):
+        return True
+    return any(is_own(function, "torch.nn.functional", name) for name in _TOKENWISE_FUNCTIONS)

@@ -1,0 +1,82 @@
+"""Know who looks on: hooks, wrappers and replaced calls that see what goes into a module or comes out of it.
+
+A hook may look at anything, unless it is one of those that are known, by their exact type, to move weights only.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from deberta_kernels.modules.originals import Originals, is_own
+
+__all__ = ["forward_below_accelerate", "is_watched", "sees_every_call"]
+
+_CALL = Originals(
+    *((nn.Module, name, "torch.nn.modules.module", f"Module.{name}") for name in ("_wrapped_call_impl", "_call_impl"))
+)
+_CALLS = ("torch.nn.modules.module", "Module._wrapped_call_impl")
+# Calls of classes of their own, which show nobody anything.
+_OTHER_CALLS = (
+    ("transformers.modeling_layers", "GradientCheckpointingLayer.__call__"),
+    ("torch.nn.modules.container", "ParameterDict.__call__"),
+    ("torch.nn.modules.container", "ParameterList.__call__"),
+)
+_NEW_FORWARD = ("accelerate.hooks", "add_hook_to_module.<locals>.new_forward")
+# accelerate's hooks that move weights, and its hook that does nothing.
+_MOVERS = ("AlignDevicesHook", "CpuOffload", "ModelHook")
+# Methods of these classes are hooks that gather, scatter or compute weights: (module, class).
+_WEIGHT_HOOKS = (
+    ("torch.distributed.fsdp._fully_shard._fsdp_state", "FSDPState"),
+    ("torch.nn.utils.weight_norm", "WeightNorm"),
+    ("torch.nn.utils.spectral_norm", "SpectralNorm"),
+)
+
+
+def sees_every_call() -> bool:
+    """Tell whether somebody looks at the calls of all modules: a global hook, or another way to call them."""
+    return _has_any_global_hook() or _CALL.replaced() is not None or not is_own(nn.Module.__call__, *_CALLS)
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Tell whether somebody looks at the calls of one module, forward or backward."""
+    own = module.__dict__
+    for kind in ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"):
+        if own[kind] and not all(map(_moves_weights, own[kind].values())):
+            return True
+    if "forward" in own and not _is_moved_by_accelerate(module):
+        return True
+    call = type(module).__call__
+    return call is not nn.Module.__call__ and not any(is_own(call, *known) for known in _OTHER_CALLS)
+
+
+def forward_below_accelerate(module: nn.Module) -> Callable[..., Any] | None:
+    """Return the class's forward, unbound, that accelerate's hooks on an instance go on to; None without such hooks."""
+    forward, kept = module.__dict__.get("forward"), module.__dict__.get("_old_forward")
+    if not isinstance(forward, functools.partial) or not is_own(forward.func, *_NEW_FORWARD):
+        return None
+    if not isinstance(kept, types.MethodType) or kept.__self__ is not module:
+        return None
+    return kept.__func__
+
+
+def _is_moved_by_accelerate(module: nn.Module) -> bool:
+    hook = module.__dict__.get("_hf_hook")
+    hooks = getattr(hook, "hooks", ()) if type(hook).__name__ == "SequentialHook" else (hook,)
+    known = all(_is_of(one, "accelerate.hooks", _MOVERS) and "pre_forward" not in vars(one) for one in hooks)
+    return known and forward_below_accelerate(module) is type(module).forward
+
+
+def _moves_weights(hook: Any) -> bool:
+    owner = getattr(hook, "__self__", hook)
+    return any(_is_of(owner, home, (name,)) for home, name in _WEIGHT_HOOKS)
+
+
+def _is_of(value: Any, home: str, names: tuple[str, ...]) -> bool:
+    cls = type(value)
+    return cls.__module__ == home and cls.__qualname__ in names
