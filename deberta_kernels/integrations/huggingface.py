@@ -31,7 +31,7 @@ from deberta_kernels.integrations.known import (
     replaced_function,
 )
 from deberta_kernels.integrations.running import begin, end, paused
-from deberta_kernels.integrations.swap import Swapped, base_class, forward_of, original_forward, swap
+from deberta_kernels.integrations.swap import ORIGINAL, Swapped, base_class, forward_of, original_forward, swap
 from deberta_kernels.modules.anatomy import TALKING_HEADS, mixes_heads
 from deberta_kernels.modules.options import AttentionOptions
 from deberta_kernels.modules.self_attention import DisentangledSelfAttention, attend, refusal_of
@@ -112,7 +112,7 @@ def _attention_stand_in(compute: Any = None) -> Any:
 
     @functools.wraps(FusedAttention.forward)
     def forward(self: nn.Module, *arguments: Any, **named: Any) -> tuple[Tensor, Tensor | None]:
-        return _attend(self, *arguments, compute=compute, **named)
+        return _attend(self, *arguments, compute=compute, original=getattr(forward, ORIGINAL), **named)
 
     return forward
 
@@ -122,7 +122,7 @@ def _encoder_stand_in() -> Any:
 
     @functools.wraps(FusedEncoder.forward)
     def forward(self: nn.Module, *arguments: Any, **named: Any) -> Any:
-        return _encode(self, *arguments, **named)
+        return _encode(self, *arguments, original=getattr(forward, ORIGINAL), **named)
 
     return forward
 
@@ -152,20 +152,30 @@ _FUSED_FORWARDS = (
 )
 
 
-def _attend(module: Any, *arguments: Any, compute: Any = None, **named: Any) -> tuple[Tensor, Tensor | None]:
-    """Attend with the options of the module, unless somebody changed the code that it stands for."""
-    original, options = original_forward(type(module)), getattr(module, "swap_options", _installed)
-    changed = _changed_attention(module)
+def _attend(
+    module: Any, *arguments: Any, compute: Any = None, original: Any = None, **named: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Attend with the options of the module, unless somebody changed the code that it stands for.
+
+    Args:
+        module: the attention module.
+        arguments: as of `attend`.
+        compute: as in `attend`.
+        original: what is stood for; None for the forward of the module's class from before.
+        named: as of `attend`.
+    """
+    changed = _changed_attention(module, original is None)
+    original, options = original or original_forward(type(module)), getattr(module, "swap_options", _installed)
     if changed is None:
         return attend(module, options, original, *arguments, compute=compute, **named)
     _note(changed, options)
     return original(module, *arguments, **named)  # type: ignore[no-any-return]
 
 
-def _encode(module: Any, *arguments: Any, **named: Any) -> Any:
-    """Run the encoder with the options of the module, unless somebody changed the code that it stands for."""
-    original, options = original_forward(type(module)), getattr(module, "swap_options", _installed)
-    changed = _changed_encoder(module)
+def _encode(module: Any, *arguments: Any, original: Any = None, **named: Any) -> Any:
+    """Run the encoder as `_attend` does its module; arguments as of `encode`."""
+    changed = _changed_encoder(module, original is None)
+    original, options = original or original_forward(type(module)), getattr(module, "swap_options", _installed)
     if changed is not None:
         _note(changed, options)
         return original(module, *arguments, **named)
@@ -190,16 +200,16 @@ def _note(changed: str, options: AttentionOptions) -> None:
         raise NotImplementedError(f"{changed}; {_REMEDY}.")
 
 
-def _changed_attention(module: nn.Module) -> str | None:
+def _changed_attention(module: nn.Module, forward: bool = True) -> str | None:
     """Return which code of an attention module, or code it calls, is not its own any more; None if all is."""
     if _is_ours(module):
         return None
     known = _known_of(module, *_ATTENTIONS)
-    return known.changed(module) or replaced_function(known.home)
+    return known.changed(module, forward) or replaced_function(known.home)
 
 
-def _changed_encoder(module: nn.Module) -> str | None:
-    return _known_of(module, *_ENCODERS).changed(module)
+def _changed_encoder(module: nn.Module, forward: bool = True) -> str | None:
+    return _known_of(module, *_ENCODERS).changed(module, forward)
 
 
 # What torch.compiler.assume_constant_result does: compiled code keeps what was found when it was traced.

@@ -92,10 +92,15 @@ class Known(NamedTuple):
             return f"{cls.__module__}.{cls.__qualname__} is not transformers' DeBERTa"
         return self.changed(module) or self.unknown_code()
 
-    def changed(self, module: nn.Module) -> str | None:
-        """Return which code of an instance of the class is not the class's own; None if all is."""
+    def changed(self, module: nn.Module, forward: bool = True) -> str | None:
+        """Return which code of an instance of the class is not the class's own; None if all is.
+
+        Args:
+            module: the instance.
+            forward: look at its forward too; not where the class's own is what is being called.
+        """
         cls, known = base_class(module), self.find()
-        for name in ("forward", *self.methods):
+        for name in ("forward", *self.methods) if forward else self.methods:
             if not is_own(original_function(cls, name), *_origin(known, name)):
                 return self._describe(cls, known, name)
             if name in module.__dict__ and (name != "forward" or forward_of(module) is None):
