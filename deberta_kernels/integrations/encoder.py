@@ -41,7 +41,7 @@ def encode(
     relative_pos: Tensor | None = None,
     return_dict: bool = True,
     *,
-    takes_mask: Callable[[nn.Module], bool],
+    takes_mask: Callable[[nn.Module, set[Any]], bool],
     adapted: bool = False,
 ) -> Any:
     """Run the encoder; arguments and result are Hugging Face's.
@@ -58,7 +58,7 @@ def encode(
         query_states: (B, N, hidden size) or None; another shape, or DeBERTa v1, runs the original code.
         relative_pos: None; a tensor runs the original code.
         return_dict: return a `BaseModelOutput`, not a tuple.
-        takes_mask: whether an attention module is fused and would compute a call.
+        takes_mask: as in `handover_of`.
         adapted: the attention modules are AdapterHub's, which may give the states more tokens and samples than the
             mask has.
     """
@@ -93,8 +93,7 @@ def encode(
 
 
 def _takes_queries(module: Any, query_states: Tensor, hidden_states: Tensor) -> bool:
-    one = any(is_version_one(getattr(getattr(layer, "attention", None), "self", None)) for layer in module.layer)
-    return not one and query_states.shape == hidden_states.shape
+    return query_states.shape == hidden_states.shape and not any(map(is_version_one, module.modules()))
 
 
 def _packing(layers: _Layers, options: AttentionOptions, hidden_states: Tensor, keep: Tensor) -> Packing | None:
@@ -128,8 +127,9 @@ class _Layers:
         adapted: as in `encode`.
     """
 
-    def __init__(self, module: Any, mask: EncoderMask, takes_mask: Callable[[nn.Module], bool], adapted: bool) -> None:
+    def __init__(self, module: Any, mask: EncoderMask, takes_mask: Any, adapted: bool) -> None:
         self.module, self.mask, self.takes_mask, self.adapted = module, mask, takes_mask, adapted
+        self._seen: set[Any] = set()
         self._given: Any = None  # what the encoder was given, states and queries
         self._tensors: tuple[Tensor, Tensor | None] | None = None
 
@@ -168,8 +168,9 @@ class _Layers:
             if is_convolved:
                 source = self.mask.source
                 output, rows = convolution(given, output, source if source.dim() == 2 else source.sum(-2) > 0), None
-            if handover is not Handover.PACKED:
+            if handover is not Handover.PACKED:  # code that is not known may have run
                 self.mask.read_anew()
+                self._seen.clear()
             if keep:
                 kept.append(output)
             if queries is None:
@@ -179,7 +180,7 @@ class _Layers:
         return output, tuple(kept) if keep else None
 
     def _handover(self, layer: nn.Module) -> Handover:
-        return handover_of(layer, self.module, self.takes_mask, self.adapted)
+        return handover_of(layer, self.module, self.takes_mask, self.adapted, self._seen)
 
     def _call(
         self, layer: Any, handover: Handover, keys: Tensor, queries: Tensor | None, rel_embeddings: Tensor | None

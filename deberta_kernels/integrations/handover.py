@@ -6,17 +6,18 @@ package's can see them. Every other layer gets what Hugging Face's encoder would
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
 from enum import IntEnum
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from deberta_kernels.integrations.known import ADAPTERHUB, ADAPTERHUB_ONE, MODELING, MODELING_ONE, runs_own
 from deberta_kernels.integrations.onlookers import is_watched, sees_every_call
-from deberta_kernels.integrations.swap import Swapped, original_forward
+from deberta_kernels.integrations.swap import Swapped
 from deberta_kernels.modules.anatomy import is_version_one
 from deberta_kernels.modules.originals import is_own
 
@@ -37,8 +38,6 @@ _TOKENWISE_TORCH = (
     "ModuleList", "ModuleDict", "ParameterList", "ParameterDict", "ParametrizationList",
 )  # fmt: skip
 _TOKENWISE_FUNCTIONS = ("relu", "silu", "mish", "elu", "selu", "leaky_relu", "hardswish", "tanh", "sigmoid")
-# Class -> the forwards, with their code, that were looked at when it was found to compute each token alone.
-_found: dict[type, tuple[Any, ...]] = {}
 
 
 class Handover(IntEnum):
@@ -49,45 +48,55 @@ class Handover(IntEnum):
     PACKED = 2  # packed states too; and no code but the known runs inside
 
 
-def handover_of(layer: nn.Module, encoder: Any, takes_mask: Callable[[nn.Module], bool], adapted: bool) -> Handover:
+def handover_of(
+    layer: nn.Module, encoder: Any, takes_mask: Callable[[nn.Module, set[Any]], bool], adapted: bool, seen: set[Any]
+) -> Handover:
     """Return what an encoder may hand to one of its layers now.
 
     Args:
         layer: any module.
         encoder: `DebertaV2Encoder`, or `DebertaEncoder` of DeBERTa v1.
-        takes_mask: whether an attention module is fused and would compute a call.
+        takes_mask: whether an attention module is fused and would compute a call; it gets `seen` too.
         adapted: the attention modules are AdapterHub's, whose states are never packed.
+        seen: classes, and questions about all modules, that need no second look; the caller empties it whenever code
+            may have run that can change them. What belongs to one module is looked at every time.
     """
-    if sees_every_call() or is_watched(layer) or not _is_route(layer, _LAYERS) or _has_own_checkpoint(layer):
+    if sees_every_call not in seen:
+        if sees_every_call():
+            return Handover.TENSORS
+        seen.add(sees_every_call)
+    if is_watched(layer) or not _is_route(layer, _LAYERS, seen) or _has_own_checkpoint(layer):
         return Handover.TENSORS
-    attention: Any = getattr(layer, "attention", None)
-    if not isinstance(attention, nn.Module) or is_watched(attention) or not _is_route(attention, _ATTENTIONS):
+    attention: Any = layer._modules.get("attention")
+    if attention is None or is_watched(attention) or not _is_route(attention, _ATTENTIONS, seen):
         return Handover.TENSORS
-    inner: Any = getattr(attention, "self", None)
-    if not isinstance(inner, nn.Module) or is_watched(inner) or not takes_mask(inner) or not _agree(encoder, inner):
+    inner: Any = attention._modules.get("self")
+    if inner is None or is_watched(inner) or not takes_mask(inner, seen) or not _agree(encoder, inner):
         return Handover.TENSORS
-    return Handover.PACKED if not adapted and _is_tokenwise(layer) else Handover.MASK
+    return Handover.PACKED if not adapted and _is_tokenwise(layer, seen) else Handover.MASK
 
 
 # What torch.compiler.assume_constant_result does: compiled code keeps what was decided when it was traced.
 handover_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _is_route(part: nn.Module, names: tuple[str, ...]) -> bool:
+def _is_route(part: nn.Module, names: tuple[str, ...], seen: set[Any]) -> bool:
     cls = type(part)
-    return any(c.__name__ in names and c.__module__ in _ROUTES for c in cls.__mro__) and runs_own(cls, _ROUTES)
+    if (cls, names) not in seen:
+        if not any(c.__name__ in names and c.__module__ in _ROUTES for c in cls.__mro__) or not runs_own(cls, _ROUTES):
+            return False
+        seen.add((cls, names))
+    return True
 
 
 def _has_own_checkpoint(layer: Any) -> bool:
     """Tell whether something else than PyTorch's checkpoint runs the layer again in the backward."""
-    if not (getattr(layer, "gradient_checkpointing", False) and layer.training):
+    if not layer.training or not getattr(layer, "gradient_checkpointing", False):
         return False
     function = layer._gradient_checkpointing_func
-    while hasattr(function, "func"):  # a partial, with the options of the checkpoint
+    while isinstance(function, functools.partial):  # the options of the checkpoint
         function = function.func
-    return function is not checkpoint or not is_own(
-        getattr(checkpoint, "__wrapped__", checkpoint), "torch.utils.checkpoint", "checkpoint"
-    )
+    return not is_own(inspect.unwrap(function), "torch.utils.checkpoint", "checkpoint")
 
 
 def _agree(encoder: Any, attention: Any) -> bool:
@@ -98,32 +107,28 @@ def _agree(encoder: Any, attention: Any) -> bool:
         return True
     if encoder.position_buckets > 0 and torch.get_default_dtype() != torch.float32:
         return False  # Hugging Face counts log buckets in the default dtype
-    names = ("position_buckets", "max_relative_positions")
-    return all(getattr(encoder, name) == getattr(attention, name) for name in names)
+    return bool(
+        encoder.position_buckets == attention.position_buckets
+        and encoder.max_relative_positions == attention.max_relative_positions
+    )
 
 
-def _is_tokenwise(part: nn.Module) -> bool:
-    """Tell whether nothing in a module could notice that it gets (1, rows, C) in place of (B, N, C)."""
-    if is_watched(part):
-        return False
-    cls = type(part)
-    found = _found.get(cls)
-    if found is None or not _is_still(cls, found):
-        if not _computes_each_token(cls):
+def _is_tokenwise(layer: nn.Module, seen: set[Any]) -> bool:
+    """Tell whether nothing in a layer could notice that it gets (1, rows, C) in place of (B, N, C)."""
+    parts: list[Any] = [layer]
+    while parts:
+        part = parts.pop()
+        own, cls = part.__dict__, type(part)
+        if cls not in seen:
+            if not _computes_each_token(cls):
+                return False
+            seen.add(cls)
+        if is_watched(part):
             return False
-        forwards = (cls.forward, original_forward(cls))
-        _found[cls] = (*forwards, *(getattr(forward, "__code__", None) for forward in forwards))
-    activation = part.__dict__.get("intermediate_act_fn")  # a module is not kept there
-    if activation is not None and not _is_tokenwise_function(activation):
-        return False
-    return all(child is None or _is_tokenwise(child) for child in part._modules.values())
-
-
-def _is_still(cls: Any, found: tuple[Any, ...]) -> bool:
-    forward, original = cls.forward, original_forward(cls)
-    if forward is not found[0] or original is not found[1]:
-        return False
-    return getattr(forward, "__code__", None) is found[2] and getattr(original, "__code__", None) is found[3]
+        if "intermediate_act_fn" in own and not _is_tokenwise_function(own["intermediate_act_fn"]):  # not a module
+            return False
+        parts += filter(None, own["_modules"].values())
+    return True
 
 
 def _computes_each_token(cls: type[nn.Module]) -> bool:

@@ -33,6 +33,7 @@ from deberta_kernels.integrations.known import (
 from deberta_kernels.integrations.running import begin, end, paused
 from deberta_kernels.integrations.swap import ORIGINAL, Swapped, base_class, forward_of, original_forward, swap
 from deberta_kernels.modules.anatomy import TALKING_HEADS, mixes_heads
+from deberta_kernels.modules.encoder_mask import EncoderMask
 from deberta_kernels.modules.options import AttentionOptions
 from deberta_kernels.modules.self_attention import DisentangledSelfAttention, attend, refusal_of
 
@@ -142,6 +143,7 @@ _KNOWN_ADAPTED = (
 _ATTENTIONS = (*_KNOWN_ADAPTED, _KNOWN_ATTENTION_ONE, _KNOWN_ATTENTION)
 _ENCODERS = (_KNOWN_ENCODER_ONE, _KNOWN_ENCODER)
 _KNOWN_OF_TRANSFORMERS = (_KNOWN_ATTENTION, _KNOWN_ENCODER, _KNOWN_ATTENTION_ONE, _KNOWN_ENCODER_ONE)
+_METHODS = {"forward", *(name for known in _ATTENTIONS for name in known.methods)}
 _ADAPTED_FORWARDS = (FusedAdapterAttention.forward, *(known.stand_in for known in _KNOWN_ADAPTED))
 _FUSED_FORWARDS = (
     FusedAttention.forward,
@@ -164,7 +166,9 @@ def _attend(
         original: what is stood for; None for the forward of the module's class from before.
         named: as of `attend`.
     """
-    changed = _changed_attention(module, original is None)
+    mask = arguments[1] if len(arguments) > 1 else named.get("attention_mask")
+    # Who gets the encoder's own mask has been looked at by the encoder, just before.
+    changed = None if isinstance(mask, EncoderMask) else _changed_attention(module, original is None)
     original, options = original or original_forward(type(module)), getattr(module, "swap_options", _installed)
     if changed is None:
         return attend(module, options, original, *arguments, compute=compute, **named)
@@ -217,13 +221,14 @@ for _function in (_changed_attention, _changed_encoder):
     _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _takes_mask(attention: nn.Module) -> bool:
-    """Tell whether an attention module is fused and computes what its encoder asks for."""
-    return (
-        forward_of(attention) in _FUSED_FORWARDS
-        and refusal_of(attention) is None
-        and _changed_attention(attention) is None
-    )
+def _takes_mask(attention: nn.Module, seen: set[Any]) -> bool:
+    """Tell whether an attention module is fused and computes what its encoder asks for; `seen` as in `handover_of`."""
+    own, cls = attention.__dict__, type(attention)
+    if (_takes_mask, cls) not in seen or not own.keys().isdisjoint(_METHODS):
+        if forward_of(attention) not in _FUSED_FORWARDS or _changed_attention(attention) is not None:
+            return False
+        seen.add((_takes_mask, cls))
+    return refusal_of(attention) is None
 
 
 def _fuse_again(encoder: nn.Module, options: AttentionOptions, attentions: list[nn.Module]) -> None:

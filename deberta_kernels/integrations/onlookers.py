@@ -36,6 +36,11 @@ _WEIGHT_HOOKS = (
     ("torch.nn.utils.weight_norm", "WeightNorm"),
     ("torch.nn.utils.spectral_norm", "SpectralNorm"),
 )
+# Hooks of AdapterHub's layers, whose states are never packed; they take its mask object for a tensor.
+_ADAPTERHUB_HOOKS = (
+    ("adapters.methods.prompt_tuning", "_attn_mask_hook_fn"),
+    ("adapters.methods.reft", "hook_fn"),
+)
 
 
 def sees_every_call() -> bool:
@@ -46,9 +51,9 @@ def sees_every_call() -> bool:
 def is_watched(module: nn.Module) -> bool:
     """Tell whether somebody looks at the calls of one module, forward or backward."""
     own = module.__dict__
-    for kind in ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"):
-        if own[kind] and not all(map(_moves_weights, own[kind].values())):
-            return True
+    hooks = own["_forward_pre_hooks"], own["_forward_hooks"], own["_backward_pre_hooks"], own["_backward_hooks"]
+    if any(hooks) and not all(_is_known(hook) for kind in hooks for hook in kind.values()):
+        return True
     if "forward" in own and not _is_moved_by_accelerate(module):
         return True
     call = type(module).__call__
@@ -72,7 +77,9 @@ def _is_moved_by_accelerate(module: nn.Module) -> bool:
     return known and forward_below_accelerate(module) is type(module).forward
 
 
-def _moves_weights(hook: Any) -> bool:
+def _is_known(hook: Any) -> bool:
+    if any(is_own(hook, *known) for known in _ADAPTERHUB_HOOKS):
+        return True
     owner = getattr(hook, "__self__", hook)
     return any(_is_of(owner, home, (name,)) for home, name in _WEIGHT_HOOKS)
 

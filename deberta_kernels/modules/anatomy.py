@@ -44,13 +44,14 @@ TALKING_HEADS = ("talking_head mixes the scores of different heads", "models of 
 
 def is_version_one(module: AttentionModule) -> bool:
     """Tell whether an attention module is DeBERTa v1's: one projection for queries, keys and values."""
-    return hasattr(module, "in_proj")
+    return "in_proj" in module._modules
 
 
 def mixes_heads(module: AttentionModule) -> bool:
     """Tell whether the scores or probabilities of one head enter those of another, as `talking_head` makes them."""
+    own, parts = module.__dict__, module._modules
     mixers = ("head_logits_proj", "head_weights_proj")
-    return any(getattr(module, name, None) is not None for name in mixers)
+    return any(parts.get(name) is not None or own.get(name) is not None for name in mixers)
 
 
 def scale_factor(module: AttentionModule) -> int:

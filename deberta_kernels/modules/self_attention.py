@@ -98,19 +98,17 @@ def attend(
         NotImplementedError: the call is outside the allow-list, and options.strict is set.
     """
     queries = hidden_states if query_states is None else query_states
-    refused = _refusal(module, hidden_states, query_states, output_attentions, relative_pos)
-    if refused is not None or runs_original_code():
-        if refused is not None and not runs_original_code():
-            _note(refused, options.strict)
-        if isinstance(attention_mask, EncoderMask):
-            attention_mask = attention_mask.dense()
-            relative_pos = _distances(hidden_states) if is_version_one(module) else None
-        return original(
-            module, hidden_states, attention_mask, output_attentions,
-            query_states=query_states, relative_pos=relative_pos, rel_embeddings=rel_embeddings,
-        )  # fmt: skip
-    if is_version_one(module) and relative_pos is None and not isinstance(attention_mask, EncoderMask):
-        rel_embeddings = None  # without a relative_pos it has no position terms
+    if not isinstance(attention_mask, EncoderMask):  # else the encoder has looked already
+        refused = _refusal(module, hidden_states, query_states, output_attentions, relative_pos)
+        if refused is not None or runs_original_code():
+            if refused is not None and not runs_original_code():
+                _note(refused, options.strict)
+            return original(
+                module, hidden_states, attention_mask, output_attentions,
+                query_states=query_states, relative_pos=relative_pos, rel_embeddings=rel_embeddings,
+            )  # fmt: skip
+        if is_version_one(module) and relative_pos is None:
+            rel_embeddings = None  # without a relative_pos it has no position terms
     queries = _apart(queries)
     hidden_states = queries if query_states is None else _apart(hidden_states)
     return (compute or _fused)(module, options, hidden_states, queries, attention_mask, rel_embeddings), None
@@ -244,12 +242,6 @@ def _prepared(
     name = dispatch.choose(problem, options.backend, strict=options.strict)
     prepare = getattr(dispatch.load(name), "prepare", None)
     return None if prepare is None else prepare(pos_key, pos_query, tables.position)
-
-
-def _distances(hidden_states: Tensor) -> Tensor:
-    """Return the relative_pos, (1, N, N) int64, that the original encoder hands to its layers."""
-    positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)
-    return (positions[:, None] - positions).unsqueeze(0)
 
 
 def _note(refused: tuple[str, str], strict: bool) -> None:

@@ -226,7 +226,7 @@ def test_hooks_that_only_move_weights_cost_nothing(build):
         hooks.add_hook_to_module(module, hooks.ModelHook(), append=True)
 
     def level() -> Handover:
-        return handover.handover_of(layer, model.encoder, lambda attention: True, False)
+        return handover.handover_of(layer, model.encoder, lambda attention, seen: True, False, set())
 
     assert level() is Handover.PACKED
     layer._hf_hook.hooks[0].pre_forward = lambda module, *arguments, **named: (arguments, named)

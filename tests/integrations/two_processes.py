@@ -106,7 +106,9 @@ def fsdp(checkpoint: bool = False) -> None:
     model = shard(build())
     assert isinstance(model.deberta.encoder.layer[0], FSDPModule)
     encoder = model.deberta.encoder
-    assert all(handover_of(x, encoder, lambda attention: True, False) is Handover.PACKED for x in encoder.layer)
+    assert all(
+        handover_of(x, encoder, lambda attention, seen: True, False, set()) is Handover.PACKED for x in encoder.layer
+    )
     if checkpoint:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     dk.reset_stats()
