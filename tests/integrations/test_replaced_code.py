@@ -1,0 +1,205 @@
+"""Code that somebody replaced runs: a module is fused only where the code it would run is Hugging Face's own."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers.models.deberta import modeling_deberta as hf_one
+from transformers.models.deberta_v2 import modeling_deberta_v2 as hf
+
+import deberta_kernels as dk
+from deberta_kernels import dispatch
+
+WARNING = dispatch.DebertaKernelsWarning
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, name: str, make: Callable[[Any], Any]) -> Iterator[None]:
+    """Replace an attribute by what `make` makes of it, as it is found at that moment."""
+    found = vars(owner)[name] if isinstance(owner, type) else getattr(owner, name)
+    setattr(owner, name, make(found))
+    try:
+        yield
+    finally:
+        setattr(owner, name, found)
+
+
+def halves_the_output(old: Any) -> Any:
+    @functools.wraps(old)
+    def forward(self: Any, *arguments: Any, **named: Any) -> Any:
+        output = old(self, *arguments, **named)
+        return (0.5 * output[0], *output[1:]) if isinstance(output, tuple) else 0.5 * output
+
+    return forward
+
+
+def halves_the_states(old: Any) -> Any:
+    def forward(self: Any, hidden_states: Any, *arguments: Any, **named: Any) -> Any:
+        return old(self, 0.5 * hidden_states, *arguments, **named)
+
+    return forward
+
+
+CLASSES = [
+    *(getattr(hf, name) for name in ("DebertaV2Intermediate", "DebertaV2Output", "DebertaV2SelfOutput")),
+    *(getattr(hf, name) for name in ("DisentangledSelfAttention", "DebertaV2Attention", "DebertaV2Layer")),
+    *(getattr(hf_one, name) for name in ("DebertaIntermediate", "DebertaOutput", "DebertaSelfOutput")),
+    *(getattr(hf_one, name) for name in ("DisentangledSelfAttention", "DebertaAttention", "DebertaLayer")),
+    hf.DebertaV2Encoder,
+    hf_one.DebertaEncoder,
+]
+
+
+@pytest.fixture
+def build_for(build: Callable[..., Any]) -> Callable[..., Any]:
+    """Build a small random model of the version that a modelling file, or a class in it, belongs to."""
+
+    def build_for(code: Any, **settings: Any) -> Any:
+        home = getattr(code, "__module__", None) or code.__name__
+        return build("DebertaV2Model" if "deberta_v2" in home else "DebertaModel", **settings)
+
+    return build_for
+
+
+def states(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**inputs)[0]
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, atol=3e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("way", ["before", "after", "all before", "all after"])
+@pytest.mark.parametrize("make", [halves_the_output, halves_the_states])
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}")
+@pytest.mark.filterwarnings("ignore::deberta_kernels.dispatch.DebertaKernelsWarning")
+def test_a_forward_replaced_for_its_class(cls, make, way, build_for, batch):
+    if make is halves_the_output and cls in (hf.DebertaV2Encoder, hf_one.DebertaEncoder):
+        pytest.skip("an encoder returns no tuple of tensors")
+    model, inputs = build_for(cls), batch(4, 41)
+    options = {"unpad": True, "fast_linears": True}
+    untouched = states(model, inputs)
+    with replaced(cls, "forward", make):
+        expected = states(model, inputs)
+    assert not torch.allclose(untouched, expected, atol=1e-2)
+    change = replaced(cls, "forward", make)
+    if way == "all before":
+        with change:
+            with contextlib.suppress(NotImplementedError):  # which says what was replaced
+                dk.patch_all(**options)
+            close(states(model, inputs), expected)
+        return
+    if way == "before":
+        with change:
+            dk.patch(model, **options)
+            close(states(model, inputs), expected)
+    else:
+        dk.patch_all(**options) if way == "all after" else dk.patch(model, **options)
+        close(states(model, inputs), untouched)
+        with change:
+            close(states(model, inputs), expected)
+    if way != "before":
+        close(states(model, inputs), untouched)
+
+
+@pytest.mark.parametrize("name", ["DebertaV2Intermediate", "DebertaV2SelfOutput", "DisentangledSelfAttention"])
+def test_a_replaced_forward_is_told_once_or_refused(name, build, batch):
+    model, inputs, cls = build(), batch(), getattr(hf, name)
+    dk.patch(model, fast_linears=True)
+    with replaced(cls, "forward", halves_the_output):
+        with pytest.warns(WARNING, match=f"the forward of {name} was replaced by"):
+            states(model, inputs)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            states(model, inputs)
+    (reason,) = dk.stats()["fallbacks"]
+    assert f"halves_the_output of {__file__}" in reason or f"forward of {__file__}" in reason
+    dk.patch(model, strict=True, fast_linears=True)
+    with replaced(cls, "forward", halves_the_output), pytest.raises(NotImplementedError, match=f"of {name} was"):
+        states(model, inputs)
+    states(model, inputs)
+
+
+def negated(old: Any) -> Any:
+    return lambda *arguments, **named: -old(*arguments, **named)
+
+
+def doubled(old: Any) -> Any:
+    return lambda *arguments, **named: 2 * old(*arguments, **named)
+
+
+FUNCTIONS = [
+    (hf, "build_relative_position", negated),
+    (hf, "make_log_bucket_position", lambda old: lambda distance, *more: distance.clamp(-7, 7)),
+    (hf, "scaled_size_sqrt", doubled),
+    (hf_one, "build_relative_position", negated),
+    (hf_one, "scaled_size_sqrt", doubled),
+    (hf_one, "compute_attention_span", lambda old: lambda *arguments: torch.tensor(5)),
+    (torch, "bmm", doubled),
+    (torch, "gather", lambda old: lambda x, dim=-1, index=None: old(x, dim, index.flip(-1))),
+    (nn.functional, "softmax", lambda old: lambda x, dim: old(0.5 * x, dim)),
+]
+
+
+@pytest.mark.parametrize("way", ["before", "after", "all"])
+@pytest.mark.parametrize(("owner", "name", "make"), FUNCTIONS, ids=lambda x: x if isinstance(x, str) else "")
+def test_a_replaced_function(owner, name, make, way, build_for, batch):
+    model, inputs = build_for(owner if owner in (hf, hf_one) else hf), batch(4, 41)
+    untouched = states(model, inputs)
+    with replaced(owner, name, make):
+        expected = states(model, inputs)
+        assert not torch.allclose(untouched, expected, atol=1e-2)
+        if way == "before":
+            dk.patch(model, unpad=True, fast_linears=True)
+            with pytest.warns(WARNING, match=name):
+                close(states(model, inputs), expected)
+    if way != "before":
+        dk.patch_all(unpad=True) if way == "all" else dk.patch(model, unpad=True)
+        with replaced(owner, name, make), pytest.warns(WARNING, match=name):
+            close(states(model, inputs), expected)
+    dk.reset_stats()
+    close(states(model, inputs), untouched)
+    assert sum(dk.stats()["calls"].values()) == 2
+    if way != "all":
+        dk.patch(model, strict=True)
+        with replaced(owner, name, make), pytest.raises(NotImplementedError, match=name):
+            states(model, inputs)
+
+
+@pytest.mark.parametrize("holder", ["encoder", "attention", "both"])
+@pytest.mark.parametrize(
+    ("name", "value"), [("max_relative_positions", 20), ("position_buckets", 8), ("position_buckets", -1)]
+)
+@pytest.mark.filterwarnings("ignore::deberta_kernels.dispatch.DebertaKernelsWarning")
+def test_an_attribute_of_the_encoder_or_its_attention(name, value, holder, build, batch):
+    inputs, found = batch(4, 41), []
+    for patched in (False, True):
+        model = build()
+        if patched:
+            dk.patch(model)
+            states(model, inputs)
+        inner = [layer.attention.self for layer in model.encoder.layer]
+        for part in {"encoder": [model.encoder], "attention": inner, "both": [model.encoder, *inner]}[holder]:
+            setattr(part, name, value)
+        found.append(states(model, inputs))
+    close(*found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_log_buckets_are_counted_in_the_default_dtype(dtype, build, batch):
+    model, inputs = build(position_buckets=32, max_relative_positions=40), batch(2, 61)
+    torch.set_default_dtype(dtype)
+    try:
+        expected = states(model, inputs)
+        dk.patch(model)
+        close(states(model, inputs), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
