@@ -40,6 +40,7 @@ _WEIGHT_HOOKS = (
 _ADAPTERHUB_HOOKS = (
     ("adapters.methods.prompt_tuning", "_attn_mask_hook_fn"),
     ("adapters.methods.reft", "hook_fn"),
+    ("adapters.models.bert.mixin_bert", "BertModelAdaptersMixin._set_layer_hook_for_parallel.<locals>.hook"),
 )
 
 
