@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from deberta_kernels import env
+from deberta_kernels import env, library_file
 
 __all__ = [
     "ABI_VERSION",
@@ -116,15 +116,24 @@ def opened() -> Library | None:
         return _library
     with _lock:
         if _library is None and _problem is None:
-            path = env.library_path() or str(_INSTALLED)
-            if not os.path.exists(path):
-                _problem = f"the native library is not built ({path} is missing); install a C++ compiler and reinstall"
-            else:
-                try:
+            path = str(_INSTALLED)
+            try:
+                path = env.library_path() or path
+                _problem = _damage(path)
+                if _problem is None:
                     _library = Library(path)
-                except (OSError, ValueError, AttributeError) as error:
-                    _problem = f"the native library {path} cannot be used: {error}"
+            except (OSError, ValueError, AttributeError) as error:
+                _problem = f"the native library {path} cannot be used: {error}"
     return _library
+
+
+def _damage(path: str) -> str | None:
+    """Return why the library cannot be opened, and what to do about it; None where nothing speaks against it."""
+    if not os.path.lexists(path):
+        return f"the native library is not built ({path} is missing); install a C++ compiler and reinstall"
+    found = library_file.damage(path)
+    remedy = "build it again with `python setup.py build_native`, or reinstall"
+    return None if found is None else f"the native library {path} cannot be used: {found}; {remedy}"
 
 
 def unavailable() -> str | None:
