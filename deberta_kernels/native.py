@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 # csrc/cpu/params.h: the structs in their order, q = 8-byte integer or address, d = double.
-ABI_VERSION = 6
+ABI_VERSION = 7
 ATTENTION_PARAMS = struct.Struct("=73q d q d q")
 LINEAR_PARAMS = struct.Struct("=11q")
 DROPOUT_PARAMS = struct.Struct("=11q d")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from deberta_kernels import env
-from deberta_kernels.testing import backends, budget, inputs, interpreter, sanitizers
+from deberta_kernels.testing import backends, budget, inputs, interpreter
 
 # Cases of one test that a slow target runs.
 _SAMPLE = 6
@@ -27,8 +27,6 @@ hypothesis.settings.register_profile(
 hypothesis.settings.register_profile(
     "explore", hypothesis.settings.get_profile("ci"), derandomize=False, max_examples=4000, print_blob=True
 )
-# Under sanitizers everything takes several times as long.
-hypothesis.settings.register_profile("sanitized", hypothesis.settings.get_profile("ci"), max_examples=40)
 hypothesis.settings.load_profile("ci")
 
 
@@ -57,20 +55,11 @@ def pytest_addoption(parser):
         action="store_true",
         help="run slow targets on every case of their size, and the whole grid of adapters, not on samples of them",
     )
-    parser.addoption(
-        "--sanitized",
-        action="store_true",
-        help="run only what runs in the native library, and fail unless that is the one of `build_native --sanitize`",
-    )
 
 
 def pytest_configure(config):
     if config.getoption("--write-tables") and config.getoption("numprocesses", None):
         raise pytest.UsageError("--write-tables writes what one process has seen; add -n 0")
-    if config.getoption("--sanitized") and (reason := sanitizers.absence()) is not None:
-        raise pytest.UsageError(f"--sanitized: {reason}; use `make test-sanitized`")
-    if config.getoption("--sanitized"):
-        hypothesis.settings.load_profile("sanitized")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -78,8 +67,6 @@ def pytest_collection_modifyitems(config, items):
     chosen, by_test = [], {}
     for item in items:
         target = getattr(item, "callspec", None) and item.callspec.params.get("target")
-        if config.getoption("--sanitized") and target is not None and target.backend != "cpu":
-            continue
         if target is None or target.most_tiles is None:
             chosen.append(item)
         elif _unable(target, item.callspec.params) is None:

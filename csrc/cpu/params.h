@@ -5,7 +5,7 @@
 
 namespace dk {
 
-constexpr int64_t kAbiVersion = 6;
+constexpr int64_t kAbiVersion = 7;
 constexpr int kMaxHeadDim = 256;
 constexpr int64_t kChecksumKeyBytes = 4176;
 
