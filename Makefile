@@ -32,11 +32,19 @@ SPACY_PINS = --pin spacy-transformers==1.4.0 --pin spacy==3.8.18 --pin pytest --
 TF4_TESTS ?= tests/integrations tests/unit
 # A process for each core, up to eight: one takes a gigabyte. ARGS="-n 0" runs the tests in one process.
 PYTEST = -m pytest -n auto --maxprocesses 8 --dist worksteal
+# The sanitizers have to be there before Python, and libstdc++ beside them: PyTorch, which comes later, throws exceptions.
+# New memory holds NaN.
+CXX_FILE = $(shell $${CXX:-c++} -print-file-name=$(1))
+SANITIZED = LD_PRELOAD="$(call CXX_FILE,libasan.so) $(call CXX_FILE,libstdc++.so.6)" \
+	ASAN_OPTIONS=detect_leaks=0:max_malloc_fill_size=1000000000:malloc_fill_byte=255 UBSAN_OPTIONS=print_stacktrace=1 \
+	DEBERTA_KERNELS_LIBRARY=build/sanitized/libdeberta_kernels_cpu.so
+SANITIZED_TESTS = tests/sanitized tests/ops tests/integrations/test_fast_linears.py \
+	--ignore tests/ops/test_torch_tiled.py --ignore tests/ops/test_triton.py
 # The tests never ask the hub for anything.
 OFFLINE = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-tf4 test-triton test-ecosystem lint format types build bench-cpu bench-model bench-train
+.PHONY: help demo test test-sanitized test-tf4 test-triton test-ecosystem lint format types build bench-cpu bench-model bench-train
 .PHONY: env-demo env-test env-bench env-tf4 env-triton env-ecosystem env-gpu clean kernels-offline cuda-offline
 .PHONY: gpu gpu-smoke tune bench-adapters
 MAKEFLAGS += --no-print-directory
@@ -53,6 +61,10 @@ test: env-test ## run the test suite
 
 test-tf4: env-tf4 ## run the integration tests against transformers 4.57.6 and adapters 1.3.0
 	@$(OFFLINE) $(VENV_TF4)/bin/python $(PYTEST) $(TF4_TESTS) $(ARGS)
+
+test-sanitized: env-test ## run the operator tests and linear layers under AddressSanitizer and UndefinedBehaviorSanitizer
+	@$(RUN) -W ignore setup.py -q build_native --sanitize
+	@$(SANITIZED) $(OFFLINE) OMP_NUM_THREADS=1 $(RUN) $(PYTEST) --sanitized $(SANITIZED_TESTS) $(ARGS)
 
 test-triton: env-triton ## test the Triton kernels in Triton's interpreter, on the CPU
 	@$(OFFLINE) TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(RUN) $(PYTEST) tests/ops -k "triton_interpreted or test_triton" $(ARGS)

@@ -11,6 +11,8 @@ also gets them compiled, where nvcc is at hand: that takes minutes, so an instal
     python setup.py build_native            build in place, skip what is up to date, warn on failure
     python setup.py build_native --strict   the same, but fail with the compiler's message
     python setup.py build_native --cuda     compile the CUDA kernels as well, if nvcc is there
+    python setup.py build_native --sanitize build under AddressSanitizer and UndefinedBehaviorSanitizer instead, into
+                                            build/sanitized, for `make test-sanitized`
 
 Environment: CXX (compiler, default c++ then g++ then clang++), NVCC (default nvcc), DEBERTA_KERNELS_SKIP_NATIVE=1 (do
 not build).
@@ -19,6 +21,7 @@ not build).
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import shlex
@@ -53,7 +56,10 @@ COMMON_FLAGS = (
     "-fno-math-errno",
     "-fno-trapping-math",
 )
-LINK_FLAGS = ("-shared", "-fopenmp")
+LINK_FLAGS = ("-shared",)
+# Clang links its own OpenMP otherwise, where parallel.h needs the one that PyTorch has.
+OPENMP_FLAGS = {"gcc": (("-fopenmp",),), "clang": (("-l:libgomp.so.1",), ("-fopenmp",))}
+SANITIZE_FLAGS = ("-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 # A newer libstdc++ than the one torch brought along must not be needed, and ours must not be seen by others.
 STATIC_RUNTIME_FLAGS = ("-static-libstdc++", "-Wl,--exclude-libs,ALL")
 COMPILE_TIMEOUT_SECONDS = 600
@@ -82,16 +88,32 @@ class Layout:
         sources: folder with dispatch.cpp and kernel.cpp.
         include: folder given to the compiler with -I.
         library: path of the shared library to write.
+        flags: more flags for every call of the compiler.
     """
 
     sources: Path = ROOT / "csrc" / "cpu"
     include: Path = ROOT / "csrc"
     library: Path = ROOT / "deberta_kernels" / "lib" / LIBRARY_NAME
+    flags: tuple[str, ...] = ()
 
     @property
     def record(self) -> Path:
         """Return the path of the file that says how the library beside it was built."""
         return self.library.with_name("build.json")
+
+
+SANITIZED = Layout(library=ROOT / "build" / "sanitized" / LIBRARY_NAME, flags=SANITIZE_FLAGS)
+
+
+def load_library_file() -> Any:
+    """Load the module that seals the library; the package itself cannot be imported while it is built."""
+    path = ROOT / "deberta_kernels" / "library_file.py"
+    spec = importlib.util.spec_from_file_location("deberta_kernels_library_file", path)
+    if spec is None or spec.loader is None:
+        raise BuildError(f"{path} cannot be loaded; build from a complete checkout or source archive")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def variants_for(platform: str) -> dict[str, tuple[str, ...]]:
@@ -117,6 +139,11 @@ def find_compiler() -> list[str]:
         if shutil.which(name):
             return [name]
     raise BuildError("no C++ compiler on the PATH (looked for c++, g++, clang++); on Debian or Ubuntu: apt install g++")
+
+
+def version_of(compiler: list[str]) -> str:
+    """Return what the compiler says about itself."""
+    return run_compiler([*compiler, "--version"], "asking the compiler for its version")
 
 
 def run_compiler(command: list[str], what: str, stdin: str = "") -> str:
@@ -145,10 +172,10 @@ def accepts(compiler: list[str], flags: tuple[str, ...]) -> bool:
 def digest(layout: Layout, compiler: list[str], platform: str) -> str:
     """Return a hash over everything the library depends on: sources, this file, compiler and platform."""
     state = hashlib.sha256()
-    state.update(run_compiler([*compiler, "--version"], "asking the compiler for its version").encode())
-    state.update(json.dumps([compiler, platform]).encode())
+    state.update(version_of(compiler).encode())
+    state.update(json.dumps([compiler, platform, layout.flags]).encode())
     sources = sorted(p for p in layout.include.rglob("*") if p.suffix in {".cpp", ".h", ".hpp", ".inc"})
-    for path in [Path(__file__).resolve(), *sources]:
+    for path in [Path(__file__).resolve(), ROOT / "deberta_kernels" / "library_file.py", *sources]:
         state.update(str(path.name).encode() + b"\0" + path.read_bytes() + b"\0")
     return state.hexdigest()
 
@@ -171,7 +198,7 @@ def compile_variants(
         if flags and not accepts(compiler, flags):
             raise BuildError(f"the compiler does not know {' '.join(flags)}")
         target = folder / f"kernel_{name}.o"
-        command = [*compiler, *COMMON_FLAGS, *flags, f"-I{layout.include}", f"-DDK_VARIANT={name}"]
+        command = [*compiler, *COMMON_FLAGS, *layout.flags, *flags, f"-I{layout.include}", f"-DDK_VARIANT={name}"]
         run_compiler([*command, "-c", str(layout.sources / "kernel.cpp"), "-o", str(target)], f"variant {name}")
         return target
 
@@ -192,16 +219,37 @@ def link(layout: Layout, compiler: list[str], objects: dict[str, Path], folder: 
     have = [f"-DDK_HAVE_{name.upper()}" for name in objects]
     dispatch = folder / "dispatch.o"
     source = layout.sources / "dispatch.cpp"
-    run_compiler(
-        [*compiler, *COMMON_FLAGS, f"-I{layout.include}", *have, "-c", str(source), "-o", str(dispatch)], "dispatch"
-    )
+    command = [*compiler, *COMMON_FLAGS, *layout.flags, f"-I{layout.include}", *have]
+    run_compiler([*command, "-c", str(source), "-o", str(dispatch)], "dispatch")
     library = folder / LIBRARY_NAME
-    command = [*compiler, *LINK_FLAGS, "-o", str(library), str(dispatch), *map(str, objects.values())]
-    try:
-        run_compiler([*command, *STATIC_RUNTIME_FLAGS], "linking")
-    except BuildError:
-        run_compiler(command, "linking")
+    command = [*compiler, *LINK_FLAGS, *layout.flags, "-o", str(library), str(dispatch), *map(str, objects.values())]
+    kind = "clang" if "clang" in version_of(compiler) else "gcc"
+    ways = [(*openmp, *runtime) for openmp in OPENMP_FLAGS[kind] for runtime in (STATIC_RUNTIME_FLAGS, ())]
+    for way in ways:
+        try:
+            run_compiler([*command, *way], "linking")
+            break
+        except BuildError:
+            if way == ways[-1]:
+                raise
+    load_library_file().seal(library)
     return library
+
+
+def is_built(layout: Layout, wanted: str) -> bool:
+    """Tell whether the library is there, whole, and recorded to be built from what has the digest `wanted`."""
+    record = read_record(layout.record)
+    complete = isinstance(record.get("variants"), list) and isinstance(record.get("left_out"), dict)
+    return complete and record.get("digest") == wanted and load_library_file().damage(layout.library) is None
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Return what a build wrote down; nothing where there is no such file, or it is damaged."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def build_library(layout: Layout | None = None, force: bool = False) -> dict[str, Any]:
@@ -225,10 +273,10 @@ def build_library(layout: Layout | None = None, force: bool = False) -> dict[str
             raise BuildError(f"{layout.sources / name} is missing; build from a complete checkout or source archive")
     compiler = find_compiler()
     wanted = digest(layout, compiler, platform)
-    if not force and layout.library.is_file() and layout.record.is_file():
-        record = json.loads(layout.record.read_text(encoding="utf-8"))
-        if record.get("digest") == wanted:
-            return {**record, "is_new": False}
+    if layout.flags and "clang" in version_of(compiler):
+        raise BuildError("the sanitized build is made with g++, whose sanitizers can be loaded before Python")
+    if not force and is_built(layout, wanted):
+        return {**read_record(layout.record), "is_new": False}
     layout.library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".build-", dir=layout.library.parent) as name:
         folder = Path(name)
@@ -236,16 +284,26 @@ def build_library(layout: Layout | None = None, force: bool = False) -> dict[str
         finished = link(layout, compiler, objects, folder)
         record = {"digest": wanted, "compiler": compiler, "variants": list(objects), "left_out": left_out}
         (folder / "build.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        os.replace(finished, layout.library)
-        os.replace(folder / "build.json", layout.record)
+        put_in_place(finished, layout.library)
+        put_in_place(folder / "build.json", layout.record)
     return {**record, "is_new": True}
+
+
+def put_in_place(path: Path, target: Path) -> None:
+    """Rename a file that is finished; a folder in its place is deleted."""
+    if target.is_dir() and not target.is_symlink():
+        shutil.rmtree(target)
+    os.replace(path, target)
 
 
 def remove_library(layout: Layout | None = None) -> None:
     """Delete an earlier library: one that does not match the sources is worse than none."""
     layout = layout or Layout()
     for path in (layout.library, layout.record):
-        path.unlink(missing_ok=True)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def copy_cuda_sources(sources: Path = CUDA_SOURCES, target: Path = CUDA_TARGET) -> dict[str, str]:
@@ -258,6 +316,19 @@ def copy_cuda_sources(sources: Path = CUDA_SOURCES, target: Path = CUDA_TARGET) 
         target.mkdir(parents=True, exist_ok=True)
         (target / name).write_bytes(content)
     return {name: hashlib.sha256(content).hexdigest() for name, content in found.items()}
+
+
+def holds(target: Path, cubins: Any) -> bool:
+    """Tell whether every CUDA module is in the folder with the digest that `cubins` records for it."""
+    if not isinstance(cubins, dict) or list(cubins) != cubin_names():
+        return False
+    paths = {target / name: recorded for name, recorded in cubins.items()}
+    return all(p.is_file() and hashlib.sha256(p.read_bytes()).hexdigest() == paths[p] for p in paths)
+
+
+def cubin_names() -> list[str]:
+    """Return the file names of the CUDA modules, in the order of `CUDA_MODULES`."""
+    return [f"{source}_{dtype}_d{head_dim}.cubin" for source, dtype, head_dim in CUDA_MODULES]
 
 
 def build_cubins(sources: Path = CUDA_SOURCES, target: Path = CUDA_TARGET) -> dict[str, Any]:
@@ -278,11 +349,9 @@ def build_cubins(sources: Path = CUDA_SOURCES, target: Path = CUDA_TARGET) -> di
     release = run_compiler([nvcc, "--version"], "asking nvcc for its version").strip().splitlines()[-1]
     record: dict[str, Any] = {"sources": digests, "nvcc": release, "flags": list(CUDA_FLAGS)}
     path = target / "build.json"
-    names = [f"{source}_{dtype}_d{head_dim}.cubin" for source, dtype, head_dim in CUDA_MODULES]
-    if path.is_file() and all((target / name).is_file() for name in names):
-        before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if {**before, "cubins": None} == {**record, "cubins": None}:
-            return before
+    names, before = cubin_names(), read_record(path)
+    if {**before, "cubins": None} == {**record, "cubins": None} and holds(target, before.get("cubins")):
+        return before
     with tempfile.TemporaryDirectory(prefix=".build-", dir=target) as folder:
 
         def compile_one(name: str, source: str, dtype: str, head_dim: int) -> str:
@@ -305,22 +374,22 @@ def say(text: str) -> None:
     print(f"deberta_kernels: {text}", file=sys.stderr, flush=True)
 
 
-def build_or_warn(force: bool = False, strict: bool = False) -> bool:
+def build_or_warn(layout: Layout | None = None, force: bool = False, strict: bool = False) -> bool:
     """Build the library in place and return whether there is one now; never raise unless `strict`."""
     if os.environ.get(SKIP_VARIABLE, "") not in ("", "0"):
-        remove_library()
+        remove_library(layout)
         say(f"{SKIP_VARIABLE} is set: no native library, the package will use its PyTorch path")
         return False
     try:
-        record = build_library(force=force)
-    except BuildError as error:
-        remove_library()
+        record = build_library(layout, force)
+    except (BuildError, OSError) as error:
+        remove_library(layout)
         if strict:
             raise SystemExit(f"deberta_kernels: {error}") from error
         say(f"WARNING: no native library: {error}")
         say("WARNING: the package works without it, on its slower PyTorch path; build it later with `make build`")
         return False
-    left_out = dict(record["left_out"])
+    left_out = record["left_out"]
     for name, reason in left_out.items():
         say(f"WARNING: variant {name} left out: {reason}")
     if strict and left_out:
@@ -352,16 +421,20 @@ def main() -> None:
             ("force", "f", "build even when up to date"),
             ("strict", None, "fail instead of warning"),
             ("cuda", None, "compile the CUDA kernels as well, if nvcc is there"),
+            ("sanitize", None, "build into build/sanitized, under the sanitizers of g++, instead"),
         ]
-        boolean_options: ClassVar = ["force", "strict", "cuda"]
+        boolean_options: ClassVar = ["force", "strict", "cuda", "sanitize"]
 
         def initialize_options(self) -> None:
-            self.force = self.strict = self.cuda = False
+            self.force = self.strict = self.cuda = self.sanitize = False
 
         def finalize_options(self) -> None:
             pass
 
         def run(self) -> None:
+            if self.sanitize:
+                build_or_warn(SANITIZED, force=bool(self.force), strict=True)
+                return
             copy_cuda_sources()
             if build_or_warn(force=bool(self.force), strict=bool(self.strict)) and self.cuda:
                 build_cubins_or_say()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
-import json
 import os
 import platform
 import re
@@ -116,7 +115,7 @@ def _is_stale(path: Path) -> bool:
         wanted = build.digest(layout, build.find_compiler(), sysconfig.get_platform())
     except build.BuildError:
         return False
-    return bool(json.loads(layout.record.read_text(encoding="utf-8"))["digest"] != wanted)
+    return bool(build.read_record(layout.record).get("digest") != wanted)
 
 
 _highest: dict[str, float] = {}

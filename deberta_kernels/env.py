@@ -60,8 +60,15 @@ def cpu_isa() -> str | None:
 
 
 def library_path() -> str | None:
-    """Return the path of the native CPU library to load instead of the installed one, or None."""
-    return os.environ.get(LIBRARY) or None
+    """Return the absolute path of the native CPU library to load instead of the installed one, or None.
+
+    A name without a folder is a file in the current folder; the loader would look for it elsewhere.
+
+    Raises:
+        OSError: the path is relative and the current folder is gone.
+    """
+    path = os.environ.get(LIBRARY)
+    return os.path.abspath(path) if path else None
 
 
 def triton_interpreted() -> bool:

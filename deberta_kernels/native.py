@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from deberta_kernels import env
+from deberta_kernels import env, library_file
 
 __all__ = [
     "ABI_VERSION",
@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 # csrc/cpu/params.h: the structs in their order, q = 8-byte integer or address, d = double.
-ABI_VERSION = 5
+ABI_VERSION = 7
 ATTENTION_PARAMS = struct.Struct("=73q d q d q")
 LINEAR_PARAMS = struct.Struct("=11q")
 DROPOUT_PARAMS = struct.Struct("=11q d")
@@ -57,12 +57,16 @@ class Library:
             getattr(handle, name).argtypes = [ctypes.c_char_p, ctypes.c_int64]
         handle.dk_cpu_prepared_bytes.restype = ctypes.c_int64
         handle.dk_cpu_prepare.argtypes = [ctypes.c_char_p, ctypes.c_int64, ctypes.c_void_p]
-        handle.dk_cpu_checksum.restype = ctypes.c_uint64
-        handle.dk_cpu_checksum.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
+        handle.dk_checksum_key_bytes.restype = ctypes.c_int64
+        handle.dk_cpu_checksum.restype = None
+        handle.dk_cpu_checksum.argtypes = [
+            ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64,
+        ]  # fmt: skip
         handle.dk_cpu_gemm_rate.restype = ctypes.c_double
         handle.dk_cpu_gemm_rate.argtypes = [ctypes.c_int64] * 3
         self.handle = handle
         self.process = os.getpid()
+        self.checksum_key = _aligned(os.urandom(handle.dk_checksum_key_bytes()))
         compiled = [handle.dk_variant_name(i).decode() for i in range(handle.dk_variant_count())]
         self.compiled = compiled
         self.variants = {name: i for i, name in enumerate(compiled) if handle.dk_variant_runs(i)}
@@ -75,16 +79,29 @@ class Library:
         """Return how many threads may compute: one in a forked child, where OpenMP's own threads do not exist."""
         return torch.get_num_threads() if os.getpid() == self.process else 1
 
-    def checksum(self, tensor: torch.Tensor) -> int:
-        """Return 64 bits that follow the content of a contiguous CPU tensor; any single changed word changes them."""
-        value: int = self.handle.dk_cpu_checksum(tensor.data_ptr(), tensor.nbytes, self.variants[self.isa])
-        return value
+    def checksum(self, tensor: torch.Tensor) -> bytes:
+        """Return 16 bytes that follow the content of a contiguous CPU tensor, under a key of this process.
+
+        Two contents share them with a probability below 2^-63, however they were chosen; see csrc/cpu/checksum.h.
+        """
+        result = (ctypes.c_uint64 * 2)()
+        key, variant = self.checksum_key, self.variants[self.isa]
+        self.handle.dk_cpu_checksum(tensor.data_ptr(), tensor.nbytes, key, result, variant)
+        return bytes(result)
 
     def call(self, name: str, params: bytes, *more: Any) -> None:
         """Call an exported function; raise MemoryError or RuntimeError unless it returns 0."""
         status = getattr(self.handle, name)(params, self.variants[self.isa], *more)
         if status:
             raise (MemoryError if status == 1 else RuntimeError)(f"{name}: {_STATUS.get(status, status)}")
+
+
+def _aligned(content: bytes) -> ctypes.Array[ctypes.c_char]:
+    """Return the content in memory that starts at a multiple of 64 bytes, so that no vector of it is two loads."""
+    memory = ctypes.create_string_buffer(len(content) + 64)
+    array = (ctypes.c_char * len(content)).from_buffer(memory, -ctypes.addressof(memory) % 64)
+    array.raw = content
+    return array
 
 
 _lock = threading.Lock()
@@ -99,15 +116,24 @@ def opened() -> Library | None:
         return _library
     with _lock:
         if _library is None and _problem is None:
-            path = env.library_path() or str(_INSTALLED)
-            if not os.path.exists(path):
-                _problem = f"the native library is not built ({path} is missing); install a C++ compiler and reinstall"
-            else:
-                try:
+            path = str(_INSTALLED)
+            try:
+                path = env.library_path() or path
+                _problem = _damage(path)
+                if _problem is None:
                     _library = Library(path)
-                except (OSError, ValueError, AttributeError) as error:
-                    _problem = f"the native library {path} cannot be used: {error}"
+            except (OSError, ValueError, AttributeError) as error:
+                _problem = f"the native library {path} cannot be used: {error}"
     return _library
+
+
+def _damage(path: str) -> str | None:
+    """Return why the library cannot be opened, and what to do about it; None where nothing speaks against it."""
+    if not os.path.lexists(path):
+        return f"the native library is not built ({path} is missing); install a C++ compiler and reinstall"
+    found = library_file.damage(path)
+    remedy = "build it again with `python setup.py build_native`, or reinstall"
+    return None if found is None else f"the native library {path} cannot be used: {found}; {remedy}"
 
 
 def unavailable() -> str | None:

@@ -25,8 +25,8 @@ class Linear {
         row_((panels_ + 1) * kV) {}
 
   static bool supports(const LinearParams& p) {
-    return bytes_of(p.dtype) * Word::kPerWord == sizeof(float) && p.in_features % Word::kPerWord == 0 &&
-           p.out_features % kOutputs == 0;
+    return bytes_of(p.dtype) * Word::kPerWord == sizeof(float) && p.in_features > 0 &&
+           p.in_features % Word::kPerWord == 0 && p.out_features % kOutputs == 0;
   }
 
   // Returns false when memory ran out.

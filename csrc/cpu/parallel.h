@@ -1,6 +1,5 @@
 // Tasks over threads with results that do not depend on how many threads there are.
 #pragma once
-#include <omp.h>
 #include <sched.h>
 
 #include <atomic>
@@ -8,7 +7,24 @@
 
 #include "workspace.h"
 
+#if defined(__clang__) && defined(__linux__)
+// What gcc makes of `#pragma omp parallel num_threads(threads)`. Clang calls a runtime of its own, which would bring a
+// second pool of threads into a process where PyTorch has one already.
+extern "C" void GOMP_parallel(void (*work)(void*), void* data, unsigned threads, unsigned flags);
+#endif
+
 namespace {
+
+// Run work() on a team of threads.
+template <class Work>
+void run_team(int64_t threads, const Work& work) {
+#if defined(__clang__) && defined(__linux__)
+  GOMP_parallel([](void* data) { (*static_cast<const Work*>(data))(); }, const_cast<Work*>(&work), (unsigned)threads, 0);
+#else
+#pragma omp parallel num_threads((int)threads)
+  work();
+#endif
+}
 
 // Run body(task, block) for task = 0 ... tasks-1, each thread with its own `bytes` of scratch. Tasks start in order,
 // which Turnstile relies on. Returns false when memory ran out; then the output is not complete.
@@ -29,8 +45,7 @@ bool run_tasks(int64_t tasks, int64_t threads, int64_t bytes, const Body& body) 
   } else {
     // All threads, be there work for them or not: OpenMP ends those that a smaller team leaves out, and the next team,
     // ours or PyTorch's, would wait for new ones.
-#pragma omp parallel num_threads((int)threads)
-    work();
+    run_team(threads, work);
   }
   // A thread without memory leaves its share to the others; only if none got any is work left over.
   return next.load() >= tasks || !failed;

@@ -5,8 +5,9 @@
 
 namespace dk {
 
-constexpr int64_t kAbiVersion = 5;
+constexpr int64_t kAbiVersion = 7;
 constexpr int kMaxHeadDim = 256;
+constexpr int64_t kChecksumKeyBytes = 4176;
 
 enum DataType : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
@@ -100,7 +101,7 @@ struct Variant {
   int (*prepare)(const AttentionParams&, void*);
   int (*linear)(const LinearParams&);
   int (*dropout)(const DropoutParams&);
-  uint64_t (*checksum)(const char* data, int64_t bytes);
+  void (*checksum)(const char* data, int64_t bytes, const char* key, uint64_t* result);
   double (*gemm_rate)(int64_t dtype, int64_t repeats);
 };
 

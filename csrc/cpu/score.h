@@ -87,8 +87,9 @@ struct ScoreBlock {
     return {table + first * words, (ptrdiff_t)words * kV, kV};
   }
 
-  // Columns of pos_key that row panel r needs for any key.
+  // Columns of pos_key that row panel r needs for any key; empty if no key is allowed.
   Window c2p_window(int r, int unit = kV) const {
+    if (!keys.count) return {0, 0};
     int64_t low = INT64_MAX, high = INT64_MIN;
     for (const int64_t k : {(int64_t)0, keys.count - 1}) {
       low = std::min(low, keys.panels[k].position);
@@ -108,7 +109,7 @@ struct ScoreBlock {
 
   // c2p = rows . pos_key for every row of the block. Call once per block.
   void start_rows() const {
-    if (!tables.pos_key || !keys.count) return;
+    if (!tables.pos_key) return;
     for (int r = 0; r < rows.count; r++) {
       const Window w = c2p_window(r);
       gemm<Word>(kV, (int)((w.stop - w.first) / kV), words, {rows.words + r * kV * padded, padded, 1},

@@ -8,6 +8,7 @@ whether they may be kept, and what they depend on; kept tables whose dependencie
 from __future__ import annotations
 
 import math
+import os
 import threading
 import weakref
 from collections.abc import Callable
@@ -35,7 +36,7 @@ __all__ = [
 # A kept table covers at least this many tokens: with the usual 256 buckets that is every row but one, so that calls
 # of growing length do not project again and again.
 _KEPT_LENGTH = 512
-# Elements that one dot product of `content_key` reads: bounds what its random numbers take, at little cost in calls.
+# Words that one product of `_keyed_sums` reads: bounds what its secret numbers take, at little cost in calls.
 _BLOCK = 1 << 18
 
 
@@ -137,39 +138,44 @@ def content_key(tensor: Tensor) -> tuple[Any, ...] | None:
     """Return a value that follows the tensor's content; None where that cannot be told cheaply.
 
     Version counters alone do not do: an edit through `.data`, such as the merge of a LoRA, leaves them as they were.
-    So every element is read, at the speed of memory, by the native library's checksum. Without the library it takes two
-    readings: the sum of the bits as integers, which any change of a single element changes, and dot products with
-    random numbers, which depend on the order and so see permutations, up to their rounding; a NaN then makes the key
-    unequal to every other one, its own repetition included.
+    So every element is read, under keys that are random in every process, lest somebody find two contents that look the
+    same: by the native library's checksum at the speed of memory, or without the library by `_keyed_sums`.
     """
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.device.type != "cpu":
         return None
-    if tensor.layout != torch.strided or not tensor.is_contiguous() or tensor.is_complex():
+    if tensor.layout != torch.strided or not tensor.is_contiguous() or tensor.is_complex() or tensor.is_neg():
         return None
+    stop = (tensor.storage_offset() + tensor.numel()) * tensor.element_size()
+    if stop > tensor.untyped_storage().nbytes():
+        return None  # its memory was freed or cut: whoever computes with it says so
     plain = tensor.detach().view(-1)
     version = None if tensor.is_inference() else tensor._version
     library = native.opened()
-    if library is not None and not tensor.is_neg():
-        return (version, tensor.dtype, tuple(tensor.shape), library.checksum(plain))
+    content = _keyed_sums(plain) if library is None else library.checksum(plain)
+    return (version, tensor.dtype, tuple(tensor.shape), content)
+
+
+def _keyed_sums(plain: Tensor) -> tuple[int, ...]:
+    """Return, for each block of a flat tensor, the sum of its words times secret numbers, modulo 2^64.
+
+    Words have 32 bits at most, so that their difference is a multiple of no more than 2^31: any two contents have the
+    same sums with probability 2^-33 at most.
+    """
     words = plain
-    for dtype, size in ((torch.int64, 8), (torch.int32, 4), (torch.int16, 2), (torch.int8, 1)):
+    for dtype, size in ((torch.int32, 4), (torch.int16, 2), (torch.int8, 1)):
         ratio = max(size // plain.element_size(), 1)
-        if size >= plain.element_size() and not (plain.numel() % ratio or plain.storage_offset() % ratio):
+        if not plain.numel() % ratio and not plain.storage_offset() % ratio:
             words = plain.view(dtype)
             break
-    total = int(words.sum(dtype=torch.int64))
-    dtype = torch.float64 if plain.dtype == torch.float64 else torch.float32
-    numbers = _random_numbers(dtype)
-    dots = tuple(torch.dot(part.to(dtype), numbers[: part.numel()]).item() for part in plain.split(_BLOCK))
-    return (version, tensor.dtype, tuple(tensor.shape), total, dots)
+    with torch.inference_mode(False), torch.no_grad():
+        numbers = _secret_numbers()
+        return tuple(int(torch.mv(numbers[:, : part.numel()], part.long())) for part in words.split(_BLOCK))
 
 
 @cache
-def _random_numbers(dtype: torch.dtype) -> Tensor:
-    """Return the (_BLOCK,) numbers of `content_key`, the same in every process; leaves PyTorch's generator alone."""
-    with torch.inference_mode(False):
-        generator = torch.Generator("cpu").manual_seed(0)
-        return torch.randn(_BLOCK, generator=generator, dtype=dtype, device="cpu")
+def _secret_numbers() -> Tensor:
+    """Return (1, _BLOCK) random integers, others in every process; PyTorch's generator is left alone."""
+    return torch.frombuffer(bytearray(os.urandom(8 * _BLOCK)), dtype=torch.int64).unsqueeze(0)
 
 
 def _checked(rel_embeddings: Tensor | None, spec: PositionSpec) -> Tensor:

@@ -3,6 +3,7 @@
 import ctypes
 import hashlib
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -98,6 +99,107 @@ def test_library_is_rebuilt_only_when_a_source_changed(layout):
     (layout.include / "value.h").write_text("#define VALUE 8\n")
     assert build.build_library(layout)["is_new"]
     assert layout.library.stat().st_mtime_ns != built
+
+
+DAMAGED_RECORDS = [
+    b"", b"[]", b"null", b"7", b'{"digest": "ab', b"\x00\xff\xfe" * 100, b"[" * 100_000, b"{}", b'{"digest": 7}',
+    b'{"digest": "WANTED"}', b'{"digest": "WANTED", "variants": 5, "left_out": 5}', b'{"digest": ["WANTED"]}',
+]  # fmt: skip
+
+
+@needs_compiler
+@pytest.mark.parametrize("content", DAMAGED_RECORDS, ids=lambda content: str(content[:40]))
+def test_a_damaged_record_means_building_again(layout, content):
+    wanted = build.build_library(layout)["digest"]
+    layout.record.write_bytes(content.replace(b"WANTED", wanted.encode()))
+    assert build.build_or_warn(layout)
+    assert json.loads(layout.record.read_text())["digest"] == wanted
+    assert not build.build_library(layout)["is_new"]
+
+
+@needs_compiler
+@pytest.mark.parametrize("which", ["record", "library"])
+@pytest.mark.parametrize("kind", ["missing", "folder", "dangling link"])
+def test_whatever_is_in_the_place_of_a_file_is_built_over(layout, which, kind):
+    build.build_library(layout)
+    path = getattr(layout, which)
+    path.unlink()
+    if kind == "folder":
+        (path / "inside").mkdir(parents=True)
+    elif kind == "dangling link":
+        path.symlink_to("gone")
+    assert build.build_library(layout)["is_new"]
+    assert not build.build_library(layout)["is_new"]
+
+
+@needs_compiler
+@pytest.mark.parametrize("edit", [lambda whole: whole[:3000], lambda whole: whole[:-300] + bytes(300)])
+def test_a_damaged_library_is_built_again(layout, edit):
+    build.build_library(layout)
+    whole = layout.library.read_bytes()
+    layout.library.write_bytes(edit(whole))
+    assert build.build_library(layout)["is_new"]
+    assert layout.library.read_bytes() == whole
+
+
+@needs_compiler
+def test_what_the_system_refuses_is_a_warning_as_well(layout, monkeypatch, capsys):
+    def refuse(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(build, "put_in_place", refuse)
+    assert not build.build_or_warn(layout)
+    assert "WARNING: no native library: [Errno 28] No space left on device" in capsys.readouterr().err
+
+
+@needs_compiler
+def test_clang_links_the_openmp_that_pytorch_has(layout, tmp_path, monkeypatch):
+    """Its own would bring a second pool of threads."""
+    real, clang = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++"), tmp_path / "clang++"
+    clang.write_text(
+        f'#!/bin/sh\n[ "$1" = --version ] && echo "clang version 14.0.6" && exit\n'
+        f'echo "$@" >> {tmp_path}/said\nexec {real} "$@"\n'
+    )
+    clang.chmod(0o755)
+    monkeypatch.setenv("CXX", str(clang))
+    build.build_library(layout)
+    links = [line for line in (tmp_path / "said").read_text().splitlines() if "-shared" in line]
+    assert "-l:libgomp.so.1" in links[0]
+    with pytest.raises(build.BuildError, match=r"the sanitized build is made with g\+\+"):
+        build.build_library(build.Layout(layout.sources, layout.include, layout.library, build.SANITIZE_FLAGS))
+
+
+CLANGS = [name for name in ("clang++", *(f"clang++-{n}" for n in range(14, 30))) if shutil.which(name)]
+
+
+@pytest.mark.skipif(not CLANGS, reason="there is no clang++ on the PATH")
+@pytest.mark.parametrize("name", ["dispatch", "kernel"])
+def test_clang_compiles_every_variant(name):
+    for compiler in CLANGS:
+        for variant, flags in build.variants_for(build.sysconfig.get_platform()).items():
+            defined = (f"-DDK_VARIANT={variant}", f"-DDK_HAVE_{variant.upper()}")
+            command = [compiler, *build.COMMON_FLAGS, *flags, *defined, "-fsyntax-only", f"-I{ROOT / 'csrc'}"]
+            build.run_compiler([*command, str(ROOT / "csrc" / "cpu" / f"{name}.cpp")], f"{compiler} {variant}")
+
+
+def test_the_processor_is_asked_only_by_names_that_old_compilers_know():
+    asked = re.findall(r'__builtin_cpu_supports\("(\w+)"\)', (ROOT / "csrc" / "cpu" / "dispatch.cpp").read_text())
+    known = {"avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512bf16"}  # to gcc 10 and clang 14
+    assert asked
+    assert set(asked) <= known
+
+
+def test_the_sanitized_library_has_a_place_and_a_digest_of_its_own():
+    assert build.SANITIZED.library.parent == ROOT / "build" / "sanitized"
+    assert build.SANITIZED.record != build.Layout().record
+    assert any("address,undefined" in flag for flag in build.SANITIZED.flags)
+
+
+@needs_compiler
+def test_the_digest_covers_the_flags_of_a_layout(layout):
+    other = build.Layout(layout.sources, layout.include, layout.library, ("-g",))
+    platform, compiler = build.sysconfig.get_platform(), build.find_compiler()
+    assert build.digest(other, compiler, platform) != build.digest(layout, compiler, platform)
 
 
 @needs_compiler
@@ -211,6 +313,24 @@ def test_cuda_modules_are_built_once_per_source_and_recorded(cuda_folders):
     (sources / "params.h").write_text("changed")
     assert build.build_cubins(sources, target)["sources"] != record["sources"]
     assert (target / "forward_fp16_d128.cubin").stat().st_mtime_ns != built
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"sources": ', b"\xff\xfe", b"null"])
+def test_a_damaged_record_of_cuda_modules_means_building_again(cuda_folders, content):
+    sources, target = cuda_folders
+    record = build.build_cubins(sources, target)
+    (target / "build.json").write_bytes(content)
+    assert build.build_cubins(sources, target) == record
+    assert json.loads((target / "build.json").read_text()) == record
+
+
+def test_a_damaged_cuda_module_is_built_again(cuda_folders):
+    sources, target = cuda_folders
+    record = build.build_cubins(sources, target)
+    (target / "forward_fp16_d128.cubin").write_text("cut")
+    build.build_cubins(sources, target)
+    content = (target / "forward_fp16_d128.cubin").read_bytes()
+    assert hashlib.sha256(content).hexdigest() == record["cubins"]["forward_fp16_d128.cubin"]
 
 
 def test_without_nvcc_no_cuda_module_is_built_and_the_reason_said(cuda_folders, monkeypatch, capsys):
