@@ -1,9 +1,11 @@
 """Time the linear layers of v3-base by number of tokens: the native library, oneDNN and PyTorch, correct first.
 
-python benchmarks/bench_linear.py          float32, and bfloat16 where the processor has instructions; 2 minutes
+python benchmarks/bench_linear.py          float32, and bfloat16 where the processor has instructions; 4 minutes
 
-The limits in `deberta_kernels.modules.products` were chosen by this. Weights rotate through 48 MB, so they come from
-memory as in a model. One number is the time of all linear layers of one encoder layer.
+What `deberta_kernels.modules.products` chooses was chosen by this. Weights rotate through 48 MB, so they come from
+memory as in a model. One number is the time of all linear layers of one encoder layer. oneDNN's is that of an operator
+private to PyTorch, which no model runs: it errs more than the budget allows, and is here as a yardstick of speed. In
+bfloat16 it is PyTorch's own product without the operators around it.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 # (in, out, GELU, how many in an encoder layer)
 LAYERS = ((768, 768, False, 4), (768, 3072, True, 1), (3072, 768, False, 1))
-TOKENS = (4, 8, 16, 32, 64, 128, 192, 256, 384)
+TOKENS = (4, 8, 16, 32, 64, 128, 192, 256, 512, 1024, 2048)
 ROTATION_BYTES = 48e6
 
 
@@ -42,9 +44,13 @@ def candidates(dtype: Any) -> dict[str, Callable[..., Any]]:
         y = functional.linear(x, weight, bias)
         return torch.ops.aten.gelu_.default(y) if gelu else y
 
+    def onednn(x: Any, weight: Any, bias: Any, gelu: bool) -> Any:
+        operator = torch.ops.mkldnn._linear_pointwise.default
+        return operator(x, weight, bias, "gelu" if gelu else "none", [], "none" if gelu else "")
+
     found: dict[str, Callable[..., Any]] = {"pytorch": pytorch}
-    if products.can_multiply(dtype) and products.refusal() is None:
-        found["onednn"] = products.in_onednn
+    if torch.backends.mkldnn.is_available():
+        found["onednn"] = onednn
     isa = native.library_status()["isa"]
     if dtype == torch.float32 or isa == "avx512_bf16":
         found["native"] = products.natively
@@ -57,9 +63,10 @@ def measure(dtype: Any, tokens: int) -> dict[str, Any]:
     from timing import Pace, interleave
     from torch.nn import functional
 
-    from deberta_kernels.testing.budget import LIMITS
+    from deberta_kernels.testing.budget import LIMITS, MEAN_FACTOR
 
-    record: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), "tokens": tokens, "red": [], "seconds": {}}
+    record: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), "tokens": tokens, "red": []}
+    record |= {"errors": [], "seconds": {}}
     for inputs, outputs, gelu, count in LAYERS:
         x, bias = torch.randn(tokens, inputs).to(dtype), torch.randn(outputs).to(dtype)
         copies = max(2, round(ROTATION_BYTES / (inputs * outputs * dtype.itemsize)))
@@ -67,16 +74,20 @@ def measure(dtype: Any, tokens: int) -> dict[str, Any]:
         truth = functional.linear(x.double(), weights[0].double(), bias.double())
         truth = functional.gelu(truth) if gelu else truth
         calls = candidates(dtype)
-        errors = {name: float((call(x, weights[0], bias, gelu) - truth).abs().max()) for name, call in calls.items()}
+        errors = {name: (call(x, weights[0], bias, gelu) - truth).abs() for name, call in calls.items()}
+        record["errors"].append(
+            {name: round(float(e.mean() / errors["pytorch"].mean()), 3) for name, e in errors.items()}
+        )
         factor, floor = LIMITS[dtype]
-        allowed = factor * (errors["pytorch"] + floor * max(1.0, float(truth.abs().max())))
-        right = {name: call for name, call in calls.items() if errors[name] <= allowed}
-        record["red"] += [name for name in calls if name not in right]
+        allowed = factor * float(errors["pytorch"].max() + floor * max(1.0, float(truth.abs().max())))
+        worst, mean = float(errors.get("native", errors["pytorch"]).max()), record["errors"][-1].get("native", 1.0)
+        if worst > allowed or mean > MEAN_FACTOR:
+            record["red"].append(f"{inputs} to {outputs}")
 
         def timed(call: Callable[..., Any], weights: Any = weights, rest: Any = (bias, gelu), x: Any = x) -> Any:
             return lambda index: call(x, weights[index % len(weights)], *rest)
 
-        samples = interleave({name: timed(call) for name, call in right.items()}, Pace(rounds=15, seconds=4.0))
+        samples = interleave({name: timed(call) for name, call in calls.items()}, Pace(rounds=15, seconds=4.0))
         for name, sample in samples.items():
             record["seconds"][name] = record["seconds"].get(name, 0.0) + count * sample.median
     return record

@@ -1,4 +1,4 @@
-"""Time a training step of the whole model: patched, with PyTorch's and with oneDNN's linear layers, against eager.
+"""Time a training step of the whole model: patched, with PyTorch's and with native linear layers, against eager.
 
 python benchmarks/bench_train.py            v3-base geometry, both dtypes; 15 minutes on a quiet machine
 python benchmarks/bench_train.py --quick    fewer rounds; 5 minutes

@@ -58,7 +58,7 @@ class Workshop:
         """Return name -> model; all share their weights."""
         found = {"eager": self.plain, "patched": self._patched("auto")}
         if dtype == "float32":
-            found["onednn"] = self._patched(True)
+            found["native"] = self._patched(True)
         return found
 
     def _patched(self, fast_linears: bool | str) -> Any:
@@ -150,15 +150,15 @@ def judge_training(
 ) -> list[Line]:
     """Return the lines of all figures; `at_peak` is a step of nothing but products at the highest rate seen."""
     lines = []
-    for name, title in (("patched", "PyTorch's linears"), ("onednn", "oneDNN's linears")):
+    for name, title in (("patched", "PyTorch's linears"), ("native", "native linears")):
         for record in records:
             dtype, size = record["dtype"], (record["batch"], record["length"])
             must, aim = FIGURES[dtype][size]
-            if dtype == "bfloat16" and name == "onednn":
+            if dtype == "bfloat16" and name == "native":
                 continue
-            # In float32 the aim is for oneDNN's.
+            # In float32 the aim is for native ones.
             head = (dtype, f"training step, times faster than eager, {dtype}, {title}", record["label"], must)
-            line = (*head, aim if name == "onednn" or dtype == "bfloat16" else None, True, "x")
+            line = (*head, aim if name == "native" or dtype == "bfloat16" else None, True, "x")
             if name not in record["samples"]:
                 lines.append(Line(*line, reason=f"RED: {record['checks'][name]['text']}"))
                 continue

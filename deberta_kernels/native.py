@@ -31,9 +31,9 @@ __all__ = [
 ]
 
 # csrc/cpu/params.h: the structs in their order, q = 8-byte integer or address, d = double.
-ABI_VERSION = 7
+ABI_VERSION = 8
 ATTENTION_PARAMS = struct.Struct("=73q d q d q")
-LINEAR_PARAMS = struct.Struct("=11q")
+LINEAR_PARAMS = struct.Struct("=13q")
 DROPOUT_PARAMS = struct.Struct("=11q d")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _STATUS = {1: "out of memory", 2: "library and package do not match", 3: "not in this instruction set"}

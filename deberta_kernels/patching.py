@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from . import dispatch
+from . import dispatch, native
 from .integrations.dense import fuse_dense
 from .integrations.huggingface import FusedAttention, FusedEncoder, attention_mixin, install, plan, uninstall
 from .integrations.running import paused
@@ -75,10 +75,9 @@ def patch(
             backend of the device refuses a call; without it that is one warning per reason.
         fast_linears: whether plain linear layers on the CPU are computed in faster ways than PyTorch's: "auto", where
             some are known for the processor, in inference, and bfloat16 and float16 without instructions for them in
-            training as well; True, always, and float32 in training as well; or False. In inference 8 to 192 tokens go
-            to the native library, else to oneDNN, which keeps code for each number of tokens it meets, up to some
-            hundred MB: True suits training with few different lengths. With linear layers the dropouts of hidden
-            states and relative embeddings are taken over: same distribution, other bits.
+            training as well; True, on any processor, and float32 in training as well; or False. They are as exact as
+            PyTorch's. With linear layers the dropouts of hidden states and relative embeddings are taken over: same
+            distribution, other bits.
 
     Returns:
         What was patched, and what was left alone and why.
@@ -87,7 +86,7 @@ def patch(
         TypeError: model is not a module, or strict is not a bool.
         ValueError: no DeBERTa inside, or an unknown backend, unpad or fast_linears.
         RuntimeError: the backend's module does not load.
-        NotImplementedError: fast_linears=True without oneDNN; or strict, and something was left alone.
+        NotImplementedError: fast_linears=True without the native library; or strict, and something was left alone.
     """
     options = _options(backend, unpad, strict, fast_linears)
     if not isinstance(model, nn.Module):
@@ -163,7 +162,8 @@ def patch_all(
         ValueError: an unknown backend, unpad or fast_linears.
         ImportError: transformers is not installed, or does not import.
         RuntimeError: the backend's module does not load.
-        NotImplementedError: fast_linears=True without oneDNN, or a transformers whose classes are not known.
+        NotImplementedError: fast_linears=True without the native library, or classes of transformers that are not
+            known.
     """
     install(_options(backend, unpad, strict, fast_linears))
 
@@ -183,8 +183,8 @@ def _options(backend: str, unpad: str | bool, strict: bool, fast_linears: str | 
             raise ValueError(f"{name} must be 'auto', True or False, got {value!r}; pass {name}='auto'.")
     if not isinstance(strict, bool):
         raise TypeError(f"strict must be a bool, got {strict!r}; pass True or False.")
-    if fast_linears is True and products.refusal() is not None:
-        raise NotImplementedError(f"fast_linears=True is not possible: {products.refusal()}; pass fast_linears='auto'.")
+    if fast_linears is True and (missing := native.unavailable()) is not None:
+        raise NotImplementedError(f"fast_linears=True is not possible: {missing}; pass fast_linears='auto'.")
     if fast_linears == "auto" and not products.anything_gained():
         fast_linears = False
     return AttentionOptions(backend, strict, unpad, fast_linears)

@@ -5,7 +5,7 @@
 
 namespace dk {
 
-constexpr int64_t kAbiVersion = 7;
+constexpr int64_t kAbiVersion = 8;
 constexpr int kMaxHeadDim = 256;
 constexpr int64_t kChecksumKeyBytes = 4176;
 
@@ -66,12 +66,14 @@ struct AttentionParams {
 };
 
 // A linear layer: out (tokens, out_features) = x (tokens, in_features) times weight (out_features, in_features) + bias.
+// Float operands may lie transposed in memory, for the products of its gradients.
 struct LinearParams {
   int64_t abi_version;
   int64_t tokens, in_features, out_features;  // out_features is a multiple of 16
   int64_t dtype;       // DataType of everything: float32, or bfloat16 with instructions for it
   int64_t gelu;        // 1: the exact GELU of it
   int64_t threads;
+  int64_t x_transposed, weight_transposed;  // 1: as (in_features, tokens), (in_features, out_features)
   const void* x;       // all contiguous
   const void* weight;
   const void* bias;    // (out_features), or null

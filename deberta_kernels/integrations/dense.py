@@ -25,7 +25,7 @@ class FusedIntermediate(Swapped):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Widen (..., hidden size) to (..., intermediate size)."""
-        return apply_linear_gelu(self.dense, self.intermediate_act_fn, hidden_states, _everywhere(self))
+        return apply_linear_gelu(self.dense, self.intermediate_act_fn, hidden_states, *_chosen(self))
 
 
 class FusedOutput(Swapped):
@@ -37,8 +37,9 @@ class FusedOutput(Swapped):
 
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
         """Project hidden_states and add them to input_tensor, both (..., hidden size) when done."""
-        projected = apply_linear(self.dense, hidden_states, _everywhere(self))
-        normalised: Tensor = self.LayerNorm(drop_and_add(self.dropout, projected, input_tensor))
+        projected = apply_linear(self.dense, hidden_states, *_chosen(self))
+        dropped = drop_and_add(self.dropout, projected, input_tensor, strict=_chosen(self)[1])
+        normalised: Tensor = self.LayerNorm(dropped)
         return normalised
 
 
@@ -52,22 +53,25 @@ class FusedAdapterOutput(Swapped):
 
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
         """Project hidden_states, run the adapters, and add input_tensor; see `FusedOutput`."""
-        projected = drop_and_add(self.dropout, apply_linear(self.dense, hidden_states, _everywhere(self)))
+        projected = apply_linear(self.dense, hidden_states, *_chosen(self))
+        projected = drop_and_add(self.dropout, projected, strict=_chosen(self)[1])
         return self.bottleneck_layer_forward(projected, input_tensor, self.LayerNorm)
 
 
 # For modules that keep their class because the forward of the class was replaced.
-_stand_ins_everywhere = False
+_stand_ins = False, False
 
 
 def stand_in(options: AttentionOptions) -> None:
     """Set the options of the stand-ins for whole classes; they are put in place elsewhere."""
-    global _stand_ins_everywhere
-    _stand_ins_everywhere = options.fast_linears is True
+    global _stand_ins
+    _stand_ins = options.fast_linears is True, options.strict
 
 
-def _everywhere(module: Any) -> bool:
-    return module.swap_options.fast_linears is True if isinstance(module, Swapped) else _stand_ins_everywhere
+def _chosen(module: Any) -> tuple[bool, bool]:
+    """Return `everywhere` and `strict` of `apply_linear`."""
+    options: AttentionOptions | None = module.swap_options if isinstance(module, Swapped) else None
+    return _stand_ins if options is None else (options.fast_linears is True, options.strict)
 
 
 def _known(home: str, name: str, mixin: Any) -> Known:

@@ -13,23 +13,34 @@ import torch
 from torch import Tensor, nn
 
 from deberta_kernels import native
+from deberta_kernels.checks import storage_fits
 from deberta_kernels.dropout import draw_seed, keep_scale, threshold
-from deberta_kernels.modules.linear import is_hooked, is_watched
+from deberta_kernels.modules.linear import is_hooked, is_replaced, is_watched
+from deberta_kernels.modules.originals import Originals, called
 
-__all__ = ["drop_and_add"]
+__all__ = ["drop_and_add", "is_dropout"]
 
-_FORWARD = nn.Dropout.forward
+_HOME, _FUNCTIONAL = nn.modules.dropout, nn.functional
+_ORIGINALS = Originals(
+    *called(nn.Dropout, _HOME.__name__, "Dropout.forward"),
+    (_HOME, "F", _FUNCTIONAL.__name__, ""),
+    (_FUNCTIONAL, "dropout", _FUNCTIONAL.__name__, "dropout"),
+)
 
 
-def drop_and_add(dropout: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
+def drop_and_add(dropout: nn.Module, x: Tensor, residual: Tensor | None = None, strict: bool = False) -> Tensor:
     """Return dropout(x), plus the residual if there is one.
 
     Args:
         dropout: a module.
         x: any shape.
         residual: that of x, or None; of another dtype, the result has the wider of the two.
+        strict: raise where code that somebody replaced keeps a dropout from being taken over.
+
+    Raises:
+        NotImplementedError: strict, and code was replaced.
     """
-    if _is_plain(dropout, x, residual):
+    if _is_plain(dropout, x, residual) and not is_replaced(_ORIGINALS, "a dropout", strict):
         dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
         seed = int(draw_seed("cpu"))
         return _Dropped.apply(x, residual, dropout.p, seed, dtype)  # type: ignore[no-any-return]
@@ -37,10 +48,15 @@ def drop_and_add(dropout: nn.Module, x: Tensor, residual: Tensor | None = None) 
     return dropped if residual is None else dropped + residual
 
 
+def is_dropout(module: Any) -> bool:
+    """Tell whether a module computes `nn.functional.dropout` and nothing else."""
+    return type(module) is nn.Dropout and _ORIGINALS.replaced() is None
+
+
 def _is_plain(dropout: Any, x: Tensor, residual: Tensor | None) -> bool:
     if type(dropout) is not nn.Dropout or not dropout.training or not isinstance(dropout.p, float):
         return False
-    if torch.compiler.is_compiling() or nn.Dropout.forward is not _FORWARD or is_hooked(dropout) or is_watched():
+    if torch.compiler.is_compiling() or is_hooked(dropout) or is_watched():
         return False
     if not 0 < dropout.p < 1 or dropout.inplace:
         return False
@@ -51,7 +67,7 @@ def _is_plain(dropout: Any, x: Tensor, residual: Tensor | None) -> bool:
 
 def _is_supported(x: Tensor) -> bool:
     strided = type(x) is Tensor and x.layout == torch.strided
-    return strided and x.device.type == "cpu" and x.dtype in native.DTYPES and x.numel() > 0
+    return strided and x.device.type == "cpu" and x.dtype in native.DTYPES and x.numel() > 0 and storage_fits(x)
 
 
 def _is_batched(dout: Tensor) -> bool:

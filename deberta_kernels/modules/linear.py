@@ -1,12 +1,14 @@
 """Call the linear layers of a model: those that are plain in the fastest way there is for them, all others as modules.
 
 A module is taken over only if it computes what `nn.Linear` does and nothing could notice: no hooks, no tracing, no
-function transform. Everything else (LoRA, quantised layers, parametrisations) is called as a module. The ways to
-multiply, and which processor gains by which, are in `products`.
+function transform, no replaced code. Everything else (LoRA, quantised layers, parametrisations) is called as a module.
+The ways to multiply, and which processor gains by which, are in `products`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,40 +17,42 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._device import DeviceContext
 
+from deberta_kernels import dispatch
+from deberta_kernels.checks import storage_fits
 from deberta_kernels.modules import products
+from deberta_kernels.modules.originals import Originals, Place, called, is_own
 
-__all__ = ["apply_linear", "apply_linear_gelu", "is_hooked", "is_linear", "is_watched"]
+__all__ = ["apply_linear", "apply_linear_gelu", "is_hooked", "is_linear", "is_replaced", "is_watched"]
 
 _NARROW = (torch.bfloat16, torch.float16)
-# Somebody may replace these for every module of their class.
-_FORWARDS = (nn.Linear.forward, nn.GELU.forward)
+_ADAPTERHUB = "adapters.methods.lora"
+# Their classes that make a layer linear: where each has its forward from.
+_ADAPTERHUB_FORWARDS = {"LoRALinearTorch": "LoRALinear.forward", "LoRAMergedLinear": "LoRAMergedLinear.forward"}
+_ACTIVATIONS = "transformers.activations"
 
 
-def apply_linear(linear: Any, x: Tensor, everywhere: bool = False) -> Tensor:
+def apply_linear(linear: Any, x: Tensor, everywhere: bool = False, strict: bool = False) -> Tensor:
     """Return linear(x), in the fastest way there is if it is a plain layer that nobody watches.
 
     Args:
         linear: a projection module.
         x: (..., in_features).
-        everywhere: use oneDNN also where PyTorch is as fast, and where a gradient is wanted, backward included.
+        everywhere: use the native library also where PyTorch may be as fast, and in training, backward included.
+        strict: raise where code that somebody replaced keeps a layer from being taken over.
+
+    Raises:
+        NotImplementedError: strict, and code was replaced.
     """
-    if _is_plain(linear, x):
-        dtype = _result_dtype(x)
-        differentiable = _needs_gradient(linear, x)
-        if products.lacks_products(dtype):
-            widen = products.widened_with_gradients if differentiable else products.widened
-            return widen(x, linear.weight, linear.bias, dtype)
-        # In training a checkpoint's first pass, without gradients, must give the bits of the second, with gradients.
-        if not (differentiable or linear.training) and _runs_natively(linear, x, everywhere):
-            return products.natively(x, linear.weight, linear.bias)
-        if _runs_in_onednn(linear, x, everywhere) and (everywhere or not (differentiable or linear.training)):
-            multiply = products.in_onednn_with_gradients if differentiable else products.in_onednn
-            return multiply(x, linear.weight, linear.bias)
+    product = _product(linear, x, everywhere) if _is_plain(linear, x) else None
+    if product is not None and not is_replaced(_originals_of(type(linear)), "a linear layer", strict):
+        return product(x, linear.weight, linear.bias)
     projected: Tensor = linear(x)
     return projected
 
 
-def apply_linear_gelu(linear: Any, activation: Any, x: Tensor, everywhere: bool = False) -> Tensor:
+def apply_linear_gelu(
+    linear: Any, activation: Any, x: Tensor, everywhere: bool = False, strict: bool = False
+) -> Tensor:
     """Return activation(linear(x)), in one step if both are plain and the activation is the exact GELU.
 
     Args:
@@ -56,21 +60,38 @@ def apply_linear_gelu(linear: Any, activation: Any, x: Tensor, everywhere: bool 
         activation: a module or function.
         x: (..., in_features).
         everywhere: as in `apply_linear`.
+        strict: as in `apply_linear`.
+
+    Raises:
+        NotImplementedError: as in `apply_linear`.
     """
     # In training the GELU's input is kept, and a checkpoint's first pass, without gradients, must give the same bits.
-    if not linear.training and _is_gelu(activation) and _is_plain(linear, x) and not _needs_gradient(linear, x):
-        dtype = _result_dtype(x)
-        if products.lacks_products(dtype):
-            return products.widened(x, linear.weight, linear.bias, dtype, gelu=True)
-        if _runs_natively(linear, x, everywhere):
-            return products.natively(x, linear.weight, linear.bias, gelu=True)
-        if _runs_in_onednn(linear, x, everywhere):
-            return products.in_onednn(x, linear.weight, linear.bias, gelu=True)
-        if dtype == x.dtype:
-            projected: Tensor = linear(x)
-            return _gelu_in_place(projected)
-    activated: Tensor = activation(apply_linear(linear, x, everywhere))
-    return activated
+    if linear.training or not _is_gelu(activation) or not _is_plain(linear, x) or _needs_gradient(linear, x):
+        return activation(apply_linear(linear, x, everywhere, strict))  # type: ignore[no-any-return]
+    if isinstance(activation, nn.Module) and is_replaced(_originals_of(type(activation)), "a GELU", strict):
+        return activation(apply_linear(linear, x, everywhere, strict))  # type: ignore[no-any-return]
+    product = _product(linear, x, everywhere)
+    if product is not None and not is_replaced(_originals_of(type(linear)), "a linear layer", strict):
+        return product(x, linear.weight, linear.bias, gelu=True)
+    projected: Tensor = linear(x)
+    # Nobody else has this tensor, unless other code than PyTorch's made it.
+    fresh = product is None and _result_dtype(x) == x.dtype and _originals_of(type(linear)).replaced() is None
+    return _gelu_in_place(projected) if fresh else activation(projected)  # type: ignore[no-any-return]
+
+
+def _product(linear: Any, x: Tensor, everywhere: bool) -> Callable[..., Tensor] | None:
+    """Return the fastest product for a plain layer, of x, weight and bias; None where it is the module's own."""
+    dtype, differentiable = _result_dtype(x), _needs_gradient(linear, x)
+    if products.lacks_products(dtype):
+        return partial(products.widened_with_gradients if differentiable else products.widened, dtype=dtype)
+    if torch.is_autocast_enabled("cpu") or not products.suits(x, linear.weight, linear.bias, everywhere):
+        return None
+    if not (differentiable or linear.training):
+        return products.natively
+    # In training a checkpoint's first pass, without gradients, must give the bits of the second, with gradients.
+    if not everywhere or not products.suits_gradients(linear.weight):
+        return None
+    return products.natively_with_gradients if differentiable else products.natively
 
 
 def _gelu_in_place(x: Tensor) -> Tensor:
@@ -79,36 +100,64 @@ def _gelu_in_place(x: Tensor) -> Tensor:
 
 
 def is_linear(module: Any) -> bool:
-    """Tell whether a module computes `nn.functional.linear` of its weight and bias, and nothing else.
+    """Tell whether a module computes `nn.functional.linear` of its weight and bias, and nothing else."""
+    return _is_linear_class(module) and _originals_of(type(module)).replaced() is None
+
+
+def _is_linear_class(module: Any) -> bool:
+    """Tell whether the class of a module, as it was written, makes it a linear layer.
 
     AdapterHub makes every linear layer its own. Most never get an adapter, and one that is not active, or merged into
     the weight, changes nothing.
     """
     cls = type(module)
-    if cls.__module__ == "adapters.methods.lora" and cls.__name__ in ("LoRALinearTorch", "LoRAMergedLinear"):
+    if cls.__module__ == _ADAPTERHUB and cls.__name__ in _ADAPTERHUB_FORWARDS:
         return not module.fan_in_fan_out and (bool(module.merged) or module.get_active_setup() is None)
-    return cls is nn.Linear and cls.forward is _FORWARDS[0]
+    return cls is nn.Linear
+
+
+_originals: dict[type[Any], Originals] = {}
+
+
+def _originals_of(cls: type[Any]) -> Originals:
+    """Return the code that a product stands in for, or a GELU: what runs when a module of the class is called."""
+    found = _originals.get(cls)
+    return _originals.setdefault(cls, Originals(*_places(cls))) if found is None else found
+
+
+def _places(cls: type[Any]) -> tuple[Place, ...]:
+    functional: Any = nn.functional
+    if issubclass(cls, nn.Linear):
+        home: Any = nn.modules.linear
+        own = () if cls is nn.Linear else called(cls, cls.__module__, _ADAPTERHUB_FORWARDS[cls.__name__])
+        function = (functional, "linear", "torch._C._nn", "linear")
+        plain = called(nn.Linear, home.__name__, "Linear.forward")
+        return (*own, *plain, (home, "F", functional.__name__, ""), function)
+    if cls is nn.GELU:
+        home = nn.modules.activation
+        function = (functional, "gelu", "torch._C._nn", "gelu")
+        return (*called(cls, home.__name__, "GELU.forward"), (home, "F", functional.__name__, ""), function)
+    return called(cls, _ACTIVATIONS, "GELUActivation.forward")
+
+
+def is_replaced(originals: Originals, what: str, strict: bool) -> bool:
+    """Tell whether somebody replaced code, which then runs: with one warning, or an error if strict."""
+    reason = originals.replaced()
+    if reason is None:
+        return False
+    dispatch.fallback(f"{what} is called as a module: {reason}", "undo that, or pass fast_linears=False", strict)
+    return True
 
 
 def _result_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
 
 
-def _runs_in_onednn(linear: Any, x: Tensor, everywhere: bool) -> bool:
-    if torch.is_autocast_enabled("cpu") or not torch.backends.mkldnn.enabled:
-        return False
-    return products.can_multiply(x.dtype) if everywhere else products.wanted(x.dtype)
-
-
-def _runs_natively(linear: Any, x: Tensor, everywhere: bool) -> bool:
-    return not torch.is_autocast_enabled("cpu") and products.suits_few_tokens(x, linear.weight, linear.bias, everywhere)
-
-
 def _is_plain(linear: Any, x: Tensor) -> bool:
     """Tell whether the layer may be taken over: dtypes and devices fit, and nobody watches."""
-    if torch.compiler.is_compiling() or not is_linear(linear) or type(x) is not Tensor:
+    if torch.compiler.is_compiling() or not _is_linear_class(linear) or type(x) is not Tensor:
         return False
-    if x.device.type != "cpu" or x.numel() == 0 or is_hooked(linear):
+    if not x.is_cpu or x.numel() == 0 or is_hooked(linear):
         return False
     weight, bias = linear.weight, linear.bias
     if weight.dim() != 2 or x.shape[-1:] != weight.shape[1:] or (bias is not None and bias.shape != weight.shape[:1]):
@@ -117,7 +166,8 @@ def _is_plain(linear: Any, x: Tensor) -> bool:
     for parameter in (weight, bias):
         if parameter is not None and not _is_plain_parameter(parameter, x, autocast):
             return False
-    return not is_watched()
+    # Of memory that was freed PyTorch says so.
+    return not is_watched() and all(tensor is None or storage_fits(tensor) for tensor in (x, weight, bias))
 
 
 def is_watched() -> bool:
@@ -139,7 +189,7 @@ def _is_any_function_watched() -> bool:
 
 
 def _is_plain_parameter(parameter: Tensor, x: Tensor, autocast: bool) -> bool:
-    if type(parameter) is not nn.Parameter or not parameter.is_contiguous() or parameter.device != x.device:
+    if type(parameter) is not nn.Parameter or not parameter.is_contiguous() or not parameter.is_cpu:
         return False
     if autocast:  # which makes one dtype of these
         return all(t.dtype in (torch.float32, *_NARROW) for t in (parameter, x))
@@ -154,17 +204,21 @@ def _needs_gradient(linear: Any, x: Tensor) -> bool:
 
 
 def _is_gelu(activation: Any) -> bool:
-    if isinstance(activation, nn.Module) and is_hooked(activation):
-        return False
-    cls = type(activation)
-    if cls is nn.GELU:
-        return activation.approximate == "none" and cls.forward is _FORWARDS[1]
-    if cls.__module__ == "transformers.activations" and cls.forward.__module__ == cls.__module__:
-        activation = getattr(activation, "act", None)
-    return activation is nn.functional.gelu
+    """Tell whether an activation, as it was written, is the exact GELU and nothing else."""
+    if isinstance(activation, nn.Module):
+        cls = type(activation)
+        if is_hooked(activation):
+            return False
+        if cls is nn.GELU:
+            return activation.approximate == "none"
+        if cls.__module__ != _ACTIVATIONS or cls.__name__ != "GELUActivation":
+            return False
+        activation = getattr(activation, "act", None)  # the function of the time when it was made
+    return is_own(activation, "torch._C._nn", "gelu")
 
 
 def is_hooked(module: nn.Module) -> bool:
     """Tell whether a call of the module, or its backward, runs anything but the forward of its class."""
     forward = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
-    return bool(forward or module._backward_hooks or module._backward_pre_hooks) or _has_any_global_hook()
+    compiled = getattr(module, "_compiled_call_impl", None) is not None
+    return bool(forward or compiled or module._backward_hooks or module._backward_pre_hooks) or _has_any_global_hook()

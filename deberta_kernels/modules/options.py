@@ -33,5 +33,5 @@ class AttentionOptions:
         if not self.fast_linears:
             return layer(x)  # type: ignore[no-any-return]
         if isinstance(layer, nn.Dropout):
-            return drop_and_add(layer, x)
-        return apply_linear(layer, x, everywhere=self.fast_linears is True)
+            return drop_and_add(layer, x, strict=self.strict)
+        return apply_linear(layer, x, everywhere=self.fast_linears is True, strict=self.strict)

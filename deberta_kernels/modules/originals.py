@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import os
 import sys
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodDescriptorType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodDescriptorType, ModuleType
 from typing import Any
 
 import torch
 
-__all__ = ["Originals", "is_own"]
+__all__ = ["Originals", "Place", "called", "is_own"]
+
+Place = tuple[Any, str, str, str]
 
 # Function -> its code when it was found to be its maker's own, and as what. Only such are kept: a few for good.
 _own: dict[FunctionType, tuple[CodeType, str, str]] = {}
@@ -27,7 +29,7 @@ def is_own(function: Any, home: str, qualname: str) -> bool:
         function: anything.
         home: name of the module, as "torch.nn.modules.linear"; of a builtin, the module or class it belongs to, which
             for torch.bmm and its like is "_VariableFunctionsClass", for tensors' methods "TensorBase".
-        qualname: name inside of it, as "Linear.forward".
+        qualname: name inside of it, as "Linear.forward"; empty for the module itself.
     """
     if type(function) is torch.jit.ScriptFunction:
         function = getattr(function, "_torchdynamo_inline", None)  # what was scripted
@@ -45,6 +47,8 @@ def is_own(function: Any, home: str, qualname: str) -> bool:
 
 
 def _is_own_builtin(function: Any, home: str, name: str) -> bool:
+    if type(function) is ModuleType:
+        return not name and function is sys.modules.get(home)
     if type(function) is MethodDescriptorType:
         return (function.__objclass__.__name__, function.__name__) == (home, name)
     if type(function) is not BuiltinFunctionType or function.__name__ != name:
@@ -64,6 +68,22 @@ def _is_file_of(filename: str, home: str) -> bool:
     return bool(inside) and os.path.splitext(origin)[0].endswith(os.sep + inside)
 
 
+def called(cls: Any, home: str, qualname: str) -> tuple[Place, ...]:
+    """Return what runs when a module of a class is called, as places of `Originals`.
+
+    Args:
+        cls: the class.
+        home: name of the module that defines its forward.
+        qualname: name of the forward inside of it.
+    """
+    module = "torch.nn.modules.module"
+    return (
+        (cls, "__call__", module, "Module._wrapped_call_impl"),
+        (cls, "_call_impl", module, "Module._call_impl"),
+        (cls, "forward", home, qualname),
+    )
+
+
 class Originals:
     """Functions that a faster way stands in for, looked at before every use.
 
@@ -71,7 +91,7 @@ class Originals:
         places: (owner, name, home, qualname): owner.name must be what `is_own` says of the last two.
     """
 
-    def __init__(self, *places: tuple[Any, str, str, str]) -> None:
+    def __init__(self, *places: Place) -> None:
         self._places = places
         # (owner, name, function, its code), as last found to be right; what is still the same needs no second look.
         self._found: tuple[tuple[Any, str, Any, Any], ...] = ((self, "replaced", None, None),)

@@ -20,7 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from deberta_kernels import native
+from deberta_kernels.checks import storage_fits
 from deberta_kernels.modules.anatomy import Apply, AttentionModule, is_version_one, position_projections, position_spec
+from deberta_kernels.modules.hidden_dropout import is_dropout
 from deberta_kernels.modules.linear import is_hooked, is_linear
 from deberta_kernels.position import attention_span, reachable_rows
 from deberta_kernels.types import PositionSpec
@@ -145,8 +147,7 @@ def content_key(tensor: Tensor) -> tuple[Any, ...] | None:
         return None
     if tensor.layout != torch.strided or not tensor.is_contiguous() or tensor.is_complex() or tensor.is_neg():
         return None
-    stop = (tensor.storage_offset() + tensor.numel()) * tensor.element_size()
-    if stop > tensor.untyped_storage().nbytes():
+    if not storage_fits(tensor):
         return None  # its memory was freed or cut: whoever computes with it says so
     plain = tensor.detach().view(-1)
     version = None if tensor.is_inference() else tensor._version
@@ -244,7 +245,7 @@ def _validity(
     if module.training or module.pos_dropout.training:
         return None
     linears: list[Any] = list(projections.values())
-    if type(module.pos_dropout) is not nn.Dropout or not all(map(is_linear, linears)):
+    if not is_dropout(module.pos_dropout) or not all(map(is_linear, linears)):
         return None
     if any(is_hooked(part) for part in (module.pos_dropout, *linears)):
         return None

@@ -14,20 +14,15 @@ TABLES = 2  # position tables of one layer, projected in training, and once in e
 
 
 def record_products(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Return a list that the activation of each product of oneDNN and of the native library will be added to."""
+    """Return a list that the activation of each product of the native library will be added to."""
     seen: list[str] = []
-    in_onednn, natively = products._operator(), products.natively
+    multiply = products._multiply
 
-    def recording(*arguments: Any) -> torch.Tensor:
-        seen.append(arguments[3])
-        return in_onednn(*arguments)
-
-    def recording_natively(x: Any, weight: Any, bias: Any, gelu: bool = False) -> torch.Tensor:
+    def recording(*arguments: Any, gelu: bool = False, transposed: str = "") -> None:
         seen.append("gelu" if gelu else "none")
-        return natively(x, weight, bias, gelu)
+        multiply(*arguments, gelu=gelu, transposed=transposed)
 
-    monkeypatch.setattr(products, "_operator", lambda: recording)
-    monkeypatch.setattr(products, "natively", recording_natively)
+    monkeypatch.setattr(products, "_multiply", recording)
     return seen
 
 

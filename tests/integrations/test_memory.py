@@ -1,7 +1,10 @@
-"""The patched encoder creates no tensor that grows with the square of the length."""
+"""The patched encoder creates no tensor that grows with the square of the length, and keeps nothing of a length."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import deberta_kernels as dk
+from deberta_kernels.modules import products
 
 LENGTH = 131  # no size of the models or tables, and no multiple of a tile
 
@@ -91,3 +95,43 @@ def test_attention_keeps_a_fraction_of_what_eager_keeps_for_backward(length, sha
     eager, ours = (training_memory.one_layer("v3-base", length, patched, "attention") for patched in (False, True))
     assert eager > 12 * length**2 * 4  # at least the probabilities of twelve heads
     assert ours <= share * eager
+
+
+GROWTH = """
+import ctypes, sys
+from pathlib import Path
+import torch
+from transformers import DebertaV2Config, DebertaV2Model
+import deberta_kernels as dk
+
+torch.set_num_threads(1)
+model = DebertaV2Model(DebertaV2Config(
+    vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=96, type_vocab_size=0,
+    max_position_embeddings=64, relative_attention=True, position_buckets=16, pos_att_type=["p2c", "c2p"],
+    position_biased_input=False,
+)).eval().to(getattr(torch, sys.argv[1]))
+dk.patch(model, strict=True)
+
+def grown_by(lengths):
+    for length in lengths:
+        model(input_ids=torch.full((1, length), 7))
+    ctypes.CDLL(None).malloc_trim(0)
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
+
+with torch.no_grad():
+    before = grown_by([420, 300, 8])
+    print(grown_by([*range(8, 420, 3)]) - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_lengths_never_seen_before_leave_nothing_behind(dtype):
+    """No code and no layout is kept for a number of tokens, in the linear layers or elsewhere."""
+    if dtype == "bfloat16" and not products.suits(*torch.ones(2, 16, 16, dtype=torch.bfloat16)):
+        pytest.skip("PyTorch multiplies bfloat16 here, and may keep code for each number of tokens")
+    environment = {**os.environ, "PYTHONPATH": str(Path(dk.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", GROWTH, dtype]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 8  # MiB; oneDNN would keep 1 for each length

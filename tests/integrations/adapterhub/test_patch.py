@@ -12,6 +12,7 @@ import torch
 from transformers.models.deberta_v2 import modeling_deberta_v2 as hf
 
 import deberta_kernels as dk
+from deberta_kernels import dispatch, native
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -79,6 +80,7 @@ import warnings
 warnings.simplefilter("ignore")
 import torch, transformers
 import deberta_kernels as dk
+from deberta_kernels import dispatch, native
 from transformers.models.deberta_v2 import modeling_deberta_v2 as hf
 dk.patch_all(strict=True)
 import adapters
@@ -189,8 +191,8 @@ def test_lora_through_the_plugin_interface_is_fused(build, batch, calls_per_laye
 def test_layers_without_an_adapter_run_as_plain_ones(adapt, batch, monkeypatch):
     from deberta_kernels.modules import products
 
-    if products.refusal() is not None:
-        pytest.skip(products.refusal())
+    if native.library_status()["isa"] not in products._VARIANTS:
+        pytest.skip("no vector variant of the native library")
     ran = record_products(monkeypatch)
     config = adapters.LoRAConfig(attn_matrices=["q"])
     expected = states(adapt({"task": config}, "task"), batch())
@@ -206,8 +208,8 @@ def test_layers_without_an_adapter_run_as_plain_ones(adapt, batch, monkeypatch):
 def test_layers_whose_adapter_does_nothing_run_as_plain_ones(head, plain_layers, how, adapt, batch, monkeypatch):
     from deberta_kernels.modules import positions, products
 
-    if products.refusal() is not None:
-        pytest.skip(products.refusal())
+    if native.library_status()["isa"] not in products._VARIANTS:
+        pytest.skip("no vector variant of the native library")
     config = adapters.LoRAConfig(attn_matrices=["q", "k", "v"])
     plain, model = (adapt({"task": config}, "task", head=head) for _ in range(2))
     dk.patch(model, fast_linears=True)
@@ -227,3 +229,19 @@ def test_layers_whose_adapter_does_nothing_run_as_plain_ones(head, plain_layers,
     torch.testing.assert_close(states(model, batch()), states(plain, batch()), atol=3e-5, rtol=1e-5)
     with adapters.AdapterSetup(None):
         torch.testing.assert_close(states(model, batch()), states(plain, batch()), atol=3e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("cls", ["LoRALinear", "torch.nn.Linear"])
+def test_a_replaced_forward_of_a_layer_takes_part(cls, adapt, batch, monkeypatch):
+    from adapters.methods import lora
+
+    owner = torch.nn.Linear if cls == "torch.nn.Linear" else getattr(lora, cls)
+    config = adapters.LoRAConfig(attn_matrices=["q", "k", "v"])
+    plain, model = (adapt({"task": config}, None) for _ in range(2))
+    dk.patch(model, fast_linears=True)
+    before, original = states(model, batch()), owner.forward
+    monkeypatch.setattr(owner, "forward", lambda self, x: original(self, x) / 2)
+    with pytest.warns(dispatch.DebertaKernelsWarning, match=r"Linear\w*\.forward was replaced"):
+        found = states(model, batch())
+    torch.testing.assert_close(found, states(plain, batch()), atol=3e-5, rtol=1e-5)
+    assert (found - before).abs().max() > 0.01
