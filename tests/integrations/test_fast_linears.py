@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 import deberta_kernels as dk
-from deberta_kernels import native
 from deberta_kernels.modules import hidden_dropout
 from deberta_kernels.modules import products as ways
 from deberta_kernels.modules.linear import apply_linear, apply_linear_gelu
+from tests import needs
 from tests.integrations.linears import LINEARS, TABLES, gradients_of, record_products, states_of
 
-pytestmark = pytest.mark.skipif(ways.refusal() is not None, reason=f"no oneDNN: {ways.refusal()}")
+needs.onednn()
 
 
 @pytest.fixture
@@ -86,9 +86,9 @@ def test_gradients_are_within_the_budget(unpad, everywhere, build, batch, in_dou
     assert products == ["none"] * (PRODUCTS * (LINEARS + TABLES) * model.config.num_hidden_layers)
 
 
-@pytest.mark.skipif(native.opened() is None, reason="the native library is not built")
 @pytest.mark.parametrize(("wanted", "expected"), [(True, 3), (False, 0)])
 def test_hidden_dropout_is_counted_forward_and_backward(wanted, expected, build, batch, monkeypatch):
+    needs.native_library()
     calls, drop = [], hidden_dropout._drop
     monkeypatch.setattr(hidden_dropout, "_drop", lambda x, *rest: calls.append(x.shape) or drop(x, *rest))
     model, inputs = build(hidden_dropout_prob=0.1).train(), batch()
