@@ -13,6 +13,8 @@ VENV ?= .venv
 VENV_TF4 ?= .venv-tf4
 VENV_ECOSYSTEM ?= .venv-ecosystem
 VENV_SPACY ?= .venv-spacy
+VENV_OLDEST ?= .venv-oldest
+VENV_NEWEST ?= .venv-newest
 # The newest Triton the kernels are compiled with, and the oldest that is supported.
 TRITON ?= 3.9.0
 TRITON_OLDEST ?= 3.6.0
@@ -20,6 +22,7 @@ TRITON_OLDEST ?= 3.6.0
 GPU_PYTHON ?= $(eval GPU_PYTHON := $(shell python3 -c "$(SEES_GPU)" 2>/dev/null))$(GPU_PYTHON)
 SEES_GPU = import torch; print('python3' if torch.cuda.is_available() else '')
 MODEL ?=
+UPSTREAM ?=
 ARGS ?=
 
 ENVIRONMENT = $(PYTHON) tools/environment.py --torch "$(TORCH)"
@@ -30,7 +33,17 @@ ECOSYSTEM_PINS = --pin transformers==5.16.1 --pin gliner==0.2.29 --pin sentence-
 # It needs a transformers older than that of the test extra.
 SPACY_PINS = --pin spacy-transformers==1.4.0 --pin spacy==3.8.18 --pin pytest --pin hypothesis --pin numpy
 TF4_TESTS ?= tests/integrations tests/unit
+# The oldest and the newest of what pyproject.toml and the README promise; Triton's are above. torch is 7 GB with CUDA,
+# which its index for CPUs spares: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+PYTHON_OLDEST ?= $(or $(shell command -v python3.10),$(PYTHON))
+PYTHON_NEWEST ?= $(or $(shell command -v python3.13),$(PYTHON))
+TORCH_OLDEST ?= torch==2.9.1
+TORCH_NEWEST ?= torch==2.14.1
+OLDEST_PINS = --torch "$(TORCH_OLDEST)" --pin "$(TORCH_OLDEST)" --pin transformers==4.57.1
+NEWEST_PINS = --torch "$(TORCH_NEWEST)" --pin "$(TORCH_NEWEST)" --pin transformers==5.24.0
 # A process for each core, up to eight: one takes a gigabyte. ARGS="-n 0" runs the tests in one process.
+INTERPRETED = TRITON_INTERPRET=1 OMP_NUM_THREADS=1
+INTERPRETED_TESTS = tests/ops -k "triton_interpreted or test_triton" --require triton
 PYTEST = -m pytest -n auto --maxprocesses 8 --dist worksteal
 # The sanitizers have to be there before Python, and libstdc++ beside them: PyTorch, which comes later, throws exceptions.
 # New memory holds NaN.
@@ -46,7 +59,7 @@ OFFLINE = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-sanitized test-tf4 test-triton test-ecosystem lint format types build bench-cpu bench-model bench-train
 .PHONY: env-demo env-test env-bench env-tf4 env-triton env-ecosystem env-gpu clean kernels-offline cuda-offline
-.PHONY: gpu gpu-smoke tune bench-adapters
+.PHONY: gpu gpu-smoke tune bench-adapters test-versions test-oldest test-newest test-upstream env-oldest env-newest
 MAKEFLAGS += --no-print-directory
 
 help: ## list these targets
@@ -57,21 +70,45 @@ demo: env-demo ## run real text through a DeBERTa before and after patching; pri
 	@$(RUN) -m deberta_kernels demo $(MODEL) $(ARGS)
 
 test: env-test ## run the test suite
-	@$(OFFLINE) $(RUN) $(PYTEST) $(ARGS)
+	@$(OFFLINE) $(RUN) $(PYTEST) --require matplotlib $(ARGS)
 
 test-tf4: env-tf4 ## run the integration tests against transformers 4.57.6 and adapters 1.3.0
-	@$(OFFLINE) $(VENV_TF4)/bin/python $(PYTEST) $(TF4_TESTS) $(ARGS)
+	@$(OFFLINE) $(VENV_TF4)/bin/python $(PYTEST) $(TF4_TESTS) --require adapters $(ARGS)
 
 test-sanitized: env-test ## run the operator tests and linear layers under AddressSanitizer and UndefinedBehaviorSanitizer
 	@$(RUN) -W ignore setup.py -q build_native --sanitize
 	@$(SANITIZED) $(OFFLINE) OMP_NUM_THREADS=1 $(RUN) $(PYTEST) --sanitized $(SANITIZED_TESTS) $(ARGS)
 
 test-triton: env-triton ## test the Triton kernels in Triton's interpreter, on the CPU
-	@$(OFFLINE) TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(RUN) $(PYTEST) tests/ops -k "triton_interpreted or test_triton" $(ARGS)
+	@$(OFFLINE) $(INTERPRETED) $(RUN) $(PYTEST) $(INTERPRETED_TESTS) $(ARGS)
+
+test-versions: test-oldest test-newest ## run the tests with the oldest and the newest of what is promised; an hour, 15 GB
+
+test-upstream: env-test ## run tests of transformers' repository, UPSTREAM="folders", without and with the patch; compare
+	@$(OFFLINE) $(RUN) tools/upstream_tests.py $(UPSTREAM) $(ARGS)
+
+test-oldest: env-oldest $(VENV_OLDEST)/triton-$(TRITON_OLDEST)
+	@echo "=== unit, operator and integration tests with $(TORCH_OLDEST) and the oldest transformers"
+	@$(OFFLINE) $(VENV_OLDEST)/bin/python $(PYTEST) tests/unit tests/ops tests/integrations $(ARGS)
+	@echo "=== Triton's interpreter: Triton $(TRITON_OLDEST)"
+	@$(OFFLINE) $(INTERPRETED) PYTHONPATH=$(VENV_OLDEST)/triton-$(TRITON_OLDEST) \
+		$(VENV_OLDEST)/bin/python $(PYTEST) $(INTERPRETED_TESTS) $(ARGS)
+
+# The oldest Triton again, beside the newest NumPy.
+test-newest: env-newest $(VENV_NEWEST)/triton-$(TRITON) $(VENV_NEWEST)/triton-$(TRITON_OLDEST)
+	@echo "=== unit, operator and integration tests with $(TORCH_NEWEST) and the newest transformers"
+	@$(OFFLINE) $(VENV_NEWEST)/bin/python $(PYTEST) tests/unit tests/ops tests/integrations $(ARGS)
+	@for version in $(TRITON) $(TRITON_OLDEST); do \
+		echo "=== Triton's interpreter: Triton $$version"; \
+		$(OFFLINE) $(INTERPRETED) PYTHONPATH=$(VENV_NEWEST)/triton-$$version \
+			$(VENV_NEWEST)/bin/python $(PYTEST) $(INTERPRETED_TESTS) $(ARGS) || exit 1; \
+	done
 
 test-ecosystem: env-ecosystem ## run the tests with GLiNER, sentence-transformers, Presidio, spaCy and quantised layers
-	@$(OFFLINE) $(VENV_ECOSYSTEM)/bin/python -m pytest tests/integrations/test_consumers.py $(ARGS)
-	@$(OFFLINE) $(VENV_SPACY)/bin/python -m pytest tests/integrations/test_consumers.py -k spacy_transformers $(ARGS)
+	@$(OFFLINE) $(VENV_ECOSYSTEM)/bin/python -m pytest tests/integrations/test_consumers.py \
+		--require gliner,sentence_transformers,presidio_analyzer,bitsandbytes,torchao $(ARGS)
+	@$(OFFLINE) $(VENV_SPACY)/bin/python -m pytest tests/integrations/test_consumers.py -k spacy_transformers \
+		--require spacy_transformers $(ARGS)
 
 lint: env-test ## check style and formatting
 	@$(RUN) -m ruff check .
@@ -101,7 +138,7 @@ bench-adapters: env-tf4 env-test ## time LoRA training, prefixes and prompts pat
 	@$(RUN) benchmarks/bench_adapters.py --library peft $(ARGS)
 
 kernels-offline: env-test build/triton-$(TRITON) build/triton-$(TRITON_OLDEST) ## compile the Triton kernels for devices not here; count
-	@PYTHONPATH=build/triton-$(TRITON) $(RUN) -m pytest -q tests/triton
+	@PYTHONPATH=build/triton-$(TRITON) $(RUN) -m pytest -q tests/triton --require triton
 	@$(RUN) tools/kernels_offline.py --triton build/triton-$(TRITON) --triton build/triton-$(TRITON_OLDEST) $(ARGS)
 
 cuda-offline: env-test build/triton-$(TRITON) ## compile the CUDA kernels with nvcc; count, hold to bounds
@@ -117,7 +154,7 @@ tune: env-gpu ## on a GPU: time tile sizes and write their table
 	@$(OFFLINE) PYTHONPATH=. $(GPU_RUN) benchmarks/tune.py $(ARGS)
 
 clean: ## delete the environments and everything built
-	rm -rf $(VENV) $(VENV_TF4) $(VENV_ECOSYSTEM) $(VENV_SPACY) build dist deberta_kernels/lib deberta_kernels.egg-info demo-results
+	rm -rf $(VENV) $(VENV_TF4) $(VENV_ECOSYSTEM) $(VENV_SPACY) $(VENV_OLDEST) $(VENV_NEWEST) build dist deberta_kernels/lib deberta_kernels.egg-info demo-results
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -156,3 +193,18 @@ env-ecosystem:
 	@$(ENVIRONMENT) --venv $(VENV_ECOSYSTEM) --extras test $(ECOSYSTEM_PINS)
 	@$(ENVIRONMENT) --venv $(VENV_SPACY) $(SPACY_PINS)
 	@$(VENV_ECOSYSTEM)/bin/python -W ignore setup.py -q build_native
+
+env-oldest:
+	@$(PYTHON_OLDEST) tools/environment.py --venv $(VENV_OLDEST) --extras test $(OLDEST_PINS)
+	@$(VENV_OLDEST)/bin/python -W ignore setup.py -q build_native
+
+env-newest:
+	@$(PYTHON_NEWEST) tools/environment.py --venv $(VENV_NEWEST) --extras test $(NEWEST_PINS)
+	@$(VENV_NEWEST)/bin/python -W ignore setup.py -q build_native
+
+# Not installed into the environments: each torch for CUDA wants a Triton of its own there.
+$(VENV_OLDEST)/triton-%: | env-oldest
+	@rm -rf $@.partial && $(VENV_OLDEST)/bin/python -m pip install -q --no-deps --target $@.partial triton==$* && mv $@.partial $@
+
+$(VENV_NEWEST)/triton-%: | env-newest
+	@rm -rf $@.partial && $(VENV_NEWEST)/bin/python -m pip install -q --no-deps --target $@.partial triton==$* && mv $@.partial $@

@@ -3,24 +3,23 @@
     pytest benchmarks/test_bench_core.py --benchmark-group-by=group --benchmark-timer=time.process_time
 
 One group per shape. The figures come from `bench_cpu.py`, which interleaves; here candidates run one after the other.
+In a run of all tests nothing is timed: every candidate is held to the error budget, and called once.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.util
 import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-
-pytest.importorskip("pytest_benchmark", reason="needs the pytest-benchmark plugin")
-
 import torch
 from baselines import candidates
 from checking import Check, check_candidates
 from shapes import Shape
+
+from tests import needs
 
 SHAPES = (
     Shape(1, 128),
@@ -72,10 +71,7 @@ def test_ours(benchmark: Any, shape: Shape, tables: str, backend: str) -> None:
     if tables == "prepared" and (shape.backward or backend != "cpu"):
         pytest.skip("only the cpu backend prepares tables, and only without gradients")
     if backend == "cpu":
-        from machine import library
-
-        if not library()["loaded"]:
-            pytest.skip(f"no native library: {library()['reason']}")
+        needs.native_library()
     _run(benchmark, shape, tables, backend)
 
 
@@ -83,6 +79,4 @@ def test_ours(benchmark: Any, shape: Shape, tables: str, backend: str) -> None:
 def test_baseline(benchmark: Any, shape: Shape, name: str) -> None:
     if name == "sdpa" and shape.backward:
         pytest.skip("SDPA is compared forward only: it has no position tables to differentiate")
-    if name == "huggingface" and importlib.util.find_spec("transformers") is None:
-        pytest.skip("needs transformers")
     _run(benchmark, shape, name, "cpu")

@@ -1,7 +1,4 @@
-"""Hold the logic between measurements and tables: what is drawn, allowed, compared and written.
-
-pytest benchmarks/test_model_tables.py
-"""
+"""Hold the logic between measurements and tables: what is drawn, allowed, compared and written."""
 
 from __future__ import annotations
 
@@ -21,6 +18,7 @@ from model_shapes import BETTER_RUNTIME, MODEL_FIGURES, MODEL_SHAPES, Batch, Mod
 from rivals import candidate_names
 
 from deberta_kernels.testing import budget
+from tests import needs
 
 RAGGED = next(shape for shape in MODEL_SHAPES if shape.fill < 1.0)
 SAMPLE_FIELDS = ("median", "minimum", "p20", "p80", "wall_median", "wall_minimum")
@@ -219,7 +217,7 @@ def test_report_writes_tables_between_the_markers_of_its_kind_and_draws(tmp_path
     path, readme, picture = tmp_path / "model.json", tmp_path / "README.md", tmp_path / "model.png"
     path.write_text(json.dumps(result), encoding="utf-8")
     readme.write_text("before\n<!-- bench-model:begin -->\nold\n<!-- bench-model:end -->\nafter\n", encoding="utf-8")
-    pytest.importorskip("matplotlib")
+    needs.package("matplotlib")
     assert report.main([str(path), "--plot", str(picture), "--update", str(readme)]) == 0
     content = readme.read_text(encoding="utf-8")
     assert content.startswith("before\n")

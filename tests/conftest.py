@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+from dataclasses import fields
 from functools import lru_cache
 
 import hypothesis
@@ -11,6 +11,7 @@ import torch
 
 from deberta_kernels import env
 from deberta_kernels.testing import backends, budget, inputs, interpreter
+from tests import needs
 
 # Cases of one test that a slow target runs.
 _SAMPLE = 6
@@ -55,9 +56,16 @@ def pytest_addoption(parser):
         action="store_true",
         help="run slow targets on every case of their size, and the whole grid of adapters, not on samples of them",
     )
+    parser.addoption(
+        "--require",
+        default="",
+        metavar="NAME,NAME",
+        help="packages that this environment was made for: a test that would be skipped for lack of one fails",
+    )
 
 
 def pytest_configure(config):
+    needs.required.update(filter(None, config.getoption("--require").split(",")))
     if config.getoption("--write-tables") and config.getoption("numprocesses", None):
         raise pytest.UsageError("--write-tables writes what one process has seen; add -n 0")
 
@@ -91,6 +99,8 @@ def pytest_generate_tests(metafunc):
 @pytest.fixture
 def target(request):
     """One backend, or one instruction-set variant of it; skipped with the reason where the machine lacks it."""
+    if request.param.backend == "cpu":
+        needs.native_library()
     reason = request.param.skip_reason()
     if reason is not None:
         pytest.skip(reason)
@@ -98,21 +108,25 @@ def target(request):
     if reason is not None:
         pytest.skip(reason)
     with request.param.pinned():
-        yield request.param
+        yield PromisedTarget(**{field.name: getattr(request.param, field.name) for field in fields(request.param)})
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_pyfunc_call(pyfuncitem):
-    """Skip a test whose own head dimension or dtype a target of few does not compute."""
-    try:
-        return (yield)
-    except NotImplementedError as error:
-        target = pyfuncitem.funcargs.get("target")
-        if getattr(target, "head_dims", None) and re.search(
-            r"cannot run this call: (head_dim|it computes)", str(error)
-        ):
-            pytest.skip(str(error))
-        raise
+class PromisedTarget(backends.Target):
+    """A target that skips a test of what it does not promise, and must refuse it; what it promises, it must run."""
+
+    def run(self, problem):
+        self.need(problem.q, lambda: super(PromisedTarget, self).run(problem))
+        return super().run(problem)
+
+    def need(self, q, call=None):
+        """Skip a test whose own head dimension or dtype is not promised, once `call` was refused."""
+        gap = self.gap(q.shape[-1], q.dtype)
+        if gap is None:
+            return
+        if call is not None:
+            with pytest.raises(NotImplementedError):
+                call()
+        pytest.skip(gap)
 
 
 @pytest.fixture
@@ -165,6 +179,7 @@ def _unable(target, parameters):
     """Return why a target cannot run a test with these parameters, as far as they say."""
     case = parameters.get("case")
     dtype = parameters.get("dtype", getattr(case, "dtype", None))
-    if dtype is not None and dtype not in target.dtypes:
-        return f"{target.name} does not promise {dtype}"
+    gap = target.gap(None, dtype)
+    if gap is not None:
+        return gap
     return None if case is None else target.case_skip_reason(case.batch, case.heads, case.nq, case.keys)

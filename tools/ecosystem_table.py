@@ -30,6 +30,10 @@ class EcosystemTables:
         self._packages: dict[str, dict[str, None]] = {}
         self._cells: dict[str, dict[str, dict[str, str]]] = {}
 
+    def rows(self, table: str) -> list[str]:
+        """Return the names of a table's rows."""
+        return list(self._cells.setdefault(table, self._parse(table)))
+
     def report(self, table: str, packages: tuple[str, ...], row: str, column: str, value: str) -> None:
         """Report one cell.
 

@@ -1,8 +1,8 @@
 """Give a module another class and back: a subclass of its own, so that it stays what it was in every other respect.
 
 Parameters, buffers, hooks and everything else that lives on the instance are not touched, the class keeps its name,
-and undoing is one assignment. No closures are involved, so deepcopy and pickle work; a pickled module is rebuilt from
-its own class, the behaviour mixed into it, and the options.
+and undoing is one assignment. No instance holds a closure, so deepcopy and pickle work; a pickled module is rebuilt
+from its own class, the behaviour mixed into it, and the options.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Swapped:
     """
 
     swap_base: ClassVar[type[nn.Module]]
-    swap_options: ClassVar[Any]
+    swap_options: Any
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle as (mixin, class from before, options), since the class itself has no home in any module."""
@@ -55,7 +55,7 @@ class Swapped:
         reduced = super().__reduce_ex__(protocol)
         if not is_swapped(self):
             return reduced
-        return (_rebuild, (cls.__mro__[1], cls.swap_base, cls.swap_options), *reduced[2:])
+        return (_rebuild, (cls.__mro__[1], cls.swap_base, self.swap_options), *reduced[2:])
 
 
 def is_swapped(module: Any) -> bool:
@@ -125,7 +125,8 @@ def _swapped_class(mixin: type[Swapped], base: type[nn.Module], options: Any) ->
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "swap_base": base,
-        "swap_options": options,
+        # Among the attributes of a class, the exporter of torch 2.9 reads constants and properties only.
+        "swap_options": property(lambda self: options),
     }
     return _classes.setdefault((mixin, base, options), type(base.__name__, (mixin, base), body))
 

@@ -99,7 +99,7 @@ def projected_tables(
     if not projections or (rel_embeddings is None and is_version_one(module)):
         return PositionTables(None, None, spec)
     rel = _checked(rel_embeddings, spec)
-    validity = _validity(module, projections, rel, rel_key or content_key)
+    validity = _validity(module, projections, rel, content_key if rel_key is None else rel_key)
     if validity is None:
         if not torch.compiler.is_compiling() and module.training:
             forget(module)
@@ -204,9 +204,8 @@ def _rows(length: int, spec: PositionSpec) -> tuple[int, int]:
     middle = max(spec.position_buckets // 2, 1)
     # From here on the log bucket never exceeds the distance, so length - 1 rows on each side are enough.
     if spec.position_buckets <= 0 or (spec.max_relative_positions - 1) / middle >= math.e:
-        start: int = torch.sym_max(span - length + 1, 0)  # type: ignore[no-untyped-call]
-        stop: int = torch.sym_min(span + length, 2 * span)  # type: ignore[no-untyped-call]
-        return start, stop
+        # Symbolic where the length is: the tracer turns these into `torch.sym_max` and `torch.sym_min`.
+        return max(span - length + 1, 0), min(span + length, 2 * span)
     return 0, 2 * span
 
 

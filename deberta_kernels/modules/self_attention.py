@@ -47,6 +47,8 @@ __all__ = [
     "runs_original_code",
 ]
 
+_HAS_FLAG = hasattr(torch.compiler, "_is_exporting_flag")
+
 
 def runs_original_code() -> bool:
     """Tell whether a tracer or a function transform is at work that wants plain PyTorch operations.
@@ -54,7 +56,9 @@ def runs_original_code() -> bool:
     That is torch.jit tracing, torch.export, the transforms of torch.func, and forward-mode differentiation. The
     original code is what was asked for then, so nobody is warned.
     """
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+    # Not `is_exporting()` where its flag can be read: the compiler of torch 2.9 takes that function for always true.
+    exporting = torch.compiler._is_exporting_flag if _HAS_FLAG else torch.compiler.is_exporting()
+    if exporting or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return True
     if torch.compiler.is_compiling():
         return False

@@ -6,18 +6,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-from deberta_kernels import api, dispatch, env, native
+from deberta_kernels import api, env, native
 from deberta_kernels.testing.inputs import Case
-from deberta_kernels.types import AttentionProblem, Masks, PositionSpec
+from deberta_kernels.types import AttentionProblem
 
 __all__ = ["TARGETS", "Target", "available"]
 
 _LOW = (torch.bfloat16, torch.float16)
 _TILE = 64
+_HOPPER = (9, 0)
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,14 @@ class Target:
         if self.backend in ("triton", "cuda"):
             return _gpu_skip_reason(self.backend, self.device)
         return _cpu_skip_reason(self.isa) if self.backend == "cpu" else None
+
+    def gap(self, head_dim: int | None, dtype: torch.dtype | None) -> str | None:
+        """Return why the target does not promise calls of this head dimension and dtype, as far as given, or None."""
+        if dtype is not None and dtype not in self.dtypes:
+            return f"{self.name} does not promise {dtype}"
+        if head_dim is not None and self.head_dims is not None and head_dim not in self.head_dims:
+            return f"{self.name} does not promise head_dim {head_dim}"
+        return None
 
     def case_skip_reason(self, batch: int, heads: int, nq: int, nk: int) -> str | None:
         """Return why a case of this size is left out, or None."""
@@ -131,9 +141,13 @@ def _cpu_skip_reason(isa: str | None) -> str | None:
 
 @cache
 def _gpu_skip_reason(backend: str, device: str) -> str | None:
+    """Go by facts about the machine, not by what the backend says: one that refuses every call must fail its tests."""
     if backend == "triton" and env.triton_interpreted() != (device == "cpu"):
         return f"TRITON_INTERPRET is {'' if env.triton_interpreted() else 'not '}set"
     if device == "cuda" and not torch.cuda.is_available():
         return "there is no CUDA device"
-    q = torch.empty(1, 1, 1, 64, dtype=torch.float16, device=device)
-    return dispatch.refusal(backend, AttentionProblem(q, q, q, None, None, Masks(), PositionSpec(), 1.0))
+    if backend == "triton" and find_spec("triton") is None:
+        return "triton is not installed"
+    if backend == "cuda" and torch.cuda.get_device_capability() != _HOPPER:
+        return "its kernels are for compute capability 9.0"
+    return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import warnings
 
 import pytest
@@ -63,7 +64,8 @@ def test_many_lengths_need_few_graphs(buckets, build, batch):
             inputs = batch(2, length)
             expected = model(**inputs).last_hidden_state
             torch.testing.assert_close(compiled(**inputs).last_hidden_state, expected, atol=2e-5, rtol=1e-4)
-    assert len(graphs) <= 4
+    assert 1 <= len(graphs) <= 4
+    assert all("deberta_kernels" in graph.code for graph in graphs)
 
 
 def test_compile_with_dropout_draws_anew(build, batch):
@@ -73,6 +75,7 @@ def test_compile_with_dropout_draws_anew(build, batch):
     with torch.no_grad():
         first, second = (compiled(**batch()).last_hidden_state for _ in range(2))
     assert not torch.equal(first, second)
+    assert sum(dk.stats()["calls"].values()) == 2
 
 
 def test_compile_of_what_no_kernel_computes_runs_the_original_code(build, batch):
@@ -85,16 +88,14 @@ def test_compile_of_what_no_kernel_computes_runs_the_original_code(build, batch)
     torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="inductor needs a C++ compiler")
 def test_inductor_runs_the_kernels(build):
     attention = build().encoder.layer[0].attention.self
     hidden, mask, table = torch.randn(2, 9, 32), torch.ones(2, 1, 1, 9, dtype=torch.bool), torch.randn(32, 32)
     with torch.no_grad():
         expected, _ = attention(hidden, mask, rel_embeddings=table)
         dk.patch(attention, strict=True)
-        try:
-            actual, _ = torch.compile(attention, fullgraph=True)(hidden, mask, rel_embeddings=table)
-        except torch._inductor.exc.InductorError as error:
-            pytest.skip(f"inductor does not build here: {error}")
+        actual, _ = torch.compile(attention, fullgraph=True)(hidden, mask, rel_embeddings=table)
     assert sum(dk.stats()["calls"].values()) == 1
     torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-4)
 

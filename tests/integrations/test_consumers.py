@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,19 +14,11 @@ import torch
 import transformers
 
 import deberta_kernels as dk
+from tests import needs
 
 TEXTS = ["Anna works for Acme in Berlin", "the weather today is great and it is a very happy example", "Paris is great"]
 WORDS = sorted({word for text in TEXTS for word in text.split()} | {"person", "city", "company", "This", "."})
 PACKAGES = ("transformers", "torch")
-
-
-def need(package: str) -> Any:
-    """Import a package that most environments lack; skip without it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return pytest.importorskip(
-            package, reason=f"{package} is not installed, or does not import", exc_type=ImportError
-        )
 
 
 @pytest.fixture
@@ -120,7 +111,7 @@ def test_pipelines_are_fused(task, save, check):
 
 
 def test_sentence_transformers_cross_encoder_is_fused(save, check):
-    package = need("sentence_transformers")
+    package = needs.package("sentence_transformers")
     model = package.CrossEncoder(save("DebertaV2ForSequenceClassification", num_labels=1), device="cpu")
     pairs = [(TEXTS[0], text) for text in TEXTS]
     packages = ("sentence-transformers", *PACKAGES)
@@ -128,7 +119,7 @@ def test_sentence_transformers_cross_encoder_is_fused(save, check):
 
 
 def test_sentence_transformers_embeddings_are_fused(save, check):
-    package = need("sentence_transformers")
+    package = needs.package("sentence_transformers")
     modules = importlib.import_module("sentence_transformers.models")
     transformer = modules.Transformer(save("DebertaV2Model"))
     model = package.SentenceTransformer(modules=[transformer, modules.Pooling(32)], device="cpu")
@@ -138,7 +129,7 @@ def test_sentence_transformers_embeddings_are_fused(save, check):
 
 @pytest.fixture
 def gliner(save) -> Any:
-    package = need("gliner")
+    package = needs.package("gliner")
     torch.manual_seed(0)
     config = package.GLiNERConfig(model_name=save("DebertaV2Model"), hidden_size=32, max_width=4, dropout=0.0)
     return package.GLiNER.from_config(config, load_tokenizer=True, backbone_from_pretrained=True)
@@ -156,7 +147,7 @@ def test_gliner_is_fused(gliner, check):
 
 
 def test_gliner_with_packed_requests_is_fused(gliner, check):
-    packing = need("gliner").InferencePackingConfig(max_length=64, sep_token_id=2)
+    packing = needs.package("gliner").InferencePackingConfig(max_length=64, sep_token_id=2)
     masks: list[int] = []
     encoder = next(module for module in gliner.modules() if type(module).__name__ == "DebertaV2Encoder")
     encoder.register_forward_pre_hook(lambda module, inputs: masks.append(inputs[1].dim()))
@@ -193,7 +184,7 @@ PERSONS = {"num_labels": 2, "id2label": {0: "PERSON", 1: "LOCATION"}, "label2id"
 
 
 def test_presidio_recognizer_is_fused(save, check):
-    need("presidio_analyzer")
+    needs.package("presidio_analyzer")
     ner = importlib.import_module("presidio_analyzer.predefined_recognizers.ner.huggingface_ner_recognizer")
     recognizer = ner.HuggingFaceNerRecognizer(
         model_name=save("DebertaV2ForTokenClassification", **PERSONS), threshold=0.0, device="cpu"
@@ -208,9 +199,9 @@ def test_presidio_recognizer_is_fused(save, check):
 
 
 def test_presidio_engine_is_fused(save, check, tmp_path_factory):
-    engines = need("presidio_analyzer.nlp_engine")
+    engines = needs.package("presidio_analyzer.nlp_engine")
     language = str(tmp_path_factory.mktemp("spacy"))
-    need("spacy").blank("en").to_disk(language)
+    needs.package("spacy").blank("en").to_disk(language)
     names = {"spacy": language, "transformers": save("DebertaV2ForTokenClassification", **PERSONS)}
     engine = engines.TransformersNlpEngine(
         models=[{"lang_code": "en", "model_name": names}],
@@ -226,8 +217,8 @@ def test_presidio_engine_is_fused(save, check, tmp_path_factory):
 
 
 def test_spacy_transformers_is_fused(save, check):
-    need("spacy_transformers")
-    nlp = need("spacy").blank("en")
+    needs.package("spacy_transformers")
+    nlp = needs.package("spacy").blank("en")
     spans = {"@span_getters": "spacy-transformers.doc_spans.v1"}
     architecture = "spacy-transformers.TransformerModel.v3"
     nlp.add_pipe(
@@ -256,7 +247,7 @@ QUANTISED = {
 @pytest.mark.parametrize("name", QUANTISED)
 def test_quantised_layers_are_called_as_modules(name, save, check, batch):
     package, setting = QUANTISED[name]
-    need(package)
+    needs.package(package)
     directory = save("DebertaV2Model", hidden_size=64, intermediate_size=64)
     plain = transformers.DebertaV2Model.from_pretrained(directory).eval()
     if package == "bitsandbytes":

@@ -25,9 +25,6 @@ RECORDS: dict[str, dict[str, Any]] = {
     "masked_lm": {"text": "a very small text"},
 }  # fmt: skip
 
-pytest.importorskip("sentencepiece", reason="the examples train a vocabulary")
-pytest.importorskip("tqdm", reason="the examples show their progress")
-
 
 @pytest.fixture
 def task(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:

@@ -177,6 +177,7 @@ def test_one_row_of_a_mask_may_stand_for_the_whole_batch(build):
             torch.testing.assert_close(encoder(HIDDEN, mask).last_hidden_state, before, atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.no_kernels
 def test_a_backend_that_cannot_run_raises_when_the_call_comes(build, batch):
     model = build().double()
     dk.patch(model, backend="cpu")

@@ -10,14 +10,13 @@ import torch
 from torch import nn
 
 import deberta_kernels as dk
-from deberta_kernels import native
 from deberta_kernels.modules import hidden_dropout
 from deberta_kernels.modules import products as ways
 from deberta_kernels.modules.linear import apply_linear, apply_linear_gelu
+from tests import needs
 from tests.integrations.linears import LINEARS, TABLES, gradients_of, record_products, states_of
 
-STATUS = native.library_status()
-pytestmark = pytest.mark.skipif(STATUS["isa"] not in ways._VARIANTS, reason="no vector variant of the native library")
+needs.vector_library()
 
 
 @pytest.fixture
@@ -87,6 +86,7 @@ def test_gradients_are_within_the_budget(unpad, everywhere, build, batch, in_dou
 
 @pytest.mark.parametrize(("wanted", "expected"), [(True, 3), (False, 0)])
 def test_hidden_dropout_is_counted_forward_and_backward(wanted, expected, build, batch, monkeypatch):
+    needs.native_library()
     calls, drop = [], hidden_dropout._drop
     monkeypatch.setattr(hidden_dropout, "_drop", lambda x, *rest: calls.append(x.shape) or drop(x, *rest))
     model, inputs = build(hidden_dropout_prob=0.1).train(), batch()

@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import deberta_kernels as dk
-
-transformers = pytest.importorskip("transformers", reason="the decoder is for its models")
 
 HEAD = "DebertaV2ForMaskedLM"
 MASK = 1
@@ -71,6 +70,7 @@ def test_it_is_the_formula_with_every_gradient(legacy, steps, settings, build, m
         assert_within_budget(name, gradient, eager[name], truth[name])
 
 
+@pytest.mark.no_kernels
 def test_without_a_patch_it_is_the_same(build, masked):
     decoder = dk.EnhancedMaskDecoder(build(HEAD))
     logits, loss = written_out(decoder, masked, 2)
@@ -130,6 +130,7 @@ def test_it_learns_and_the_model_goes_on_without_it(build, masked, tmp_path):
     assert DebertaV2Model.from_pretrained(tmp_path).config.num_hidden_layers == 2
 
 
+@pytest.mark.no_kernels
 def test_a_batch_without_labels_has_no_loss_and_finite_gradients(build, masked):
     decoder = dk.EnhancedMaskDecoder(build(HEAD))
     masked["labels"].fill_(-100)
@@ -138,6 +139,7 @@ def test_a_batch_without_labels_has_no_loss_and_finite_gradients(build, masked):
     assert all(gradient.isfinite().all() for gradient in gradients(decoder, loss).values())
 
 
+@pytest.mark.no_kernels
 def test_models_with_positions_in_their_input_predict_from_the_last_layer(build, masked):
     model = build(HEAD, position_biased_input=True)
     decoder = dk.EnhancedMaskDecoder(model)

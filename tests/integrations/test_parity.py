@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import deberta_kernels as dk
 
@@ -166,12 +167,14 @@ def test_every_head_class_gives_the_same_loss_and_logits(head, legacy, build, ba
         inputs = {name: value.view(2, 2, -1) for name, value in inputs.items()}
     plain = copy.deepcopy(model)
     dk.patch(model, strict=True)
-    try:
-        expected = plain(**inputs, **labels)
-    except RuntimeError as error:  # transformers 4.57: the new masked-LM head does not run
-        with pytest.raises(RuntimeError, match=re.escape(str(error))):
+    if head == "DebertaV2ForMaskedLM" and not legacy and transformers.__version__.startswith("4."):
+        # The new head of transformers 4 does not run.
+        with pytest.raises(RuntimeError) as error:
+            plain(**inputs, **labels)
+        with pytest.raises(RuntimeError, match=re.escape(str(error.value))):
             model(**inputs, **labels)
         return
+    expected = plain(**inputs, **labels)
     actual = model(**inputs, **labels)
     assert type(actual) is type(expected)
     for before, after in zip(expected.to_tuple(), actual.to_tuple(), strict=True):

@@ -10,7 +10,6 @@ import torch
 
 import deberta_kernels as dk
 
-pytest.importorskip("accelerate", reason="Trainer needs accelerate")
 STEPS = 6
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},

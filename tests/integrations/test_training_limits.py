@@ -115,6 +115,7 @@ def test_the_reference_backend_has_second_derivatives(build, batch):
     torch.testing.assert_close(found[1], found[0], atol=1e-6 * largest, rtol=0)
 
 
+@pytest.mark.no_kernels
 @pytest.mark.parametrize("transform", ["jvp", "vmap", "jacfwd"])
 def test_function_transforms_run_the_original_code(transform, build, batch):
     model, inputs = build(), batch(2, 9)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 
 import pytest
 import torch
@@ -299,8 +300,29 @@ def test_compile_makes_one_graph(build_one, batch):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_takes_the_original_code(strict, build_one, batch):
+    model, inputs = build_one(), batch()
+    arguments = (inputs["input_ids"], inputs["attention_mask"])
+    with torch.no_grad():
+        try:
+            torch.export.export(model, arguments, strict=strict)
+        except torch._dynamo.exc.Unsupported as error:  # strict, torch 2.9: not this model's slices by tensors
+            dk.patch(model)
+            with pytest.raises(torch._dynamo.exc.Unsupported, match=re.escape(str(error).splitlines()[0])):
+                torch.export.export(model, arguments, strict=strict)
+            return
+        dk.patch(model, strict=True)
+        program = torch.export.export(model, arguments, strict=strict)
+        assert "deberta_kernels" not in str(program.graph)
+        actual = program.module()(*arguments).last_hidden_state
+        torch.testing.assert_close(actual, model(*arguments).last_hidden_state, atol=3e-5, rtol=1e-4)
+    assert calls() == 2
+
+
 def test_lora_on_the_packed_projection_takes_part(build_one, batch):
-    peft = pytest.importorskip("peft", exc_type=ImportError)
+    import peft
+
     config = peft.LoraConfig(target_modules=["in_proj", "pos_proj", "pos_q_proj"], init_lora_weights=False)
     torch.manual_seed(0)
     model = peft.get_peft_model(build_one(), config).eval()

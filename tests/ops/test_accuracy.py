@@ -111,6 +111,7 @@ def test_lse_is_differentiable(check_case, case):
 @by_id("case", cases({"nq": 50, "mask": "right"}, {"nq": 50, "terms": "none"}, {"nq": 40, "nk": 60, "terms": "c2p"}))
 def test_public_function_gives_the_same_bits(target, run_case, case):
     problem = inputs.problem(case, target.device)
+    target.need(problem.q)
     out, lse = dk.disentangled_attention(
         problem.q, problem.k, problem.v, problem.pos_key, problem.pos_query, attention_mask=problem.masks.key,
         return_lse=True, backend=target.backend,
@@ -131,6 +132,7 @@ def test_empty_inputs_give_empty_results_and_zero_gradients(target, shape, dtype
     batch, heads, nq, nk = shape
     options = {"dtype": dtype, "device": target.device, "requires_grad": True}
     q = torch.randn(batch, heads, nq, 8, **options)
+    target.need(q)
     k = torch.randn(batch, heads, nk, 8, **options)
     pos_key = torch.randn(heads, 512, 8, **options)
     out = dk.disentangled_attention(q, k, k, pos_key, backend=target.backend)

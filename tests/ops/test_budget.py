@@ -15,7 +15,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def hugging_face_attention(case, share_att_key):
     """Return Hugging Face's attention module and its inputs for a case."""
-    modeling = pytest.importorskip("transformers.models.deberta_v2.modeling_deberta_v2")
+    from transformers.models.deberta_v2 import modeling_deberta_v2 as modeling
+
     config = modeling.DebertaV2Config(
         hidden_size=case.heads * case.head_dim,
         num_attention_heads=case.heads,

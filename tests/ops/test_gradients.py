@@ -25,6 +25,7 @@ def test_strides_of_inputs_and_upstream_gradients_are_honoured(check_case, case)
 def differentiable(target, case):
     """Return the leaves of a case and a function that runs them through the public call."""
     problem = inputs.problem(case, target.device)
+    target.need(problem.q)
     leaves = [getattr(problem, name).detach().requires_grad_() for name in NAMES]
 
     def run(q, k, v, pos_key, pos_query):

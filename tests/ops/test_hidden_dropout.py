@@ -10,10 +10,10 @@ from deberta_kernels import dropout as contract
 from deberta_kernels import native
 from deberta_kernels.modules import hidden_dropout
 from deberta_kernels.modules.hidden_dropout import drop_and_add
+from tests import needs
 
+needs.native_library()
 STATUS = native.library_status()
-
-pytestmark = pytest.mark.skipif(not STATUS["loaded"], reason="the native library is not built")
 
 
 @pytest.fixture(params=STATUS["variants"])

@@ -8,13 +8,13 @@ from deberta_kernels import native
 from deberta_kernels.modules import products
 from deberta_kernels.modules.linear import apply_linear, apply_linear_gelu
 from deberta_kernels.testing.budget import LIMITS, MEAN_FACTOR
+from tests import needs
 
+needs.native_library()
 STATUS = native.library_status()
 ISAS = STATUS["variants"]
 NARROW_ISAS = [isa for isa in ISAS if isa == "avx512_bf16"]
 WAYS = [(isa, torch.float32) for isa in ISAS] + [(isa, torch.bfloat16) for isa in NARROW_ISAS]
-
-pytestmark = pytest.mark.skipif(not STATUS["loaded"], reason="the native library is not built")
 
 
 @pytest.fixture(params=WAYS, ids=lambda way: f"{way[0]}-{way[1]}")

@@ -99,6 +99,7 @@ def test_values_of_masked_keys_never_matter(target, mask, dtype):
 @pytest.mark.parametrize("mask", ["right", "left", "holes", "blocks", "heads", "sparse"])
 def test_public_masks_give_the_same_bits_as_parsed_ones(target, mask):
     problem = inputs.problem(Case(batch=2, heads=3, nq=30, head_dim=16, mask=mask), target.device)
+    target.need(problem.q)
     given = problem.masks.key if problem.masks.pair is None else problem.masks.pair
     for form in (given, given.long(), given.float()):
         out = dk.disentangled_attention(

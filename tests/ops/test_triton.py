@@ -14,13 +14,14 @@ from deberta_kernels.position import delta
 from deberta_kernels.testing import backends, budget, inputs
 from deberta_kernels.testing.inputs import Case
 from deberta_kernels.types import AttentionProblem, Masks, PositionSpec
+from tests import needs
 
 if not env.triton_interpreted():
     pytest.skip("TRITON_INTERPRET is not set (make test-triton)", allow_module_level=True)
-triton = pytest.importorskip("triton")
+triton = needs.package("triton")
 tl = triton.language
 
-from deberta_kernels.impl.triton import execute, launch, primitives, tables, tile_list, tuning  # noqa: E402
+from deberta_kernels.impl.triton import execute, launch, primitives, tables, tile_list, tuning
 
 TARGET = next(t for t in backends.TARGETS if t.name == "triton_interpreted")
 CPU = torch.device("cpu")

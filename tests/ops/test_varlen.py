@@ -91,6 +91,7 @@ def test_a_loose_bound_on_the_lengths_changes_nothing(target):
 
 def test_public_function_takes_tokens_first_and_differentiates(target):
     problem, _ = packed(target, (20, 37, 15))
+    target.need(problem.q)
     names = ("q", "k", "v")
     tokens_first = [getattr(problem, name)[0].transpose(0, 1).detach().requires_grad_() for name in names]
     out = dk.disentangled_attention_varlen(

@@ -46,7 +46,9 @@ def test_the_whole_program_runs_without_a_gpu(program):
 def test_a_wrong_answer_gives_status_1(program):
     # The CPU's float32 reference exists for no dtype named so: every item fails, and the program says so.
     result, text = program("--device", "cpu", "--backend", "cuda", "--stages", "correctness", status=1)
-    assert all(item["ok"] is False for item in result["stages"]["correctness"]["items"].values())
+    items = result["stages"]["correctness"]["items"]
+    assert items
+    assert all(item["ok"] is False for item in items.values())
     assert "FAILED" in text
 
 

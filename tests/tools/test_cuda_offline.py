@@ -41,8 +41,7 @@ def test_the_log_is_read():
 )
 def test_what_is_wrong_is_said(report, message):
     assert cuda_offline.broken("one_d64", GOOD, BOUND) == []
-    with pytest.raises(AssertionError, match=message):
-        assert not cuda_offline.broken("one_d64", report, BOUND)[0]
+    assert re.search(message, cuda_offline.broken("one_d64", report, BOUND)[0])
 
 
 def test_a_kernel_without_a_bound_is_wrong():
@@ -53,15 +52,17 @@ def test_bounds_of_every_kernel_are_committed():
     bounds = cuda_offline.json.loads(cuda_offline.BOUNDS.read_text())
     suffixes = ("", "_pair", "_dropout", "_pair_dropout")
     names = {f"disentangled_{w}_{dtype}_d{d}{suffix}" for w, dtype, d in cuda.MODULES for suffix in suffixes}
+    assert bounds
     assert all(set(kernels) == names for kernels in bounds.values())
 
 
 def test_sources_include_only_each_other():
     """At run time there may be no header of CUDA or C++; cstdint and the emulation are for other compilers."""
     allowed = {path.name for path in cuda.SOURCES.iterdir()} | {"cstdint", "emulated_primitives.h"}
-    for path in cuda.SOURCES.glob("*.*"):
-        if path.suffix in (".h", ".cu"):
-            assert set(re.findall(r"#include [<\"]([^>\"]+)", path.read_text())) <= allowed, path
+    sources = [path for path in cuda.SOURCES.iterdir() if path.suffix in (".h", ".cu")]
+    assert sources
+    for path in sources:
+        assert set(re.findall(r"#include [<\"]([^>\"]+)", path.read_text())) <= allowed, path
 
 
 @pytest.mark.skipif(cuda.nvcc() is None, reason="there is no nvcc")

@@ -21,6 +21,7 @@ def tool(tmp_path, monkeypatch):
 
 
 def found(items):
+    assert items
     return [item.run() for item in items]
 
 

@@ -10,7 +10,9 @@ from collections import defaultdict
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="needs Triton")
+from tests import needs
+
+needs.package("triton")
 
 from deberta_kernels.impl.triton import primitives
 

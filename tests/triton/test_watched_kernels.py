@@ -2,7 +2,9 @@
 
 import pytest
 
-pytest.importorskip("triton", reason="needs Triton")
+from tests import needs
+
+needs.package("triton")
 
 from gpu.watching import KERNELS
 from offline.variants import FULL, Variant, kernel_title, launches, selection

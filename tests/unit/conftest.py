@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import deberta_kernels as dk
-from deberta_kernels import native
+from tests import needs
 
 
 class Watch(TorchDispatchMode):
@@ -41,8 +41,8 @@ def tensors():
 
 @pytest.fixture(params=["torch", "cpu"])
 def backend(request):
-    if request.param == "cpu" and not native.library_status()["loaded"]:
-        pytest.skip(native.library_status()["reason"])
+    if request.param == "cpu":
+        needs.native_library()
     return request.param
 
 

@@ -45,7 +45,8 @@ def command(*arguments, cwd=None, **environment):
 
 @pytest.fixture(scope="module")
 def tiny_checkpoint(tmp_path_factory):
-    transformers = pytest.importorskip("transformers", reason="the demo needs transformers")
+    import transformers
+
     folder = tmp_path_factory.mktemp("tiny")
     transformers.DebertaV2Model(transformers.DebertaV2Config(**TINY)).save_pretrained(folder)
     return folder
@@ -134,7 +135,6 @@ def test_demo_measures_a_local_checkpoint(tiny_checkpoint, tmp_path):
 
 @pytest.mark.skipif(not LINUX, reason="the demo measures memory through /proc")
 def test_demo_names_a_checkpoint_it_cannot_load(tmp_path):
-    pytest.importorskip("transformers", reason="the demo needs transformers")
     done = command("demo", tmp_path, "--quick", cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("deberta-kernels demo: ")
@@ -143,7 +143,8 @@ def test_demo_names_a_checkpoint_it_cannot_load(tmp_path):
 
 @pytest.mark.skipif(not LINUX, reason="the demo measures memory through /proc")
 def test_demo_refuses_a_model_without_deberta(tmp_path):
-    transformers = pytest.importorskip("transformers", reason="the demo needs transformers")
+    import transformers
+
     config = transformers.BertConfig(
         vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
     )

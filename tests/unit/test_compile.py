@@ -7,7 +7,7 @@ import torch
 import torch._dynamo.testing
 
 import deberta_kernels as dk
-from deberta_kernels import native
+from tests import needs
 
 pytestmark = pytest.mark.usefixtures("counted")
 
@@ -82,8 +82,7 @@ def test_compiles_packed_sequences(backend, tensors):
 
 def test_explicit_backend_refuses_in_compiled_code_too(tensors):
     torch._dynamo.reset()
-    if not native.library_status()["loaded"]:
-        pytest.skip(native.library_status()["reason"])
+    needs.native_library()
     x = tensors(head_dim=300, grad=False)
     compiled = torch.compile(
         lambda *x: dk.disentangled_attention(*x, backend="cpu", **SETTINGS), fullgraph=True, backend="aot_eager"

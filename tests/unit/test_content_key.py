@@ -12,6 +12,7 @@ import torch
 from deberta_kernels import native
 from deberta_kernels.modules import positions
 from deberta_kernels.modules.positions import content_key
+from tests import needs
 
 
 @pytest.fixture(autouse=True, params=["with the library", "without the library"])
@@ -19,8 +20,8 @@ def reading(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Read weights by the native library's checksum, and by PyTorch."""
     if request.param == "without the library":
         monkeypatch.setattr(native, "opened", lambda: None)
-    elif native.opened() is None:
-        pytest.skip(str(native.unavailable()))
+    else:
+        needs.native_library()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int8])

@@ -26,7 +26,7 @@ def native_library_is_mapped():
         with open("/proc/self/maps") as lines:
             return any("deberta_kernels" in line for line in lines)
     except OSError:
-        return False
+        return None
 
 
 modules, before, start = set(sys.modules), threads(), time.process_time()
@@ -61,6 +61,8 @@ def test_import_starts_no_thread_and_initialises_no_device(found):
 
 
 def test_import_does_not_load_the_native_library(found):
+    if found["native"] is None:
+        pytest.skip("there is no /proc to read")
     assert not found["native"]
 
 
@@ -95,7 +97,6 @@ def test_public_names_are_listed_and_load():
     "name", ["DisentangledSelfAttention", "patch", "unpatch", "patch_all", "unpatch_all", "PatchReport"]
 )
 def test_model_names_load(name):
-    pytest.importorskip("transformers")
     assert callable(getattr(dk, name))
 
 

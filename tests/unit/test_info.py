@@ -5,10 +5,9 @@ import os
 import subprocess
 import sys
 
-import pytest
-
 import deberta_kernels
 from deberta_kernels import dispatch, env, info, native
+from tests import needs
 
 
 def test_reports_every_part():
@@ -72,8 +71,7 @@ def test_packages_are_looked_up_not_imported():
 
 
 def test_forced_instruction_set_is_shown():
-    if "generic" not in info.info()["library"]["variants"]:
-        pytest.skip("the native library is not built here")
+    needs.native_library()
     code = "from deberta_kernels import info; print(info.format_info())"
     environment = {**os.environ, env.CPU_ISA: "generic"}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)

@@ -9,9 +9,10 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import deberta_kernels as dk
-from deberta_kernels import dispatch, native, ops
+from deberta_kernels import dispatch, ops
 from deberta_kernels.dropout import draw_seed
 from deberta_kernels.types import AttentionProblem, Masks, PositionSpec
+from tests import needs
 
 pytestmark = pytest.mark.usefixtures("counted")
 
@@ -161,8 +162,8 @@ def test_autocast_does_not_lower_the_precision_of_the_backend(backend, tensors):
 
 @pytest.mark.parametrize("name", ["reference", "torch", "cpu"])
 def test_counts_calls_where_they_are_computed(name, tensors, watched):
-    if name == "cpu" and not native.library_status()["loaded"]:
-        pytest.skip(native.library_status()["reason"])
+    if name == "cpu":
+        needs.native_library()
     x = tensors()
     with watched():
         dk.disentangled_attention(*x, backend=name, **SETTINGS)

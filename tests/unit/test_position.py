@@ -5,14 +5,11 @@ from itertools import pairwise
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers.models.deberta_v2 import modeling_deberta_v2 as upstream
 
 from deberta_kernels import position
 from deberta_kernels.position import attention_span, delta, log_bucket, position_index, reachable_rows
 from deberta_kernels.types import PositionSpec
-
-upstream = pytest.importorskip(
-    "transformers.models.deberta_v2.modeling_deberta_v2", reason="the oracle is transformers' own function"
-)
 
 BUCKETS = (16, 32, 64, 128, 256, 320, 512, 0)
 MAXIMA = (64, 128, 256, 512, 1024, 2048, 4096)

@@ -73,7 +73,8 @@ def test_equals_the_formula(case):
 
 def module_and_problem(pos_att_type, share, buckets, dtype, mask, seed=0):
     """Hugging Face's module with random weights, and the problem that its projections give."""
-    upstream = pytest.importorskip("transformers.models.deberta_v2.modeling_deberta_v2")
+    from transformers.models.deberta_v2 import modeling_deberta_v2 as upstream
+
     heads, dim, length, batch = 3, 8, 23, 3
     config = upstream.DebertaV2Config(
         hidden_size=heads * dim, num_attention_heads=heads, relative_attention=True, position_buckets=buckets,

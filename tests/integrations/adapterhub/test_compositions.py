@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 import deberta_kernels as dk
+from tests import needs
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    adapters = pytest.importorskip(
-        "adapters", reason="adapters is not installed, or does not import with this transformers", exc_type=ImportError
-    )
+adapters = needs.package("adapters")
 from tests.integrations.adapterhub.setups import COMPOSITIONS, PACKAGES
 
 QKV = ["q", "k", "v"]

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import re
-import warnings
 
 import pytest
 import torch
 
 import deberta_kernels as dk
+from tests import needs
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    adapters = pytest.importorskip(
-        "adapters", reason="adapters is not installed, or does not import with this transformers", exc_type=ImportError
-    )
+adapters = needs.package("adapters")
 
 from tests.integrations.adapterhub.setups import METHODS, MODELS, PACKAGES
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,12 +11,9 @@ import torch
 
 import deberta_kernels as dk
 from deberta_kernels.integrations.swap import Swapped
+from tests import needs
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    adapters = pytest.importorskip(
-        "adapters", reason="adapters is not installed, or does not import with this transformers", exc_type=ImportError
-    )
+adapters = needs.package("adapters")
 from deberta_kernels.integrations.adapters import DebertaV2AdapterModel
 
 PACKAGES = ("adapters", "transformers", "torch")

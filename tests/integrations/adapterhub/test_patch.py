@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import warnings
 from typing import Any
 
 import pytest
@@ -12,13 +11,10 @@ import torch
 from transformers.models.deberta_v2 import modeling_deberta_v2 as hf
 
 import deberta_kernels as dk
-from deberta_kernels import dispatch, native
+from deberta_kernels import dispatch
+from tests import needs
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    adapters = pytest.importorskip(
-        "adapters", reason="adapters is not installed, or does not import with this transformers", exc_type=ImportError
-    )
+adapters = needs.package("adapters")
 from adapters.models.deberta_v2 import modeling_deberta_v2 as hub
 
 from tests.integrations.linears import record_products
@@ -189,10 +185,8 @@ def test_lora_through_the_plugin_interface_is_fused(build, batch, calls_per_laye
 
 
 def test_layers_without_an_adapter_run_as_plain_ones(adapt, batch, monkeypatch):
-    from deberta_kernels.modules import products
 
-    if native.library_status()["isa"] not in products._VARIANTS:
-        pytest.skip("no vector variant of the native library")
+    needs.vector_library()
     ran = record_products(monkeypatch)
     config = adapters.LoRAConfig(attn_matrices=["q"])
     expected = states(adapt({"task": config}, "task"), batch())
@@ -206,10 +200,9 @@ def test_layers_without_an_adapter_run_as_plain_ones(adapt, batch, monkeypatch):
 @pytest.mark.parametrize("how", ["inactive", "merged"])
 @pytest.mark.parametrize(("head", "plain_layers"), [("DebertaV2Model", 6 + 2), ("DebertaModel", 4)])
 def test_layers_whose_adapter_does_nothing_run_as_plain_ones(head, plain_layers, how, adapt, batch, monkeypatch):
-    from deberta_kernels.modules import positions, products
+    from deberta_kernels.modules import positions
 
-    if native.library_status()["isa"] not in products._VARIANTS:
-        pytest.skip("no vector variant of the native library")
+    needs.vector_library()
     config = adapters.LoRAConfig(attn_matrices=["q", "k", "v"])
     plain, model = (adapt({"task": config}, "task", head=head) for _ in range(2))
     dk.patch(model, fast_linears=True)
