@@ -101,9 +101,15 @@ def _damage_of_elf(content: bytes) -> str | None:
         return "its headers are damaged"
     last = max(programs + program_size * program_count, sections + section_size * section_count)
     if last <= len(content):  # the headers themselves are there
-        loaded = [struct.unpack_from(order + "I4xQ16xQ", content, programs + program_size * i) for i in range(program_count)]
-        named = [struct.unpack_from(order + "4xI16xQQ", content, sections + section_size * i) for i in range(section_count)]
-        if not {_LOADED, _DYNAMIC} <= {part[0] for part in loaded} or (named and named[names % len(named)][0] != _NAMES):
+        loaded = [
+            struct.unpack_from(order + "I4xQ16xQ", content, programs + program_size * i) for i in range(program_count)
+        ]
+        named = [
+            struct.unpack_from(order + "4xI16xQQ", content, sections + section_size * i) for i in range(section_count)
+        ]
+        if not {_LOADED, _DYNAMIC} <= {part[0] for part in loaded} or (
+            named and named[names % len(named)][0] != _NAMES
+        ):
             return "its headers are damaged"
         ends = [start + size for kind, start, size in loaded + named if kind != _NO_BYTES]
         last = max(last, *ends)

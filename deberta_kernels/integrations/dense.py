@@ -6,10 +6,12 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from deberta_kernels import dispatch
 from deberta_kernels.integrations.known import ADAPTERHUB, ADAPTERHUB_ONE, MODELING, MODELING_ONE, Known
-from deberta_kernels.integrations.swap import Swapped, base_class, swap, undo
+from deberta_kernels.integrations.swap import Swapped, base_class, original_forward, swap, undo
 from deberta_kernels.modules.hidden_dropout import drop_and_add
 from deberta_kernels.modules.linear import apply_linear, apply_linear_gelu
 from deberta_kernels.modules.options import AttentionOptions
@@ -25,6 +27,8 @@ class FusedIntermediate(Swapped):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Widen (..., hidden size) to (..., intermediate size)."""
+        if _is_changed(self):
+            return _original(self)(self, hidden_states)  # type: ignore[no-any-return]
         return apply_linear_gelu(self.dense, self.intermediate_act_fn, hidden_states, *_chosen(self))
 
 
@@ -37,6 +41,8 @@ class FusedOutput(Swapped):
 
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
         """Project hidden_states and add them to input_tensor, both (..., hidden size) when done."""
+        if _is_changed(self):
+            return _original(self)(self, hidden_states, input_tensor)  # type: ignore[no-any-return]
         projected = apply_linear(self.dense, hidden_states, *_chosen(self))
         dropped = drop_and_add(self.dropout, projected, input_tensor, strict=_chosen(self)[1])
         normalised: Tensor = self.LayerNorm(dropped)
@@ -53,6 +59,8 @@ class FusedAdapterOutput(Swapped):
 
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
         """Project hidden_states, run the adapters, and add input_tensor; see `FusedOutput`."""
+        if _is_changed(self):
+            return _original(self)(self, hidden_states, input_tensor)  # type: ignore[no-any-return]
         projected = apply_linear(self.dense, hidden_states, *_chosen(self))
         projected = drop_and_add(self.dropout, projected, strict=_chosen(self)[1])
         return self.bottleneck_layer_forward(projected, input_tensor, self.LayerNorm)
@@ -70,8 +78,31 @@ def stand_in(options: AttentionOptions) -> None:
 
 def _chosen(module: Any) -> tuple[bool, bool]:
     """Return `everywhere` and `strict` of `apply_linear`."""
-    options: AttentionOptions | None = module.swap_options if isinstance(module, Swapped) else None
+    options: AttentionOptions | None = getattr(module, "swap_options", None)
     return _stand_ins if options is None else (options.fast_linears is True, options.strict)
+
+
+def _is_changed(module: Any) -> bool:
+    """Tell whether somebody replaced the code that a module's own class had; note it, or raise where it is strict."""
+    changed = _changed(module)
+    if changed is not None and not torch.compiler.is_compiling():
+        dispatch.fallback(changed, "only the code of transformers and AdapterHub is fused", _chosen(module)[1])
+    return changed is not None
+
+
+def _changed(module: Any) -> str | None:
+    if not isinstance(module, Swapped):
+        return None  # a stand-in runs, so it is what the class has
+    part: Any = module
+    return _MIXINS[base_class(part).__name__][0].changed(part)
+
+
+# What torch.compiler.assume_constant_result does: compiled code keeps what was found when it was traced.
+_changed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _original(module: Any) -> Callable[..., Any]:
+    return original_forward(type(module))
 
 
 def _known(home: str, name: str, mixin: Any) -> Known:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from deberta_kernels.integrations.swap import ORIGINAL, base_class, forward_of, original_function
-from deberta_kernels.modules.originals import Originals, is_own
+from deberta_kernels.modules.originals import Originals, described, is_own
 
 __all__ = ["ADAPTERHUB", "ADAPTERHUB_ONE", "MODELING", "MODELING_ONE", "Known", "replaced_function", "runs_own"]
 
@@ -78,7 +78,7 @@ class Known(NamedTuple):
         """Return why the class's forward is not one that the stand-in can replace; None if it is."""
         forward = original_function(self.find(), "forward")
         if not is_own(forward, self.home, f"{self.name}.forward"):
-            return f"the forward of {self.name} was replaced by {_described(forward)}"
+            return f"the forward of {self.name} was replaced by {described(forward)}"
         found = list(inspect.signature(forward).parameters)
         if found != list(inspect.signature(self.stand_in).parameters):
             package = self.home.partition(".")[0]
@@ -112,7 +112,7 @@ class Known(NamedTuple):
         if original_function(cls, name) is not function:
             own = "a forward of its own" if name == "forward" else f"its own {name}"
             return f"{cls.__module__}.{cls.__qualname__} has {own}"
-        return f"the {name} of {self.name} was replaced by {_described(function)}"
+        return f"the {name} of {self.name} was replaced by {described(function)}"
 
 
 @cache
@@ -120,10 +120,6 @@ def _origin(cls: type, name: str) -> tuple[str, str]:
     """Return where a class got a method from, as (module, qualified name)."""
     owner = next(c for c in cls.__mro__ if name in vars(c))
     return owner.__module__, f"{owner.__qualname__}.{name}"
-
-
-def _described(function: Any) -> str:
-    return f"{function.__module__}.{getattr(function, '__qualname__', type(function).__name__)}"
 
 
 def runs_own(cls: type[nn.Module], prefixes: tuple[str, ...]) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Originals", "Place", "called", "is_own"]
+__all__ = ["Originals", "Place", "called", "described", "is_own"]
 
 Place = tuple[Any, str, str, str]
 
@@ -110,13 +110,14 @@ class Originals:
             function = getattr(owner, name, None)
             if not is_own(function, home, qualname):
                 where = getattr(owner, "__name__", type(owner).__name__)
-                return f"{where}.{name} was replaced by {_described(function)}"
+                return f"{where}.{name} was replaced by {described(function)}"
             found.append((owner, name, function, getattr(function, "__code__", None)))
         self._found = tuple(found)
         return None
 
 
-def _described(function: Any) -> str:
+def described(function: Any) -> str:
+    """Return where a function comes from, for a message."""
     code = getattr(function, "__code__", None)
     if isinstance(code, CodeType):
         return f"the {code.co_name} of {code.co_filename}:{code.co_firstlineno}"

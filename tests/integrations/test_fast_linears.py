@@ -17,6 +17,7 @@ from tests import needs
 from tests.integrations.linears import LINEARS, TABLES, gradients_of, record_products, states_of
 
 needs.vector_library()
+STATUS = native.library_status()
 
 
 @pytest.fixture

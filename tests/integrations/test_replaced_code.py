@@ -47,13 +47,18 @@ def halves_the_states(old: Any) -> Any:
     return forward
 
 
-CLASSES = [
+DENSE = [
     *(getattr(hf, name) for name in ("DebertaV2Intermediate", "DebertaV2Output", "DebertaV2SelfOutput")),
-    *(getattr(hf, name) for name in ("DisentangledSelfAttention", "DebertaV2Attention", "DebertaV2Layer")),
     *(getattr(hf_one, name) for name in ("DebertaIntermediate", "DebertaOutput", "DebertaSelfOutput")),
-    *(getattr(hf_one, name) for name in ("DisentangledSelfAttention", "DebertaAttention", "DebertaLayer")),
-    hf.DebertaV2Encoder,
-    hf_one.DebertaEncoder,
+]
+ROUTES = [hf.DebertaV2Attention, hf.DebertaV2Layer, hf_one.DebertaAttention, hf_one.DebertaLayer]
+ATTENTIONS = [hf.DisentangledSelfAttention, hf_one.DisentangledSelfAttention]
+ENCODERS = [hf.DebertaV2Encoder, hf_one.DebertaEncoder]
+# An encoder returns no tuple of tensors.
+CHANGES = [
+    pytest.param(cls, make, id=f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}-{make.__name__}")
+    for cls in (*DENSE, *ROUTES, *ATTENTIONS, *ENCODERS)
+    for make in ((halves_the_states,) if cls in ENCODERS else (halves_the_states, halves_the_output))
 ]
 
 
@@ -77,37 +82,46 @@ def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(actual, expected, atol=3e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("way", ["before", "after", "all before", "all after"])
-@pytest.mark.parametrize("make", [halves_the_output, halves_the_states])
-@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}")
+@pytest.mark.parametrize("way", ["before", "after", "all"])
+@pytest.mark.parametrize(("cls", "make"), CHANGES)
 @pytest.mark.filterwarnings("ignore::deberta_kernels.dispatch.DebertaKernelsWarning")
 def test_a_forward_replaced_for_its_class(cls, make, way, build_for, batch):
-    if make is halves_the_output and cls in (hf.DebertaV2Encoder, hf_one.DebertaEncoder):
-        pytest.skip("an encoder returns no tuple of tensors")
     model, inputs = build_for(cls), batch(4, 41)
-    options = {"unpad": True, "fast_linears": True}
     untouched = states(model, inputs)
     with replaced(cls, "forward", make):
         expected = states(model, inputs)
+        if way == "before":
+            dk.patch(model, unpad=True, fast_linears=True)
+            close(states(model, inputs), expected)
     assert not torch.allclose(untouched, expected, atol=1e-2)
-    change = replaced(cls, "forward", make)
-    if way == "all before":
-        with change:
-            with contextlib.suppress(NotImplementedError):  # which says what was replaced
-                dk.patch_all(**options)
-            close(states(model, inputs), expected)
-        return
-    if way == "before":
-        with change:
-            dk.patch(model, **options)
-            close(states(model, inputs), expected)
-    else:
-        dk.patch_all(**options) if way == "all after" else dk.patch(model, **options)
-        close(states(model, inputs), untouched)
-        with change:
-            close(states(model, inputs), expected)
     if way != "before":
-        close(states(model, inputs), untouched)
+        (dk.patch_all if way == "all" else functools.partial(dk.patch, model))(unpad=True, fast_linears=True)
+        with replaced(cls, "forward", make):
+            close(states(model, inputs), expected)
+    elif cls in (*ATTENTIONS, *ENCODERS):  # which were left alone
+        dk.patch(model)
+    close(states(model, inputs), untouched)
+
+
+@pytest.mark.parametrize("cls", [*DENSE, *ROUTES])
+def test_patch_all_goes_around_forwards_replaced_before(cls, build_for, batch):
+    model, inputs = build_for(cls), batch(4, 41)
+    with replaced(cls, "forward", halves_the_states):
+        expected = states(model, inputs)
+        dk.patch_all(unpad=True, fast_linears=True)
+        close(states(model, inputs), expected)
+    dk.unpatch_all()
+
+
+@pytest.mark.no_kernels
+@pytest.mark.parametrize("cls", [*ATTENTIONS, *ENCODERS])
+def test_patch_all_refuses_forwards_it_cannot_replace(cls, build_for, batch):
+    model, inputs = build_for(cls), batch(4, 41)
+    with replaced(cls, "forward", halves_the_states):
+        expected = states(model, inputs)
+        with pytest.raises(NotImplementedError, match=f"cannot patch {cls.__name__}: .* was replaced by"):
+            dk.patch_all()
+        close(states(model, inputs), expected)
 
 
 @pytest.mark.parametrize("name", ["DebertaV2Intermediate", "DebertaV2SelfOutput", "DisentangledSelfAttention"])

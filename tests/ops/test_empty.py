@@ -47,7 +47,9 @@ def test_no_key_is_allowed_beside_queries_that_are_padding(target, dtype, terms)
 
 
 @pytest.mark.parametrize("terms", TERMS)
-@pytest.mark.parametrize(("queries", "prefix", "keys"), [(1, 1, 1), (5, 5, 5), (20, 33, 33), (33, 16, 16), (140, 20, 20)])
+@pytest.mark.parametrize(
+    ("queries", "prefix", "keys"), [(1, 1, 1), (5, 5, 5), (20, 33, 33), (33, 16, 16), (140, 20, 20)]
+)
 def test_prefixes_that_are_all_the_keys(target, queries, prefix, keys, terms):
     case = case_of(target, nq=queries, nk=keys, prefix_length=prefix, terms=terms)
     problem = inputs.problem(case, target.device)

@@ -91,7 +91,9 @@ def test_damage_is_named(kind, tmp_path):
 
 
 @needs_library
-@pytest.mark.parametrize("kind", ["empty", "cut in the middle", "cut by a page", "a page of zeros", "another processor"])
+@pytest.mark.parametrize(
+    "kind", ["empty", "cut in the middle", "cut by a page", "a page of zeros", "another processor"]
+)
 def test_a_damaged_library_is_named_once_and_torch_computes(kind, tmp_path):
     make, message = DAMAGES[kind]
     path = tmp_path / "library.so"
