@@ -22,6 +22,7 @@ __all__ = [
     "check_scale",
     "check_table_rows",
     "check_tables",
+    "storage_fits",
 ]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -265,6 +266,26 @@ def check_cu_seqlens(cu_seqlens: Tensor, q: Tensor, tokens: int, max_seqlen: int
             f"max_seqlen must be at least {max(lengths)}, the longest sequence of cu_seqlens, got {max_seqlen}; "
             "pass the length of the longest sequence."
         )
+
+
+def storage_fits(x: Tensor) -> bool:
+    """Tell whether the storage of `x` holds all that its sizes, strides and offset reach.
+
+    A storage can be freed or cut under a tensor (`untyped_storage().resize_`, as sharded training does); native code
+    and kernels would read whatever lies behind it. Tensors without a storage of their own, such as wrappers, fit.
+    """
+    try:
+        held = x.untyped_storage().nbytes()
+    except (NotImplementedError, RuntimeError):
+        return True
+    if x.is_contiguous():
+        return x.nbytes == 0 or x.nbytes + x.storage_offset() * x.itemsize <= held
+    last = x.storage_offset()
+    for size, stride in zip(x.shape, x.stride()):
+        if size == 0:
+            return True
+        last += (size - 1) * stride
+    return (last + 1) * x.itemsize <= held
 
 
 def _host_readable(x: Tensor) -> bool:
