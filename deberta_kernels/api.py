@@ -10,10 +10,8 @@ from torch import Tensor
 
 from deberta_kernels import dispatch, ops
 from deberta_kernels.checks import (
-    check_cu_seqlens,
     check_dropout,
     check_masks,
-    check_max_seqlen,
     check_position,
     check_qkv,
     check_scale,
@@ -22,6 +20,7 @@ from deberta_kernels.checks import (
 )
 from deberta_kernels.dropout import draw_seed
 from deberta_kernels.masks import parse_attention_mask
+from deberta_kernels.packed_checks import check_cu_seqlens, check_max_seqlen, check_packed
 from deberta_kernels.position import attention_span
 from deberta_kernels.types import AttentionProblem, Masks, PositionSpec
 
@@ -59,13 +58,15 @@ def disentangled_attention(
         pos_key: (H, 2 * att_span, D), projected relative embeddings as keys; None switches content-to-position off.
         pos_query: (H, 2 * att_span, D), projected relative embeddings as queries; None switches position-to-content
             off.
-        attention_mask: None; (B, Nk) bool, True = real token; or (B, 1 or H, Nq, Nk) bool, True = may attend. A query
-            that may attend to nothing gets the mean of v.
+        attention_mask: None; (B, Nk) bool, True = real token; or (B, 1 or H, Nq, Nk) bool, True = may attend.
+            Integers 0 and 1 are taken too; a float mask is refused, since zeros mean "everywhere" where masks are added
+            to scores. A query that may attend to nothing gets the mean of v.
         position_buckets: > 0: log buckets, att_span = position_buckets; <= 0: linear, att_span =
             max_relative_positions.
         max_relative_positions: distance, in tokens, at which relative positions saturate.
         prefix_length: leading keys without a position: no bias on them, j counts after them.
-        scale: multiplies raw scores; None means 1 / sqrt(D * (1 + [pos_key given] + [pos_query given])).
+        scale: multiplies raw scores, a positive number that is normal in float32; None means
+            1 / sqrt(D * (1 + [pos_key given] + [pos_query given])).
         dropout_p: probability in [0, 1) that one attention probability is dropped, seeded from torch's generator.
         return_lse: also return the log-sum-exp of the scores.
         backend: "auto", or the name of one backend, which then runs or raises.
@@ -118,7 +119,7 @@ def disentangled_attention_varlen(
         pos_query: as in `disentangled_attention`.
         cu_seqlens: (S + 1,) int32 on the device of q: 0 followed by the running sum of the S lengths; a length may be
             0. On the CPU the values are checked; elsewhere that would wait for the device, and they are trusted.
-        max_seqlen: length of the longest sequence, in tokens, or an upper bound of it.
+        max_seqlen: length of the longest sequence, in tokens, or an upper bound of it, however loose.
         position_buckets: as in `disentangled_attention`.
         max_relative_positions: as in `disentangled_attention`.
         scale: as in `disentangled_attention`.
@@ -141,7 +142,7 @@ def disentangled_attention_varlen(
     check_position(position, tokens)
     check_tables(pos_key, pos_query, q, heads, 2 * attention_span(position_buckets, max_relative_positions))
     check_max_seqlen(max_seqlen)
-    check_cu_seqlens(cu_seqlens, q, tokens, max_seqlen)
+    cu_seqlens, max_seqlen = check_cu_seqlens(cu_seqlens, q, tokens, max_seqlen)
     problem = AttentionProblem(
         _heads_first(q), _heads_first(k), _heads_first(v), pos_key, pos_query, _NO_MASKS, position,
         _scale(scale, q, pos_key, pos_query), check_dropout(dropout_p), None, cu_seqlens, max_seqlen,
@@ -254,17 +255,9 @@ def run_attention(
     if cu_seqlens is None:
         max_seqlen = max(q.shape[2], keys)
     else:
-        if q.shape[0] != 1 or q.shape[2] != keys:
-            raise ValueError(
-                "q and k must have shape (1, H, T, D) with cu_seqlens, "
-                f"got {tuple(q.shape)} and {tuple(k.shape)}; pack the sequences."
-            )
-        if position.prefix_length:
-            raise ValueError(
-                f"prefix_length must be 0 with cu_seqlens, got {position.prefix_length}; pack without a prefix."
-            )
+        check_packed(q, keys, position.prefix_length)
         check_max_seqlen(max_seqlen)
-        check_cu_seqlens(cu_seqlens, q, keys, max_seqlen or 0)
+        cu_seqlens, max_seqlen = check_cu_seqlens(cu_seqlens, q, keys, max_seqlen or 0)
     problem = AttentionProblem(
         q, k, v, pos_key, pos_query, masks, position, _scale(scale, q, pos_key, pos_query), check_dropout(dropout_p),
         None, cu_seqlens, max_seqlen or 0, prepared,

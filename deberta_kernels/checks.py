@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import numbers
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,20 +11,26 @@ from torch import Tensor
 from deberta_kernels.types import Masks, PositionSpec
 
 __all__ = [
-    "check_cu_seqlens",
+    "check_device",
     "check_dropout",
+    "check_int",
     "check_masks",
-    "check_max_seqlen",
     "check_position",
     "check_qkv",
     "check_scale",
+    "check_storage",
     "check_table_rows",
     "check_tables",
+    "check_tensor",
+    "holds_values",
     "storage_fits",
 ]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _DTYPE_NAMES = "float32, float16, bfloat16 or float64"
+_PLAIN = (Tensor, torch.nn.Parameter)
+_STRIDED = torch.strided
+_LEAST_SCALE, _MOST_SCALE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor, packed: bool = False) -> None:
@@ -42,8 +46,10 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, packed: bool = False) -> None:
         TypeError: one is not a tensor, has an unsupported dtype, or not the dtype of q.
         ValueError: the shapes or devices do not fit.
     """
+    if not packed and _fit_at_once(q, k, v):
+        return
     for name, x in (("q", q), ("k", k), ("v", v)):
-        _check_tensor(name, x)
+        check_tensor(name, x)
     layout, dims = ("(T, H, D)", 3) if packed else ("(B, H, N, D)", 4)
     if q.dtype not in _DTYPES:
         raise TypeError(f"q must have dtype {_DTYPE_NAMES}, got {_name(q.dtype)}; cast it, for example with q.float().")
@@ -52,7 +58,8 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, packed: bool = False) -> None:
     if q.shape[-1] < 1:
         raise ValueError(f"q must have a head_dim D of at least 1, got shape {_shape(q)}; check how q was split.")
     for name, x in (("k", k), ("v", v)):
-        _check_like_q(name, x, q)
+        _check_dtype(name, x, q)
+        check_device(name, x, q)
         if x.dim() != dims:
             raise ValueError(f"{name} must have shape {layout}, got {_shape(x)}; add or remove dimensions.")
     if packed:
@@ -70,6 +77,27 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, packed: bool = False) -> None:
         raise ValueError(f"k must hold at least one key for {q.shape[2]} queries, got shape {_shape(k)}; pass keys.")
 
 
+def _fit_at_once(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Tell whether all that `check_qkv` asks of unpacked tensors holds; False may also mean that they are not plain."""
+    if type(q) is not Tensor or type(k) is not Tensor or type(v) is not Tensor:
+        return False
+    try:
+        dtype, device, queries, keys, values = q.dtype, q.device, q.shape, k.shape, v.shape
+    except RuntimeError:  # a nested tensor has no shape
+        return False
+    return (
+        len(queries) == 4
+        and (queries == keys or (len(keys) == 4 and queries[:2] == keys[:2] and queries[3] == keys[3]))
+        and keys == values
+        and keys[2] > 0 < keys[3]
+        and dtype in _DTYPES
+        and dtype is k.dtype is v.dtype
+        and q.layout is k.layout is v.layout is _STRIDED
+        and device == k.device
+        and device == v.device
+    )
+
+
 def check_position(position: PositionSpec, keys: int) -> None:
     """Check the numbers of a `PositionSpec` for a call with `keys` keys.
 
@@ -78,13 +106,11 @@ def check_position(position: PositionSpec, keys: int) -> None:
         ValueError: a number is out of its range.
     """
     buckets, max_relative, prefix = position.position_buckets, position.max_relative_positions, position.prefix_length
-    for name, value in (
-        ("position_buckets", buckets),
-        ("max_relative_positions", max_relative),
-        ("prefix_length", prefix),
-        ("first_row", position.first_row),
-    ):
-        _check_int(name, value)
+    if not type(buckets) is type(max_relative) is type(prefix) is type(position.first_row) is int:
+        check_int("position_buckets", buckets)
+        check_int("max_relative_positions", max_relative)
+        check_int("prefix_length", prefix)
+        check_int("first_row", position.first_row)
     if buckets <= 0 and max_relative <= 0:
         raise ValueError(
             "position_buckets or max_relative_positions must be positive, "
@@ -114,21 +140,28 @@ def check_tables(pos_key: Tensor | None, pos_query: Tensor | None, q: Tensor, he
         TypeError: a table is not a tensor or has not the dtype of q.
         ValueError: a shape or device does not fit.
     """
-    for name, x in (("pos_key", pos_key), ("pos_query", pos_query)):
-        if x is None:
-            continue
-        _check_tensor(name, x)
-        _check_like_q(name, x, q)
-        expected = (heads, x.shape[1] if rows is None and x.dim() == 3 else rows, q.shape[-1])
-        if tuple(x.shape) != expected:
-            raise ValueError(
-                f"{name} must have shape (H, 2*att_span, D) = {_show(expected)}, got {_shape(x)}; "
-                + ("check position_buckets." if rows is not None else "check how the table was split into heads.")
-            )
+    if pos_key is not None:
+        _check_table("pos_key", pos_key, q, heads, rows)
+    if pos_query is not None:
+        _check_table("pos_query", pos_query, q, heads, rows)
     if pos_key is not None and pos_query is not None and pos_key.shape[1] != pos_query.shape[1]:
         raise ValueError(
             f"pos_query must have as many rows as pos_key, {pos_key.shape[1]}, got {pos_query.shape[1]}; "
             "slice both tables alike."
+        )
+
+
+def _check_table(name: str, x: Tensor, q: Tensor, heads: int, rows: int | None) -> None:
+    if type(x) is not Tensor or x.is_nested or x.layout is not _STRIDED or x.dtype is not q.dtype:
+        check_tensor(name, x)
+        _check_dtype(name, x, q)
+    check_device(name, x, q)
+    shape = x.shape
+    height = shape[1] if rows is None and len(shape) == 3 else rows
+    if shape != (heads, height, q.shape[-1]):
+        raise ValueError(
+            f"{name} must have shape (H, 2*att_span, D) = {(heads, height, q.shape[-1])}, got {_shape(x)}; "
+            + ("check position_buckets." if rows is not None else "check how the table was split into heads.")
         )
 
 
@@ -159,25 +192,24 @@ def check_masks(masks: Masks, q: Tensor, keys: int, packed: bool) -> None:
         ValueError: a shape or device does not fit.
     """
     batch, heads, queries, _ = q.shape
-    for name, x, shapes in (
-        ("masks.key", masks.key, ((batch, keys),)),
-        ("masks.query", masks.query, ((batch, queries),)),
-        ("masks.pair", masks.pair, ((batch, 1, queries, keys), (batch, heads, queries, keys))),
-    ):
-        if x is None:
-            continue
-        _check_tensor(name, x)
-        if packed:
-            raise ValueError(f"{name} must be None with cu_seqlens, got shape {_shape(x)}; pack only real tokens.")
-        if x.dtype != torch.bool:
-            raise TypeError(f"{name} must have dtype bool, got {_name(x.dtype)}; parse masks with masks.py.")
-        if tuple(x.shape) not in shapes:
-            expected = " or ".join(map(str, shapes))
-            raise ValueError(
-                f"{name} must have shape {expected}, got {_shape(x)}; check that it belongs to this batch."
-            )
-        if x.device != q.device:
-            raise ValueError(f"{name} must be on the device of q, {q.device}, got {x.device}; move it there.")
+    if masks.key is not None:
+        _check_mask("masks.key", masks.key, q, packed, (batch, keys))
+    if masks.query is not None and (masks.query is not masks.key or queries != keys):
+        _check_mask("masks.query", masks.query, q, packed, (batch, queries))
+    if masks.pair is not None:
+        _check_mask("masks.pair", masks.pair, q, packed, (batch, 1, queries, keys), (batch, heads, queries, keys))
+
+
+def _check_mask(name: str, x: Tensor, q: Tensor, packed: bool, *shapes: tuple[int, ...]) -> None:
+    check_tensor(name, x)
+    if packed:
+        raise ValueError(f"{name} must be None with cu_seqlens, got shape {_shape(x)}; pack only real tokens.")
+    if x.dtype != torch.bool:
+        raise TypeError(f"{name} must have dtype bool, got {_name(x.dtype)}; parse masks with masks.py.")
+    if x.shape not in shapes:
+        expected = " or ".join(map(str, shapes))
+        raise ValueError(f"{name} must have shape {expected}, got {_shape(x)}; check that it belongs to this batch.")
+    check_device(name, x, q)
 
 
 def check_scale(scale: Any) -> float:
@@ -185,13 +217,17 @@ def check_scale(scale: Any) -> float:
 
     Raises:
         TypeError: it is not a real number.
-        ValueError: it is not finite.
+        ValueError: it is not positive, or not a normal number in float32, in which scores are multiplied.
     """
     if isinstance(scale, bool) or not isinstance(scale, (float, int, numbers.Real)):
         raise TypeError(f"scale must be a number or None, got {_kind(scale)}; pass a Python float.")
-    if not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale}; pass None for 1 / sqrt(D * number of score terms).")
-    return float(scale)
+    value: Any = scale
+    if not _LEAST_SCALE <= value <= _MOST_SCALE:
+        raise ValueError(
+            f"scale must be a positive number, normal in float32 ({_LEAST_SCALE:.1e} to {_MOST_SCALE:.1e}), got "
+            f"{scale}; pass None for 1 / sqrt(D * number of score terms)."
+        )
+    return float(value)
 
 
 def check_dropout(dropout_p: Any) -> float:
@@ -203,68 +239,23 @@ def check_dropout(dropout_p: Any) -> float:
     """
     if isinstance(dropout_p, bool) or not isinstance(dropout_p, (float, int, numbers.Real)):
         raise TypeError(f"dropout_p must be a number, got {_kind(dropout_p)}; pass a Python float.")
-    p = float(dropout_p)
-    if not 0.0 <= p < 1.0:
-        raise ValueError(f"dropout_p must be in [0, 1), got {p}; it is a probability of dropping.")
-    return p
+    value: Any = dropout_p
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}; it is a probability of dropping.")
+    return float(value)
 
 
-def check_max_seqlen(max_seqlen: Any) -> None:
-    """Check that `max_seqlen` can be a number of tokens.
-
-    Raises:
-        TypeError: it is not an int.
-        ValueError: it is negative.
-    """
-    _check_int("max_seqlen", max_seqlen)
-    if max_seqlen < 0:
-        raise ValueError(f"max_seqlen must not be negative, got {max_seqlen}; pass the length of the longest sequence.")
-
-
-def check_cu_seqlens(cu_seqlens: Tensor, q: Tensor, tokens: int, max_seqlen: int) -> None:
-    """Check the bounds of packed sequences.
-
-    Args:
-        cu_seqlens: (S + 1,) int32: sequence s holds the tokens [cu_seqlens[s], cu_seqlens[s + 1]).
-        q: the queries, whose device it shares.
-        tokens: T, tokens of all sequences.
-        max_seqlen: upper bound of the lengths, in tokens.
+def check_storage(name: str, x: Tensor) -> None:
+    """Check that the memory of `x` is still there.
 
     Raises:
-        TypeError: cu_seqlens is not an int32 tensor.
-        ValueError: its shape or device does not fit, or its values where they can be read without waiting for a device.
+        ValueError: it was freed or cut.
     """
-    _check_tensor("cu_seqlens", cu_seqlens)
-    if cu_seqlens.dtype != torch.int32:
-        raise TypeError(f"cu_seqlens must have dtype int32, got {_name(cu_seqlens.dtype)}; cast it with .int().")
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+    if not torch.compiler.is_compiling() and not storage_fits(x):
+        last = x.storage_offset() + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
         raise ValueError(
-            f"cu_seqlens must have shape (S + 1,) for S sequences, got {_shape(cu_seqlens)}; "
-            "it holds 0 followed by the running sum of the lengths."
-        )
-    if cu_seqlens.device != q.device:
-        raise ValueError(f"cu_seqlens must be on the device of q, {q.device}, got {cu_seqlens.device}; move it there.")
-    if not _host_readable(cu_seqlens):
-        return
-    bounds = cu_seqlens.tolist()
-    if bounds[0] != 0:
-        raise ValueError(f"cu_seqlens must start at 0, got {bounds[0]}; put 0 before the running sum of lengths.")
-    lengths = [stop - start for start, stop in pairwise(bounds)]
-    if lengths and min(lengths) < 0:
-        at = lengths.index(min(lengths))
-        raise ValueError(
-            f"cu_seqlens must not fall, got {bounds[at]} followed by {bounds[at + 1]} at index {at}; "
-            "it holds 0 followed by the running sum of the lengths."
-        )
-    if bounds[-1] != tokens:
-        raise ValueError(
-            f"cu_seqlens must end at T = {tokens}, the number of tokens of q, got {bounds[-1]}; "
-            "check that the lengths add up."
-        )
-    if lengths and max(lengths) > max_seqlen:
-        raise ValueError(
-            f"max_seqlen must be at least {max(lengths)}, the longest sequence of cu_seqlens, got {max_seqlen}; "
-            "pass the length of the longest sequence."
+            f"{name} must have a storage of at least {(last + 1) * x.itemsize} bytes for shape {_shape(x)}, got "
+            f"{x.untyped_storage().nbytes()}; it was freed or cut (sharding does it): gather it before the call."
         )
 
 
@@ -288,37 +279,61 @@ def storage_fits(x: Tensor) -> bool:
     return (last + 1) * x.itemsize <= held
 
 
-def _host_readable(x: Tensor) -> bool:
-    """Whether the values of `x` can be read now, at no cost: a real CPU tensor outside any tracing."""
+def holds_values(x: Tensor) -> bool:
+    """Tell whether the values of `x` exist now: a plain tensor outside any tracing."""
     return (
         not torch.compiler.is_compiling()
-        and x.device.type == "cpu"
-        and type(x) is Tensor
+        and type(x) in _PLAIN
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
     )
 
 
-def _check_tensor(name: str, x: Any) -> None:
+def check_tensor(name: str, x: Any) -> None:
+    """Check that `x` is a tensor with strides.
+
+    Raises:
+        TypeError: it is something else.
+    """
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {_kind(x)}; convert it with torch.as_tensor.")
+    if x.is_nested:
+        raise TypeError(
+            f"{name} must be a dense tensor, got a nested one; pad it with to_padded_tensor and pass a mask, or pack "
+            "its sequences for disentangled_attention_varlen."
+        )
+    if x.layout is not _STRIDED:
+        raise TypeError(f"{name} must be a dense tensor, got layout {_name(x.layout)}; pass {name}.to_dense().")
 
 
-def _check_like_q(name: str, x: Tensor, q: Tensor) -> None:
+def check_device(name: str, x: Tensor, q: Tensor) -> None:
+    """Check that `x` is where q is.
+
+    Raises:
+        ValueError: it is elsewhere.
+    """
+    if not (x.is_cpu and q.is_cpu) and x.device != q.device:  # comparing devices takes twice as long
+        raise ValueError(f"{name} must be on the device of q, {q.device}, got {x.device}; move it there.")
+
+
+def _check_dtype(name: str, x: Tensor, q: Tensor) -> None:
     if x.dtype != q.dtype:
         raise TypeError(
             f"{name} must have the dtype of q, {_name(q.dtype)}, got {_name(x.dtype)}; cast it with {name}.to(q.dtype)."
         )
-    if x.device != q.device:
-        raise ValueError(f"{name} must be on the device of q, {q.device}, got {x.device}; move it there.")
 
 
-def _check_int(name: str, value: Any) -> None:
+def check_int(name: str, value: Any) -> None:
+    """Check that `value` is an int, or one that stands for it while a call is traced.
+
+    Raises:
+        TypeError: it is something else.
+    """
     if type(value) is not int and (isinstance(value, bool) or not isinstance(value, (int, torch.SymInt))):
         raise TypeError(f"{name} must be an int, got {_kind(value)}; pass a Python int.")
 
 
-def _name(dtype: torch.dtype) -> str:
+def _name(dtype: torch.dtype | torch.layout) -> str:
     return str(dtype).removeprefix("torch.")
 
 

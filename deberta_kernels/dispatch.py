@@ -168,6 +168,8 @@ def choose(problem: AttentionProblem, backend: str = "auto", *, strict: bool = F
             raise ValueError(f"{env.BACKEND} must be one of {', '.join(BACKENDS)}, got {backend!r}; unset it.")
     else:
         check_backend(backend)
+    if problem.q.is_meta:
+        return backend  # shapes only: nothing will run
     reason = refusal(backend, problem)
     if reason is not None:
         raise NotImplementedError(

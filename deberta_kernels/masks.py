@@ -18,9 +18,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from deberta_kernels.checks import check_storage, check_tensor, holds_values
 from deberta_kernels.types import AttentionProblem, Masks
 
 __all__ = ["allowed", "parse_attention_mask", "parse_huggingface_mask"]
+
+_INTEGERS = (
+    torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64,
+)  # fmt: skip
 
 
 def parse_attention_mask(
@@ -29,8 +34,9 @@ def parse_attention_mask(
     """Parse the attention_mask of the functional interface.
 
     Args:
-        attention_mask: None; (B, Nk), True = real key; or (B, 1 or H, Nq, Nk), True = may attend. Integers and floats
-            keep where they are not 0. A (B, Nk) mask forbids keys only: padded query rows compute ordinary attention.
+        attention_mask: None; (B, Nk), True = real key; or (B, 1 or H, Nq, Nk), True = may attend; bool, or integers 0
+            and 1. Elsewhere than on the CPU reading integers would wait for the device: there whatever is not 0 keeps.
+            A (B, Nk) mask forbids keys only: padded query rows compute ordinary attention.
         batch: B.
         heads: H.
         nq: Nq.
@@ -38,8 +44,9 @@ def parse_attention_mask(
         device: device of q.
 
     Raises:
-        TypeError: if it is not a tensor, or is complex.
-        ValueError: if its shape or device is wrong, or a float mask holds negative values or NaN (an additive mask).
+        TypeError: if it is not a tensor of bool or integers. What a float mask means differs: 0 keeps where masks are
+            added to scores, and forbids where they say what to keep.
+        ValueError: if its shape or device is wrong, or an integer is neither 0 nor 1.
     """
     if attention_mask is None:
         return Masks()
@@ -47,8 +54,13 @@ def parse_attention_mask(
         raise TypeError(
             f"attention_mask must be a bool tensor or None, got {type(attention_mask).__name__}; use torch.tensor(...)."
         )
-    if attention_mask.is_complex():
-        raise TypeError(f"attention_mask must be bool, got {attention_mask.dtype}; pass `mask != 0`.")
+    check_tensor("attention_mask", attention_mask)
+    if attention_mask.dtype != torch.bool and attention_mask.dtype not in _INTEGERS:
+        raise TypeError(
+            f"attention_mask must be bool, or integers 0 and 1, got "
+            f"{str(attention_mask.dtype).removeprefix('torch.')}; "
+            "pass `mask == 0` if it is added to scores (0 keeps, -inf forbids), `mask != 0` if 1 keeps and 0 forbids."
+        )
     shape = tuple(attention_mask.shape)
     if shape not in ((batch, nk), (batch, 1, nq, nk), (batch, heads, nq, nk)):
         raise ValueError(
@@ -59,11 +71,15 @@ def parse_attention_mask(
         raise ValueError(
             f"attention_mask must be on the device of q, {device}, got {attention_mask.device}; use .to(q.device)."
         )
-    if attention_mask.is_floating_point() and _readable(attention_mask) and not bool((attention_mask >= 0).all()):
-        raise ValueError(
-            "attention_mask must be bool, or zero where attention is forbidden; got a float mask with negative values "
-            "or NaN, which looks additive; pass `mask == 0` for an additive mask of 0 and -inf."
-        )
+    check_storage("attention_mask", attention_mask)
+    if attention_mask.dtype != torch.bool and attention_mask.device.type == "cpu" and holds_values(attention_mask):
+        values = attention_mask.to(torch.int64)  # not every integer type can be indexed
+        other = values[(values != 0) & (values != 1)]
+        if other.numel():
+            raise ValueError(
+                f"attention_mask must hold 0 (forbidden) and 1 (kept) only, got {int(other[0])}; pass `mask != 0` if "
+                "every other number keeps."
+            )
     keep = attention_mask if attention_mask.dtype == torch.bool else attention_mask != 0
     return Masks(key=keep) if keep.dim() == 2 else Masks(pair=keep)
 
@@ -126,10 +142,3 @@ def allowed(problem: AttentionProblem) -> Tensor | None:
         if part is not None:
             result = part if result is None else result & part
     return None if result is None else result.expand(batch, -1, nq, nk)
-
-
-def _readable(mask: Tensor) -> bool:
-    """Tell whether the values can be looked at: not while compiling, on fake tensors, or in a CUDA graph capture."""
-    if torch.compiler.is_compiling() or type(mask) not in (Tensor, torch.nn.Parameter) or mask.device.type == "meta":
-        return False
-    return not (mask.is_cuda and torch.cuda.is_current_stream_capturing())

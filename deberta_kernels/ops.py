@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from deberta_kernels import dispatch
-from deberta_kernels.checks import check_cu_seqlens
-from deberta_kernels.position import attention_span, reachable_rows
+from deberta_kernels import dispatch, flops
+from deberta_kernels.operands import check_gradients, check_problem, check_reachable_rows, check_storages
 from deberta_kernels.types import AttentionProblem, Gradients, Masks, PositionSpec
 
 __all__ = ["attention"]
@@ -29,6 +28,7 @@ _PROBLEM = (
 )
 _TENSORS = 11  # leading arguments of _PROBLEM that are tensors
 _ARGUMENTS = 19
+_BOUNDS = 8  # cu_seqlens
 _DIFFERENTIABLE = 5  # q, k, v, pos_key, pos_query
 _VIEW_TRACKING = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 _AUTOGRAD = _VIEW_TRACKING | torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradFunctionality)
@@ -75,7 +75,9 @@ def attention(problem: AttentionProblem, backend: str) -> tuple[Tensor, Tensor]:
     if torch.compiler.is_compiling():
         return torch.ops.deberta_kernels.attention(*arguments)  # type: ignore[no-any-return]
     if not _unwatched(arguments):
-        if backend == "reference" and not _traced():
+        if torch._C._len_torch_dispatch_stack() > 0:
+            flops.register()
+        if backend == "reference" and not _traced() and not problem.q.is_meta:
             return _run_forward(problem, backend)
         _refuse_tangents(arguments)
         if torch._C._functorch.peek_interpreter_stack() is not None and not _traced():
@@ -152,30 +154,11 @@ def _refuse_tangents(arguments: tuple[Any, ...]) -> None:
             raise NotImplementedError(_NO_TANGENTS)
 
 
-def _check_rows(problem: AttentionProblem) -> None:
-    """Check that sliced tables hold every row the call can reach: a kernel would read past their end."""
-    rows = next((x.shape[1] for x in (problem.pos_key, problem.pos_query) if x is not None), None)
-    position = problem.position
-    if rows is None or rows == 2 * attention_span(position.position_buckets, position.max_relative_positions):
-        return
-    if problem.cu_seqlens is None:
-        nq, nk = problem.q.shape[2], problem.k.shape[2] - position.prefix_length
-    else:
-        nq = nk = problem.max_seqlen
-    if nq == 0 or nk <= 0:
-        return
-    start, stop = reachable_rows(nq, nk, position)
-    if start < position.first_row or stop > position.first_row + rows:
-        raise ValueError(
-            f"pos_key and pos_query must hold the rows [{start}, {stop}) of the full table that {nq} queries and {nk} "
-            f"keys reach, got {rows} rows from first_row={position.first_row}; slice with position.reachable_rows."
-        )
-
-
 def _run_forward(problem: AttentionProblem, backend: str) -> tuple[Tensor, Tensor]:
     """Compute the forward with the backend itself, outside autocast: it owns its precision."""
     q = problem.q
-    if q.numel() == 0:
+    check_storages(problem)
+    if q.numel() == 0 and backend != "reference":  # whose results have a graph of their own, without values as well
         return _empty_outputs(q)
     if torch._C._is_any_autocast_enabled():
         with torch.autocast(q.device.type, enabled=False):
@@ -184,7 +167,7 @@ def _run_forward(problem: AttentionProblem, backend: str) -> tuple[Tensor, Tenso
 
 
 def _call_forward(problem: AttentionProblem, backend: str) -> tuple[Tensor, Tensor]:
-    _check_rows(problem)
+    check_reachable_rows(problem)
     if backend == "auto":
         backend = dispatch.choose(problem)
     module = dispatch.load(backend)
@@ -213,12 +196,15 @@ def _run_backward(
     needs: tuple[bool, ...],
 ) -> Gradients:
     """Compute the gradients asked for with the backend itself, outside autocast."""
+    problem = check_problem(problem, real=True)  # what was saved may have changed since
+    check_gradients(problem, dout, dlse, out, lse, needs)
+    check_storages(problem)
     inputs = (problem.q, problem.k, problem.v, problem.pos_key, problem.pos_query)
     if problem.q.numel() == 0:
         pairs = zip(inputs, needs, strict=True)
         return Gradients(*(torch.zeros_like(x) if need and x is not None else None for x, need in pairs))
-    if backend == "auto":
-        backend = dispatch.choose(problem)
+    check_reachable_rows(problem)
+    backend = dispatch.choose(problem, backend)
     backward, problem = dispatch.backward_of(backend, problem)
     with ExitStack() as stack:
         if torch._C._is_any_autocast_enabled():
@@ -238,10 +224,8 @@ def _empty_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _op_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    problem = _unflatten(arguments)
     # Compiled code comes here with the name the caller gave and with bounds nobody has read: what refuses, refuses now.
-    if problem.cu_seqlens is not None:
-        check_cu_seqlens(problem.cu_seqlens, problem.q, problem.q.shape[2], problem.max_seqlen)
+    problem = check_problem(_unflatten(arguments), real=True)
     with torch._C._ExcludeDispatchKeyGuard(_VIEW_TRACKING):
         out, lse = _run_forward(problem, dispatch.choose(problem, arguments[-1]))
         return _heads_inside(out), lse.contiguous()
@@ -266,11 +250,25 @@ def _heads_inside(x: Tensor) -> Tensor:
 
 
 def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    _check_shapes(arguments)
     return _empty_outputs(arguments[0])
+
+
+def _check_shapes(arguments: tuple[Any, ...], *results: Any) -> None:
+    """Check what is known of tensors without values."""
+    try:
+        problem = check_problem(_unflatten(arguments), real=False)
+        if results:
+            check_gradients(problem, *results)
+    except NotImplementedError:
+        raise
+    except RuntimeError:
+        return  # a comparison of sizes that only exist at run time, where the operator checks them
 
 
 def _fake_backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     needs = rest[-1]
+    _check_shapes(rest[:-1], dout, dlse, out, lse, needs)
     found = []
     for index, x in enumerate(rest[:_DIFFERENTIABLE]):
         if x is None or not needs[index]:
@@ -286,7 +284,11 @@ def _fake_backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
     if any(ctx.needs_input_grad[:_DIFFERENTIABLE]):
-        ctx.save_for_backward(*inputs[:_TENSORS], *output)
+        tensors = list(inputs[:_TENSORS])
+        if tensors[_BOUNDS] is not None:
+            # NumPy can change the caller's without a trace; the gradients belong to the bounds of the forward.
+            tensors[_BOUNDS] = tensors[_BOUNDS].clone()
+        ctx.save_for_backward(*tensors, *output)
         ctx.settings = inputs[_TENSORS:]
 
 
@@ -394,3 +396,4 @@ torch.library.register_autograd("deberta_kernels::attention", _differentiate, se
 torch.library.register_autograd("deberta_kernels::attention_backward", _refuse_second_derivative)
 torch.library.register_vmap("deberta_kernels::attention", _refuse_vmap)
 torch.library.register_vmap("deberta_kernels::attention_backward", _refuse_vmap)
+flops.register()

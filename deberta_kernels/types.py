@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -77,6 +77,12 @@ class AttentionProblem:
     cu_seqlens: torch.Tensor | None = None
     max_seqlen: int = 0
     prepared: torch.Tensor | None = None
+
+    def changed(self, **fields: Any) -> AttentionProblem:
+        """Return a copy with other values in some fields; `dataclasses.replace` takes several microseconds more."""
+        copy = object.__new__(AttentionProblem)
+        copy.__dict__.update(self.__dict__, **fields)
+        return copy
 
 
 class Gradients(NamedTuple):

@@ -14,7 +14,6 @@ import warnings
 from typing import Any
 
 import pytest
-import torch
 
 from deberta_kernels import native
 from deberta_kernels.processor import features

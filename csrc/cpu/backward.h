@@ -30,6 +30,7 @@ class Backward {
   Backward(const AttentionParams& p, const SlotIndex& index)
       : p_(p), index_(index), head_dim_((int)p.head_dim), padded_((int)round_to_vector(head_dim_)),
         words_(words_of<Word>(head_dim_)), padded_words_(padded_words<Word>(head_dim_)),
+        scale_(p.scale / score_factor(p)),
         dropout_{(uint32_t)p.dropout_threshold, (float)p.dropout_scale, (uint64_t)p.seed},
         chunks_(std::max<int64_t>(1, (p.nq + kChunkRows - 1) / kChunkRows)),
         samples_(std::max<int64_t>(1, kChunkRows / std::max<int64_t>(1, p.nq))), turnstile_(p.heads) {}
@@ -278,7 +279,7 @@ class Backward {
     read_words(Word(), head_of(p_, p_.dout, s, h, p_.dtype), row, head_dim_, gradient);
     const float* dlse = statistics_of(p_, p_.dlse, s, h);
     statistics.dlse[r] = dlse ? dlse[row] : 0.0f;
-    statistics.shift[r] = (float)((double)statistics_of(p_, p_.lse, s, h)[row] / p_.scale);
+    statistics.shift[r] = (float)((double)statistics_of(p_, p_.lse, s, h)[row] / scale_);
   }
 
   float out_dot_dout(const Sample& s, int64_t h, int64_t row) const {
@@ -298,7 +299,7 @@ class Backward {
     if (pair) pair += s.index * p_.pair_mask_stride_b + h * p_.pair_mask_stride_h;
     const Score score{p_, index_, tables, keys, rows, pair, scratch.c2p, scratch.p2c, words_, padded_words_,
                       &scratch.next_head};
-    const ScoreGradient<Word> gradient{dropout_, (float)p_.scale, (float)(p_.scale * kLog2E), scratch.statistics,
+    const ScoreGradient<Word> gradient{dropout_, (float)p_.scale, (float)(scale_ * kLog2E), scratch.statistics,
                                        scratch.scores, scratch.dscores, scratch.draws, scratch.probability_pairs,
                                        scratch.dscore_words, scratch.dscore_pairs};
     score.start_rows();
@@ -395,6 +396,7 @@ class Backward {
   const AttentionParams& p_;
   const SlotIndex& index_;
   const int head_dim_, padded_, words_, padded_words_;
+  const double scale_;  // of the scores as ScoreBlock makes them
   const Dropout dropout_;
   const int64_t chunks_;   // tasks per sample, where a sample is long
   const int64_t samples_;  // samples per task, where they are short

@@ -17,7 +17,8 @@ class Forward {
   Forward(const AttentionParams& p, const SlotIndex& index, const float* packed)
       : p_(p), index_(index), packed_(packed), head_dim_((int)p.head_dim), words_(words_of<Word>(head_dim_)),
         padded_words_(padded_words<Word>(head_dim_)), padded_((int)round_to_vector(head_dim_)),
-        scale_log2_((float)(p.scale * kLog2E)),
+        scale_(p.scale / score_factor(p)), scale_log2_((float)(scale_ * kLog2E)),
+        value_factor_(std::ldexp(1.0f, -std::ilogb((float)std::max<int64_t>(1, p.nk)) - 1)),
         dropout_{(uint32_t)p.dropout_threshold, (float)p.dropout_scale, (uint64_t)p.seed} {}
 
   bool run() {
@@ -86,6 +87,8 @@ class Forward {
       pack_values(Word(), v, panel.key, panel.allowed, head_dim_, padded_,
                   scratch.values + i * kV / Word::kPerWord * padded_);
     }
+    for (int64_t i = 0; i < count * kV / Word::kPerWord * padded_; i += kV)
+      store(scratch.values + i, Word::scaled(load(scratch.values + i), set1(value_factor_)));
     for (int64_t b = first; b < last; b++) {
       const BlockRows block{scratch.row_panels + b * per_block, (int)std::min(per_block, rows - b * per_block),
                             scratch.queries};
@@ -263,10 +266,10 @@ class Forward {
         continue;
       }
       float* o = scratch.output + r * padded_;
-      const vf inverse = set1((dropout_.on() ? dropout_.scale : 1.0f) / sum);
+      const vf inverse = set1((dropout_.on() ? dropout_.scale : 1.0f) / sum / value_factor_);
       for (int d = 0; d < padded_; d += kV) store(o + d, load(o + d) * inverse);
       write_row(o, head_dim_, out, row);
-      lse[row] = (float)((double)scratch.row_max[r] * p_.scale + std::log((double)sum));
+      lse[row] = (float)((double)scratch.row_max[r] * scale_ + std::log((double)sum));
     }
   }
 
@@ -291,7 +294,9 @@ class Forward {
   const SlotIndex& index_;
   const float* packed_;
   const int head_dim_, words_, padded_words_, padded_;
+  const double scale_;  // of the scores as ScoreBlock makes them
   const float scale_log2_;
+  const float value_factor_;  // below 1 / nk: sums over keys stay finite where their mean is; a power of two, so exact
   const Dropout dropout_;
   int64_t chunks_ = 1;
 };

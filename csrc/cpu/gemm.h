@@ -12,9 +12,11 @@
 
 namespace {
 
+// `scaled`: every number of these words times a power of two.
 struct FloatWord {
   static constexpr int kPerWord = 1;
   DK_INLINE Sum multiply_add(const float* a, vf b, Sum c) { return sum_product(set1(*a), b, c); }
+  DK_INLINE vf scaled(vf words, vf factor) { return words * factor; }
 };
 
 #ifdef DK_HAS_BF16_DOT
@@ -25,6 +27,7 @@ struct BFloat16Word {
     std::memcpy(&pair, a, sizeof pair);
     return dot_bf16_pairs(pair, b, c);
   }
+  DK_INLINE vf scaled(vf words, vf factor) { return scale_bf16_pairs(words, factor); }
 };
 #endif
 

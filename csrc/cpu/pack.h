@@ -32,9 +32,10 @@ DK_INLINE void read_words(BFloat16Word, const Rows& rows, int64_t i, int head_di
 #endif
 
 // Rows first ... first + kV - 1 (those with a bit in `present`; others are zero) as one column panel [word][kV]:
-// lane c of vector w is word w of row first + c.
-template <class Word>
-static void pack_panel(const Rows& rows, int64_t first, LaneBits present, int head_dim, float* panel) {
+// lane c of vector w is word w of row first + c. kScaled: times `factor`.
+template <class Word, bool kScaled = false>
+static void pack_panel(const Rows& rows, int64_t first, LaneBits present, int head_dim, float* panel,
+                       float factor = 1.0f) {
   const int padded = padded_words<Word>(head_dim), words = words_of<Word>(head_dim);
   const bool in_place = bytes_of(rows.type) * Word::kPerWord == sizeof(float) && head_dim % (kV * Word::kPerWord) == 0;
   float copy[kV * kMaxHeadDim];
@@ -53,7 +54,7 @@ static void pack_panel(const Rows& rows, int64_t first, LaneBits present, int he
     for (int c = 0; c < kV; c++) block[c] = load(source[c] + w);
     transpose(block);
     const int count = words - w < kV ? words - w : kV;
-    for (int i = 0; i < count; i++) store(panel + (w + i) * kV, block[i]);
+    for (int i = 0; i < count; i++) store(panel + (w + i) * kV, kScaled ? Word::scaled(block[i], set1(factor)) : block[i]);
   }
 }
 

@@ -1,6 +1,7 @@
 // How a score is formed: q.k + q.pos_key[delta(i-j)] + k.pos_query[delta(i-j)], masked. Forward and backward both call
 // ScoreBlock::scores, so that they cannot drift apart. Scores stay unscaled until a maximum or lse is subtracted:
-// scaling first would round once more, at the magnitude of the score instead of the difference.
+// scaling first would round once more, at the magnitude of the score instead of the difference. All but a power of two:
+// score_factor is exact, and keeps products finite where the scaled score is.
 //
 // The position terms are products with a *band* of table columns, never with the whole table per pair: one band per
 // row panel for c2p (all keys, once per row block), one per key panel for p2c (the rows of the block). The slots of a
@@ -20,11 +21,19 @@ constexpr int kBlockKeys = 192;  // keys per block: 12 AVX-512 panels = 4 full m
 constexpr int kBiasStride = kMicroVectors * kV;
 constexpr double kLog2E = 1.4426950408889634;
 
+// What scores are multiplied by before they are formed: the largest power of two up to `scale` (and 1). The rest of it is
+// scale / score_factor, 1 to 2. 2^-16 is less than any model's, and makes no ordinary key subnormal.
+static float score_factor(const AttentionParams& p) {
+  int exponent;
+  std::frexp(p.scale, &exponent);
+  return std::ldexp(1.0f, std::min(0, std::max(-16, exponent - 1)));
+}
+
 // The keys of one head, packed.
 struct HeadKeys {
   const KeyPanel* panels;
   int64_t count;
-  const float* columns;    // [panel][words][kV]
+  const float* columns;    // [panel][words][kV], times score_factor
   const float* far_low;    // k . pos_query at the saturated low end, [panel][kV]; -inf for keys that are masked
   const float* far_high;
 };
@@ -107,12 +116,19 @@ struct ScoreBlock {
     return window(index.query_slot(low), index.query_slot(high), unit);
   }
 
-  // c2p = rows . pos_key for every row of the block. Call once per block.
+  // c2p = score_factor * rows . pos_key for every row of the block. Call once per block.
   void start_rows() const {
-    if (!tables.pos_key) return;
+    if (!tables.pos_key || !keys.count) return;
+    const float factor = score_factor(params);
+    float scaled[kV * kMaxHeadDim];
     for (int r = 0; r < rows.count; r++) {
       const Window w = c2p_window(r);
-      gemm<Word>(kV, (int)((w.stop - w.first) / kV), words, {rows.words + r * kV * padded, padded, 1},
+      const float* from = rows.words + r * kV * padded;
+      if (factor != 1.0f) {
+        for (int i = 0; i < kV * padded; i += kV) store(scaled + i, Word::scaled(load(from + i), set1(factor)));
+        from = scaled;
+      }
+      gemm<Word>(kV, (int)((w.stop - w.first) / kV), words, {from, padded, 1},
                  table_columns(tables.pos_key, w.first), c2p + r * kV * c2p_stride() + w.first, c2p_stride(), false);
     }
   }
@@ -315,7 +331,7 @@ struct ScoreBlock {
     }
   }
 
-  // Unscaled scores[count * kV][kBlockKeys] of the block's rows with key panels [first, first + panels); if asked for,
+  // Scores[count * kV][kBlockKeys] of the block's rows with key panels [first, first + panels); if asked for,
   // the largest score of each row as kV candidates, maxima[count * kV][kV]. A NaN may be lost in them.
   void scores(int64_t first, int panels, float* scores, float* maxima = nullptr) const {
     if (maxima) std::fill(maxima, maxima + rows.count * kV * kV, -INFINITY);
@@ -366,8 +382,9 @@ static HeadKeys pack_keys(const AttentionParams& p, const SlotIndex& index, cons
                           const Sample& s, const Rows& k, const KeyPanel* panels, int64_t count, float* columns,
                           float* far) {
   const int words = words_of<Word>((int)p.head_dim);
+  const float factor = score_factor(p);
   for (int64_t i = 0; i < count; i++)
-    pack_panel<Word>(k, panels[i].key, panels[i].allowed, (int)p.head_dim, columns + i * words * kV);
+    pack_panel<Word, true>(k, panels[i].key, panels[i].allowed, (int)p.head_dim, columns + i * words * kV, factor);
   float *low = far, *high = far + count * kV;
   if ((tables.pos_key || tables.pos_query) && (s.nq > index.high_start || -s.nk < index.low_end)) {
     for (int end = 0; end < 2; end++) {

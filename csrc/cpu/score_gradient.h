@@ -6,7 +6,7 @@
 
 namespace {
 
-// Per row: probability = exp(scale * (score - shift)) * factor. shift is lse / scale, since scores are unscaled, and
+// Per row: probability = exp(score - shift, in log2 units of scale_log2) * factor. shift is lse in units of a score, and
 // infinite for rows without probabilities, which makes all of them 0.
 struct RowStatistics {
   float *shift, *factor, *out_dot_dout, *dlse;
@@ -15,7 +15,7 @@ struct RowStatistics {
 template <class Word>
 struct ScoreGradient {
   const Dropout& dropout;
-  const float scale, scale_log2;
+  const float scale, scale_log2;  // of a gradient; of the scores as ScoreBlock makes them
   const RowStatistics& rows;
   float* scores;    // [row][kBlockKeys], replaced by the probabilities after dropout
   float* dscores;   // [row][kBlockKeys], dout . v, replaced by the gradient of the unscaled score

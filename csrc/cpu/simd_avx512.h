@@ -123,6 +123,14 @@ DK_INLINE void interleave_bf16(const uint16_t* even, const uint16_t* odd, uint32
   const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)odd));
   _mm512_storeu_si512(pairs, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
 }
+// Both halves of each pair times a power of two: exact.
+DK_INLINE vf scale_bf16_pairs(vf pairs, vf factor) {
+  const __m512i x = _mm512_castps_si512(pairs), high = _mm512_set1_epi32((int)0xffff0000);
+  const vf first = _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)) * factor;
+  const vf second = _mm512_castsi512_ps(_mm512_and_si512(x, high)) * factor;
+  return _mm512_castsi512_ps(_mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(first), 16),
+                                             _mm512_and_si512(_mm512_castps_si512(second), high)));
+}
 DK_INLINE void store_bf16(uint16_t* p, vf x, vf next) { _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(next, x)); }
 DK_INLINE vf load_bf16(const uint16_t* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from deberta_kernels import dropout, native
+from deberta_kernels.checks import check_storage
 from deberta_kernels.native import Library
 from deberta_kernels.position import PositionIndex, position_index, reachable_rows
 from deberta_kernels.types import AttentionProblem, Gradients, Masks, PositionSpec
@@ -27,8 +27,6 @@ def refusal(problem: AttentionProblem) -> str | None:
         return f"it computes float32, bfloat16 and float16, not {str(q.dtype).removeprefix('torch.')}"
     if q.shape[-1] > _MAX_HEAD_DIM:
         return f"head_dim {q.shape[-1]} is more than {_MAX_HEAD_DIM}"
-    if problem.scale <= 0:
-        return "the scale is not positive"
     return native.unavailable()
 
 
@@ -69,7 +67,7 @@ def backward(
     """
     library = native.need()
     whole = problem
-    problem = _reachable(replace(problem, prepared=None))
+    problem = _reachable(problem.changed(prepared=None))
     if not problem.q.numel():
         tensors = (whole.q, whole.k, whole.v, whole.pos_key, whole.pos_query)
         return Gradients(*(torch.zeros_like(x) if n and x is not None else None for n, x in zip(needs, tensors)))
@@ -78,7 +76,8 @@ def backward(
         batch, heads, length, head_dim = x.shape
         tokens.append(_empty(x.dtype, batch, length, heads, head_dim).transpose(1, 2) if need else None)
     tables, windows = _table_gradients(whole, problem, needs[3:])
-    dlse = None if dlse is None else dlse.contiguous()
+    # The kernel takes both as rows of one layout, without gaps.
+    lse, dlse = lse.resolve_neg().contiguous(), None if dlse is None else dlse.resolve_neg().contiguous()
     call = _Call(problem, library, out=out, lse=lse, dout=dout, dlse=dlse, tokens=tokens, tables=windows)
     library.call("dk_cpu_backward", call.pack())
     return Gradients(*tokens, *(None if g is None else g.to(problem.q.dtype) for g in tables))
@@ -106,6 +105,9 @@ def prepare(pos_key: Tensor | None, pos_query: Tensor | None, position: Position
     library = native.opened()
     if library is None:
         return None
+    for name, x in (("pos_key", pos_key), ("pos_query", pos_query)):
+        if x is not None:
+            check_storage(name, x)
     tokens = table.new_empty(1, table.shape[0], 0, table.shape[2])
     problem = AttentionProblem(tokens, tokens, tokens, pos_key, pos_query, Masks(), position, 1.0)
     call = _Call(problem, library)
@@ -127,10 +129,10 @@ def _check_prepared(prepared: Tensor | None, library: Library, params: bytes) ->
     if prepared is None:
         return
     size = library.handle.dk_cpu_prepared_bytes(params, library.variants[library.isa])
-    if prepared.device.type != "cpu" or prepared.dtype != torch.uint8 or prepared.numel() != size:
+    if prepared.dtype != torch.uint8 or prepared.shape != (size,) or not prepared.is_contiguous():
         raise ValueError(
-            f"prepared must be what prepare returned for these tables, uint8 of {size} bytes on cpu, got "
-            f"{prepared.dtype} of {prepared.numel()} on {prepared.device}; prepare the tables again."
+            f"prepared must be what prepare returned for these tables, uint8 of {size} bytes, got {prepared.dtype} of "
+            f"shape {tuple(prepared.shape)} and strides {prepared.stride()}; prepare the tables again."
         )
 
 
@@ -149,7 +151,8 @@ def _reachable(problem: AttentionProblem) -> AttentionProblem:
         return problem
     rows = slice(start - position.first_row, stop - position.first_row)
     cut = [None if x is None else x[:, rows] for x in (problem.pos_key, problem.pos_query)]
-    return replace(problem, pos_key=cut[0], pos_query=cut[1], position=replace(position, first_row=start))
+    rest = PositionSpec(position.position_buckets, position.max_relative_positions, start, position.prefix_length)
+    return problem.changed(pos_key=cut[0], pos_query=cut[1], position=rest)
 
 
 def _table_gradients(
@@ -217,7 +220,10 @@ class _Call:
         if x is None:
             return 0
         self.alive.append(x)
-        return x.data_ptr()
+        address = x.data_ptr()
+        if not address and x.numel():
+            raise ValueError(f"a tensor of shape {tuple(x.shape)} must have memory, got none; pass a copy of it.")
+        return address
 
     def _tokens(self, x: Tensor | None) -> tuple[int, int, int, int]:
         if x is None:

@@ -46,7 +46,9 @@ def attention(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     with exact_matmul(problem.q.device):
         dtype = accumulation_dtype(problem.q.dtype)
         q, k, v = (x.to(dtype) for x in _without_padding(problem))
-        score = problem.scale * (q @ k.mT + _position_score(problem, q, k))
+        # Scaled before they are multiplied, as in transformers: large inputs stay finite.
+        scaled_q = problem.scale * q
+        score = scaled_q @ k.mT + _position_score(problem, scaled_q, problem.scale * k)
 
         keep = allowed(problem)
         if keep is None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from deberta_kernels.dropout import keep_mask, keep_scale
-from deberta_kernels.impl import accumulation_dtype, exact_matmul
+from deberta_kernels.impl import accumulation_dtype, exact_matmul, score_factor
 from deberta_kernels.position import position_index, reachable_rows
 from deberta_kernels.types import AttentionProblem, Gradients, Masks
 
@@ -74,7 +74,7 @@ class _Group:
         heads: heads of the group.
         k: (b, h, Nk, D).
         v: (b, h, Nk, D).
-        p2c: (b, h, Nk', rows), k_j . pos_query[row], or None.
+        p2c: (b, h, Nk', rows), score_factor * k_j . pos_query[row], or None.
         mean: (b, h, 1, D), mean of v over all keys; None when no row can be padding.
     """
 
@@ -322,7 +322,8 @@ def _group(problem: AttentionProblem, table: _Table, batch: slice, heads: slice)
         padding = ~masks.key[batch, None, :, None]
         k, v = k.masked_fill(padding, 0.0), v.masked_fill(padding, 0.0)
     pos_query = table.of_heads(heads).pos_query
-    p2c = None if pos_query is None else k[:, :, problem.position.prefix_length :] @ pos_query.mT
+    positioned = k[:, :, problem.position.prefix_length :]
+    p2c = None if pos_query is None else (positioned * score_factor(problem.scale)) @ pos_query.mT
     return _Group(batch, heads, k, v, p2c, mean)
 
 
@@ -332,17 +333,19 @@ def _tile(problem: AttentionProblem, table: _Table, group: _Group, rows: range, 
     query_mask = problem.masks.query
     if query_mask is not None:
         q = q.masked_fill(~query_mask[group.batch, None, rows.start : rows.stop, None], 0.0)
-    score = q @ group.k.mT
+    factor = score_factor(problem.scale)
+    scaled = q * factor
+    score = scaled @ group.k.mT
     row = None
     pos_key = table.of_heads(group.heads).pos_key
     if pos_key is not None or group.p2c is not None:
         positioned = score[..., problem.position.prefix_length :]
         row = table.rows_of(rows, positioned.shape[-1])
         if pos_key is not None:
-            positioned += (q @ pos_key.mT).gather(-1, row.expand(positioned.shape))
+            positioned += (scaled @ pos_key.mT).gather(-1, row.expand(positioned.shape))
         if group.p2c is not None:
             positioned += group.p2c.gather(-1, row.mT.expand(positioned.mT.shape)).mT
-    score *= problem.scale
+    score *= problem.scale / factor
     _exclude(score, problem.masks, group, rows)
     peak = score.amax(-1, keepdim=True)
     peak = torch.where(torch.isneginf(peak), 0.0, peak)

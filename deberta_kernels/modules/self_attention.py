@@ -27,6 +27,7 @@ from deberta_kernels.modules.anatomy import (
     project_heads,
     scale_factor,
 )
+from deberta_kernels.modules.configuration import check_configuration
 from deberta_kernels.modules.distances import are_ordinary
 from deberta_kernels.modules.encoder_mask import EncoderMask
 from deberta_kernels.modules.in_full import attend_in_full
@@ -216,7 +217,9 @@ def project(
 
 def cast_for_matmul(tensor: Any) -> Any:
     """Cast as autocast casts the operands of a matmul; a projection that ignores autocast may have left float32."""
-    if tensor is None or not torch.is_autocast_enabled(tensor.device.type) or tensor.dtype == torch.float64:
+    if tensor is None or tensor.is_meta or not torch.is_autocast_enabled(tensor.device.type):
+        return tensor  # the meta device has no autocast
+    if tensor.dtype == torch.float64:
         return tensor
     return tensor.to(torch.get_autocast_dtype(tensor.device.type))
 
@@ -323,7 +326,8 @@ class DisentangledSelfAttention(nn.Module):
         backend: "auto" or the name of a backend.
 
     Raises:
-        ValueError: hidden_size is not a multiple of num_attention_heads, or the backend is unknown.
+        TypeError: a field of the configuration has a wrong type.
+        ValueError: a field of the configuration has a wrong value, or the backend is unknown.
 
     Source:
         transformers v5.23.0, models/deberta_v2/modeling_deberta_v2.py.
@@ -332,11 +336,7 @@ class DisentangledSelfAttention(nn.Module):
     def __init__(self, config: Any, backend: str = "auto") -> None:
         super().__init__()
         dispatch.check_backend(backend)
-        if config.hidden_size % config.num_attention_heads != 0:
-            raise ValueError(
-                f"hidden_size must be a multiple of num_attention_heads = {config.num_attention_heads}, got "
-                f"{config.hidden_size}; change one of them in the config."
-            )
+        check_configuration(config)
         self.options = AttentionOptions(backend=backend)
         self.num_attention_heads = config.num_attention_heads
         default_size = config.hidden_size // config.num_attention_heads

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import deberta_kernels as dk
+from deberta_kernels import native
 from deberta_kernels.modules import hidden_dropout
 from deberta_kernels.modules import products as ways
 from deberta_kernels.modules.linear import apply_linear, apply_linear_gelu

@@ -142,6 +142,39 @@ def test_wrong_settings_are_named():
         dk.DisentangledSelfAttention(transformers.DebertaV2Config(hidden_size=32, num_attention_heads=4), "gpu")
 
 
+BAD = [
+    ("num_attention_heads", 0, ValueError, "must be at least 1, got 0"),
+    ("num_attention_heads", 4.0, TypeError, "must be an int, got 4.0"),
+    ("hidden_size", None, TypeError, "must be an int, got None"),
+    ("attention_head_size", -8, ValueError, "must be at least 1, got -8"),
+    ("pos_att_type", 3, TypeError, "must be a list of strings, got 3"),
+    ("pos_att_type", [1, "c2p"], TypeError, "must be a list of strings"),
+    ("position_buckets", 1, ValueError, "must be at least 2, or below 1"),
+    ("position_buckets", 2.5, TypeError, "must be an int, got 2.5"),
+    ("max_relative_positions", "512", TypeError, "must be an int, got '512'"),
+    ("max_position_embeddings", 0, ValueError, "must be at least 1, got 0"),
+    ("hidden_dropout_prob", -0.1, ValueError, "must be between 0 and 1, got -0.1"),
+    ("attention_probs_dropout_prob", float("nan"), ValueError, "must be between 0 and 1, got nan"),
+    ("attention_probs_dropout_prob", "0.1", TypeError, "must be a number, got '0.1'"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "kind", "text"), BAD)
+def test_bad_fields_of_a_configuration_are_named(build, name, value, kind, text):
+    config = copy.deepcopy(build().config)
+    config.max_relative_positions = -1
+    vars(config)[name] = value  # past the configuration's own checks, which not every version has
+    with pytest.raises(kind, match=f"^{name} {text}.*; "):
+        dk.DisentangledSelfAttention(config)
+
+
+def test_terms_that_are_not_known_are_ignored(build):
+    config = copy.deepcopy(build().config)
+    vars(config)["pos_att_type"] = ["c2p", "p2p"]
+    ours = dk.DisentangledSelfAttention(config)
+    assert ours.pos_att_type == ["c2p", "p2p"]
+
+
 @pytest.mark.parametrize("shape", [(3, 5), (3, 1, 1, 6), (2, 3, 5, 5), (3, 2, 5, 5), (1, 3, 1, 1, 5)])
 def test_a_mask_of_another_shape_is_named_as_it_was_given(shape, build):
     ours = dk.DisentangledSelfAttention(build().config)

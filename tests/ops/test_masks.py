@@ -101,7 +101,7 @@ def test_public_masks_give_the_same_bits_as_parsed_ones(target, mask):
     problem = inputs.problem(Case(batch=2, heads=3, nq=30, head_dim=16, mask=mask), target.device)
     target.need(problem.q)
     given = problem.masks.key if problem.masks.pair is None else problem.masks.pair
-    for form in (given, given.long(), given.float()):
+    for form in (given, given.long(), given.to(torch.uint8)):
         out = dk.disentangled_attention(
             problem.q, problem.k, problem.v, problem.pos_key, problem.pos_query, attention_mask=form,
             backend=target.backend,

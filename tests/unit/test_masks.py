@@ -37,10 +37,10 @@ def only(masks, part):
 @pytest.mark.parametrize(
     ("shape", "part"), [((B, NK), "key"), ((B, 1, NQ, NK), "pair"), ((B, H, NQ, NK), "pair")], ids=str
 )
-@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.uint32])
 def test_functional_forms(shape, part, dtype):
     mask = draw(*shape)
-    got = only(parse(mask.to(dtype) * (3 if dtype != torch.bool else 1)), part)
+    got = only(parse(mask.to(dtype)), part)
     assert got.dtype == torch.bool
     assert torch.equal(got, mask)
 
@@ -51,8 +51,14 @@ def test_no_mask_masks_nothing():
     assert allowed(problem()) is None
 
 
-def test_negative_integers_keep():
-    assert bool(parse(torch.full((B, NK), -1)).key.all())
+@pytest.mark.parametrize("value", [2, -1])
+def test_other_integers_than_0_and_1_are_refused(value):
+    mask = torch.ones(B, NK, dtype=torch.int32)
+    mask[1, 2] = value
+    with pytest.raises(
+        ValueError, match=rf"attention_mask must hold 0 .* and 1 .* only, got {value}; pass `mask != 0`"
+    ):
+        parse(mask)
 
 
 @pytest.mark.parametrize("shape", [(B,), (B, NQ), (1, NK), (B, NQ, NK), (B, 2, NQ, NK), (B, 1, 1, NK), (1, 1, NQ, NK)])
@@ -61,12 +67,15 @@ def test_wrong_shapes_name_both(shape):
         parse(draw(*shape))
 
 
-@pytest.mark.parametrize("value", [-1.0, float("-inf"), float("nan"), torch.finfo(torch.float32).min])
-def test_additive_float_masks_are_refused(value):
-    mask = torch.zeros(B, NK)
-    mask[1, 2] = value
-    with pytest.raises(ValueError, match="float mask with negative values or NaN"):
-        parse(mask)
+@pytest.mark.parametrize("value", [0.0, 1.0, float("-inf"), float("nan")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_float_masks_are_refused_whatever_they_hold(value, dtype):
+    """Zeros attend everywhere where a mask is added to scores, and nowhere where it says what to keep."""
+    name = str(dtype).removeprefix("torch.")
+    with pytest.raises(
+        TypeError, match=rf"must be bool, or integers 0 and 1, got {name}; pass `mask == 0` if .* added"
+    ):
+        parse(torch.full((B, NK), value, dtype=dtype))
 
 
 @pytest.mark.parametrize("mask", [[[True] * NK] * B, 1, "mask"])
@@ -76,21 +85,21 @@ def test_what_is_not_a_tensor_is_refused(mask):
 
 
 def test_complex_masks_are_refused():
-    with pytest.raises(TypeError, match=r"attention_mask must be bool, got torch\.complex64"):
+    with pytest.raises(TypeError, match=r"attention_mask must be bool, or integers 0 and 1, got complex64"):
         parse(torch.zeros(B, NK, dtype=torch.complex64))
 
 
 def test_another_device_is_refused():
     with pytest.raises(ValueError, match="attention_mask must be on the device of q, cpu, got meta"):
-        parse(torch.zeros(B, NK, device="meta"))
+        parse(torch.zeros(B, NK, device="meta", dtype=torch.bool))
 
 
 def test_values_are_not_read_where_there_are_none():
     with FakeTensorMode():
-        assert parse(torch.zeros(B, NK)).key.shape == (B, NK)
+        assert parse(torch.zeros(B, NK, dtype=torch.int64)).key.shape == (B, NK)
     compiled = torch.compile(lambda m: parse(m).key, fullgraph=True, backend="eager")
     mask = draw(B, NK)
-    assert torch.equal(compiled(mask.float()), mask)
+    assert torch.equal(compiled(mask.long() * 3), mask)
 
 
 def test_huggingface_token_mask_makes_queries_padding_too():
