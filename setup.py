@@ -232,7 +232,8 @@ def link(layout: Layout, compiler: list[str], objects: dict[str, Path], folder: 
         except BuildError:
             if way == ways[-1]:
                 raise
-    load_library_file().seal(library)
+    with library.open("ab") as file:
+        file.write(load_library_file().seal(library.read_bytes()))
     return library
 
 

@@ -1,6 +1,7 @@
 """Calls in which something is empty: samples without keys, sequences without tokens, prefixes that are all there is."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -47,7 +48,9 @@ def test_no_key_is_allowed_beside_queries_that_are_padding(target, dtype, terms)
 
 
 @pytest.mark.parametrize("terms", TERMS)
-@pytest.mark.parametrize(("queries", "prefix", "keys"), [(1, 1, 1), (5, 5, 5), (20, 33, 33), (33, 16, 16), (140, 20, 20)])
+@pytest.mark.parametrize(
+    ("queries", "prefix", "keys"), [(1, 1, 1), (5, 5, 5), (20, 33, 33), (33, 16, 16), (140, 20, 20)]
+)
 def test_prefixes_that_are_all_the_keys(target, queries, prefix, keys, terms):
     case = case_of(target, nq=queries, nk=keys, prefix_length=prefix, terms=terms)
     problem = inputs.problem(case, target.device)
@@ -65,7 +68,7 @@ def test_sequences_without_tokens(target, starts, terms):
     problem = inputs.problem(case, target.device)
     tokens = {name: getattr(problem, name)[:, :, : starts[-1]] for name in ("q", "k", "v")}
     cu_seqlens = torch.tensor(starts, dtype=torch.int32, device=target.device)
-    longest = max(stop - start for start, stop in zip(starts, starts[1:]))
+    longest = max(stop - start for start, stop in pairwise(starts))
     packed = replace(problem, **tokens, cu_seqlens=cu_seqlens, max_seqlen=longest)
     if starts[-1]:
         check(target, packed, case)

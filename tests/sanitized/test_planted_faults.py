@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from deberta_kernels import native, processor
-from deberta_kernels.testing import sanitizers
+from tests import sanitizers
 
 pytestmark = pytest.mark.skipif(sanitizers.absence() is not None, reason=f"{sanitizers.absence()}")
 
