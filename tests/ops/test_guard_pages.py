@@ -16,6 +16,7 @@ from deberta_kernels.testing import budget, inputs
 from deberta_kernels.testing.inputs import Case
 from deberta_kernels.types import Masks
 from tests.guard import PLACES, guarded
+from tests.sanitizers import reporting_here
 
 ROOT = Path(__file__).resolve().parents[2]
 STATUS = native.library_status()
@@ -53,7 +54,9 @@ def test_the_pages_are_guarded(place):
         "ctypes.string_at(at, 1)\n"
         "print('after', flush=True)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=reporting_here(), cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
     assert done.stdout == "before\n"
     assert done.returncode != 0
 
