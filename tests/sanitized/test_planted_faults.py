@@ -8,7 +8,7 @@ import pytest
 from deberta_kernels import native, processor
 from tests import sanitizers
 
-pytestmark = pytest.mark.skipif(sanitizers.absence() is not None, reason=f"{sanitizers.absence()}")
+pytestmark = pytest.mark.skipif(sanitizers.absence() is not None, reason=f"{sanitizers.absence()} (make test-sanitized)")
 
 CALL = """
 import ctypes, sys

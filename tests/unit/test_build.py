@@ -1,7 +1,6 @@
 """The build of the native library: what it compiles and leaves out, and how an install fares without a compiler."""
 
 import ctypes
-import hashlib
 import importlib.util
 import json
 import os
@@ -14,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.checkout import ROOT, build, native_build
+
 KERNEL = """
 #define JOIN2(a, b) a##b
 #define JOIN(a, b) JOIN2(a, b)
@@ -42,16 +42,6 @@ extern "C" __attribute__((visibility("default"))) int variants() {
 BITS = {"generic": 1, "avx2": 2, "avx512": 4, "avx512_bf16": 8}
 
 
-def load_setup():
-    spec = importlib.util.spec_from_file_location("dk_setup", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-build = load_setup()
-native_build = sys.modules[build.build_library.__module__]
 HAS_COMPILER = any(map(shutil.which, ("c++", "g++", "clang++")))
 needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler on the PATH")
 needs_setuptools = pytest.mark.skipif(importlib.util.find_spec("setuptools") is None, reason="setuptools is missing")
@@ -276,78 +266,6 @@ def test_no_flag_ties_the_library_to_the_building_machine():
         *native_build.variants_for("linux-x86_64").values(),
     ):
         assert not [flag for flag in flags if flag.startswith(("-march", "-mtune", "-mcpu")) or "fast-math" in flag]
-
-
-@pytest.fixture
-def cuda_folders(tmp_path, monkeypatch):
-    """Sources, the package's folder, and an nvcc that writes its arguments down as the module."""
-    sources, target, nvcc = tmp_path / "cuda", tmp_path / "lib" / "cuda", tmp_path / "nvcc"
-    sources.mkdir()
-    (sources / "forward.cu").write_text("kernel")
-    (sources / "backward.cu").write_text("another")
-    (sources / "params.h").write_text("params")
-    (sources / "README.md").write_text("not a source")
-    nvcc.write_text(
-        '#!/bin/sh\nif [ "$1" = --version ]; then echo "release 13.0"; exit; fi\n'
-        'while [ "$1" != -o ]; do said="$said $1"; shift; done; echo "$said" > "$2"\n'
-    )
-    nvcc.chmod(0o755)
-    monkeypatch.setenv("NVCC", str(nvcc))
-    return sources, target
-
-
-def test_cuda_sources_in_the_package_follow_those_of_the_checkout(cuda_folders):
-    sources, target = cuda_folders
-    build.copy_cuda_sources(sources, target)
-    (sources / "params.h").unlink()
-    (sources / "layout.h").write_text("layout")
-    build.copy_cuda_sources(sources, target)
-    assert sorted(path.name for path in target.iterdir()) == ["backward.cu", "forward.cu", "layout.h"]
-
-
-def test_cuda_modules_are_built_once_per_source_and_recorded(cuda_folders):
-    sources, target = cuda_folders
-    record = build.build_cubins(sources, target)
-    assert len(record["cubins"]) == len(build.CUDA_MODULES)
-    for name, digest in record["cubins"].items():
-        assert hashlib.sha256((target / name).read_bytes()).hexdigest() == digest
-    said = (target / "forward_fp16_d128.cubin").read_text()
-    assert "sm_90a" in said
-    assert said.endswith("-DDK_DTYPE=fp16 -DDK_HEAD_DIM=128\n")
-    assert "backward_bf16_d64.cubin" in record["cubins"]
-    assert "backward_bf16_d128.cubin" not in record["cubins"]
-    built = (target / "forward_fp16_d128.cubin").stat().st_mtime_ns
-    assert build.build_cubins(sources, target) == record
-    assert (target / "forward_fp16_d128.cubin").stat().st_mtime_ns == built
-    (sources / "params.h").write_text("changed")
-    assert build.build_cubins(sources, target)["sources"] != record["sources"]
-    assert (target / "forward_fp16_d128.cubin").stat().st_mtime_ns != built
-
-
-@pytest.mark.parametrize("content", [b"", b"[]", b'{"sources": ', b"\xff\xfe", b"null"])
-def test_a_damaged_record_of_cuda_modules_means_building_again(cuda_folders, content):
-    sources, target = cuda_folders
-    record = build.build_cubins(sources, target)
-    (target / "build.json").write_bytes(content)
-    assert build.build_cubins(sources, target) == record
-    assert json.loads((target / "build.json").read_text()) == record
-
-
-def test_a_damaged_cuda_module_is_built_again(cuda_folders):
-    sources, target = cuda_folders
-    record = build.build_cubins(sources, target)
-    (target / "forward_fp16_d128.cubin").write_text("cut")
-    build.build_cubins(sources, target)
-    content = (target / "forward_fp16_d128.cubin").read_bytes()
-    assert hashlib.sha256(content).hexdigest() == record["cubins"]["forward_fp16_d128.cubin"]
-
-
-def test_without_nvcc_no_cuda_module_is_built_and_the_reason_said(cuda_folders, monkeypatch, capsys):
-    monkeypatch.setenv("NVCC", "/nowhere/nvcc")
-    with pytest.raises(native_build.BuildError, match="there is no nvcc on the PATH"):
-        build.build_cubins(*cuda_folders)
-    build.build_cubins_or_say()
-    assert "no CUDA kernels built: there is no nvcc on the PATH; NVRTC compiles them" in capsys.readouterr().err
 
 
 def small_checkout(folder: Path) -> Path:
