@@ -8,7 +8,8 @@ import pytest
 from deberta_kernels import native, processor
 from tests import sanitizers
 
-pytestmark = pytest.mark.skipif(sanitizers.absence() is not None, reason=f"{sanitizers.absence()} (make test-sanitized)")
+ABSENT = sanitizers.absence()
+pytestmark = pytest.mark.skipif(ABSENT is not None, reason=f"{ABSENT}; `make test-sanitized` runs this")
 
 CALL = """
 import ctypes, sys
