@@ -49,7 +49,8 @@ PYTEST = -m pytest -n auto --maxprocesses 8 --dist worksteal
 # New memory holds NaN.
 CXX_FILE = $(shell $${CXX:-c++} -print-file-name=$(1))
 SANITIZED = LD_PRELOAD="$(call CXX_FILE,libasan.so) $(call CXX_FILE,libstdc++.so.6)" \
-	ASAN_OPTIONS=detect_leaks=0:max_malloc_fill_size=1000000000:malloc_fill_byte=255 UBSAN_OPTIONS=print_stacktrace=1 \
+	ASAN_OPTIONS=detect_leaks=0:max_malloc_fill_size=1000000000:malloc_fill_byte=255:log_path=build/sanitized/report \
+	UBSAN_OPTIONS=print_stacktrace=1:log_path=build/sanitized/report \
 	DEBERTA_KERNELS_LIBRARY=build/sanitized/libdeberta_kernels_cpu.so
 SANITIZED_TESTS = tests/sanitized tests/ops tests/integrations/test_fast_linears.py \
 	--ignore tests/ops/test_torch_tiled.py --ignore tests/ops/test_triton.py
@@ -77,7 +78,9 @@ test-tf4: env-tf4 ## run the integration tests against transformers 4.57.6 and a
 
 test-sanitized: env-test ## run the operator tests and linear layers under AddressSanitizer and UndefinedBehaviorSanitizer
 	@$(RUN) -W ignore setup.py -q build_native --sanitize
-	@$(SANITIZED) $(OFFLINE) OMP_NUM_THREADS=1 $(RUN) $(PYTEST) --sanitized $(SANITIZED_TESTS) $(ARGS)
+	@rm -f build/sanitized/report.*
+	@$(SANITIZED) $(OFFLINE) OMP_NUM_THREADS=1 $(RUN) $(PYTEST) --sanitized $(SANITIZED_TESTS) $(ARGS) \
+		|| { cat build/sanitized/report.* 2>/dev/null; exit 1; }
 
 test-triton: env-triton ## test the Triton kernels in Triton's interpreter, on the CPU
 	@$(OFFLINE) $(INTERPRETED) $(RUN) $(PYTEST) $(INTERPRETED_TESTS) $(ARGS)

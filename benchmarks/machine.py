@@ -105,7 +105,7 @@ def library() -> dict[str, Any]:
 
 def _is_stale(path: Path) -> bool:
     """Tell whether a build would now make another library than the one at this path; False without a compiler."""
-    specification = importlib.util.spec_from_file_location("deberta_kernels_setup", ROOT / "setup.py")
+    specification = importlib.util.spec_from_file_location("native_build", ROOT / "csrc" / "native_build.py")
     assert specification is not None
     assert specification.loader is not None
     build = sys.modules[specification.name] = importlib.util.module_from_spec(specification)

@@ -1,9 +1,9 @@
 """The native library as a file: sealed when it is built, looked at before it is loaded.
 
-Loading a library that was cut off or damaged ends the process by a signal, so that has to be found out before. The build
-ends the file with its seal, a line with the length and the digest of what precedes it. Loaders ignore it, and every
-copy keeps it. A library without one was built by hand or rewritten by `strip` or `patchelf`: it is held to what its ELF
-headers promise, which tells at least whether it is whole.
+Loading a library that was cut off or damaged ends the process by a signal, so that has to be found out before. The
+build ends the file with its seal, a line with the length and the digest of what precedes it. Loaders ignore it, and
+every copy keeps it. A library without one was built by hand or rewritten by `strip` or `patchelf`: it is held to what
+its ELF headers promise, which tells at least whether it is whole.
 
 setup.py reads this file by its path, so it imports nothing of the package.
 """
@@ -26,12 +26,11 @@ _LOADED, _DYNAMIC = 1, 2  # types of segments
 _NAMES, _NO_BYTES = 3, 8  # types of sections
 
 
-def seal(path: str | os.PathLike[str]) -> None:
-    """Append its seal to a library that was just built; other files than ELF may not carry one and stay as they are."""
-    with open(path, "r+b") as file:
-        content = file.read()
-        if content.startswith(_MAGIC) and _SEAL.search(content[-_SEAL_LENGTH:]) is None:
-            file.write(b"\ndeberta_kernels: %d bytes, sha256 %s\n" % (len(content), _digest(content)))
+def seal(content: bytes) -> bytes:
+    """Return what the build appends to a library of this content; nothing for other formats than ELF."""
+    if not content.startswith(_MAGIC):
+        return b""
+    return b"\ndeberta_kernels: %d bytes, sha256 %s\n" % (len(content), _digest(content))
 
 
 def damage(path: str | os.PathLike[str]) -> str | None:

@@ -1,6 +1,7 @@
 """Calls in which something is empty: samples without keys, sequences without tokens, prefixes that are all there is."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -67,7 +68,7 @@ def test_sequences_without_tokens(target, starts, terms):
     problem = inputs.problem(case, target.device)
     tokens = {name: getattr(problem, name)[:, :, : starts[-1]] for name in ("q", "k", "v")}
     cu_seqlens = torch.tensor(starts, dtype=torch.int32, device=target.device)
-    longest = max(stop - start for start, stop in zip(starts, starts[1:]))
+    longest = max(stop - start for start, stop in pairwise(starts))
     packed = replace(problem, **tokens, cu_seqlens=cu_seqlens, max_seqlen=longest)
     if starts[-1]:
         check(target, packed, case)

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,10 +13,12 @@ from deberta_kernels.impl import cpu
 from deberta_kernels.modules import hidden_dropout, products
 from deberta_kernels.modules.positions import content_key
 from deberta_kernels.testing import budget, inputs
-from deberta_kernels.testing.guard import PLACES, guarded
 from deberta_kernels.testing.inputs import Case
 from deberta_kernels.types import Masks
+from tests.guard import PLACES, guarded
+from tests.sanitizers import reporting_here
 
+ROOT = Path(__file__).resolve().parents[2]
 STATUS = native.library_status()
 needs_library = pytest.mark.skipif(not STATUS["loaded"], reason=f"{STATUS['reason']}")
 ISAS = STATUS["variants"]
@@ -44,14 +47,16 @@ CASES = [
 def test_the_pages_are_guarded(place):
     code = (
         "import ctypes, torch\n"
-        "from deberta_kernels.testing.guard import guarded\n"
+        "from tests.guard import guarded\n"
         f"x = guarded(torch.zeros(100), {place!r})\n"
         f"at = x.data_ptr() + ({{'start': -1, 'end': 400}}[{place!r}])\n"
         "print('before', flush=True)\n"
         "ctypes.string_at(at, 1)\n"
         "print('after', flush=True)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=reporting_here(), cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
     assert done.stdout == "before\n"
     assert done.returncode != 0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from deberta_kernels.testing import sanitizers
+from tests import sanitizers
 
 
 def pytest_addoption(parser):

@@ -1,15 +1,15 @@
 """The sanitizers see what they are there for: a fault planted in each variant ends the process with its report."""
 
-import os
 import subprocess
 import sys
 
 import pytest
 
 from deberta_kernels import native, processor
-from deberta_kernels.testing import sanitizers
+from tests import sanitizers
 
-pytestmark = pytest.mark.skipif(sanitizers.absence() is not None, reason=f"{sanitizers.absence()}")
+ABSENT = sanitizers.absence()
+pytestmark = pytest.mark.skipif(ABSENT is not None, reason=f"{ABSENT}; `make test-sanitized` runs this")
 
 CALL = """
 import ctypes, sys
@@ -34,7 +34,7 @@ VARIANTS = [isa for isa, needed in FEATURES.items() if needed <= set(processor.f
 
 def call(isa, more=0, shift=0):
     command = [sys.executable, "-c", CALL, str(more), str(shift), isa]
-    return subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, env=sanitizers.reporting_here(), capture_output=True, text=True, timeout=120)
 
 
 def test_every_variant_that_this_processor_runs_is_watched():

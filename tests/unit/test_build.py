@@ -1,7 +1,6 @@
 """The build of the native library: what it compiles and leaves out, and how an install fares without a compiler."""
 
 import ctypes
-import hashlib
 import importlib.util
 import json
 import os
@@ -14,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.checkout import ROOT, build, native_build
+
 KERNEL = """
 #define JOIN2(a, b) a##b
 #define JOIN(a, b) JOIN2(a, b)
@@ -42,15 +42,6 @@ extern "C" __attribute__((visibility("default"))) int variants() {
 BITS = {"generic": 1, "avx2": 2, "avx512": 4, "avx512_bf16": 8}
 
 
-def load_setup():
-    spec = importlib.util.spec_from_file_location("dk_setup", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-build = load_setup()
 HAS_COMPILER = any(map(shutil.which, ("c++", "g++", "clang++")))
 needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler on the PATH")
 needs_setuptools = pytest.mark.skipif(importlib.util.find_spec("setuptools") is None, reason="setuptools is missing")
@@ -67,7 +58,9 @@ def write_sources(folder: Path) -> None:
 def layout(tmp_path, monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
     write_sources(tmp_path / "csrc")
-    return build.Layout(tmp_path / "csrc" / "cpu", tmp_path / "csrc", tmp_path / "lib" / build.LIBRARY_NAME)
+    return native_build.Layout(
+        tmp_path / "csrc" / "cpu", tmp_path / "csrc", tmp_path / "lib" / native_build.LIBRARY_NAME
+    )
 
 
 def fake_compiler(folder: Path, refuse: str) -> str:
@@ -83,21 +76,21 @@ def fake_compiler(folder: Path, refuse: str) -> str:
 
 @needs_compiler
 def test_library_holds_the_variants_it_reports_and_nothing_is_left_behind(layout):
-    record = build.build_library(layout)
+    record = native_build.build_library(layout)
     library = ctypes.CDLL(str(layout.library))
     assert library.variants() == sum(BITS[name] for name in record["variants"])
     assert record["variants"][0] == "generic"
-    assert sorted(path.name for path in layout.library.parent.iterdir()) == ["build.json", build.LIBRARY_NAME]
+    assert sorted(path.name for path in layout.library.parent.iterdir()) == ["build.json", native_build.LIBRARY_NAME]
 
 
 @needs_compiler
 def test_library_is_rebuilt_only_when_a_source_changed(layout):
-    assert build.build_library(layout)["is_new"]
+    assert native_build.build_library(layout)["is_new"]
     built = layout.library.stat().st_mtime_ns
-    assert not build.build_library(layout)["is_new"]
+    assert not native_build.build_library(layout)["is_new"]
     assert layout.library.stat().st_mtime_ns == built
     (layout.include / "value.h").write_text("#define VALUE 8\n")
-    assert build.build_library(layout)["is_new"]
+    assert native_build.build_library(layout)["is_new"]
     assert layout.library.stat().st_mtime_ns != built
 
 
@@ -110,35 +103,35 @@ DAMAGED_RECORDS = [
 @needs_compiler
 @pytest.mark.parametrize("content", DAMAGED_RECORDS, ids=lambda content: str(content[:40]))
 def test_a_damaged_record_means_building_again(layout, content):
-    wanted = build.build_library(layout)["digest"]
+    wanted = native_build.build_library(layout)["digest"]
     layout.record.write_bytes(content.replace(b"WANTED", wanted.encode()))
     assert build.build_or_warn(layout)
     assert json.loads(layout.record.read_text())["digest"] == wanted
-    assert not build.build_library(layout)["is_new"]
+    assert not native_build.build_library(layout)["is_new"]
 
 
 @needs_compiler
 @pytest.mark.parametrize("which", ["record", "library"])
 @pytest.mark.parametrize("kind", ["missing", "folder", "dangling link"])
 def test_whatever_is_in_the_place_of_a_file_is_built_over(layout, which, kind):
-    build.build_library(layout)
+    native_build.build_library(layout)
     path = getattr(layout, which)
     path.unlink()
     if kind == "folder":
         (path / "inside").mkdir(parents=True)
     elif kind == "dangling link":
         path.symlink_to("gone")
-    assert build.build_library(layout)["is_new"]
-    assert not build.build_library(layout)["is_new"]
+    assert native_build.build_library(layout)["is_new"]
+    assert not native_build.build_library(layout)["is_new"]
 
 
 @needs_compiler
 @pytest.mark.parametrize("edit", [lambda whole: whole[:3000], lambda whole: whole[:-300] + bytes(300)])
 def test_a_damaged_library_is_built_again(layout, edit):
-    build.build_library(layout)
+    native_build.build_library(layout)
     whole = layout.library.read_bytes()
     layout.library.write_bytes(edit(whole))
-    assert build.build_library(layout)["is_new"]
+    assert native_build.build_library(layout)["is_new"]
     assert layout.library.read_bytes() == whole
 
 
@@ -147,7 +140,7 @@ def test_what_the_system_refuses_is_a_warning_as_well(layout, monkeypatch, capsy
     def refuse(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(build, "put_in_place", refuse)
+    monkeypatch.setattr(native_build, "put_in_place", refuse)
     assert not build.build_or_warn(layout)
     assert "WARNING: no native library: [Errno 28] No space left on device" in capsys.readouterr().err
 
@@ -162,11 +155,13 @@ def test_clang_links_the_openmp_that_pytorch_has(layout, tmp_path, monkeypatch):
     )
     clang.chmod(0o755)
     monkeypatch.setenv("CXX", str(clang))
-    build.build_library(layout)
+    native_build.build_library(layout)
     links = [line for line in (tmp_path / "said").read_text().splitlines() if "-shared" in line]
     assert "-l:libgomp.so.1" in links[0]
-    with pytest.raises(build.BuildError, match=r"the sanitized build is made with g\+\+"):
-        build.build_library(build.Layout(layout.sources, layout.include, layout.library, build.SANITIZE_FLAGS))
+    with pytest.raises(native_build.BuildError, match=r"the sanitized build is made with g\+\+"):
+        native_build.build_library(
+            native_build.Layout(layout.sources, layout.include, layout.library, native_build.SANITIZE_FLAGS)
+        )
 
 
 CLANGS = [name for name in ("clang++", *(f"clang++-{n}" for n in range(14, 30))) if shutil.which(name)]
@@ -176,10 +171,10 @@ CLANGS = [name for name in ("clang++", *(f"clang++-{n}" for n in range(14, 30)))
 @pytest.mark.parametrize("name", ["dispatch", "kernel"])
 def test_clang_compiles_every_variant(name):
     for compiler in CLANGS:
-        for variant, flags in build.variants_for(build.sysconfig.get_platform()).items():
+        for variant, flags in native_build.variants_for(native_build.sysconfig.get_platform()).items():
             defined = (f"-DDK_VARIANT={variant}", f"-DDK_HAVE_{variant.upper()}")
-            command = [compiler, *build.COMMON_FLAGS, *flags, *defined, "-fsyntax-only", f"-I{ROOT / 'csrc'}"]
-            build.run_compiler([*command, str(ROOT / "csrc" / "cpu" / f"{name}.cpp")], f"{compiler} {variant}")
+            command = [compiler, *native_build.COMMON_FLAGS, *flags, *defined, "-fsyntax-only", f"-I{ROOT / 'csrc'}"]
+            native_build.run_compiler([*command, str(ROOT / "csrc" / "cpu" / f"{name}.cpp")], f"{compiler} {variant}")
 
 
 def test_the_processor_is_asked_only_by_names_that_old_compilers_know():
@@ -190,24 +185,24 @@ def test_the_processor_is_asked_only_by_names_that_old_compilers_know():
 
 
 def test_the_sanitized_library_has_a_place_and_a_digest_of_its_own():
-    assert build.SANITIZED.library.parent == ROOT / "build" / "sanitized"
-    assert build.SANITIZED.record != build.Layout().record
-    assert any("address,undefined" in flag for flag in build.SANITIZED.flags)
+    assert native_build.SANITIZED.library.parent == ROOT / "build" / "sanitized"
+    assert native_build.SANITIZED.record != native_build.Layout().record
+    assert any("address,undefined" in flag for flag in native_build.SANITIZED.flags)
 
 
 @needs_compiler
 def test_the_digest_covers_the_flags_of_a_layout(layout):
-    other = build.Layout(layout.sources, layout.include, layout.library, ("-g",))
-    platform, compiler = build.sysconfig.get_platform(), build.find_compiler()
-    assert build.digest(other, compiler, platform) != build.digest(layout, compiler, platform)
+    other = native_build.Layout(layout.sources, layout.include, layout.library, ("-g",))
+    platform, compiler = native_build.sysconfig.get_platform(), native_build.find_compiler()
+    assert native_build.digest(other, compiler, platform) != native_build.digest(layout, compiler, platform)
 
 
 @needs_compiler
 def test_variant_whose_flags_are_unknown_is_left_out(layout, tmp_path, monkeypatch):
-    if len(build.variants_for(build.sysconfig.get_platform())) == 1:
+    if len(native_build.variants_for(native_build.sysconfig.get_platform())) == 1:
         pytest.skip("this platform has the generic variant only")
     monkeypatch.setenv("CXX", fake_compiler(tmp_path, "-mavx512bf16"))
-    record = build.build_library(layout)
+    record = native_build.build_library(layout)
     assert "avx512_bf16" not in record["variants"]
     assert "avx2" in record["variants"]
     assert "-mavx512bf16" in record["left_out"]["avx512_bf16"]
@@ -217,37 +212,37 @@ def test_variant_whose_flags_are_unknown_is_left_out(layout, tmp_path, monkeypat
 @needs_compiler
 def test_failing_compiler_is_quoted(layout, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", fake_compiler(tmp_path, "DK_VARIANT=generic"))
-    with pytest.raises(build.BuildError, match=r"variant generic failed .*\n*refused on purpose"):
-        build.build_library(layout)
+    with pytest.raises(native_build.BuildError, match=r"variant generic failed .*\n*refused on purpose"):
+        native_build.build_library(layout)
     assert not layout.library.exists()
 
 
 @needs_compiler
 def test_linker_that_refuses_the_static_runtime_is_asked_again_without(layout, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", fake_compiler(tmp_path, "-static-libstdc++"))
-    build.build_library(layout)
+    native_build.build_library(layout)
     assert ctypes.CDLL(str(layout.library)).variants()
 
 
 def test_missing_compiler_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "/nowhere/c++")
-    with pytest.raises(build.BuildError, match="CXX is '/nowhere/c\\+\\+', which is not on the PATH"):
-        build.find_compiler()
+    with pytest.raises(native_build.BuildError, match="CXX is '/nowhere/c\\+\\+', which is not on the PATH"):
+        native_build.find_compiler()
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(build.BuildError, match=r"no C\+\+ compiler on the PATH .*apt install g\+\+"):
-        build.find_compiler()
+    with pytest.raises(native_build.BuildError, match=r"no C\+\+ compiler on the PATH .*apt install g\+\+"):
+        native_build.find_compiler()
 
 
 def test_cxx_may_carry_arguments(monkeypatch):
     monkeypatch.setenv("CXX", f"{sys.executable} -E")
-    assert build.find_compiler() == [sys.executable, "-E"]
+    assert native_build.find_compiler() == [sys.executable, "-E"]
 
 
 def test_missing_sources_are_named(tmp_path):
-    layout = build.Layout(tmp_path, tmp_path, tmp_path / "lib" / "x.so")
-    with pytest.raises(build.BuildError, match=r"dispatch\.cpp is missing"):
-        build.build_library(layout)
+    layout = native_build.Layout(tmp_path, tmp_path, tmp_path / "lib" / "x.so")
+    with pytest.raises(native_build.BuildError, match=r"dispatch\.cpp is missing"):
+        native_build.build_library(layout)
 
 
 @pytest.mark.parametrize(
@@ -260,85 +255,17 @@ def test_missing_sources_are_named(tmp_path):
     ],
 )
 def test_variants_per_platform(platform, expected):
-    assert list(build.variants_for(platform)) == expected
-    assert build.variants_for(platform)["generic"] == ()
+    assert list(native_build.variants_for(platform)) == expected
+    assert native_build.variants_for(platform)["generic"] == ()
 
 
 def test_no_flag_ties_the_library_to_the_building_machine():
-    for flags in (build.COMMON_FLAGS, build.LINK_FLAGS, *build.variants_for("linux-x86_64").values()):
+    for flags in (
+        native_build.COMMON_FLAGS,
+        native_build.LINK_FLAGS,
+        *native_build.variants_for("linux-x86_64").values(),
+    ):
         assert not [flag for flag in flags if flag.startswith(("-march", "-mtune", "-mcpu")) or "fast-math" in flag]
-
-
-@pytest.fixture
-def cuda_folders(tmp_path, monkeypatch):
-    """Sources, the package's folder, and an nvcc that writes its arguments down as the module."""
-    sources, target, nvcc = tmp_path / "cuda", tmp_path / "lib" / "cuda", tmp_path / "nvcc"
-    sources.mkdir()
-    (sources / "forward.cu").write_text("kernel")
-    (sources / "backward.cu").write_text("another")
-    (sources / "params.h").write_text("params")
-    (sources / "README.md").write_text("not a source")
-    nvcc.write_text(
-        '#!/bin/sh\nif [ "$1" = --version ]; then echo "release 13.0"; exit; fi\n'
-        'while [ "$1" != -o ]; do said="$said $1"; shift; done; echo "$said" > "$2"\n'
-    )
-    nvcc.chmod(0o755)
-    monkeypatch.setenv("NVCC", str(nvcc))
-    return sources, target
-
-
-def test_cuda_sources_in_the_package_follow_those_of_the_checkout(cuda_folders):
-    sources, target = cuda_folders
-    build.copy_cuda_sources(sources, target)
-    (sources / "params.h").unlink()
-    (sources / "layout.h").write_text("layout")
-    build.copy_cuda_sources(sources, target)
-    assert sorted(path.name for path in target.iterdir()) == ["backward.cu", "forward.cu", "layout.h"]
-
-
-def test_cuda_modules_are_built_once_per_source_and_recorded(cuda_folders):
-    sources, target = cuda_folders
-    record = build.build_cubins(sources, target)
-    assert len(record["cubins"]) == len(build.CUDA_MODULES)
-    for name, digest in record["cubins"].items():
-        assert hashlib.sha256((target / name).read_bytes()).hexdigest() == digest
-    said = (target / "forward_fp16_d128.cubin").read_text()
-    assert "sm_90a" in said
-    assert said.endswith("-DDK_DTYPE=fp16 -DDK_HEAD_DIM=128\n")
-    assert "backward_bf16_d64.cubin" in record["cubins"]
-    assert "backward_bf16_d128.cubin" not in record["cubins"]
-    built = (target / "forward_fp16_d128.cubin").stat().st_mtime_ns
-    assert build.build_cubins(sources, target) == record
-    assert (target / "forward_fp16_d128.cubin").stat().st_mtime_ns == built
-    (sources / "params.h").write_text("changed")
-    assert build.build_cubins(sources, target)["sources"] != record["sources"]
-    assert (target / "forward_fp16_d128.cubin").stat().st_mtime_ns != built
-
-
-@pytest.mark.parametrize("content", [b"", b"[]", b'{"sources": ', b"\xff\xfe", b"null"])
-def test_a_damaged_record_of_cuda_modules_means_building_again(cuda_folders, content):
-    sources, target = cuda_folders
-    record = build.build_cubins(sources, target)
-    (target / "build.json").write_bytes(content)
-    assert build.build_cubins(sources, target) == record
-    assert json.loads((target / "build.json").read_text()) == record
-
-
-def test_a_damaged_cuda_module_is_built_again(cuda_folders):
-    sources, target = cuda_folders
-    record = build.build_cubins(sources, target)
-    (target / "forward_fp16_d128.cubin").write_text("cut")
-    build.build_cubins(sources, target)
-    content = (target / "forward_fp16_d128.cubin").read_bytes()
-    assert hashlib.sha256(content).hexdigest() == record["cubins"]["forward_fp16_d128.cubin"]
-
-
-def test_without_nvcc_no_cuda_module_is_built_and_the_reason_said(cuda_folders, monkeypatch, capsys):
-    monkeypatch.setenv("NVCC", "/nowhere/nvcc")
-    with pytest.raises(build.BuildError, match="there is no nvcc on the PATH"):
-        build.build_cubins(*cuda_folders)
-    build.build_cubins_or_say()
-    assert "no CUDA kernels built: there is no nvcc on the PATH; NVRTC compiles them" in capsys.readouterr().err
 
 
 def small_checkout(folder: Path) -> Path:
@@ -348,6 +275,7 @@ def small_checkout(folder: Path) -> Path:
         ROOT / "deberta_kernels", folder / "deberta_kernels", ignore=shutil.ignore_patterns("lib", "__pycache__")
     )
     write_sources(folder / "csrc")
+    shutil.copy(ROOT / "csrc" / "native_build.py", folder / "csrc" / "native_build.py")
     (folder / "csrc" / "cuda").mkdir()
     (folder / "csrc" / "cuda" / "forward.cu").write_text("kernel")
     return folder
@@ -372,7 +300,7 @@ def test_wheel_with_the_library_fits_every_python(tmp_path):
     path, said = wheel(small_checkout(tmp_path))
     assert re.fullmatch(r"deberta_kernels-[\d.]+-py3-none-(?!any)\w+\.whl", path.name)
     names = zipfile.ZipFile(path).namelist()
-    assert f"deberta_kernels/lib/{build.LIBRARY_NAME}" in names
+    assert f"deberta_kernels/lib/{native_build.LIBRARY_NAME}" in names
     assert {"deberta_kernels/py.typed", "deberta_kernels/demo/text.txt", "deberta_kernels/lib/build.json"} <= set(names)
     assert "deberta_kernels/lib/cuda/forward.cu" in names
     assert "WARNING" not in said
@@ -390,7 +318,7 @@ def test_wheel_with_the_library_fits_every_python(tmp_path):
 )
 def test_wheel_without_the_library_fits_everywhere_and_says_why(tmp_path, environment, message):
     folder = small_checkout(tmp_path)
-    stale = folder / "deberta_kernels" / "lib" / build.LIBRARY_NAME
+    stale = folder / "deberta_kernels" / "lib" / native_build.LIBRARY_NAME
     stale.parent.mkdir()
     stale.write_text("left from an earlier build")
     path, said = wheel(folder, **environment)

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from pathlib import Path
 
 from deberta_kernels import native
 
-__all__ = ["absence"]
+__all__ = ["absence", "reporting_here"]
+
+
+def reporting_here() -> dict[str, str]:
+    """Return the environment of a process whose reports a test expects, on its standard error."""
+    names = ("ASAN_OPTIONS", "UBSAN_OPTIONS")
+    return os.environ | {name: f"{os.environ.get(name, '')}:log_path=stderr" for name in names}
 
 
 def absence() -> str | None:

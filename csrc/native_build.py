@@ -1,0 +1,279 @@
+"""Build the native CPU library: plain compiler calls, once per instruction set, linked into one shared library.
+
+setup.py runs this while the package is built, so it imports nothing of the package and nothing that must be installed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+LIBRARY_NAME = "libdeberta_kernels_cpu.so"
+
+AVX512_FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mavx2", "-mf16c")
+# Flags are named one by one and never -march=native: the library must run on machines other than the one it was
+# built on, and picks its variant when it is loaded.
+X86_VARIANTS = {
+    "avx2": ("-mavx2", "-mfma", "-mf16c"),
+    "avx512": AVX512_FLAGS,
+    "avx512_bf16": (*AVX512_FLAGS, "-mavx512bf16"),
+}
+COMMON_FLAGS = (
+    "-O2",
+    "-std=c++17",
+    "-fPIC",
+    "-fopenmp",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+)
+LINK_FLAGS = ("-shared",)
+# Clang links its own OpenMP otherwise, where parallel.h needs the one that PyTorch has.
+OPENMP_FLAGS = {"gcc": (("-fopenmp",),), "clang": (("-l:libgomp.so.1",), ("-fopenmp",))}
+SANITIZE_FLAGS = ("-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+# A newer libstdc++ than the one torch brought along must not be needed, and ours must not be seen by others.
+STATIC_RUNTIME_FLAGS = ("-static-libstdc++", "-Wl,--exclude-libs,ALL")
+COMPILE_TIMEOUT_SECONDS = 600
+
+
+class BuildError(RuntimeError):
+    """Say why the native library could not be built."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Hold the folders of one build.
+
+    Attributes:
+        sources: folder with dispatch.cpp and kernel.cpp.
+        include: folder given to the compiler with -I.
+        library: path of the shared library to write.
+        flags: more flags for every call of the compiler.
+    """
+
+    sources: Path = ROOT / "csrc" / "cpu"
+    include: Path = ROOT / "csrc"
+    library: Path = ROOT / "deberta_kernels" / "lib" / LIBRARY_NAME
+    flags: tuple[str, ...] = ()
+
+    @property
+    def record(self) -> Path:
+        """Return the path of the file that says how the library beside it was built."""
+        return self.library.with_name("build.json")
+
+
+SANITIZED = Layout(library=ROOT / "build" / "sanitized" / LIBRARY_NAME, flags=SANITIZE_FLAGS)
+
+
+def load_library_file() -> Any:
+    """Load the module that seals the library; the package itself cannot be imported while it is built."""
+    path = ROOT / "deberta_kernels" / "library_file.py"
+    spec = importlib.util.spec_from_file_location("deberta_kernels_library_file", path)
+    if spec is None or spec.loader is None:
+        raise BuildError(f"{path} cannot be loaded; build from a complete checkout or source archive")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def variants_for(platform: str) -> dict[str, tuple[str, ...]]:
+    """Return the compiler flags of each variant to try on a platform such as "linux-x86_64", generic first."""
+    if platform.endswith(("x86_64", "amd64")):
+        return {"generic": (), **X86_VARIANTS}
+    return {"generic": ()}
+
+
+def find_compiler() -> list[str]:
+    """Return the C++ compiler as a command: CXX if set, else the first of c++, g++, clang++ on the PATH.
+
+    Raises:
+        BuildError: there is none, or CXX names something that is not there.
+    """
+    chosen = os.environ.get("CXX", "").strip()
+    if chosen:
+        command = shlex.split(chosen)
+        if shutil.which(command[0]) is None:
+            raise BuildError(f"CXX is {chosen!r}, which is not on the PATH; unset CXX or point it to a C++ compiler")
+        return command
+    for name in ("c++", "g++", "clang++"):
+        if shutil.which(name):
+            return [name]
+    raise BuildError("no C++ compiler on the PATH (looked for c++, g++, clang++); on Debian or Ubuntu: apt install g++")
+
+
+def version_of(compiler: list[str]) -> str:
+    """Return what the compiler says about itself."""
+    return run_compiler([*compiler, "--version"], "asking the compiler for its version")
+
+
+def run_compiler(command: list[str], what: str, stdin: str = "") -> str:
+    """Run one compiler call and return its output; `what` names it in the error."""
+    try:
+        done = subprocess.run(
+            command, input=stdin, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_SECONDS, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"{what}: {error}") from error
+    if done.returncode:
+        raise BuildError(f"{what} failed ({shlex.join(command)}):\n{done.stderr.strip()[-4000:]}")
+    return done.stdout
+
+
+def accepts(compiler: list[str], flags: tuple[str, ...]) -> bool:
+    """Return whether the compiler knows these flags."""
+    probe = [*compiler, *flags, "-Werror", "-x", "c++", "-fsyntax-only", "-"]
+    try:
+        run_compiler(probe, "probe", "int probe() { return 0; }\n")
+    except BuildError:
+        return False
+    return True
+
+
+def digest(layout: Layout, compiler: list[str], platform: str) -> str:
+    """Return a hash over everything the library depends on: sources, this file, compiler and platform."""
+    state = hashlib.sha256()
+    state.update(version_of(compiler).encode())
+    state.update(json.dumps([compiler, platform, layout.flags]).encode())
+    sources = sorted(p for p in layout.include.rglob("*") if p.suffix in {".cpp", ".h", ".hpp", ".inc"})
+    for path in [Path(__file__).resolve(), ROOT / "deberta_kernels" / "library_file.py", *sources]:
+        state.update(str(path.name).encode() + b"\0" + path.read_bytes() + b"\0")
+    return state.hexdigest()
+
+
+def compile_variants(
+    layout: Layout, compiler: list[str], platform: str, folder: Path
+) -> tuple[dict[str, Path], dict[str, str]]:
+    """Compile kernel.cpp once per variant, in parallel.
+
+    Returns:
+        (object file per variant that compiled, reason per variant left out).
+
+    Raises:
+        BuildError: the generic variant, which every machine needs, did not compile.
+    """
+    objects: dict[str, Path] = {}
+    left_out: dict[str, str] = {}
+
+    def compile_one(name: str, flags: tuple[str, ...]) -> Path:
+        if flags and not accepts(compiler, flags):
+            raise BuildError(f"the compiler does not know {' '.join(flags)}")
+        target = folder / f"kernel_{name}.o"
+        command = [*compiler, *COMMON_FLAGS, *layout.flags, *flags, f"-I{layout.include}", f"-DDK_VARIANT={name}"]
+        run_compiler([*command, "-c", str(layout.sources / "kernel.cpp"), "-o", str(target)], f"variant {name}")
+        return target
+
+    with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
+        running = {name: pool.submit(compile_one, name, f) for name, f in variants_for(platform).items()}
+    for name, future in running.items():
+        try:
+            objects[name] = future.result()
+        except BuildError as error:
+            if name == "generic":
+                raise
+            left_out[name] = str(error)
+    return objects, left_out
+
+
+def link(layout: Layout, compiler: list[str], objects: dict[str, Path], folder: Path) -> Path:
+    """Compile dispatch.cpp for the variants there are and link everything; return the library, still in `folder`."""
+    have = [f"-DDK_HAVE_{name.upper()}" for name in objects]
+    dispatch = folder / "dispatch.o"
+    source = layout.sources / "dispatch.cpp"
+    command = [*compiler, *COMMON_FLAGS, *layout.flags, f"-I{layout.include}", *have]
+    run_compiler([*command, "-c", str(source), "-o", str(dispatch)], "dispatch")
+    library = folder / LIBRARY_NAME
+    command = [*compiler, *LINK_FLAGS, *layout.flags, "-o", str(library), str(dispatch), *map(str, objects.values())]
+    kind = "clang" if "clang" in version_of(compiler) else "gcc"
+    ways = [(*openmp, *runtime) for openmp in OPENMP_FLAGS[kind] for runtime in (STATIC_RUNTIME_FLAGS, ())]
+    for way in ways:
+        try:
+            run_compiler([*command, *way], "linking")
+            break
+        except BuildError:
+            if way == ways[-1]:
+                raise
+    with library.open("ab") as file:
+        file.write(load_library_file().seal(library.read_bytes()))
+    return library
+
+
+def is_built(layout: Layout, wanted: str) -> bool:
+    """Tell whether the library is there, whole, and recorded to be built from what has the digest `wanted`."""
+    record = read_record(layout.record)
+    complete = isinstance(record.get("variants"), list) and isinstance(record.get("left_out"), dict)
+    return complete and record.get("digest") == wanted and load_library_file().damage(layout.library) is None
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Return what a build wrote down; nothing where there is no such file, or it is damaged."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def build_library(layout: Layout | None = None, force: bool = False) -> dict[str, Any]:
+    """Build the native library, unless the one in place was built from exactly these sources.
+
+    The library is written beside its final place and renamed, so a process that has the old one open keeps it.
+
+    Returns:
+        The record also written to build.json: digest, compiler, variants, left_out (variant -> reason); and
+        "is_new": whether anything was built.
+
+    Raises:
+        BuildError: no compiler, sources missing, or the compiler failed.
+    """
+    layout = layout or Layout()
+    platform = sysconfig.get_platform()
+    if platform.startswith("win"):
+        raise BuildError("the native library is not built on Windows")
+    for name in ("dispatch.cpp", "kernel.cpp"):
+        if not (layout.sources / name).is_file():
+            raise BuildError(f"{layout.sources / name} is missing; build from a complete checkout or source archive")
+    compiler = find_compiler()
+    wanted = digest(layout, compiler, platform)
+    if layout.flags and "clang" in version_of(compiler):
+        raise BuildError("the sanitized build is made with g++, whose sanitizers can be loaded before Python")
+    if not force and is_built(layout, wanted):
+        return {**read_record(layout.record), "is_new": False}
+    layout.library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".build-", dir=layout.library.parent) as name:
+        folder = Path(name)
+        objects, left_out = compile_variants(layout, compiler, platform, folder)
+        finished = link(layout, compiler, objects, folder)
+        record = {"digest": wanted, "compiler": compiler, "variants": list(objects), "left_out": left_out}
+        (folder / "build.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        put_in_place(finished, layout.library)
+        put_in_place(folder / "build.json", layout.record)
+    return {**record, "is_new": True}
+
+
+def put_in_place(path: Path, target: Path) -> None:
+    """Rename a file that is finished; a folder in its place is deleted."""
+    if target.is_dir() and not target.is_symlink():
+        shutil.rmtree(target)
+    os.replace(path, target)
+
+
+def remove_library(layout: Layout | None = None) -> None:
+    """Delete an earlier library: one that does not match the sources is worse than none."""
+    layout = layout or Layout()
+    for path in (layout.library, layout.record):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
