@@ -14,7 +14,9 @@
 namespace {
 
 DK_INLINE void write_vector(FloatWord, vf x, char* to) { store(reinterpret_cast<float*>(to), x); }
+DK_INLINE vf gelu(FloatWord, vf x) { return gelu(x); }
 #ifdef DK_HAS_BF16_DOT
+DK_INLINE vf gelu(BFloat16Word, vf x) { return gelu_for_bfloat16(x); }
 DK_INLINE void write_vector(BFloat16Word, vf x, char* to) { store_bf16(reinterpret_cast<uint16_t*>(to), x); }
 #endif
 
@@ -44,7 +46,7 @@ class Linear {
     static thread_local ThreadBlock own;
     const int64_t tasks = (p_.out_features + width_ - 1) / width_, block_floats = slices_ * block_ * kPanel;
     // As many blocks at once as keep all threads busy.
-    const int64_t wanted = (4 * p_.threads + tasks - 1) / tasks;
+    const int64_t wanted = (16 * p_.threads + tasks - 1) / tasks;
     const int64_t room = std::max<int64_t>(1, kPackedFloats / block_floats);
     const int64_t group = std::min(panels_, block_ * std::min(wanted, room));
     float* packed = reinterpret_cast<float*>(own.get(slices_ * group * kPanel * (int64_t)sizeof(float)));
@@ -160,7 +162,7 @@ class Linear {
       transpose(y);
       for (int c = 0; c < kV; c++) y[c] = y[c] + load(bias + i);
       if (p_.gelu)
-        for (int c = 0; c < kV; c++) y[c] = gelu(y[c]);
+        for (int c = 0; c < kV; c++) y[c] = gelu(Word(), y[c]);
       const Rows out = rows(p_.out, p_.out_features, output + i);
       const int64_t tokens = std::min<int64_t>(kV, p_.tokens - t * kV);
       for (int64_t c = 0; c < tokens; c++) write_vector(Word(), y[c], out.row(t * kV + c));

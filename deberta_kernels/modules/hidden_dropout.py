@@ -25,6 +25,7 @@ _ORIGINALS = Originals(
     *called(nn.Dropout, _HOME.__name__, "Dropout.forward"),
     (_HOME, "F", _FUNCTIONAL.__name__, ""),
     (_FUNCTIONAL, "dropout", _FUNCTIONAL.__name__, "dropout"),
+    (torch._VF, "dropout", "_VariableFunctionsClass", "dropout"),
 )
 
 

@@ -83,6 +83,7 @@ PYTORCHS_GELUS = {
 DROPOUTS = {
     "forward": (nn.Dropout, "forward", lambda self, x: x / 2),
     "function": (nn.functional, "dropout", lambda x, *rest: x / 2),
+    "operator": (torch._VF, "dropout", lambda x, *rest: x / 2),
     "namespace": (nn.modules.dropout, "F", type("F", (), {"dropout": staticmethod(lambda x, *rest: x / 2)})),
     "call": (nn.Module, "__call__", lambda self, *args: args[0] / 2),
 }
