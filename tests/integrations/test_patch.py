@@ -290,6 +290,7 @@ def test_a_bare_attention_module_can_be_patched(build):
         actual, probabilities = attention(hidden, mask, rel_embeddings=table)
     assert probabilities is None
     torch.testing.assert_close(actual, expected)
+    assert kernel_calls() == 1
 
 
 @pytest.mark.parametrize("shape", [(9, 9), (1, 9), (4, 9, 9), (1, 4, 9, 9), (2, 1, 9, 1), (2, 4, 1, 9), (1, 1, 1, 9)])
@@ -302,6 +303,7 @@ def test_a_bare_attention_module_broadcasts_its_mask_as_before(shape, build):
         dk.patch(attention, strict=True)
         actual, _ = attention(hidden, mask, rel_embeddings=table)
     torch.testing.assert_close(actual, expected)
+    assert kernel_calls() == 1
 
 
 def test_a_model_without_deberta_is_refused_by_name():
