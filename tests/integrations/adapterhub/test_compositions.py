@@ -87,6 +87,8 @@ def test_prefixes_of_different_lengths_compose(setup, check):
 def test_composition_beside_the_convolution(setup, check):
     configs = {"a": METHODS["prefix_tuning"], "b": METHODS["prefix_tuning"]}
     assert check(configs, setup, conv_kernel_size=3) == "2"
+
+
 # A cell that AdapterHub itself refuses runs none; `calls_per_layer` sees to the others.
 @pytest.mark.no_kernels
 def test_parallel_adapters_fail_beside_the_convolution_as_without_the_patch(check):

@@ -150,6 +150,8 @@ def hold_to_budget(results, compare, note_second_look) -> Callable[..., None]:
 def reason_of(error: Exception) -> str:
     """Return the type of an error and the first line of its text, its numbers left out."""
     return f"{type(error).__name__}: {re.sub('[0-9]+', 'N', (str(error).splitlines() or [''])[0])}".strip()
+
+
 # A cell that AdapterHub itself refuses runs none; `calls_per_layer` sees to the others.
 @pytest.mark.no_kernels
 def test_a_cell_is_as_without_the_patch(
