@@ -19,7 +19,6 @@ from transformers.models.deberta_v2 import modeling_deberta_v2 as hf
 
 import deberta_kernels as dk
 from deberta_kernels import dispatch
-from deberta_kernels.modules.options import AttentionOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -138,37 +137,6 @@ def test_a_pickle_loads_in_a_process_that_never_patched(build, batch, tmp_path):
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-c", program, str(tmp_path / "model.pt")], check=True, env=environment)
-
-
-@pytest.mark.parametrize("home", ["options", "self_attention"])
-def test_options_pickled_by_earlier_releases_load(home):
-    """As 0.1 wrote them with protocol 0, and without an option that came later."""
-    text = f"""ccopy_reg
-_reconstructor
-p0
-(cdeberta_kernels.modules.{home}
-AttentionOptions
-p1
-c__builtin__
-object
-p2
-Ntp3
-Rp4
-(dp5
-Vbackend
-p6
-Vreference
-p7
-sVstrict
-p8
-I01
-sVunpad
-p9
-I00
-sb."""
-    options = pickle.loads(text.encode())
-    assert options == AttentionOptions("reference", True, False)
-    assert not options.fast_linears
 
 
 def test_torch_save_round_trip_in_memory(build, batch):
