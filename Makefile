@@ -35,8 +35,8 @@ SPACY_PINS = --pin spacy-transformers==1.4.0 --pin spacy==3.8.18 --pin pytest --
 TF4_TESTS ?= tests/integrations tests/unit
 # The oldest and the newest of what pyproject.toml and the README promise; Triton's are above. torch is 7 GB with CUDA,
 # which its index for CPUs spares: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
-PYTHON_OLDEST ?= $(or $(shell command -v python3.10),$(PYTHON))
-PYTHON_NEWEST ?= $(or $(shell command -v python3.13),$(PYTHON))
+PYTHON_OLDEST ?= $(or $(shell python3.10 -c "print('python3.10')" 2>/dev/null),$(PYTHON))
+PYTHON_NEWEST ?= $(or $(shell python3.13 -c "print('python3.13')" 2>/dev/null),$(PYTHON))
 TORCH_OLDEST ?= torch==2.9.1
 TORCH_NEWEST ?= torch==2.14.1
 OLDEST_PINS = --torch "$(TORCH_OLDEST)" --pin "$(TORCH_OLDEST)" --pin transformers==4.57.1
@@ -91,7 +91,7 @@ test-upstream: env-test ## run tests of transformers' repository, UPSTREAM="fold
 	@$(OFFLINE) $(RUN) tools/upstream_tests.py $(UPSTREAM) $(ARGS)
 
 test-oldest: env-oldest $(VENV_OLDEST)/triton-$(TRITON_OLDEST)
-	@echo "=== unit, operator and integration tests with $(TORCH_OLDEST) and the oldest transformers"
+	@echo "=== unit, operator and integration tests: $$($(VENV_OLDEST)/bin/python --version), $(OLDEST_PINS)"
 	@$(OFFLINE) $(VENV_OLDEST)/bin/python $(PYTEST) tests/unit tests/ops tests/integrations $(ARGS)
 	@echo "=== Triton's interpreter: Triton $(TRITON_OLDEST)"
 	@$(OFFLINE) $(INTERPRETED) PYTHONPATH=$(VENV_OLDEST)/triton-$(TRITON_OLDEST) \
@@ -99,7 +99,7 @@ test-oldest: env-oldest $(VENV_OLDEST)/triton-$(TRITON_OLDEST)
 
 # The oldest Triton again, beside the newest NumPy.
 test-newest: env-newest $(VENV_NEWEST)/triton-$(TRITON) $(VENV_NEWEST)/triton-$(TRITON_OLDEST)
-	@echo "=== unit, operator and integration tests with $(TORCH_NEWEST) and the newest transformers"
+	@echo "=== unit, operator and integration tests: $$($(VENV_NEWEST)/bin/python --version), $(NEWEST_PINS)"
 	@$(OFFLINE) $(VENV_NEWEST)/bin/python $(PYTEST) tests/unit tests/ops tests/integrations $(ARGS)
 	@for version in $(TRITON) $(TRITON_OLDEST); do \
 		echo "=== Triton's interpreter: Triton $$version"; \

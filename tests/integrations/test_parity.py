@@ -130,6 +130,7 @@ def test_the_encoder_takes_masks_of_pairs(kind, build, in_double, assert_within_
         dk.patch(encoder, strict=True)
         actual = encoder(hidden, mask).last_hidden_state
     assert_within_budget("output", actual, eager, truth)
+    assert sum(dk.stats()["calls"].values()) == 2
 
 
 def test_a_keys_only_mask_reaches_the_model(build, batch):
@@ -217,6 +218,7 @@ def test_the_encoder_alone_returns_the_same_parts(states, return_dict, build):
         actual = encoder(hidden, mask, **settings)
     assert type(actual) is type(expected)
     assert len(actual) == len(expected)
+    assert sum(dk.stats()["calls"].values()) == 2
 
 
 def test_query_states_of_equal_length_go_through_the_kernel(build):
@@ -227,6 +229,7 @@ def test_query_states_of_equal_length_go_through_the_kernel(build):
         dk.patch(encoder, strict=True)
         actual = encoder(hidden, mask, query_states=queries).last_hidden_state
     torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-5)
+    assert sum(dk.stats()["calls"].values()) == 2
 
 
 @pytest.mark.parametrize("terms", [["c2p", "p2c"], ["c2p"], []])

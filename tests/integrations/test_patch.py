@@ -19,7 +19,6 @@ from transformers.models.deberta_v2 import modeling_deberta_v2 as hf
 
 import deberta_kernels as dk
 from deberta_kernels import dispatch
-from deberta_kernels.modules.options import AttentionOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -142,37 +141,6 @@ def test_a_pickle_loads_in_a_process_that_never_patched(build, batch, tmp_path):
     subprocess.run([sys.executable, "-c", program, str(tmp_path / "model.pt")], check=True, env=environment)
 
 
-@pytest.mark.parametrize("home", ["options", "self_attention"])
-def test_options_pickled_by_earlier_releases_load(home):
-    """As 0.1 wrote them with protocol 0, and without an option that came later."""
-    text = f"""ccopy_reg
-_reconstructor
-p0
-(cdeberta_kernels.modules.{home}
-AttentionOptions
-p1
-c__builtin__
-object
-p2
-Ntp3
-Rp4
-(dp5
-Vbackend
-p6
-Vreference
-p7
-sVstrict
-p8
-I01
-sVunpad
-p9
-I00
-sb."""
-    options = pickle.loads(text.encode())
-    assert options == AttentionOptions("reference", True, False)
-    assert not options.fast_linears
-
-
 def test_torch_save_round_trip_in_memory(build, batch):
     model, inputs = build(), batch()
     dk.patch(model)
@@ -292,6 +260,7 @@ def test_a_bare_attention_module_can_be_patched(build):
         actual, probabilities = attention(hidden, mask, rel_embeddings=table)
     assert probabilities is None
     torch.testing.assert_close(actual, expected)
+    assert kernel_calls() == 1
 
 
 @pytest.mark.parametrize("shape", [(9, 9), (1, 9), (4, 9, 9), (1, 4, 9, 9), (2, 1, 9, 1), (2, 4, 1, 9), (1, 1, 1, 9)])
@@ -304,6 +273,7 @@ def test_a_bare_attention_module_broadcasts_its_mask_as_before(shape, build):
         dk.patch(attention, strict=True)
         actual, _ = attention(hidden, mask, rel_embeddings=table)
     torch.testing.assert_close(actual, expected)
+    assert kernel_calls() == 1
 
 
 def test_a_model_without_deberta_is_refused_by_name():

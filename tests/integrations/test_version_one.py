@@ -245,6 +245,7 @@ def test_the_encoder_takes_masks_of_pairs(kind, build_one, in_double, assert_wit
         dk.patch(encoder, strict=True)
         actual = encoder(hidden, mask).last_hidden_state
     assert_within_budget("output", actual, eager, truth)
+    assert calls() == 2
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -1,4 +1,4 @@
-"""The native library is there, with every variant that this machine compiles and runs: other tests go by what it has."""
+"""The native library is there, with every variant that this machine compiles and runs; other tests go by those."""
 
 import json
 import platform
