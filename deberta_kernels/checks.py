@@ -269,13 +269,17 @@ def storage_fits(x: Tensor) -> bool:
         held = x.untyped_storage().nbytes()
     except (NotImplementedError, RuntimeError):
         return True
-    if x.is_contiguous():
-        return x.nbytes == 0 or x.nbytes + x.storage_offset() * x.itemsize <= held
-    last = x.storage_offset()
-    for size, stride in zip(x.shape, x.stride()):
-        if size == 0:
-            return True
-        last += (size - 1) * stride
+    size, last = x.nbytes, x.storage_offset()
+    if not last and size <= held and x.is_contiguous():
+        return True  # as nearly all are
+    if size == 0:
+        return True
+    counts, strides = x.shape, x.stride()
+    if len(counts) == 4:  # heads, at every call
+        batch, heads, tokens, head_dim = counts
+        last += (batch - 1) * strides[0] + (heads - 1) * strides[1] + (tokens - 1) * strides[2]
+        return (last + (head_dim - 1) * strides[3] + 1) * x.itemsize <= held
+    last += sum((count - 1) * stride for count, stride in zip(counts, strides))
     return (last + 1) * x.itemsize <= held
 
 

@@ -90,11 +90,22 @@ def _is_changed(module: Any) -> bool:
     return changed is not None
 
 
+# Class -> its forward and the code of that, as they were found to be its own.
+_own_forwards: dict[type[nn.Module], tuple[Any, Any]] = {}
+
+
 def _changed(module: Any) -> str | None:
     if not isinstance(module, Swapped):
         return None  # a stand-in runs, so it is what the class has
     part: Any = module
-    return _MIXINS[base_class(part).__name__][0].changed(part)
+    base = base_class(part)
+    forward = base.forward
+    if _own_forwards.get(base) != (forward, getattr(forward, "__code__", None)):
+        changed = _MIXINS[base.__name__][0].changed(part)
+        if changed is not None:
+            return changed
+        _own_forwards[base] = forward, forward.__code__
+    return None
 
 
 # What torch.compiler.assume_constant_result does: compiled code keeps what was found when it was traced.

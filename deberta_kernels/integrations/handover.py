@@ -116,18 +116,20 @@ def _agree(encoder: Any, attention: Any) -> bool:
 def _is_tokenwise(layer: nn.Module, seen: set[Any]) -> bool:
     """Tell whether nothing in a layer could notice that it gets (1, rows, C) in place of (B, N, C)."""
     parts: list[Any] = [layer]
-    while parts:
-        part = parts.pop()
-        own, cls = part.__dict__, type(part)
+    for part in parts:  # which grows
+        if part is None:
+            continue
+        if is_watched(part):
+            return False
+        cls, own = type(part), part.__dict__
         if cls not in seen:
             if not _computes_each_token(cls):
                 return False
             seen.add(cls)
-        if is_watched(part):
-            return False
-        if "intermediate_act_fn" in own and not _is_tokenwise_function(own["intermediate_act_fn"]):  # not a module
-            return False
-        parts += filter(None, own["_modules"].values())
+        if own["_modules"]:
+            if "intermediate_act_fn" in own and not _is_tokenwise_function(own["intermediate_act_fn"]):  # no module
+                return False
+            parts += own["_modules"].values()
     return True
 
 

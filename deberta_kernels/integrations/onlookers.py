@@ -51,13 +51,15 @@ def sees_every_call() -> bool:
 
 def is_watched(module: nn.Module) -> bool:
     """Tell whether somebody looks at the calls of one module, forward or backward."""
-    own = module.__dict__
-    hooks = own["_forward_pre_hooks"], own["_forward_hooks"], own["_backward_pre_hooks"], own["_backward_hooks"]
-    if any(hooks) and not all(_is_known(hook) for kind in hooks for hook in kind.values()):
+    own, call = module.__dict__, type(module).__call__
+    hooked = own["_forward_pre_hooks"] or own["_forward_hooks"] or own["_backward_pre_hooks"] or own["_backward_hooks"]
+    if not hooked and "forward" not in own and call is nn.Module.__call__:
+        return False  # as nearly all are
+    kinds = own["_forward_pre_hooks"], own["_forward_hooks"], own["_backward_pre_hooks"], own["_backward_hooks"]
+    if not all(_is_known(hook) for kind in kinds for hook in kind.values()):
         return True
     if "forward" in own and not _is_moved_by_accelerate(module):
         return True
-    call = type(module).__call__
     return call is not nn.Module.__call__ and not any(is_own(call, *known) for known in _OTHER_CALLS)
 
 

@@ -84,12 +84,13 @@ def _product(linear: Any, x: Tensor, everywhere: bool) -> Callable[..., Tensor] 
     dtype, differentiable = _result_dtype(x), _needs_gradient(linear, x)
     if products.lacks_products(dtype):
         return partial(products.widened_with_gradients if differentiable else products.widened, dtype=dtype)
-    if torch.is_autocast_enabled("cpu") or not products.suits(x, linear.weight, linear.bias, everywhere):
+    weight, bias = linear._parameters["weight"], linear._parameters["bias"]
+    if torch.is_autocast_enabled("cpu") or not products.suits(x, weight, bias, everywhere):
         return None
     if not (differentiable or linear.training):
         return products.natively
     # In training a checkpoint's first pass, without gradients, must give the bits of the second, with gradients.
-    if not everywhere or not products.suits_gradients(linear.weight):
+    if not everywhere or not products.suits_gradients(weight):
         return None
     return products.natively_with_gradients if differentiable else products.natively
 
@@ -159,15 +160,20 @@ def _is_plain(linear: Any, x: Tensor) -> bool:
         return False
     if not x.is_cpu or x.numel() == 0 or is_hooked(linear):
         return False
-    weight, bias = linear.weight, linear.bias
+    own, parameters = linear.__dict__, linear._parameters
+    if "weight" in own or "bias" in own or "bias" not in parameters or parameters.get("weight") is None:
+        return False  # pruned, or normalised: what makes its weight is a hook, or code of its own
+    weight, bias = parameters["weight"], parameters["bias"]
     if weight.dim() != 2 or x.shape[-1:] != weight.shape[1:] or (bias is not None and bias.shape != weight.shape[:1]):
         return False  # PyTorch broadcasts, or says what is wrong
     autocast = torch.is_autocast_enabled("cpu")
     for parameter in (weight, bias):
         if parameter is not None and not _is_plain_parameter(parameter, x, autocast):
             return False
+    if is_watched():
+        return False
     # Of memory that was freed PyTorch says so.
-    return not is_watched() and all(tensor is None or storage_fits(tensor) for tensor in (x, weight, bias))
+    return storage_fits(x) and storage_fits(weight) and (bias is None or storage_fits(bias))
 
 
 def is_watched() -> bool:
@@ -199,7 +205,7 @@ def _is_plain_parameter(parameter: Tensor, x: Tensor, autocast: bool) -> bool:
 def _needs_gradient(linear: Any, x: Tensor) -> bool:
     if not torch.is_grad_enabled():
         return False
-    tensors = (x, linear.weight, linear.bias)
+    tensors = (x, *linear._parameters.values())
     return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
