@@ -21,6 +21,7 @@ from deberta_kernels.modules.options import AttentionOptions
 from deberta_kernels.modules.packing import Packing, find_packing
 from deberta_kernels.modules.padding_gradient import PackedLayer
 from deberta_kernels.modules.self_attention import runs_original_code
+from deberta_kernels.types import Masks
 
 __all__ = ["encode"]
 
@@ -80,6 +81,8 @@ def encode(
     if adapted:
         batch, length = attention_mask.shape[0], attention_mask.shape[-1]
     masks = parse_huggingface_mask(attention_mask, batch=batch, nq=length, nk=length)
+    if not adapted and masks.key is not None and _is_full(hidden_states, masks.key):
+        masks = Masks()  # which also leaves nothing to pack
     layers = _Layers(module, (AdapterMask if adapted else EncoderMask)(attention_mask, masks), takes_mask, adapted)
     packing = None
     if attention_mask.dim() == 2 and query_states is None and masks.key is not None:
@@ -106,6 +109,11 @@ def _packing(layers: _Layers, options: AttentionOptions, hidden_states: Tensor, 
     if not layers.begins_packed():
         return None
     return find_packing(keep, hidden_states, _FULLEST if options.unpad == "auto" else 1.0)
+
+
+def _is_full(hidden_states: Tensor, keep: Tensor) -> bool:
+    """Tell whether every token is real, where that can be read without waiting for a device."""
+    return keep.device.type == "cpu" and _readable(hidden_states, keep) and bool(keep.all())
 
 
 def _readable(hidden_states: Tensor, keep: Tensor) -> bool:
