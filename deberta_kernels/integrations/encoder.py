@@ -162,7 +162,8 @@ class _Layers:
             handover = self._handover(layer)
             if packing is not None and handover is not Handover.PACKED:
                 packing = rows = None
-            self.mask.packing = packing
+            if self.mask.packing is not packing:  # another object: a checkpoint may have kept this one
+                self.mask = self.mask.packed(packing)
             is_convolved = number == 0 and convolution is not None
             if packing is None:
                 output = self._call(layer, handover, states, queries, rel_embeddings)

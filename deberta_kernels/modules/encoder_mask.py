@@ -30,9 +30,9 @@ class EncoderMask:
         self.packing = packing
         self._read: tuple[Tensor, tuple[Any, ...] | None] | None = None
 
-    def padded(self) -> EncoderMask:
-        """Return this mask for states that are not packed."""
-        return self if self.packing is None else type(self)(self.source, self.masks)
+    def packed(self, packing: Packing | None) -> EncoderMask:
+        """Return this mask for states that are packed in another way, or not at all."""
+        return type(self)(self.source, self.masks, packing)
 
     def bool(self) -> Tensor:
         """Refuse to be a tensor, as which Hugging Face's attention takes it once it is no longer patched."""

@@ -90,6 +90,19 @@ def test_training_gradients_are_as_before(reentrant, padding, build, batch, pack
             torch.testing.assert_close(parameter.grad, before.grad, atol=2e-5, rtol=1e-4, msg=name)
 
 
+def test_checkpoints_of_layers_before_the_first_that_is_watched(build, batch):
+    model, inputs = build(num_hidden_layers=3).train(), batch(4, 41)
+    plain, gradients = copy.deepcopy(model), []
+    dk.patch(model, strict=True)
+    for one in (plain, model):
+        one.encoder.layer[1].output.dense.register_forward_hook(lambda *unused: None)
+        one.gradient_checkpointing_enable({"use_reentrant": False})
+        one(**inputs).last_hidden_state.square().mean().backward()
+        gradients.append([parameter.grad for parameter in one.parameters()])
+    for expected, actual in zip(*gradients, strict=True):
+        torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-4)
+
+
 def test_dropout_packed_is_repeatable_and_leaves_padding_finite(build, batch, packings):
     model, inputs = build(hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.3).train(), batch(4, 41)
     dk.patch(model)
