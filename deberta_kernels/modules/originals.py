@@ -99,7 +99,8 @@ class Originals:
     def replaced(self) -> str | None:
         """Return which function is not its maker's own any more, as a clause of a message; None if all are."""
         for owner, name, function, code in self._found:
-            if getattr(owner, name, None) is not function or (code is not None and function.__code__ is not code):
+            now: Any = getattr(owner, name, None)
+            if now is not function or (code is not None and now.__code__ is not code):
                 return self._look()
         return None
 
