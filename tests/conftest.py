@@ -71,13 +71,17 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out what a target cannot run; of what is left, slow targets run a sample of each test."""
+    """Leave out what a target does not promise; of what is left, slow targets run a sample of each test."""
     chosen, by_test = [], {}
     for item in items:
         target = getattr(item, "callspec", None) and item.callspec.params.get("target")
-        if target is None or target.most_tiles is None:
+        if target is None:
             chosen.append(item)
-        elif _unable(target, item.callspec.params) is None:
+        elif _unable(target, item.callspec.params) is not None:
+            continue
+        elif target.most_tiles is None:
+            chosen.append(item)
+        else:
             by_test.setdefault(item.function, []).append(item)
     sampled = set()
     for group in by_test.values():
@@ -93,7 +97,22 @@ def pytest_collection_modifyitems(config, items):
 def pytest_generate_tests(metafunc):
     """Make the targets the inner loop, after every other parameter, so that they share the oracle of a case."""
     if "target" in metafunc.fixturenames:
-        metafunc.parametrize("target", backends.TARGETS, ids=lambda target: target.name, indirect=True)
+        here = [target for target in backends.TARGETS if _missing_device(target) is None]
+        metafunc.parametrize("target", here, ids=lambda target: target.name, indirect=True)
+
+
+def _missing_device(target):
+    """Return why a machine like this one cannot have a target; one that it should have is collected, and fails."""
+    return None if target.backend in ("torch", "cpu") else target.skip_reason()
+
+
+def pytest_report_header():
+    """Say in one line for each reason what is not tested here."""
+    reasons = {}
+    for target in backends.TARGETS:
+        reasons.setdefault(_missing_device(target), []).append(target.name)
+    here = ", ".join(reasons.pop(None))
+    return [f"targets: {here}", *(f"not here: {', '.join(names)}: {reason}" for reason, names in reasons.items())]
 
 
 @pytest.fixture
