@@ -100,7 +100,10 @@ def parse_huggingface_mask(mask: Tensor | None, *, batch: int, nq: int, nk: int)
     """
     if mask is None:
         return Masks()
-    keep = mask if mask.dtype == torch.bool else mask != 0
+    if mask.dtype != torch.bool:
+        keep = mask != 0
+    else:  # a backward reads it again, and the caller may have changed it by then
+        keep = mask.clone() if torch.is_grad_enabled() else mask
     shape = tuple(keep.shape)
     fits = len(shape) in (2, 3, 4) and shape[0] in (1, batch) and shape[-1] in (1, nk)
     if fits and len(shape) == 2 and nq == nk:

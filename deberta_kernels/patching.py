@@ -92,7 +92,7 @@ def patch(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}; pass the model itself.")
     encoders, attentions, left_alone = plan(model)
-    if not attentions and not left_alone:
+    if not attentions and not encoders and not left_alone:
         raise ValueError(
             f"model must contain a DeBERTa of transformers, got {type(model).__name__} without one; "
             "patch it after it is built or loaded."

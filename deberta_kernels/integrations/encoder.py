@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from deberta_kernels.integrations.adapter_attention import AdapterMask
-from deberta_kernels.integrations.handover import Handover, handover_of
+from deberta_kernels.integrations.handover import Handover, agree, handover_of, is_known_convolution
 from deberta_kernels.masks import parse_huggingface_mask
 from deberta_kernels.modules.anatomy import is_version_one
 from deberta_kernels.modules.encoder_mask import EncoderMask
@@ -77,6 +77,11 @@ def encode(
             output_attentions=output_attentions, query_states=query_states, relative_pos=relative_pos,
             return_dict=return_dict,
         )  # fmt: skip
+    if attention_mask.dim() == 2 and not _multiplies_as_it_keeps(hidden_states, attention_mask):
+        return original(
+            module, hidden_states, attention_mask, output_hidden_states, output_attentions, query_states, relative_pos,
+            return_dict,
+        )  # fmt: skip
     batch, length, _ = hidden_states.shape
     if adapted:
         batch, length = attention_mask.shape[0], attention_mask.shape[-1]
@@ -111,6 +116,16 @@ def _packing(layers: _Layers, options: AttentionOptions, hidden_states: Tensor, 
     return find_packing(keep, hidden_states, _FULLEST if options.unpad == "auto" else 1.0)
 
 
+def _multiplies_as_it_keeps(hidden_states: Tensor, mask: Tensor) -> bool:
+    """Tell whether the products of a mask's values, which Hugging Face's mask is made of, are not 0 where both are not.
+
+    Products of 0 and 1 are; those of other values may overflow, and NaN and infinity make 0 something else.
+    """
+    if mask.dtype == torch.bool or mask.device.type != "cpu" or not _readable(hidden_states, mask):
+        return True
+    return bool(((mask == 0) | (mask == 1)).all())
+
+
 def _is_full(hidden_states: Tensor, keep: Tensor) -> bool:
     """Tell whether every token is real, where that can be read without waiting for a device."""
     return keep.device.type == "cpu" and _readable(hidden_states, keep) and bool(keep.all())
@@ -123,6 +138,10 @@ def _readable(hidden_states: Tensor, keep: Tensor) -> bool:
     if type(hidden_states) is not Tensor or type(keep) is not Tensor or hidden_states.is_meta:
         return False
     return not (hidden_states.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _version(x: Tensor | None) -> int:
+    return 0 if x is None or x.is_inference() else x._version
 
 
 class _Layers:
@@ -139,7 +158,8 @@ class _Layers:
         self.module, self.mask, self.takes_mask, self.adapted = module, mask, takes_mask, adapted
         self._seen: set[Any] = set()
         self._given: Any = None  # what the encoder was given, states and queries
-        self._tensors: tuple[Tensor, Tensor | None] | None = None
+        self._tensors: tuple[Tensor, Tensor | None] | None = None  # mask and distances as Hugging Face makes them
+        self._versions: list[int] = []  # theirs, when they were made
 
     def begins_packed(self) -> bool:
         """Tell whether the first layer takes packed states; each other one is asked in its turn."""
@@ -149,22 +169,23 @@ class _Layers:
         self, states: Tensor, queries: Tensor | None, packing: Packing | None, keep: bool
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         """Run all layers from (B, N, C) states; return the last ones, and if `keep` those before and after each."""
-        layers, rel_embeddings = self.module.layer, self.module.get_rel_embedding()
-        convolution: Any = getattr(self.module, "conv", None)  # DeBERTa v1 has none
         given = output = states
         self._given = given, queries
-        # A tensor of its own for the first layer, whose gradients are then summed before the convolution's are added,
-        # with and without checkpoints.
-        states = states if packing is not None else states.view_as(states)
+        rel_embeddings = self.module.get_rel_embedding()
+        self._seen.clear()  # its norm may have a hook
         rows: Tensor | None = None  # the packed form of states
         kept, last = [given], None
-        for number, layer in enumerate(layers):
+        for number, layer in enumerate(self.module.layer):
             handover = self._handover(layer)
-            if packing is not None and handover is not Handover.PACKED:
+            if handover is not Handover.PACKED:
                 packing = rows = None
+            elif number == 0 and packing is None:
+                # A tensor of its own, whose gradients are then summed before the convolution's are added, with and
+                # without checkpoints.
+                states = states.view_as(states)
             if self.mask.packing is not packing:  # another object: a checkpoint may have kept this one
                 self.mask = self.mask.packed(packing)
-            is_convolved = number == 0 and convolution is not None
+            self.mask.closed = handover is Handover.PACKED
             if packing is None:
                 output = self._call(layer, handover, states, queries, rel_embeddings)
             elif torch.is_grad_enabled():
@@ -174,12 +195,16 @@ class _Layers:
                 rows = packing.pack(states) if rows is None else rows
                 rows = self._call(layer, handover, rows, None, rel_embeddings)
                 output = packing.unpack(rows)
-            if is_convolved:
-                source = self.mask.source
-                output, rows = convolution(given, output, source if source.dim() == 2 else source.sum(-2) > 0), None
-            if handover is not Handover.PACKED:  # code that is not known may have run
-                self.mask.read_anew()
-                self._seen.clear()
+            if handover is not Handover.PACKED:
+                self._seen.clear()  # code that is not known may have run
+            convolution = getattr(self.module, "conv", None) if number == 0 else None  # DeBERTa v1 has none
+            if convolution is not None:
+                is_known = is_known_convolution(convolution)
+                output, rows = self._convolve(convolution, given, output), None
+                if not is_known:
+                    packing = None
+                    self.mask = self.mask.packed(None)
+                    self._seen.clear()
             if keep:
                 kept.append(output)
             if queries is None:
@@ -188,8 +213,23 @@ class _Layers:
                 queries = output
         return output, tuple(kept) if keep else None
 
-    def _handover(self, layer: nn.Module) -> Handover:
-        return handover_of(layer, self.module, self.takes_mask, self.adapted, self._seen)
+    def _convolve(self, convolution: nn.Module, given: Tensor, output: Tensor) -> Tensor:
+        source = self.mask.source
+        return convolution(given, output, source if source.dim() == 2 else source.sum(-2) > 0)  # type: ignore[no-any-return]
+
+    def _handover(self, layer: Any) -> Handover:
+        handover = handover_of(layer, self.module, self.takes_mask, self.adapted, self._seen)
+        if handover is Handover.TENSORS or self._tensors_changed():
+            return Handover.TENSORS
+        if torch.compiler.is_compiling() and not agree(self.module, layer.attention.self):
+            return Handover.TENSORS  # looked at in traced code, which is compiled anew when one of the settings changes
+        return handover
+
+    def _tensors_changed(self) -> bool:
+        """Tell whether a layer changed, in place, the mask or the distances that all layers share."""
+        if self._tensors is None or torch.compiler.is_compiling():
+            return False
+        return self._versions != list(map(_version, self._tensors))
 
     def _call(
         self, layer: Any, handover: Handover, keys: Tensor, queries: Tensor | None, rel_embeddings: Tensor | None
@@ -218,4 +258,5 @@ class _Layers:
             hidden_states, queries = self._given
             mask = self.module.get_attention_mask(self.mask.source)
             self._tensors = mask, self.module.get_rel_pos(hidden_states, queries, None)
+            self._versions = list(map(_version, self._tensors))
         return self._tensors

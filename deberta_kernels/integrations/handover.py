@@ -16,12 +16,13 @@ import torch
 from torch import nn
 
 from deberta_kernels.integrations.known import ADAPTERHUB, ADAPTERHUB_ONE, MODELING, MODELING_ONE, runs_own
-from deberta_kernels.integrations.onlookers import is_watched, sees_every_call
 from deberta_kernels.integrations.swap import Swapped
 from deberta_kernels.modules.anatomy import is_version_one
-from deberta_kernels.modules.originals import is_own
+from deberta_kernels.modules.linear import is_any_function_watched
+from deberta_kernels.modules.onlookers import is_watched, sees_every_call
+from deberta_kernels.modules.originals import Originals, is_own
 
-__all__ = ["Handover", "handover_of"]
+__all__ = ["Handover", "agree", "handover_of", "is_known_convolution"]
 
 # Classes that do no more with a mask than hand it on.
 _LAYERS = ("DebertaV2Layer", "DebertaLayer")
@@ -38,6 +39,22 @@ _TOKENWISE_TORCH = (
     "ModuleList", "ModuleDict", "ParameterList", "ParameterDict", "ParametrizationList",
 )  # fmt: skip
 _TOKENWISE_FUNCTIONS = ("relu", "silu", "mish", "elu", "selu", "leaky_relu", "hardswish", "tanh", "sigmoid")
+# What the modules around the attention call, which would see packed states: place, name and home as `is_own` knows it.
+_FUNCTIONS = Originals(
+    *((nn.functional, name, "torch.nn.functional", name) for name in ("layer_norm", "dropout")),
+    *((nn.functional, name, "torch._C._nn", name) for name in ("linear", "gelu")),
+    (nn.modules.normalization, "F", "torch.nn.functional", ""),
+    (nn.modules.linear, "F", "torch.nn.functional", ""),
+    (nn.modules.dropout, "F", "torch.nn.functional", ""),
+)
+# The parts that a class calls by these names must be modules, which are looked at.
+_PARTS = {
+    "DisentangledSelfAttention": {"dropout"},
+    "Layer": {"attention", "intermediate", "output"},
+    "Attention": {"self", "output"},
+    "Intermediate": {"dense"},
+    "Output": {"dense", "LayerNorm", "dropout"},
+}
 
 
 class Handover(IntEnum):
@@ -62,7 +79,7 @@ def handover_of(
             may have run that can change them. What belongs to one module is looked at every time.
     """
     if sees_every_call not in seen:
-        if sees_every_call():
+        if sees_every_call() is not None:
             return Handover.TENSORS
         seen.add(sees_every_call)
     if is_watched(layer) or not _is_route(layer, _LAYERS, seen) or _has_own_checkpoint(layer):
@@ -71,9 +88,15 @@ def handover_of(
     if attention is None or is_watched(attention) or not _is_route(attention, _ATTENTIONS, seen):
         return Handover.TENSORS
     inner: Any = attention._modules.get("self")
-    if inner is None or is_watched(inner) or not takes_mask(inner, seen) or not _agree(encoder, inner):
+    if inner is None or is_watched(inner) or not takes_mask(inner, seen) or not agree(encoder, inner):
         return Handover.TENSORS
-    return Handover.PACKED if not adapted and _is_tokenwise(layer, seen) else Handover.MASK
+    if adapted or not _is_tokenwise(layer, seen):
+        return Handover.MASK
+    if _FUNCTIONS not in seen:
+        if _FUNCTIONS.replaced() is not None or is_any_function_watched():
+            return Handover.MASK
+        seen.add(_FUNCTIONS)
+    return Handover.PACKED
 
 
 # What torch.compiler.assume_constant_result does: compiled code keeps what was decided when it was traced.
@@ -99,7 +122,7 @@ def _has_own_checkpoint(layer: Any) -> bool:
     return not is_own(inspect.unwrap(function), "torch.utils.checkpoint", "checkpoint")
 
 
-def _agree(encoder: Any, attention: Any) -> bool:
+def agree(encoder: Any, attention: Any) -> bool:
     """Tell whether the distances that the encoder would hand over are those that the attention counts by itself."""
     if encoder.relative_attention != attention.relative_attention:
         return False
@@ -111,6 +134,17 @@ def _agree(encoder: Any, attention: Any) -> bool:
         encoder.position_buckets == attention.position_buckets
         and encoder.max_relative_positions == attention.max_relative_positions
     )
+
+
+def is_known_convolution(module: nn.Module) -> bool:
+    """Tell whether an encoder's convolution runs its own code and nobody looks on: padded rows are zero after it."""
+    if not any(c.__name__ == "ConvLayer" and c.__module__ == MODELING for c in type(module).__mro__):
+        return False
+    homes = (MODELING, "torch.nn.")
+    return all(not is_watched(part) and runs_own(type(part), homes) for part in module.modules())
+
+
+is_known_convolution._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _is_tokenwise(layer: nn.Module, seen: set[Any]) -> bool:
@@ -127,10 +161,27 @@ def _is_tokenwise(layer: nn.Module, seen: set[Any]) -> bool:
                 return False
             seen.add(cls)
         if own["_modules"]:
+            if not own["_modules"].keys() >= _parts_of(cls):
+                return False
             if "intermediate_act_fn" in own and not _is_tokenwise_function(own["intermediate_act_fn"]):  # no module
                 return False
             parts += own["_modules"].values()
+        elif "normalized_shape" in own and len(own["normalized_shape"]) != 1:
+            return False  # a norm over tokens
     return True
+
+
+def _parts_of(cls: type[nn.Module]) -> set[str]:
+    """Return the names of what a module of Hugging Face's classes must have as modules."""
+    parts = _parts.get(cls)
+    if parts is None:
+        is_theirs = cls.__module__.startswith("transformers.models.")
+        parts = next((found for name, found in _PARTS.items() if is_theirs and cls.__name__.endswith(name)), set())
+        _parts[cls] = parts
+    return parts
+
+
+_parts: dict[type[nn.Module], set[str]] = {}
 
 
 def _computes_each_token(cls: type[nn.Module]) -> bool:

@@ -104,8 +104,9 @@ class FusedEncoder(Swapped):
         )  # fmt: skip
 
 
-# The options of the classes whose forwards `install` replaced; read at every call, so that new ones hold at once.
-_installed = AttentionOptions()
+# The options of the classes whose forwards `install` replaced, read at every call, so that new ones hold at once; None
+# while none is. accelerate's hooks may hold a stand-in for longer, which then only calls what it stood for.
+_installed: AttentionOptions | None = None
 
 
 def _attention_stand_in(compute: Any = None) -> Any:
@@ -113,7 +114,10 @@ def _attention_stand_in(compute: Any = None) -> Any:
 
     @functools.wraps(FusedAttention.forward)
     def forward(self: nn.Module, *arguments: Any, **named: Any) -> tuple[Tensor, Tensor | None]:
-        return _attend(self, *arguments, compute=compute, original=getattr(forward, ORIGINAL), **named)
+        original = getattr(forward, ORIGINAL)
+        if _installed is None and not isinstance(self, Swapped):
+            return original(self, *arguments, **named)  # type: ignore[no-any-return]
+        return _attend(self, *arguments, compute=compute, original=original, **named)
 
     return forward
 
@@ -123,7 +127,10 @@ def _encoder_stand_in() -> Any:
 
     @functools.wraps(FusedEncoder.forward)
     def forward(self: nn.Module, *arguments: Any, **named: Any) -> Any:
-        return _encode(self, *arguments, original=getattr(forward, ORIGINAL), **named)
+        original = getattr(forward, ORIGINAL)
+        if _installed is None and not isinstance(self, Swapped):
+            return original(self, *arguments, **named)
+        return _encode(self, *arguments, original=original, **named)
 
     return forward
 
@@ -169,7 +176,7 @@ def _attend(
     mask = arguments[1] if len(arguments) > 1 else named.get("attention_mask")
     # Who gets the encoder's own mask has been looked at by the encoder, just before.
     changed = None if isinstance(mask, EncoderMask) else _changed_attention(module, original is None)
-    original, options = original or original_forward(type(module)), getattr(module, "swap_options", _installed)
+    original, options = original or original_forward(type(module)), _options_of(module)
     if changed is None:
         return attend(module, options, original, *arguments, compute=compute, **named)
     _note(changed, options)
@@ -179,7 +186,7 @@ def _attend(
 def _encode(module: Any, *arguments: Any, original: Any = None, **named: Any) -> Any:
     """Run the encoder as `_attend` does its module; arguments as of `encode`."""
     changed = _changed_encoder(module, original is None)
-    original, options = original or original_forward(type(module)), getattr(module, "swap_options", _installed)
+    original, options = original or original_forward(type(module)), _options_of(module)
     if changed is not None:
         _note(changed, options)
         return original(module, *arguments, **named)
@@ -195,6 +202,11 @@ def _encode(module: Any, *arguments: Any, original: Any = None, **named: Any) ->
     finally:
         if not is_compiling:
             end(module)
+
+
+def _options_of(module: nn.Module) -> AttentionOptions:
+    options: AttentionOptions = getattr(module, "swap_options", None) or _installed or AttentionOptions()
+    return options
 
 
 def _note(changed: str, options: AttentionOptions) -> None:
@@ -272,13 +284,16 @@ def install(options: AttentionOptions) -> None:
 
 
 def _replace_forwards() -> None:
-    for known in (*_KNOWN_OF_TRANSFORMERS, *_KNOWN_ADAPTED, *(KNOWN_DENSE if _installed.fast_linears else ())):
+    dense = KNOWN_DENSE if _installed is not None and _installed.fast_linears else ()
+    for known in (*_KNOWN_OF_TRANSFORMERS, *_KNOWN_ADAPTED, *dense):
         known.replace_forward()
 
 
 def uninstall() -> bool:
     """Put the classes' own forwards back; return whether they had been replaced."""
+    global _installed
     with paused(None):
+        _installed = None
         restored = [known.restore_forward() for known in (*_KNOWN_OF_TRANSFORMERS, *_KNOWN_ADAPTED, *KNOWN_DENSE)]
     return any(restored)
 

@@ -32,10 +32,20 @@ _FUNCTIONS = (
 )  # fmt: skip
 # PyTorch's that the attention is made of: place, name and home as `is_own` knows it.
 _OPERATORS = (
-    *((torch, name, "_VariableFunctionsClass") for name in ("bmm", "matmul", "gather", "clamp", "sqrt")),
+    *(
+        (torch, name, "_VariableFunctionsClass")
+        for name in (
+            "bmm", "matmul", "gather", "clamp", "sqrt", "tensor", "arange", "sign", "abs", "log", "ceil", "where",
+        )
+    ),
     (nn.functional, "softmax", "torch.nn.functional"),
-    (torch.Tensor, "masked_fill", "TensorBase"),
-)
+    *(
+        (torch.Tensor, name, "TensorBase")
+        for name in (
+            "masked_fill", "softmax", "bool", "__invert__", "__truediv__", "__add__", "expand", "repeat", "permute",
+        )
+    ),
+)  # fmt: skip
 # Layers of newer transformers checkpoint themselves inside their forward.
 _CHECKPOINTING = "GradientCheckpointingLayer.__init_subclass__.<locals>.forward_with_checkpointing"
 
@@ -152,5 +162,7 @@ def replaced_function(home: str) -> str | None:
         originals = _originals[home] = Originals(
             *((file, name, author, name) for file in files for name in _FUNCTIONS if hasattr(file, name)),
             *((place, name, operator_home, name) for place, name, operator_home in _OPERATORS),
+            *((file, "torch", "torch", "") for file in files if hasattr(file, "torch")),
+            *((file, "nn", "torch.nn", "") for file in files if hasattr(file, "nn")),
         )
     return originals.replaced()

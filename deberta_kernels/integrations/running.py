@@ -16,6 +16,7 @@ from torch import nn
 
 __all__ = ["begin", "end", "paused"]
 
+_PATIENCE = 300  # seconds; far longer than forwards take, so that a thread that waits for us is noticed
 _condition = threading.Condition()
 _running: WeakKeyDictionary[nn.Module, list[int]] = WeakKeyDictionary()  # encoder -> threads, once for each call
 _pauses: list[set[int] | None] = []  # modules that are being changed, by id; None: all
@@ -46,6 +47,9 @@ def paused(modules: Sequence[nn.Module] | None) -> Iterator[None]:
     """Wait until no other thread runs one of some modules, or any, in its patched form, and let none begin.
 
     A thread that is inside such a call itself goes on: what is handed to each layer is decided just before it.
+
+    Raises:
+        RuntimeError: a call did not end.
     """
     ids = None if modules is None else {id(module) for module in modules}
     me = threading.get_ident()
@@ -59,7 +63,11 @@ def paused(modules: Sequence[nn.Module] | None) -> Iterator[None]:
         _pausing.add(me)
     try:
         with _condition:
-            _condition.wait_for(lambda: not is_busy())
+            if not _condition.wait_for(lambda: not is_busy(), _PATIENCE):
+                raise RuntimeError(
+                    f"unpatch() waited {_PATIENCE} s for a forward of another thread, and changed nothing; call it "
+                    "when none is under way, and not from a thread that a forward waits for."
+                )
         yield
     finally:
         with _condition:

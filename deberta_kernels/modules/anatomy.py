@@ -84,6 +84,8 @@ def position_projections(module: AttentionModule) -> dict[str, nn.Module]:
     else:
         names = ("key_proj", "query_proj") if module.share_att_key else ("pos_key_proj", "pos_query_proj")
     terms = (("c2p", "pos_key", names[0]), ("p2c", "pos_query", names[1]))
+    if not is_version_one(module) and module.share_att_key:
+        terms = terms[::-1]  # in Hugging Face's order
     return {table: getattr(module, name) for term, table, name in terms if term in module.pos_att_type}
 
 

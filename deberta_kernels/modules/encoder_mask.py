@@ -22,7 +22,12 @@ class EncoderMask:
         source: the mask the encoder was given: (B, N), (B, N, N) or (B, 1 or H, N, N); not 0 = keep.
         masks: what it means, parsed once for all layers.
         packing: how the states that come with it are packed, (1, rows, C) in place of (B, N, C); None = not at all.
+
+    Attributes:
+        closed: nothing but known code, which nobody watches, runs in the layer that is given it now.
     """
+
+    closed = False
 
     def __init__(self, source: Tensor, masks: Masks, packing: Packing | None = None) -> None:
         self.source = source
@@ -55,11 +60,10 @@ class EncoderMask:
         return type(self)(self.source.to(device), masks, packing)
 
     def rel_key(self, rel_embeddings: Tensor) -> tuple[Any, ...] | None:
-        """Return `content_key(rel_embeddings)`, read once for layers that get the same tensor, until `read_anew`."""
+        """Return `content_key(rel_embeddings)`, read once for closed layers in a row that get the same tensor."""
+        if not self.closed:
+            self._read = None
+            return content_key(rel_embeddings)
         if self._read is None or self._read[0] is not rel_embeddings:
             self._read = (rel_embeddings, content_key(rel_embeddings))
         return self._read[1]
-
-    def read_anew(self) -> None:
-        """Let `rel_key` read again: other code has run since, which may have changed the content."""
-        self._read = None

@@ -17,6 +17,7 @@ from deberta_kernels.checks import storage_fits
 from deberta_kernels.dropout import draw_seed, keep_scale, threshold
 from deberta_kernels.modules.linear import is_hooked, is_replaced, is_watched
 from deberta_kernels.modules.originals import Originals, called
+from deberta_kernels.modules.products import is_mapped
 
 __all__ = ["drop_and_add", "is_dropout"]
 
@@ -71,13 +72,6 @@ def _is_supported(x: Tensor) -> bool:
     return strided and x.device.type == "cpu" and x.dtype in native.DTYPES and x.numel() > 0 and storage_fits(x)
 
 
-def _is_batched(dout: Tensor) -> bool:
-    """Tell whether many gradients are wanted at once, by `torch.vmap` or by `is_grads_batched`."""
-    functorch = torch._C._functorch
-    batched = functorch.is_batchedtensor(dout) or functorch.is_legacy_batchedtensor(dout)
-    return batched or type(dout) is not Tensor or torch._C._are_functorch_transforms_active()
-
-
 class _Dropped(torch.autograd.Function):
     """Make the same draws in the backward, which is a dropout as well, and differentiable in turn."""
 
@@ -92,7 +86,7 @@ class _Dropped(torch.autograd.Function):
         dx = dresidual = None
         if ctx.needs_input_grad[0]:
             p, seed = ctx.draws
-            if not _is_batched(dout):
+            if not is_mapped(dout):
                 dx = _Dropped.apply(dout, None, p, seed, ctx.dtypes[0])
             else:  # many gradients at once
                 ones = torch.ones(ctx.shape, dtype=torch.float32, device="cpu")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from deberta_kernels.modules.anatomy import AttentionModule, position_projections, project_heads, scale_factor
-from deberta_kernels.position import attention_span, log_bucket
+from deberta_kernels.position import log_bucket
 
 __all__ = ["attend_in_full"]
 
@@ -34,7 +34,7 @@ def attend_in_full(
         attention_mask: broadcastable to (B, H, Nq, Nk), not 0 = keep; None masks nothing.
         output_attentions: also return the probabilities.
         query_states: (B, Nq, hidden size) or None for hidden_states.
-        relative_pos: (Nq, Nk), (1, Nq, Nk) or (1 or B, 1, Nq, Nk), any integers; None for ordinary distances.
+        relative_pos: (Nq, Nk), (1, Nq, Nk) or (1, 1, Nq, Nk), any integers; None for ordinary distances.
         rel_embeddings: (at least 2 * att_span, hidden size); None only without relative attention.
 
     Returns:
@@ -42,6 +42,7 @@ def attend_in_full(
 
     Raises:
         NotImplementedError: fewer or more queries than keys with position-to-content terms.
+        ValueError: relative_pos has another shape.
 
     Source:
         transformers v5.23.0, models/deberta_v2/modeling_deberta_v2.py, `DisentangledSelfAttention.forward`.
@@ -69,13 +70,16 @@ def _position_scores(
     """Return the c2p and p2c scores, (B, H, Nq, Nk), before they are scaled."""
     nq, nk = q.shape[2], k.shape[2]
     rows = module.pos_dropout(rel_embeddings)
-    span = attention_span(module.position_buckets, module.max_relative_positions)
+    span = module.pos_ebd_size
     if relative_pos is None:
         distances = torch.arange(nq, device=q.device)[:, None] - torch.arange(nk, device=q.device)
         relative_pos = log_bucket(distances, module.position_buckets, module.max_relative_positions)
-    while relative_pos.dim() < 4:
-        relative_pos = relative_pos.unsqueeze(0)
-    relative_pos = relative_pos.to(q.device, torch.int64)
+    if relative_pos.shape[-2:] != (nq, nk) or relative_pos.numel() != nq * nk or relative_pos.dim() > 4:
+        raise ValueError(
+            f"relative_pos must have shape (Nq, Nk) = ({nq}, {nk}), or (1, Nq, Nk) or (1, 1, Nq, Nk), got "
+            f"{tuple(relative_pos.shape)}; all samples and heads share it."
+        )
+    relative_pos = relative_pos.reshape(1, 1, nq, nk).to(q.device, torch.int64)
     total = q.new_zeros(())
     for table, projection in position_projections(module).items():
         # (H, D, 2 * att_span)

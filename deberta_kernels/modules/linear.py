@@ -22,7 +22,15 @@ from deberta_kernels.checks import storage_fits
 from deberta_kernels.modules import products
 from deberta_kernels.modules.originals import Originals, Place, called, is_own
 
-__all__ = ["apply_linear", "apply_linear_gelu", "is_hooked", "is_linear", "is_replaced", "is_watched"]
+__all__ = [
+    "apply_linear",
+    "apply_linear_gelu",
+    "is_any_function_watched",
+    "is_hooked",
+    "is_linear",
+    "is_replaced",
+    "is_watched",
+]
 
 _NARROW = (torch.bfloat16, torch.float16)
 _ADAPTERHUB = "adapters.methods.lora"
@@ -180,14 +188,14 @@ def is_watched() -> bool:
     """Tell whether a mode, a function transform or a tracer wants to see PyTorch's own operations."""
     return (
         torch._C._len_torch_dispatch_stack() > 0
-        or _is_any_function_watched()
+        or is_any_function_watched()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
     )
 
 
-def _is_any_function_watched() -> bool:
+def is_any_function_watched() -> bool:
     """Tell whether a mode sees every function; that of a default device changes only how tensors are made."""
     if torch._C._len_torch_function_stack() == 0:
         return False
@@ -225,6 +233,7 @@ def _is_gelu(activation: Any) -> bool:
 
 def is_hooked(module: nn.Module) -> bool:
     """Tell whether a call of the module, or its backward, runs anything but the forward of its class."""
-    forward = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
+    own = module.__dict__
+    forward = module._forward_hooks or module._forward_pre_hooks or "forward" in own or "_call_impl" in own
     compiled = getattr(module, "_compiled_call_impl", None) is not None
     return bool(forward or compiled or module._backward_hooks or module._backward_pre_hooks) or _has_any_global_hook()

@@ -42,7 +42,8 @@ def is_own(function: Any, home: str, qualname: str) -> bool:
     name = getattr(code, "co_qualname", function.__qualname__)
     if name != qualname or function.__globals__.get("__name__") != home or not _is_file_of(code.co_filename, home):
         return False
-    _own[function] = code, home, qualname
+    if "<locals>" not in qualname:  # of those there may be any number
+        _own[function] = code, home, qualname
     return True
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deberta_kernels.modules.products import is_mapped
+
 __all__ = ["Packing", "find_packing"]
 
 
@@ -56,12 +58,11 @@ class Packing:
 
     def pack(self, padded: Tensor) -> Tensor:
         """Return the rows of a (B, N, C) tensor as (1, rows, C)."""
-        return padded.flatten(0, 1).index_select(0, self._source.to(padded.device)).unsqueeze(0)
+        return _rows(_flat(padded), self._source, (1, self._source.shape[0]))
 
     def unpack(self, packed: Tensor) -> Tensor:
         """Return the (B, N, C) tensor that (1, rows, C) rows stand for."""
-        padded: Tensor = packed.squeeze(0).index_select(0, self._row_of.to(packed.device)).unflatten(0, self.shape)
-        return padded
+        return _rows(packed[0], self._row_of, self.shape)
 
     def padding(self) -> Tensor:
         """Return the (padded positions,) int64 places of padding in the flattened batch."""
@@ -73,7 +74,7 @@ class Packing:
 
     def sum_padding(self, padded: Tensor) -> Tensor:
         """Return (1, rows, C) from (B, N, C): each row the sum of all that it stands for."""
-        flat = padded.flatten(0, 1)
+        flat = _flat(padded)
         empty = flat.new_zeros(self._source.shape[0], flat.shape[1])
         return empty.index_add(0, self._row_of, flat).unsqueeze(0)
 
@@ -99,6 +100,24 @@ class Packing:
         paddings = length - self.cu_seqlens.diff().index_select(0, samples)
         total = sums.index_select(0, samples) + paddings[:, None] * exact[self.tokens :]
         return (total / length).to(values.dtype).unsqueeze(0)
+
+
+def _flat(padded: Tensor) -> Tensor:
+    batch, length, channels = padded.shape
+    return padded.reshape(batch * length, channels)
+
+
+def _rows(source: Tensor, index: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Return rows of a (rows, C) tensor as (*shape, C), no view of another tensor where that is possible.
+
+    Users may change what they are returned in place, which autograd forbids for views that a Function returns.
+    """
+    index = index.to(source.device)
+    if (torch.is_grad_enabled() and source.requires_grad) or is_mapped(source):
+        return source.index_select(0, index).view(*shape, source.shape[-1])
+    out = source.new_empty(*shape, source.shape[-1])
+    torch.index_select(source, 0, index, out=out.view(-1, source.shape[-1]))
+    return out
 
 
 def find_packing(keep: Tensor, hidden_states: Tensor, fullest: float) -> Packing | None:

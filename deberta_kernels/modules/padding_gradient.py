@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from deberta_kernels.modules.anatomy import project_heads
 from deberta_kernels.modules.packing import Packing
+from deberta_kernels.modules.products import is_mapped
 
 __all__ = ["PackedLayer"]
 
@@ -97,8 +98,8 @@ class _Pack(torch.autograd.Function):
         padded = layer.packing.unpack(layer.packing.divide_padding(gradient))
         if layer.deviation is not None:
             pulled = layer.pull_back(rows, layer.deviation).to(padded.dtype)
-            flat = padded.flatten(0, 1)
-            padded = flat.index_add(0, layer.packing.padding(), pulled[0]).view_as(padded)
+            flat = padded.reshape(-1, padded.shape[-1])
+            padded = flat.index_add(0, layer.packing.padding(), pulled[0]).reshape(padded.shape)
         return padded, None
 
 
@@ -117,16 +118,11 @@ class _Unpack(torch.autograd.Function):
         layer.deviation = None
         if layer.may_deviate(gradient):
             number = packing.row_of_padding()
-            of_padding = gradient.flatten(0, 1).index_select(0, packing.padding()).unsqueeze(0)
+            of_padding = gradient.reshape(-1, gradient.shape[-1]).index_select(0, packing.padding()).unsqueeze(0)
             differs = (of_padding != packing.pack(gradient).index_select(1, number)).any(-1)[0]
-            if _is_mapped(gradient) or bool(differs.any()):
+            if is_mapped(gradient) or bool(differs.any()):
                 # Exactly zero where a sample's own rows agree, whatever those of another hold.
                 counts = torch.zeros(summed.shape[1], device=summed.device).index_add(0, number, differs.float())
                 deviation = of_padding - packing.divide_padding(summed).index_select(1, number)
                 layer.deviation = torch.where((counts > 0).index_select(0, number)[:, None], deviation, 0)
         return summed, None
-
-
-def _is_mapped(gradient: Tensor) -> bool:
-    """Tell whether many gradients are wanted at once, whose values cannot be asked."""
-    return torch._C._functorch.is_legacy_batchedtensor(gradient) or type(gradient) is not Tensor

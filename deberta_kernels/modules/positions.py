@@ -24,6 +24,7 @@ from deberta_kernels.checks import storage_fits
 from deberta_kernels.modules.anatomy import Apply, AttentionModule, is_version_one, position_projections, position_spec
 from deberta_kernels.modules.hidden_dropout import is_dropout
 from deberta_kernels.modules.linear import is_hooked, is_linear
+from deberta_kernels.modules.onlookers import is_watched, sees_every_call
 from deberta_kernels.position import attention_span, reachable_rows
 from deberta_kernels.types import PositionSpec
 
@@ -38,6 +39,8 @@ __all__ = [
 # A kept table covers at least this many tokens: with the usual 256 buckets that is every row but one, so that calls
 # of growing length do not project again and again.
 _KEPT_LENGTH = 512
+# Packages whose linear layers make each row from that row alone.
+_BY_ROWS = ("peft.tuners.", "adapters.methods.")
 # Words that one product of `_keyed_sums` reads: bounds what its secret numbers take, at little cost in calls.
 _BLOCK = 1 << 18
 
@@ -103,10 +106,10 @@ def projected_tables(
     if validity is None:
         if not torch.compiler.is_compiling() and module.training:
             forget(module)
-        start, stop = _rows(length, spec)
-        if not _keeps_rows_apart(projections):
-            start, stop = 0, 2 * attention_span(spec.position_buckets, spec.max_relative_positions)
-        return _project(module, projections, rel, (start, stop), spec, apply)
+        if _shows_nobody(module, projections):
+            return _project(module, projections, rel, _rows(length, spec), spec, apply)
+        _call_unused(module, projections, rel, spec)
+        return _project(module, projections, rel, _rows_of_hugging_face(module, length, spec), spec, apply)
     start, stop = reachable_rows(length, length, spec)
     kept = _kept.get(module)
     if kept is None or kept.validity != validity or start < kept.start or stop > kept.stop:
@@ -190,10 +193,40 @@ def _checked(rel_embeddings: Tensor | None, spec: PositionSpec) -> Tensor:
     return rel_embeddings
 
 
-def _keeps_rows_apart(projections: dict[str, nn.Module]) -> bool:
-    """Tell whether each projected row depends on that row alone: gates of AdapterHub's LoRA average over all rows."""
-    parts = (part for projection in projections.values() for part in projection.modules())
-    return not any(getattr(part, "use_gating", False) for part in parts)
+def _shows_nobody(module: AttentionModule, projections: dict[str, nn.Module]) -> bool:
+    """Tell whether nobody sees which rows are projected, and each projected row depends on that row alone.
+
+    Gates of AdapterHub's LoRA average over all rows, and modules of others may.
+    """
+    parts = [part for projection in projections.values() for part in projection.modules()]
+    if any(getattr(part, "use_gating", False) for part in parts):
+        return False
+    if torch.compiler.is_compiling():
+        return not any(part._forward_hooks or part._forward_pre_hooks for part in (module.pos_dropout, *parts))
+    if (
+        not is_dropout(module.pos_dropout)
+        or sees_every_call() is not None
+        or any(map(is_watched, (module.pos_dropout, *parts)))
+    ):
+        return False
+    return all(is_linear(x) or type(x).__module__.startswith(_BY_ROWS) for x in projections.values())
+
+
+def _rows_of_hugging_face(module: AttentionModule, length: int, spec: PositionSpec) -> tuple[int, int]:
+    """Return [start, stop) of the rows that Hugging Face projects."""
+    span = attention_span(spec.position_buckets, spec.max_relative_positions)
+    reach = min(length, span) if is_version_one(module) else span
+    return span - reach, span + reach
+
+
+def _call_unused(module: AttentionModule, projections: dict[str, nn.Module], rel: Tensor, spec: PositionSpec) -> None:
+    """Call the projection that Hugging Face calls too, for nothing, where both terms share those of q and k."""
+    if is_version_one(module) or not module.share_att_key or len(projections) == 2:
+        return
+    span = attention_span(spec.position_buckets, spec.max_relative_positions)
+    for projection in (module.query_proj, module.key_proj):
+        if projection not in projections.values():
+            projection(rel[None, : 2 * span])
 
 
 def _rows(length: int, spec: PositionSpec) -> tuple[int, int]:

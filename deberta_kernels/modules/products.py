@@ -24,6 +24,7 @@ from deberta_kernels.processor import features, vendor
 
 __all__ = [
     "anything_gained",
+    "is_mapped",
     "lacks_products",
     "natively",
     "natively_with_gradients",
@@ -192,9 +193,16 @@ def _gradients(
     return dx, dweight, rows.sum(0) if needs[2] else None
 
 
+def is_mapped(gradient: Tensor) -> bool:
+    """Tell whether many gradients are wanted at once, by `torch.vmap` or `is_grads_batched`: none has values then."""
+    functorch = torch._C._functorch
+    batched = functorch.is_batchedtensor(gradient) or functorch.is_legacy_batchedtensor(gradient)
+    return batched or torch._C._are_functorch_transforms_active() or type(gradient) not in (Tensor, nn.Parameter)
+
+
 def _is_plain(x: Tensor) -> bool:
     """Tell whether a tensor that the backward was handed is one whose memory can be read."""
-    if type(x) not in (Tensor, nn.Parameter) or torch._C._functorch.is_legacy_batchedtensor(x):
+    if is_mapped(x):
         return False
     strided = x.layout == torch.strided and x.device.type == "cpu" and x.dtype == torch.float32
     return strided and not x.is_neg() and storage_fits(x)

@@ -30,7 +30,10 @@ from deberta_kernels.modules.anatomy import (
 from deberta_kernels.modules.configuration import check_configuration
 from deberta_kernels.modules.distances import are_ordinary
 from deberta_kernels.modules.encoder_mask import EncoderMask
+from deberta_kernels.modules.hidden_dropout import is_dropout
 from deberta_kernels.modules.in_full import attend_in_full
+from deberta_kernels.modules.linear import is_any_function_watched
+from deberta_kernels.modules.onlookers import is_watched, sees_every_call
 from deberta_kernels.modules.options import AttentionOptions
 from deberta_kernels.modules.packing import Packing
 from deberta_kernels.modules.positions import PositionTables, content_key, projected_tables
@@ -114,9 +117,18 @@ def attend(
             )  # fmt: skip
         if is_version_one(module) and relative_pos is None:
             rel_embeddings = None  # without a relative_pos it has no position terms
-    queries = _apart(queries)
-    hidden_states = queries if query_states is None else _apart(hidden_states)
-    return (compute or _fused)(module, options, hidden_states, queries, attention_mask, rel_embeddings), None
+    is_closed = isinstance(attention_mask, EncoderMask) and attention_mask.closed
+    if is_closed or not _has_hooks(module):
+        queries = _apart(queries)
+        hidden_states = queries if query_states is None else _apart(hidden_states)
+    context = (compute or _fused)(module, options, hidden_states, queries, attention_mask, rel_embeddings)
+    # Somebody may change it in place, and the backward needs it as it is.
+    return context if is_closed or not context.requires_grad else context.clone(), None
+
+
+def _has_hooks(module: AttentionModule) -> bool:
+    """Tell whether somebody may keep, or change in place, what goes into a part of a module."""
+    return any(part is not None and part._forward_pre_hooks for part in module._modules.values())
 
 
 def _apart(states: Tensor) -> Tensor:
@@ -300,17 +312,27 @@ def refusal_of(module: AttentionModule) -> tuple[str, str] | None:
         span = attention_span(spec.position_buckets, spec.max_relative_positions)
         if getattr(module, "pos_ebd_size", span) != span:
             return ("pos_ebd_size of an attention module is not what its other settings make it", "set them together")
+    if not torch.compiler.is_compiling() and is_any_function_watched():
+        return ("a TorchFunctionMode sees PyTorch's functions", "leave the mode for calls that may be fused")
     dropout = module.dropout
     if type(dropout) is not nn.Dropout or dropout.p >= 1.0:
         return (
             "the attention dropout is not an nn.Dropout with a probability below 1",
             f"it is {type(dropout).__name__}; nn.Dropout(0.0) switches it off",
         )
-    if dropout._forward_hooks or dropout._forward_pre_hooks or "forward" in dropout.__dict__:
+    is_compiling = torch.compiler.is_compiling()
+    if dropout._forward_hooks or dropout._forward_pre_hooks or (not is_compiling and is_watched(dropout)):
         return (
             "a hook on the attention dropout wants the attention probabilities",
             "remove the hook where they are not needed",
         )
+    if is_compiling:
+        return None
+    seen = sees_every_call()
+    if seen is not None:
+        return (seen, "undo that for calls that may be fused")
+    if not is_dropout(dropout):
+        return ("the code of the attention dropout was replaced", "undo that for calls that may be fused")
     return None
 
 

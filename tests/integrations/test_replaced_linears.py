@@ -112,7 +112,7 @@ def test_a_replaced_linear_takes_part(place, fast_linears, build, batch, monkeyp
         torch.testing.assert_close(found, expected, atol=5e-5, rtol=1e-5)
         assert (found[-1] - before[-1]).abs().max() > 0.1
         dk.patch(model, fast_linears=fast_linears, strict=True)
-        with pytest.raises(NotImplementedError, match=r"was replaced by .*; undo that, or pass fast_linears=False\."):
+        with pytest.raises(NotImplementedError, match=r"was replaced by .*; undo that"):
             states_of(model, inputs)
         dk.patch(model, fast_linears=False, strict=True)
         torch.testing.assert_close(states_of(model, inputs), expected, atol=5e-5, rtol=1e-5)
@@ -133,7 +133,7 @@ def test_a_replaced_activation_takes_part(place, build, batch, monkeypatch):
         torch.testing.assert_close(found, states_of(plain, inputs), atol=5e-5, rtol=1e-5)
         assert "gelu" not in seen
         dk.patch(model, fast_linears=True, strict=True)
-        with pytest.raises(NotImplementedError, match=r"is called as a module: \w+\.\w+ was replaced by"):
+        with pytest.raises(NotImplementedError, match=r"\w+\.\w+ was replaced by"):
             states_of(model, inputs)
 
 

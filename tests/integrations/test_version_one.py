@@ -13,7 +13,7 @@ from transformers.models.deberta import modeling_deberta as hf
 
 import deberta_kernels as dk
 from deberta_kernels import dispatch
-from deberta_kernels.modules import positions
+from deberta_kernels.modules import packing, positions
 
 CONFIGS = {
     "base": {},
@@ -103,13 +103,12 @@ def test_position_tables_are_kept_in_eval_and_follow_the_weights(build_one, batc
 
 def test_padding_is_left_out_of_the_whole_encoder(build_one, batch, monkeypatch):
     model, sizes = build_one(), []
-    original = nn.functional.linear
-    monkeypatch.setattr(nn.functional, "linear", lambda x, *rest: sizes.append(x.shape) or original(x, *rest))
+    original = packing.Packing.pack
+    monkeypatch.setattr(packing.Packing, "pack", lambda self, x: sizes.append(x.shape) or original(self, x))
     dk.patch(model, strict=True, unpad=True, fast_linears=False)
     with torch.no_grad():
         model(**batch(3, 37))
-    assert sizes
-    assert not any(size[:2] == (3, 37) for size in sizes)
+    assert sizes == [(3, 37, 32)]  # once, for both layers
 
 
 @pytest.mark.parametrize("head", HEADS)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
@@ -18,15 +18,16 @@ from deberta_kernels.modules.originals import Originals, is_own
 __all__ = ["forward_below_accelerate", "is_watched", "sees_every_call"]
 
 _CALL = Originals(
-    *((nn.Module, name, "torch.nn.modules.module", f"Module.{name}") for name in ("_wrapped_call_impl", "_call_impl"))
+    (nn.Module, "__call__", "torch.nn.modules.module", "Module._wrapped_call_impl"),
+    (nn.Module, "_call_impl", "torch.nn.modules.module", "Module._call_impl"),
 )
-_CALLS = ("torch.nn.modules.module", "Module._wrapped_call_impl")
 # Calls of classes of their own, which show nobody anything.
 _OTHER_CALLS = (
     ("transformers.modeling_layers", "GradientCheckpointingLayer.__call__"),
     ("torch.nn.modules.container", "ParameterDict.__call__"),
     ("torch.nn.modules.container", "ParameterList.__call__"),
 )
+_NOT_COMPILED = "_compiler_disable.<locals>.wrapper"  # around some of its methods
 _NEW_FORWARD = ("accelerate.hooks", "add_hook_to_module.<locals>.new_forward")
 # accelerate's hooks that move weights, and its hook that does nothing.
 _MOVERS = ("AlignDevicesHook", "CpuOffload", "ModelHook")
@@ -35,6 +36,7 @@ _WEIGHT_HOOKS = (
     ("torch.distributed.fsdp._fully_shard._fsdp_state", "FSDPState"),
     ("torch.nn.utils.weight_norm", "WeightNorm"),
     ("torch.nn.utils.spectral_norm", "SpectralNorm"),
+    ("torch.utils.module_tracker", "ModuleTracker"),  # which counts calls, for FlopCounterMode
 )
 # Hooks of AdapterHub's layers, whose states are never packed; they take its mask object for a tensor.
 _ADAPTERHUB_HOOKS = (
@@ -44,23 +46,37 @@ _ADAPTERHUB_HOOKS = (
 )
 
 
-def sees_every_call() -> bool:
-    """Tell whether somebody looks at the calls of all modules: a global hook, or another way to call them."""
-    return _has_any_global_hook() or _CALL.replaced() is not None or not is_own(nn.Module.__call__, *_CALLS)
+def sees_every_call() -> str | None:
+    """Return who looks at the calls of all modules, a global hook or another way to call them; None if nobody does."""
+    replaced = _CALL.replaced()
+    if replaced is not None:
+        return replaced
+    if _has_any_global_hook() and not all(map(_is_known, _global_hooks())):
+        return "a hook sees the calls of all modules"
+    return None
+
+
+def _global_hooks() -> Iterator[Any]:
+    home: Any = nn.modules.module
+    for kind in ("forward_pre", "forward", "backward_pre", "backward"):
+        yield from getattr(home, f"_global_{kind}_hooks").values()
 
 
 def is_watched(module: nn.Module) -> bool:
     """Tell whether somebody looks at the calls of one module, forward or backward."""
-    own, call = module.__dict__, type(module).__call__
+    own, cls = module.__dict__, type(module)
     hooked = own["_forward_pre_hooks"] or own["_forward_hooks"] or own["_backward_pre_hooks"] or own["_backward_hooks"]
-    if not hooked and "forward" not in own and call is nn.Module.__call__:
+    plain = cls.__call__ is nn.Module.__call__ and cls._call_impl is nn.Module._call_impl
+    if not hooked and plain and "forward" not in own and "_call_impl" not in own:
         return False  # as nearly all are
     kinds = own["_forward_pre_hooks"], own["_forward_hooks"], own["_backward_pre_hooks"], own["_backward_hooks"]
     if not all(_is_known(hook) for kind in kinds for hook in kind.values()):
         return True
     if "forward" in own and not _is_moved_by_accelerate(module):
         return True
-    return call is not nn.Module.__call__ and not any(is_own(call, *known) for known in _OTHER_CALLS)
+    if "_call_impl" in own or cls._call_impl is not nn.Module._call_impl:
+        return True
+    return not plain and not any(is_own(cls.__call__, *known) for known in _OTHER_CALLS)
 
 
 def forward_below_accelerate(module: nn.Module) -> Callable[..., Any] | None:
@@ -76,8 +92,20 @@ def forward_below_accelerate(module: nn.Module) -> Callable[..., Any] | None:
 def _is_moved_by_accelerate(module: nn.Module) -> bool:
     hook = module.__dict__.get("_hf_hook")
     hooks = getattr(hook, "hooks", ()) if type(hook).__name__ == "SequentialHook" else (hook,)
-    known = all(_is_of(one, "accelerate.hooks", _MOVERS) and "pre_forward" not in vars(one) for one in hooks)
-    return known and forward_below_accelerate(module) is type(module).forward
+    return all(map(_is_mover, hooks)) and forward_below_accelerate(module) is type(module).forward
+
+
+def _is_mover(hook: Any) -> bool:
+    """Tell whether a hook is one of accelerate's that move weights, as accelerate wrote it."""
+    if not _is_of(hook, "accelerate.hooks", _MOVERS):
+        return False
+    for name in ("pre_forward", "post_forward"):
+        function, homes = getattr(type(hook), name), type(hook).__mro__[:-1]
+        if is_own(function, "accelerate.hooks", _NOT_COMPILED):
+            function = getattr(function, "__wrapped__", None)
+        if name in vars(hook) or not any(is_own(function, c.__module__, f"{c.__qualname__}.{name}") for c in homes):
+            return False
+    return True
 
 
 def _is_known(hook: Any) -> bool:
