@@ -185,7 +185,7 @@ class _Layers:
                 states = states.view_as(states)
             if self.mask.packing is not packing:  # another object: a checkpoint may have kept this one
                 self.mask = self.mask.packed(packing)
-            self.mask.closed = handover is Handover.PACKED
+            self.mask.begin_layer(closed=handover is Handover.PACKED)
             if packing is None:
                 output = self._call(layer, handover, states, queries, rel_embeddings)
             elif torch.is_grad_enabled():

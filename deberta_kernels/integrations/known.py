@@ -43,6 +43,7 @@ _OPERATORS = (
         (torch.Tensor, name, "TensorBase")
         for name in (
             "masked_fill", "softmax", "bool", "__invert__", "__truediv__", "__add__", "expand", "repeat", "permute",
+            "transpose", "unsqueeze", "squeeze", "view", "contiguous", "chunk", "to", "long",
         )
     ),
 )  # fmt: skip

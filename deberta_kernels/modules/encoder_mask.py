@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 from typing import Any
 
 from torch import Tensor
@@ -46,6 +47,12 @@ class EncoderMask:
             "be differentiated before unpatch(): call patch(model), run the forward again, and then its backward."
         )
 
+    def begin_layer(self, closed: builtins.bool) -> None:
+        """Take note of what runs in the next layer; other code than the known may change what was read."""
+        self.closed = closed
+        if not closed:
+            self._read = None
+
     def dense(self) -> Tensor:
         """Return the (B, 1 or H, N, N) mask that Hugging Face's encoder builds, in the dtype of the source."""
         if self.source.dim() == 2:
@@ -62,7 +69,6 @@ class EncoderMask:
     def rel_key(self, rel_embeddings: Tensor) -> tuple[Any, ...] | None:
         """Return `content_key(rel_embeddings)`, read once for closed layers in a row that get the same tensor."""
         if not self.closed:
-            self._read = None
             return content_key(rel_embeddings)
         if self._read is None or self._read[0] is not rel_embeddings:
             self._read = (rel_embeddings, content_key(rel_embeddings))

@@ -27,6 +27,7 @@ _OTHER_CALLS = (
     ("torch.nn.modules.container", "ParameterDict.__call__"),
     ("torch.nn.modules.container", "ParameterList.__call__"),
 )
+_INSTANCE_CALLS = {"forward", "_call_impl", "_compiled_call_impl"}
 _NOT_COMPILED = "_compiler_disable.<locals>.wrapper"  # around some of its methods
 _NEW_FORWARD = ("accelerate.hooks", "add_hook_to_module.<locals>.new_forward")
 # accelerate's hooks that move weights, and its hook that does nothing.
@@ -67,14 +68,14 @@ def is_watched(module: nn.Module) -> bool:
     own, cls = module.__dict__, type(module)
     hooked = own["_forward_pre_hooks"] or own["_forward_hooks"] or own["_backward_pre_hooks"] or own["_backward_hooks"]
     plain = cls.__call__ is nn.Module.__call__ and cls._call_impl is nn.Module._call_impl
-    if not hooked and plain and "forward" not in own and "_call_impl" not in own:
+    if not hooked and plain and own.keys().isdisjoint(_INSTANCE_CALLS):
         return False  # as nearly all are
     kinds = own["_forward_pre_hooks"], own["_forward_hooks"], own["_backward_pre_hooks"], own["_backward_hooks"]
     if not all(_is_known(hook) for kind in kinds for hook in kind.values()):
         return True
     if "forward" in own and not _is_moved_by_accelerate(module):
         return True
-    if "_call_impl" in own or cls._call_impl is not nn.Module._call_impl:
+    if "_call_impl" in own or cls._call_impl is not nn.Module._call_impl or not _is_compiled_by_torch(module):
         return True
     return not plain and not any(is_own(cls.__call__, *known) for known in _OTHER_CALLS)
 
@@ -106,6 +107,13 @@ def _is_mover(hook: Any) -> bool:
         if name in vars(hook) or not any(is_own(function, c.__module__, f"{c.__qualname__}.{name}") for c in homes):
             return False
     return True
+
+
+def _is_compiled_by_torch(module: nn.Module) -> bool:
+    """Tell whether `module.compile()` made what the instance has for its calls, if it has anything."""
+    compiled = module.__dict__.get("_compiled_call_impl")
+    inner = getattr(compiled, "_torchdynamo_orig_callable", None)
+    return compiled is None or (getattr(inner, "__self__", None) is module and inner == module._call_impl)
 
 
 def _is_known(hook: Any) -> bool:

@@ -114,7 +114,7 @@ def test_a_replaced_linear_takes_part(place, fast_linears, build, batch, monkeyp
         dk.patch(model, fast_linears=fast_linears, strict=True)
         with pytest.raises(NotImplementedError, match=r"was replaced by .*; undo that"):
             states_of(model, inputs)
-        dk.patch(model, fast_linears=False, strict=True)
+        dk.patch(model, fast_linears=False, strict="call" not in place[1])  # calls of modules concern the attention too
         torch.testing.assert_close(states_of(model, inputs), expected, atol=5e-5, rtol=1e-5)
     dk.patch(model, fast_linears=fast_linears, strict=True)
     assert all(map(torch.equal, states_of(model, inputs), before))
