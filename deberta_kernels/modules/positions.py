@@ -108,8 +108,7 @@ def projected_tables(
             forget(module)
         if _shows_nobody(module, projections):
             return _project(module, projections, rel, _rows(length, spec), spec, apply)
-        _call_unused(module, projections, rel, spec)
-        return _project(module, projections, rel, _rows_of_hugging_face(module, length, spec), spec, apply)
+        return _project_as_hugging_face(module, projections, rel, length, spec)
     start, stop = reachable_rows(length, length, spec)
     kept = _kept.get(module)
     if kept is None or kept.validity != validity or start < kept.start or stop > kept.stop:
@@ -212,21 +211,28 @@ def _shows_nobody(module: AttentionModule, projections: dict[str, nn.Module]) ->
     return all(is_linear(x) or type(x).__module__.startswith(_BY_ROWS) for x in projections.values())
 
 
-def _rows_of_hugging_face(module: AttentionModule, length: int, spec: PositionSpec) -> tuple[int, int]:
-    """Return [start, stop) of the rows that Hugging Face projects."""
+def _project_as_hugging_face(
+    module: AttentionModule, projections: dict[str, nn.Module], rel: Tensor, length: int, spec: PositionSpec
+) -> PositionTables:
+    """Project the rows that Hugging Face projects, by the very calls that it makes."""
     span = attention_span(spec.position_buckets, spec.max_relative_positions)
     reach = min(length, span) if is_version_one(module) else span
-    return span - reach, span + reach
+    rows = module.pos_dropout(rel)[span - reach : span + reach].unsqueeze(0)
+    calls: list[Any] = list(projections.values())
+    if not is_version_one(module) and module.share_att_key:
+        calls = [module.query_proj, module.key_proj]  # both, whichever terms are on
+    projected = [(call, call(rows)) for call in calls]
+    tables = {
+        name: next(_in_heads(module, found) for call, found in projected if call is projection)
+        for name, projection in projections.items()
+    }
+    return PositionTables(tables.get("pos_key"), tables.get("pos_query"), replace(spec, first_row=span - reach))
 
 
-def _call_unused(module: AttentionModule, projections: dict[str, nn.Module], rel: Tensor, spec: PositionSpec) -> None:
-    """Call the projection that Hugging Face calls too, for nothing, where both terms share those of q and k."""
-    if is_version_one(module) or not module.share_att_key or len(projections) == 2:
-        return
-    span = attention_span(spec.position_buckets, spec.max_relative_positions)
-    for projection in (module.query_proj, module.key_proj):
-        if projection not in projections.values():
-            projection(rel[None, : 2 * span])
+def _in_heads(module: AttentionModule, projected: Tensor) -> Tensor:
+    """View (1, rows, H * D) as (H, rows, D)."""
+    heads: Tensor = projected.squeeze(0).unflatten(-1, (module.num_attention_heads, -1)).transpose(0, 1)
+    return heads
 
 
 def _rows(length: int, spec: PositionSpec) -> tuple[int, int]:
@@ -252,10 +258,7 @@ def _project(
 ) -> PositionTables:
     # (1, rows, hidden): wrapped projections see the three dimensions that Hugging Face gives them.
     rows = apply(module.pos_dropout, rel[slice(*window)]).unsqueeze(0)
-    tables = {
-        name: apply(projection, rows).squeeze(0).unflatten(-1, (module.num_attention_heads, -1)).transpose(0, 1)
-        for name, projection in projections.items()
-    }
+    tables = {name: _in_heads(module, apply(projection, rows)) for name, projection in projections.items()}
     return PositionTables(tables.get("pos_key"), tables.get("pos_query"), replace(spec, first_row=window[0]))
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import deberta_kernels as dk
-from deberta_kernels.integrations import handover
+from deberta_kernels.integrations import handover, running
 from deberta_kernels.integrations.handover import Handover
 
 
@@ -114,7 +114,35 @@ def accelerate_sequence(parent: Any, name: str, seen: list) -> None:
     hooks.add_hook_to_module(getattr(parent, name), Look(), append=True)
 
 
-WAYS = [pre_hook, hook, wrapper, replaced_forward, subclass, accelerate_hook, accelerate_sequence]
+def own_call(parent: Any, name: str, seen: list) -> None:
+    module = getattr(parent, name)
+    kept = module._call_impl
+
+    def call(*arguments: Any, **named: Any) -> Any:
+        seen.append((plain(arguments), plain(named)))
+        return kept(*arguments, **named)
+
+    module._call_impl = call
+
+
+def accelerate_post_forward(parent: Any, name: str, seen: list) -> None:
+    hooks = pytest.importorskip("accelerate.hooks", reason="accelerate is not installed")
+    look = hooks.ModelHook()
+    look.post_forward = lambda module, output: seen.append(plain(output)) or output
+    hooks.add_hook_to_module(getattr(parent, name), look)
+
+
+WAYS = [
+    pre_hook,
+    hook,
+    wrapper,
+    replaced_forward,
+    subclass,
+    own_call,
+    accelerate_hook,
+    accelerate_sequence,
+    accelerate_post_forward,
+]
 PLACES: dict[str, Callable[[Any], tuple[Any, str]]] = {
     "layer": lambda encoder: (encoder.layer, "1"),
     "attention": lambda encoder: (encoder.layer[1], "attention"),
@@ -306,3 +334,164 @@ def test_a_hook_may_unpatch_the_model_it_is_called_in(place, build_either, batch
     getattr(parent, name).register_forward_hook(lambda *unused: dk.unpatch(model) and None)
     close(outputs(model, inputs), expected)
     assert type(model.encoder).forward.__module__.startswith("transformers.")
+
+
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("terms", [["c2p", "p2c"], ["c2p"], ["p2c"]])
+@pytest.mark.parametrize("version", [1, 2])
+def test_hooks_on_projections_are_called_as_hugging_face_calls_them(version, terms, share, build, batch):
+    inputs, found = batch(2, 11), []
+    settings = {"pos_att_type": terms} | ({} if version == 1 else {"share_att_key": share})
+    for kernels in (False, True):
+        model, seen = build("DebertaModel" if version == 1 else "DebertaV2Model", **settings), []
+        if kernels:
+            dk.patch(model, unpad=True)
+        for name, part in model.encoder.layer[1].attention.self.named_children():
+            if name != "dropout":
+
+                def look(_, args, out, name=name, seen=seen):
+                    seen.append((name, args[0].shape))
+
+                part.register_forward_hook(look)
+        states = outputs(model, inputs)
+        found.append((states, seen))
+    (expected, there), (actual, here) = found
+    assert here == there
+    close(actual, expected)
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "layer": lambda encoder: encoder.layer[0],
+    "attention": lambda encoder: encoder.layer[1].attention,
+    "self": lambda encoder: encoder.layer[1].attention.self,
+    "a projection": lambda encoder: encoder.layer[1].attention.self.query_proj,
+    "a dense layer": lambda encoder: encoder.layer[0].intermediate.dense,
+    "the convolution": lambda encoder: encoder.conv,
+    "its norm": lambda encoder: encoder.conv.LayerNorm,
+}
+
+
+@pytest.mark.parametrize("unpad", [False, True])
+@pytest.mark.parametrize("place", CHANGES.values(), ids=CHANGES)
+def test_a_hook_may_change_the_relative_embeddings_in_the_middle_of_a_forward(place, unpad, build, batch):
+    inputs, found = batch(4, 41), []
+    for kernels in (False, True):
+        model = build(norm_rel_ebd="none", conv_kernel_size=3, num_hidden_layers=3)
+        if kernels:
+            dk.patch(model, unpad=unpad, strict=True)
+            outputs(model, inputs)
+        weight = model.encoder.rel_embeddings.weight
+        kept = weight.detach().clone()
+
+        def change(module, arguments, weight=weight, kept=kept):
+            weight.data.copy_(3 * kept)
+
+        handle = place(model.encoder).register_forward_pre_hook(change)
+        during = outputs(model, inputs)
+        weight.data.copy_(kept)
+        handle.remove()
+        found.append((during, outputs(model, inputs)))
+    close(*found)
+
+
+def test_a_hook_on_the_convolution_may_change_padded_rows(build, batch):
+    inputs, found = batch(4, 41), []
+    for kernels in (False, True):
+        model = build(conv_kernel_size=3)
+        if kernels:
+            dk.patch(model, unpad=True, strict=True)
+        model.encoder.conv.register_forward_hook(lambda _, args, out: out + torch.linspace(0, 1, 41)[:, None])
+        found.append(outputs(model, inputs))
+    close(*found)
+
+
+@pytest.mark.parametrize("edit", ["mask", "distances"])
+def test_a_hook_may_change_in_place_what_all_layers_share(edit, build, batch):
+    inputs, found = batch(4, 41), []
+
+    def change(module, arguments, named):
+        (arguments[1] if edit == "mask" else named["relative_pos"]).fill_(1)
+
+    for kernels in (False, True):
+        model = build(num_hidden_layers=3)
+        if kernels:
+            dk.patch(model, unpad=True)
+        model.encoder.layer[0].register_forward_pre_hook(change, with_kwargs=True)
+        found.append(outputs(model, inputs))
+    close(*found)
+
+
+@pytest.mark.parametrize("kind", ["full_backward_hook", "full_backward_pre_hook", "forward_hook"])
+def test_hooks_on_the_attention_dropout_take_part(kind, build, batch):
+    inputs, gradients = batch(4, 41), []
+    for kernels in (False, True):
+        model = build()
+        if kernels:
+            dk.patch(model)
+        dropout = model.encoder.layer[0].attention.self.dropout
+        zero = {
+            "full_backward_hook": lambda _, into, out: (torch.zeros_like(into[0]),),
+            "full_backward_pre_hook": lambda _, out: (torch.zeros_like(out[0]),),
+            "forward_hook": lambda _, args, out: out.detach(),
+        }[kind]
+        getattr(dropout, f"register_{kind}")(zero)
+        model(**inputs).last_hidden_state.square().mean().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for expected, actual in zip(*gradients, strict=True):
+        torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_a_function_mode_sees_the_functions_of_the_attention(build, batch):
+    class Softer(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            output = function(*args, **(kwargs or {}))
+            return 0.5 * output if function is nn.functional.softmax else output
+
+    inputs, found = batch(4, 41), []
+    for kernels in (False, True):
+        model = build()
+        if kernels:
+            dk.patch(model, unpad=True)
+            outputs(model, inputs)
+        with Softer():
+            found.append(outputs(model, inputs))
+    close(*found)
+
+
+def test_an_accelerate_hook_made_under_patch_all_ends_with_it(build, batch):
+    hooks = pytest.importorskip("accelerate.hooks", reason="accelerate is not installed")
+    model, inputs = build(), batch(4, 41)
+    expected = outputs(model, inputs)
+    dk.patch_all()
+    for module in (model.encoder, model.encoder.layer[0].attention.self, model.encoder.layer[1].output):
+        hooks.add_hook_to_module(module, hooks.ModelHook())
+    close(outputs(model, inputs), expected)
+    dk.unpatch_all()
+    dk.reset_stats()
+    assert all(map(torch.equal, outputs(model, inputs), expected))
+    assert sum(dk.stats()["calls"].values()) == 0
+
+
+def test_unpatch_does_not_wait_for_ever(build, batch, monkeypatch):
+    model, inputs, errors = build(), batch(), []
+    dk.patch(model)
+    monkeypatch.setattr(running, "_PATIENCE", 0.2)
+
+    def undo() -> None:
+        try:
+            dk.unpatch(model)
+        except RuntimeError as error:
+            errors.append(error)
+
+    def wait(*unused: Any) -> None:
+        thread = threading.Thread(target=undo)
+        thread.start()
+        thread.join()
+
+    handle = model.encoder.layer[0].register_forward_hook(wait)
+    expected = outputs(model, inputs)
+    assert "waited 0.2 s for a forward of another thread, and changed nothing" in str(errors[0])
+    handle.remove()
+    close(outputs(model, inputs), expected)
+    dk.unpatch(model)
+    close(outputs(model, inputs), expected)

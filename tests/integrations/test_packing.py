@@ -354,6 +354,35 @@ def test_states_given_to_a_packed_encoder_get_their_own_gradients(build, batch, 
     torch.testing.assert_close(*gradients, atol=2e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("unpad", [False, True])
+def test_what_is_returned_may_be_changed_in_place(unpad, build, batch, packings):
+    model, inputs = build(), batch(4, 41)
+    plain, gradients = copy.deepcopy(model), []
+    dk.patch(model, unpad=unpad, strict=True)
+    for one in (plain, model):
+        out = one(**inputs)
+        out.last_hidden_state[inputs["attention_mask"] == 0] = -1e9
+        out.last_hidden_state.amax(1).square().mean().backward()
+        gradients.append([parameter.grad for parameter in one.parameters()])
+    assert (packings[-1] is not None) == unpad
+    for expected, actual in zip(*gradients, strict=True):
+        torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("unpad", [False, True])
+def test_many_gradients_at_once(unpad, build, batch):
+    model, inputs = build(), batch(4, 41)
+    plain, gradients = copy.deepcopy(model), []
+    dk.patch(model, unpad=unpad, strict=True)
+    weights = torch.randn(3, 4, 41, 32, generator=torch.Generator().manual_seed(2))
+    for one in (plain, model):
+        out = one(**inputs, output_hidden_states=True)
+        wanted = (out.hidden_states[1], one.encoder.layer[0].attention.self.query_proj.weight)
+        gradients.append(torch.autograd.grad(out.last_hidden_state, wanted, weights, is_grads_batched=True))
+    for expected, actual in zip(*gradients, strict=True):
+        torch.testing.assert_close(actual, expected, atol=2e-4, rtol=1e-4)
+
+
 def test_lora_is_packed_and_takes_part(build, batch, packings):
     import peft
 

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import warnings
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,12 +24,12 @@ WARNING = dispatch.DebertaKernelsWarning
 @contextlib.contextmanager
 def replaced(owner: Any, name: str, make: Callable[[Any], Any]) -> Iterator[None]:
     """Replace an attribute by what `make` makes of it, as it is found at that moment."""
-    found = vars(owner)[name] if isinstance(owner, type) else getattr(owner, name)
+    found, is_own = getattr(owner, name), name in vars(owner)
     setattr(owner, name, make(found))
     try:
         yield
     finally:
-        setattr(owner, name, found)
+        setattr(owner, name, found) if is_own else delattr(owner, name)
 
 
 def halves_the_output(old: Any) -> Any:
@@ -160,6 +161,10 @@ FUNCTIONS = [
     (torch, "bmm", doubled),
     (torch, "gather", lambda old: lambda x, dim=-1, index=None: old(x, dim, index.flip(-1))),
     (nn.functional, "softmax", lambda old: lambda x, dim: old(0.5 * x, dim)),
+    (nn.functional, "dropout", lambda old: lambda x, *more: 0.5 * x),
+    (torch.Tensor, "softmax", lambda old: lambda x, *more, **named: old(0.5 * x, *more, **named)),
+    (torch.Tensor, "bool", lambda old: lambda x: old(x) | (torch.arange(x.shape[-1]) % 3 == 0)),
+    (hf, "torch", lambda old: SimpleNamespace(**{**vars(old), "bmm": lambda x, y: 2 * old.bmm(x, y)})),
 ]
 
 
@@ -217,3 +222,28 @@ def test_log_buckets_are_counted_in_the_default_dtype(dtype, build, batch):
         close(states(model, inputs), expected)
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("value", [16, 2, float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float32])
+def test_masks_of_other_values_mean_what_their_products_mean(value, dtype, build, batch):
+    if dtype == torch.int8 and value not in (16, 2):
+        pytest.skip("no such number")
+    model, inputs = build(), batch(3, 23)
+    states_in = torch.randn(3, 23, 32, generator=torch.Generator().manual_seed(4))
+    mask = torch.where(inputs["attention_mask"] == 1, torch.tensor(value), torch.tensor(0)).to(dtype)
+    with torch.no_grad():
+        expected = model.encoder(states_in, mask).last_hidden_state
+        dk.patch(model, unpad=True)
+        close(model.encoder(states_in, mask).last_hidden_state, expected)
+
+
+def test_a_model_of_stand_alone_modules_is_patched(build, batch):
+    model, inputs = build(), batch(4, 41)
+    expected = states(model, inputs)
+    for layer in model.encoder.layer:
+        ours = dk.DisentangledSelfAttention(model.config).eval()
+        ours.load_state_dict(layer.attention.self.state_dict())
+        layer.attention.self = ours
+    assert dk.patch(model, strict=True).encoders == 1
+    close(states(model, inputs), expected)
