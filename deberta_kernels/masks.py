@@ -80,7 +80,7 @@ def parse_attention_mask(
                 f"attention_mask must hold 0 (forbidden) and 1 (kept) only, got {int(other[0])}; pass `mask != 0` if "
                 "every other number keeps."
             )
-    keep = attention_mask if attention_mask.dtype == torch.bool else attention_mask != 0
+    keep = _own(attention_mask)
     return Masks(key=keep) if keep.dim() == 2 else Masks(pair=keep)
 
 
@@ -100,7 +100,7 @@ def parse_huggingface_mask(mask: Tensor | None, *, batch: int, nq: int, nk: int)
     """
     if mask is None:
         return Masks()
-    keep = mask if mask.dtype == torch.bool else mask != 0
+    keep = _own(mask)
     shape = tuple(keep.shape)
     fits = len(shape) in (2, 3, 4) and shape[0] in (1, batch) and shape[-1] in (1, nk)
     if fits and len(shape) == 2 and nq == nk:
@@ -117,6 +117,20 @@ def parse_huggingface_mask(mask: Tensor | None, *, batch: int, nq: int, nk: int)
     if keep.shape[1] == 1 and keep.shape[3] == 1:
         return Masks(query=keep[:, 0, :, 0].expand(batch, nq))
     return Masks(pair=keep.expand(batch, -1, nq, nk))
+
+
+def _own(mask: Tensor) -> Tensor:
+    """Return what a mask keeps, as bool; a copy where a backward may read it again.
+
+    The caller may have changed the mask by then, through NumPy without a trace, or made it in inference mode, whose
+    tensors no backward may keep.
+    """
+    if not torch.is_grad_enabled():
+        return mask if mask.dtype == torch.bool else mask != 0
+    if torch.compiler.is_compiling():  # compiled code keeps nothing of the caller's but what it says it does
+        return mask.clone() if mask.dtype == torch.bool else mask != 0
+    with torch.inference_mode(False):
+        return mask.clone() if mask.dtype == torch.bool else mask != 0
 
 
 def allowed(problem: AttentionProblem) -> Tensor | None:

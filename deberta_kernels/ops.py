@@ -171,10 +171,8 @@ def _call_forward(problem: AttentionProblem, backend: str) -> tuple[Tensor, Tens
     if backend == "auto":
         backend = dispatch.choose(problem)
     module = dispatch.load(backend)
-    if backend == "reference":
-        result: tuple[Tensor, Tensor] = module.attention(problem)
-    else:
-        result = module.forward(problem)
+    compute = module.attention if backend == "reference" else module.forward
+    result: tuple[Tensor, Tensor] = compute(problem)
     dispatch.count_call(backend)
     return result
 
@@ -233,8 +231,7 @@ def _op_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 def _op_backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     *arguments, needs = rest
-    problem = _unflatten(tuple(arguments))
-    gradients = _run_backward(problem, dout, dlse, out, lse, arguments[-1], tuple(needs))
+    gradients = _run_backward(_unflatten(tuple(arguments)), dout, dlse, out, lse, arguments[-1], tuple(needs))
     found = []
     for index, gradient in enumerate(gradients):
         if gradient is None:
@@ -284,12 +281,14 @@ def _fake_backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
     if any(ctx.needs_input_grad[:_DIFFERENTIABLE]):
-        tensors = list(inputs[:_TENSORS])
-        if tensors[_BOUNDS] is not None:
-            # NumPy can change the caller's without a trace; the gradients belong to the bounds of the forward.
-            tensors[_BOUNDS] = tensors[_BOUNDS].clone()
-        ctx.save_for_backward(*tensors, *output)
+        ctx.save_for_backward(*inputs[:_TENSORS], *output)
         ctx.settings = inputs[_TENSORS:]
+
+
+def _save_of_operator(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    # NumPy can change the caller's bounds without a trace; other ways here bring a copy of their own.
+    bounds = inputs[_BOUNDS]
+    _save(ctx, (*inputs[:_BOUNDS], None if bounds is None else bounds.clone(), *inputs[_BOUNDS + 1 :]), output)
 
 
 def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
@@ -299,8 +298,9 @@ def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[
         return (None,) * _ARGUMENTS
     *tensors, out, lse = ctx.saved_tensors
     arguments = (*tensors, *ctx.settings)
-    if dout is None:
+    if dout is None or dout._is_zerotensor():
         dout = torch.zeros_like(out)
+    dlse = None if dlse is None or dlse._is_zerotensor() else dlse
     # With create_graph the operator is needed: its own autograd refuses a second derivative by name.
     watched = torch.compiler.is_compiling() or torch.is_grad_enabled() or not _unwatched(arguments)
     if watched or not _plain_gradient(dout) or not _plain_gradient(dlse):
@@ -392,7 +392,7 @@ torch.library.impl("deberta_kernels::attention", "CompositeExplicitAutograd", _o
 torch.library.impl("deberta_kernels::attention_backward", "CompositeExplicitAutograd", _op_backward)
 torch.library.register_fake("deberta_kernels::attention", _fake_forward)
 torch.library.register_fake("deberta_kernels::attention_backward", _fake_backward)
-torch.library.register_autograd("deberta_kernels::attention", _differentiate, setup_context=_save)
+torch.library.register_autograd("deberta_kernels::attention", _differentiate, setup_context=_save_of_operator)
 torch.library.register_autograd("deberta_kernels::attention_backward", _refuse_second_derivative)
 torch.library.register_vmap("deberta_kernels::attention", _refuse_vmap)
 torch.library.register_vmap("deberta_kernels::attention_backward", _refuse_vmap)
