@@ -25,7 +25,6 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
@@ -66,7 +65,9 @@ def copy_cuda_sources(sources: Path = CUDA_SOURCES, target: Path = CUDA_TARGET) 
             path.unlink(missing_ok=True)
     # Nothing is written where nothing differs: the checkout may be read-only, and others may be reading.
     paths = {target / name: content for name, content in found.items()}
-    changed = {path: content for path, content in paths.items() if not (path.is_file() and path.read_bytes() == content)}
+    changed = {
+        path: content for path, content in paths.items() if not (path.is_file() and path.read_bytes() == content)
+    }
     if changed:
         target.mkdir(parents=True, exist_ok=True)
         with build_folder(target) as folder:

@@ -80,6 +80,7 @@ def attention(problem: AttentionProblem, backend: str) -> tuple[Tensor, Tensor]:
         if backend == "reference" and not _traced() and not problem.q.is_meta:
             return _run_forward(problem, backend)
         _refuse_tangents(arguments)
+        arguments = _with_own_bounds(arguments)  # before the forward runs; in eager mode they are a copy already
         if torch._C._functorch.peek_interpreter_stack() is not None and not _traced():
             return _FunctionalAttention.apply(*arguments)  # type: ignore[no-any-return]
         return torch.ops.deberta_kernels.attention(*arguments)  # type: ignore[no-any-return]
@@ -232,13 +233,8 @@ def _op_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
 def _op_backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     *arguments, needs = rest
     gradients = _run_backward(_unflatten(tuple(arguments)), dout, dlse, out, lse, arguments[-1], tuple(needs))
-    found = []
-    for index, gradient in enumerate(gradients):
-        if gradient is None:
-            found.append(dout.new_empty(0))
-        else:
-            found.append(_heads_inside(gradient) if index < 3 else gradient.contiguous())
-    return tuple(found)
+    found = [None if g is None else _heads_inside(g) if i < 3 else g.contiguous() for i, g in enumerate(gradients)]
+    return tuple(dout.new_empty(0) if g is None else g for g in found)
 
 
 def _heads_inside(x: Tensor) -> Tensor:
@@ -286,9 +282,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _save_of_operator(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    # NumPy can change the caller's bounds without a trace; other ways here bring a copy of their own.
-    bounds = inputs[_BOUNDS]
-    _save(ctx, (*inputs[:_BOUNDS], None if bounds is None else bounds.clone(), *inputs[_BOUNDS + 1 :]), output)
+    _save(ctx, _with_own_bounds(inputs), output)
+
+
+def _with_own_bounds(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    # NumPy can change the caller's without a trace; the gradients belong to the bounds of the forward.
+    bounds = arguments[_BOUNDS]
+    return arguments if bounds is None else (*arguments[:_BOUNDS], bounds.clone(), *arguments[_BOUNDS + 1 :])
 
 
 def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:

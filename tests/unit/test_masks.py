@@ -174,3 +174,21 @@ def test_packed_sequences_see_only_themselves(bounds):
     got = allowed(problem(nq=tokens, nk=tokens, batch=1, cu_seqlens=cu_seqlens))
     assert got.shape == (1, 1, tokens, tokens)
     assert got[0, 0].tolist() == [[a == b for b in owner] for a in owner]
+
+
+@pytest.mark.parametrize(("read", "shape"), [(parse, (B, NK)), (parse, (B, 1, NQ, NK)), (parse_square, (B, NK))])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64])
+def test_what_a_backward_reads_is_not_the_callers(read, shape, dtype):
+    """NumPy changes masks without a trace, and no backward keeps a tensor that was made in inference mode."""
+    with torch.inference_mode():
+        mask = draw(*shape).to(dtype)
+    masks = read(mask)
+    kept = masks.key if masks.pair is None else masks.pair
+    want = kept.clone()
+    mask.numpy()[:] = 1 - mask.numpy().astype(int)
+    assert torch.equal(kept, want)
+    assert not kept.is_inference()
+    with torch.no_grad():
+        masks = read(mask)
+    kept = masks.key if masks.pair is None else masks.pair
+    assert (kept.data_ptr() == mask.data_ptr()) == (dtype == torch.bool)
