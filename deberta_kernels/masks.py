@@ -125,12 +125,9 @@ def _own(mask: Tensor) -> Tensor:
     The caller may have changed the mask by then, through NumPy without a trace, or made it in inference mode, whose
     tensors no backward may keep.
     """
-    if not torch.is_grad_enabled():
-        return mask if mask.dtype == torch.bool else mask != 0
-    if torch.compiler.is_compiling():  # compiled code keeps nothing of the caller's but what it says it does
-        return mask.clone() if mask.dtype == torch.bool else mask != 0
-    with torch.inference_mode(False):
-        return mask.clone() if mask.dtype == torch.bool else mask != 0
+    if mask.dtype != torch.bool:
+        return mask != 0
+    return mask.clone() if torch.is_grad_enabled() else mask
 
 
 def allowed(problem: AttentionProblem) -> Tensor | None:

@@ -185,6 +185,12 @@ def test_pending_negation_is_seen():
     values = torch._neg_view(given.v)
     expected = cpu.forward(replace(given, v=-given.v))[0]
     assert torch.equal(cpu.forward(replace(given, v=values))[0], expected)
+    out, lse = cpu.forward(given)
+    results = {"dout": torch.randn(out.shape), "dlse": torch.randn(lse.shape), "out": out, "lse": lse}
+    expected = cpu.backward(given, **results, needs=(True,) * 5)
+    for name, x in results.items():
+        found = cpu.backward(given, **results | {name: torch._neg_view(-x)}, needs=(True,) * 5)
+        assert all(map(torch.equal, expected, found))
 
 
 @needs_library
@@ -215,7 +221,7 @@ def test_a_lock_held_while_another_thread_forks_does_not_stop_the_child(module, 
     with module._lock:
         child = os.fork()
         if child == 0:
-            signal.alarm(60)  # a hang ends the child, and the test
+            signal.alarm(20)  # a hang ends the child, and the test
             os._exit(0 if torch.equal(dk.disentangled_attention(x, x, x, backend="cpu"), expected) else 1)
     assert os.waitpid(child, 0)[1] == 0
 
