@@ -127,7 +127,12 @@ def _own(mask: Tensor) -> Tensor:
     """
     if mask.dtype != torch.bool:
         return mask != 0
-    return mask.clone() if torch.is_grad_enabled() else mask
+    if not torch.is_grad_enabled():
+        return mask
+    if torch.compiler.is_compiling() or 0 not in mask.stride():
+        return mask.clone()
+    once = mask[tuple(slice(None) if stride else slice(1) for stride in mask.stride())]  # an expanded mask stays one
+    return once.clone().expand(mask.shape)
 
 
 def allowed(problem: AttentionProblem) -> Tensor | None:

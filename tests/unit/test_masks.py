@@ -192,3 +192,13 @@ def test_what_a_backward_reads_is_not_the_callers(read, shape, dtype):
         masks = read(mask)
     kept = masks.key if masks.pair is None else masks.pair
     assert (kept.data_ptr() == mask.data_ptr()) == (dtype == torch.bool)
+
+
+def test_a_copy_of_an_expanded_mask_takes_no_more_memory():
+    row = draw(B, 1, 1, NK)
+    kept = parse(row.expand(B, H, NQ, NK)).pair
+    assert torch.equal(kept, row.expand(B, H, NQ, NK))
+    assert kept.untyped_storage().nbytes() == row.numel()
+    assert kept.data_ptr() != row.data_ptr()
+    empty = torch.zeros(B, NQ, 0, dtype=torch.bool)[:, None].expand(B, H, NQ, 0)
+    assert parse_attention_mask(empty, batch=B, heads=H, nq=NQ, nk=0, device=CPU).pair.shape == (B, H, NQ, 0)
