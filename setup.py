@@ -25,7 +25,6 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
@@ -37,7 +36,9 @@ from native_build import (  # noqa: E402  (builds do not look for modules beside
     SANITIZED,
     BuildError,
     Layout,
+    build_folder,
     build_library,
+    put_in_place,
     read_record,
     remove_library,
     run_compiler,
@@ -61,10 +62,18 @@ def copy_cuda_sources(sources: Path = CUDA_SOURCES, target: Path = CUDA_TARGET) 
     found = {path.name: path.read_bytes() for path in sorted(sources.glob("*")) if path.suffix in {".h", ".cu"}}
     for path in target.glob("*"):
         if path.suffix in {".h", ".cu"} and path.name not in found:
-            path.unlink()
-    for name, content in found.items():
+            path.unlink(missing_ok=True)
+    # Nothing is written where nothing differs: the checkout may be read-only, and others may be reading.
+    paths = {target / name: content for name, content in found.items()}
+    changed = {
+        path: content for path, content in paths.items() if not (path.is_file() and path.read_bytes() == content)
+    }
+    if changed:
         target.mkdir(parents=True, exist_ok=True)
-        (target / name).write_bytes(content)
+        with build_folder(target) as folder:
+            for path, content in changed.items():
+                (folder / path.name).write_bytes(content)
+                put_in_place(folder / path.name, path)
     return {name: hashlib.sha256(content).hexdigest() for name, content in found.items()}
 
 
@@ -96,25 +105,31 @@ def build_cubins(sources: Path = CUDA_SOURCES, target: Path = CUDA_TARGET) -> di
     digests = copy_cuda_sources(sources, target)
     if not digests:
         raise BuildError(f"{sources} holds no sources; build from a complete checkout or source archive")
-    release = run_compiler([nvcc, "--version"], "asking nvcc for its version").strip().splitlines()[-1]
+    said = run_compiler([nvcc, "--version"], "asking nvcc for its version").strip()
+    if not said:
+        raise BuildError(f"{nvcc} --version says nothing; point NVCC to the nvcc of a CUDA toolkit")
+    release = said.splitlines()[-1]
     record: dict[str, Any] = {"sources": digests, "nvcc": release, "flags": list(CUDA_FLAGS)}
     path = target / "build.json"
     names, before = cubin_names(), read_record(path)
     if {**before, "cubins": None} == {**record, "cubins": None} and holds(target, before.get("cubins")):
         return before
-    with tempfile.TemporaryDirectory(prefix=".build-", dir=target) as folder:
+    with build_folder(target) as folder:
 
         def compile_one(name: str, source: str, dtype: str, head_dim: int) -> str:
             defined = (f"-DDK_DTYPE={dtype}", f"-DDK_HEAD_DIM={head_dim}")
             command = [nvcc, *CUDA_FLAGS, *defined, "-o", f"{folder}/{name}", str(target / f"{source}.cu")]
             run_compiler(command, name)
-            return hashlib.sha256(Path(folder, name).read_bytes()).hexdigest()
+            module = folder / name
+            if not module.is_file() or not module.stat().st_size:
+                raise BuildError(f"{name}: nvcc reported no error and wrote nothing")
+            return hashlib.sha256(module.read_bytes()).hexdigest()
 
         with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
             record["cubins"] = dict(zip(names, pool.map(compile_one, names, *zip(*CUDA_MODULES))))
         path.unlink(missing_ok=True)  # never beside modules that it does not describe
         for name in names:
-            os.replace(Path(folder, name), target / name)
+            put_in_place(folder / name, target / name)
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return record
 
@@ -127,13 +142,13 @@ def say(text: str) -> None:
 def build_or_warn(layout: Layout | None = None, force: bool = False, strict: bool = False) -> bool:
     """Build the library in place and return whether there is one now; never raise unless `strict`."""
     if os.environ.get(SKIP_VARIABLE, "") not in ("", "0"):
-        remove_library(layout)
+        remove_or_say(layout)
         say(f"{SKIP_VARIABLE} is set: no native library, the package will use its PyTorch path")
         return False
     try:
         record = build_library(layout, force)
     except (BuildError, OSError) as error:
-        remove_library(layout)
+        remove_or_say(layout)
         if strict:
             raise SystemExit(f"deberta_kernels: {error}") from error
         say(f"WARNING: no native library: {error}")
@@ -149,11 +164,27 @@ def build_or_warn(layout: Layout | None = None, force: bool = False, strict: boo
     return True
 
 
+def remove_or_say(layout: Layout | None) -> None:
+    """Delete an earlier library, or say that it could not be done."""
+    try:
+        remove_library(layout)
+    except OSError as error:
+        say(f"WARNING: an earlier native library could not be deleted: {error}")
+
+
+def copy_cuda_sources_or_say() -> None:
+    """Copy the CUDA sources; without them the package has no CUDA kernels, and works."""
+    try:
+        copy_cuda_sources()
+    except OSError as error:
+        say(f"WARNING: the CUDA sources could not be copied: {error}")
+
+
 def build_cubins_or_say() -> None:
     """Compile the CUDA kernels where that is possible; the package works without."""
     try:
         say(f"CUDA kernels built: {', '.join(build_cubins()['cubins'])}")
-    except BuildError as error:
+    except (BuildError, OSError) as error:
         say(f"no CUDA kernels built: {error}; NVRTC compiles them when they are needed")
 
 
@@ -185,7 +216,7 @@ def main() -> None:
             if self.sanitize:
                 build_or_warn(SANITIZED, force=bool(self.force), strict=True)
                 return
-            copy_cuda_sources()
+            copy_cuda_sources_or_say()
             if build_or_warn(force=bool(self.force), strict=bool(self.strict)) and self.cuda:
                 build_cubins_or_say()
 

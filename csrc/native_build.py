@@ -14,13 +14,16 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY_NAME = "libdeberta_kernels_cpu.so"
+FOLDER_PREFIX = ".build-"  # of folders in which something is built
 
 AVX512_FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mavx2", "-mf16c")
 # Flags are named one by one and never -march=native: the library must run on machines other than the one it was
@@ -103,7 +106,10 @@ def find_compiler() -> list[str]:
     """
     chosen = os.environ.get("CXX", "").strip()
     if chosen:
-        command = shlex.split(chosen)
+        try:
+            command = shlex.split(chosen)
+        except ValueError as error:
+            raise BuildError(f"CXX is {chosen!r}, which is no command ({error}); unset CXX or close it") from error
         if shutil.which(command[0]) is None:
             raise BuildError(f"CXX is {chosen!r}, which is not on the PATH; unset CXX or point it to a C++ compiler")
         return command
@@ -122,9 +128,10 @@ def run_compiler(command: list[str], what: str, stdin: str = "") -> str:
     """Run one compiler call and return its output; `what` names it in the error."""
     try:
         done = subprocess.run(
-            command, input=stdin, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_SECONDS, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
+            command, input=stdin, capture_output=True, encoding="utf-8", errors="replace",
+            timeout=COMPILE_TIMEOUT_SECONDS, check=False,
+        )  # fmt: skip
+    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
         raise BuildError(f"{what}: {error}") from error
     if done.returncode:
         raise BuildError(f"{what} failed ({shlex.join(command)}):\n{done.stderr.strip()[-4000:]}")
@@ -172,6 +179,8 @@ def compile_variants(
         target = folder / f"kernel_{name}.o"
         command = [*compiler, *COMMON_FLAGS, *layout.flags, *flags, f"-I{layout.include}", f"-DDK_VARIANT={name}"]
         run_compiler([*command, "-c", str(layout.sources / "kernel.cpp"), "-o", str(target)], f"variant {name}")
+        if not target.is_file():
+            raise BuildError(f"variant {name}: the compiler reported no error and wrote nothing")
         return target
 
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
@@ -204,16 +213,24 @@ def link(layout: Layout, compiler: list[str], objects: dict[str, Path], folder: 
         except BuildError:
             if way == ways[-1]:
                 raise
-    with library.open("ab") as file:
-        file.write(load_library_file().seal(library.read_bytes()))
+    look = load_library_file()
+    if library.is_file():
+        with library.open("ab") as file:
+            file.write(look.seal(library.read_bytes()))
+    found = look.damage(library)
+    if found is not None:
+        raise BuildError(f"linking: the compiler reported no error, but of the library it should write: {found}")
     return library
 
 
 def is_built(layout: Layout, wanted: str) -> bool:
-    """Tell whether the library is there, whole, and recorded to be built from what has the digest `wanted`."""
+    """Tell whether the library is there, whole, and the one recorded to be built from what has the digest `wanted`."""
     record = read_record(layout.record)
     complete = isinstance(record.get("variants"), list) and isinstance(record.get("left_out"), dict)
-    return complete and record.get("digest") == wanted and load_library_file().damage(layout.library) is None
+    if not complete or record.get("digest") != wanted or load_library_file().damage(layout.library) is not None:
+        return False
+    # A build that was ended between its two files left a new library beside an old record.
+    return record.get("library") == hashlib.sha256(layout.library.read_bytes()).hexdigest()
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -231,8 +248,8 @@ def build_library(layout: Layout | None = None, force: bool = False) -> dict[str
     The library is written beside its final place and renamed, so a process that has the old one open keeps it.
 
     Returns:
-        The record also written to build.json: digest, compiler, variants, left_out (variant -> reason); and
-        "is_new": whether anything was built.
+        The record also written to build.json: digest, library (digest of the file), compiler, variants, left_out
+        (variant -> reason); and "is_new": whether anything was built.
 
     Raises:
         BuildError: no compiler, sources missing, or the compiler failed.
@@ -251,15 +268,50 @@ def build_library(layout: Layout | None = None, force: bool = False) -> dict[str
     if not force and is_built(layout, wanted):
         return {**read_record(layout.record), "is_new": False}
     layout.library.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".build-", dir=layout.library.parent) as name:
-        folder = Path(name)
+    with build_folder(layout.library.parent) as folder:
         objects, left_out = compile_variants(layout, compiler, platform, folder)
         finished = link(layout, compiler, objects, folder)
-        record = {"digest": wanted, "compiler": compiler, "variants": list(objects), "left_out": left_out}
+        built = hashlib.sha256(finished.read_bytes()).hexdigest()
+        record = {
+            "digest": wanted, "library": built, "compiler": compiler, "variants": list(objects), "left_out": left_out,
+        }  # fmt: skip
         (folder / "build.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         put_in_place(finished, layout.library)
         put_in_place(folder / "build.json", layout.record)
     return {**record, "is_new": True}
+
+
+@contextmanager
+def build_folder(parent: Path) -> Iterator[Path]:
+    """Give a folder in `parent` to build in; delete it at the end, and first those of builds that were killed."""
+    for path in parent.glob(f"{FOLDER_PREFIX}*"):
+        if path.is_dir() and not path.is_symlink():
+            with locked(path) as is_ours:
+                if is_ours:
+                    shutil.rmtree(path, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=FOLDER_PREFIX, dir=parent) as name, locked(Path(name)):
+        yield Path(name)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[bool]:
+    """Hold the lock of a folder, which the system takes back when a process ends; tell whether it was to be had."""
+    try:
+        import fcntl
+
+        handle = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):
+        yield False
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_ours = True
+    except OSError:
+        is_ours = False
+    try:
+        yield is_ours
+    finally:
+        os.close(handle)
 
 
 def put_in_place(path: Path, target: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from typing import Any
 
@@ -30,6 +31,7 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _DTYPE_NAMES = "float32, float16, bfloat16 or float64"
 _PLAIN = (Tensor, torch.nn.Parameter)
 _STRIDED = torch.strided
+_MOST_SPAN = 1 << 30  # of att_span: twice as many rows are counted in 32 bits
 _LEAST_SCALE, _MOST_SCALE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 
@@ -119,6 +121,9 @@ def check_position(position: PositionSpec, keys: int) -> None:
         )
     if buckets == 1:
         raise ValueError("position_buckets must be at least 2, or <= 0 for linear positions, got 1; check the config.")
+    if buckets > _MOST_SPAN or (buckets <= 0 and max_relative > _MOST_SPAN):
+        name, value = ("position_buckets", buckets) if buckets > 0 else ("max_relative_positions", max_relative)
+        raise ValueError(f"{name} must be at most 2**30, got {value}; kernels count rows in 32 bits: check the config.")
     if prefix < 0 or prefix > keys:
         raise ValueError(
             f"prefix_length must be between 0 and the number of keys, {keys}, got {prefix}; "
@@ -221,13 +226,16 @@ def check_scale(scale: Any) -> float:
     """
     if isinstance(scale, bool) or not isinstance(scale, (float, int, numbers.Real)):
         raise TypeError(f"scale must be a number or None, got {_kind(scale)}; pass a Python float.")
-    value: Any = scale
+    try:
+        value = float(scale)  # before it is compared: a fraction may be rounded across a bound
+    except OverflowError:
+        value = math.inf
     if not _LEAST_SCALE <= value <= _MOST_SCALE:
         raise ValueError(
             f"scale must be a positive number, normal in float32 ({_LEAST_SCALE:.1e} to {_MOST_SCALE:.1e}), got "
             f"{scale}; pass None for 1 / sqrt(D * number of score terms)."
         )
-    return float(value)
+    return value
 
 
 def check_dropout(dropout_p: Any) -> float:
@@ -240,7 +248,7 @@ def check_dropout(dropout_p: Any) -> float:
     if isinstance(dropout_p, bool) or not isinstance(dropout_p, (float, int, numbers.Real)):
         raise TypeError(f"dropout_p must be a number, got {_kind(dropout_p)}; pass a Python float.")
     value: Any = dropout_p
-    if not 0.0 <= value < 1.0:
+    if not 0.0 <= value < 1.0 or float(value) == 1.0:  # a fraction below 1 may be rounded to it
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}; it is a probability of dropping.")
     return float(value)
 
@@ -249,9 +257,11 @@ def check_storage(name: str, x: Tensor) -> None:
     """Check that the memory of `x` is still there.
 
     Raises:
-        ValueError: it was freed or cut.
+        ValueError: it was freed or cut, or never was.
     """
     if not torch.compiler.is_compiling() and not storage_fits(x):
+        if x._is_zerotensor():
+            raise ValueError(f"{name} must have memory, got a ZeroTensor, which has none; pass {name}.clone().")
         last = x.storage_offset() + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
         raise ValueError(
             f"{name} must have a storage of at least {(last + 1) * x.itemsize} bytes for shape {_shape(x)}, got "
@@ -263,13 +273,16 @@ def storage_fits(x: Tensor) -> bool:
     """Tell whether the storage of `x` holds all that its sizes, strides and offset reach.
 
     A storage can be freed or cut under a tensor (`untyped_storage().resize_`, as sharded training does); native code
-    and kernels would read whatever lies behind it. Tensors without a storage of their own, such as wrappers, fit.
+    and kernels would read whatever lies behind it. Tensors without a storage of their own, such as wrappers, fit; those
+    whose storage says that it holds zeros it does not have (autograd's ZeroTensors) do not.
     """
     try:
         held = x.untyped_storage().nbytes()
     except (NotImplementedError, RuntimeError):
         return True
     size, last = x.nbytes, x.storage_offset()
+    if x._is_zerotensor():
+        return size == 0
     if not last and size <= held and x.is_contiguous():
         return True  # as nearly all are
     if size == 0:

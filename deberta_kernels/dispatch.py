@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import sys
 import threading
@@ -63,6 +64,17 @@ _lock = threading.Lock()
 _calls: dict[str, int] = dict.fromkeys(BACKENDS, 0)
 _fallbacks: dict[str, int] = {}
 _warned: set[str] = set()
+
+
+def _renew_lock() -> None:
+    """Forget the lock in a forked child: a thread that does not exist there may have held it."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_renew_lock)
+
 _MAX_WARNED = 256
 # A warning points at the nearest caller outside these packages.
 _INSIDE = ("deberta_kernels", "torch", "transformers")

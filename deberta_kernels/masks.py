@@ -80,7 +80,7 @@ def parse_attention_mask(
                 f"attention_mask must hold 0 (forbidden) and 1 (kept) only, got {int(other[0])}; pass `mask != 0` if "
                 "every other number keeps."
             )
-    keep = attention_mask if attention_mask.dtype == torch.bool else attention_mask != 0
+    keep = _own(attention_mask)
     return Masks(key=keep) if keep.dim() == 2 else Masks(pair=keep)
 
 
@@ -100,10 +100,7 @@ def parse_huggingface_mask(mask: Tensor | None, *, batch: int, nq: int, nk: int)
     """
     if mask is None:
         return Masks()
-    if mask.dtype != torch.bool:
-        keep = mask != 0
-    else:  # a backward reads it again, and the caller may have changed it by then
-        keep = mask.clone() if torch.is_grad_enabled() else mask
+    keep = _own(mask)
     shape = tuple(keep.shape)
     fits = len(shape) in (2, 3, 4) and shape[0] in (1, batch) and shape[-1] in (1, nk)
     if fits and len(shape) == 2 and nq == nk:
@@ -120,6 +117,22 @@ def parse_huggingface_mask(mask: Tensor | None, *, batch: int, nq: int, nk: int)
     if keep.shape[1] == 1 and keep.shape[3] == 1:
         return Masks(query=keep[:, 0, :, 0].expand(batch, nq))
     return Masks(pair=keep.expand(batch, -1, nq, nk))
+
+
+def _own(mask: Tensor) -> Tensor:
+    """Return what a mask keeps, as bool; a copy where a backward may read it again.
+
+    The caller may have changed the mask by then, through NumPy without a trace, or made it in inference mode, whose
+    tensors no backward may keep.
+    """
+    if mask.dtype != torch.bool:
+        return mask != 0
+    if not torch.is_grad_enabled():
+        return mask
+    if torch.compiler.is_compiling() or 0 not in mask.stride():
+        return mask.clone()
+    once = mask[tuple(slice(None) if stride else slice(1) for stride in mask.stride())]  # an expanded mask stays one
+    return once.clone().expand(mask.shape)
 
 
 def allowed(problem: AttentionProblem) -> Tensor | None:

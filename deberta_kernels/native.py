@@ -105,6 +105,17 @@ def _aligned(content: bytes) -> ctypes.Array[ctypes.c_char]:
 
 
 _lock = threading.Lock()
+
+
+def _renew_lock() -> None:
+    """Forget the lock in a forked child: a thread that does not exist there may have held it."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_renew_lock)
+
 _library: Library | None = None
 _problem: str | None = None  # why there is no library
 

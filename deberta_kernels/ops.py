@@ -80,6 +80,7 @@ def attention(problem: AttentionProblem, backend: str) -> tuple[Tensor, Tensor]:
         if backend == "reference" and not _traced() and not problem.q.is_meta:
             return _run_forward(problem, backend)
         _refuse_tangents(arguments)
+        arguments = _with_own_bounds(arguments)  # before the forward runs; in eager mode they are a copy already
         if torch._C._functorch.peek_interpreter_stack() is not None and not _traced():
             return _FunctionalAttention.apply(*arguments)  # type: ignore[no-any-return]
         return torch.ops.deberta_kernels.attention(*arguments)  # type: ignore[no-any-return]
@@ -171,10 +172,8 @@ def _call_forward(problem: AttentionProblem, backend: str) -> tuple[Tensor, Tens
     if backend == "auto":
         backend = dispatch.choose(problem)
     module = dispatch.load(backend)
-    if backend == "reference":
-        result: tuple[Tensor, Tensor] = module.attention(problem)
-    else:
-        result = module.forward(problem)
+    compute = module.attention if backend == "reference" else module.forward
+    result: tuple[Tensor, Tensor] = compute(problem)
     dispatch.count_call(backend)
     return result
 
@@ -233,15 +232,9 @@ def _op_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 def _op_backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     *arguments, needs = rest
-    problem = _unflatten(tuple(arguments))
-    gradients = _run_backward(problem, dout, dlse, out, lse, arguments[-1], tuple(needs))
-    found = []
-    for index, gradient in enumerate(gradients):
-        if gradient is None:
-            found.append(dout.new_empty(0))
-        else:
-            found.append(_heads_inside(gradient) if index < 3 else gradient.contiguous())
-    return tuple(found)
+    gradients = _run_backward(_unflatten(tuple(arguments)), dout, dlse, out, lse, arguments[-1], tuple(needs))
+    found = [None if g is None else _heads_inside(g) if i < 3 else g.contiguous() for i, g in enumerate(gradients)]
+    return tuple(dout.new_empty(0) if g is None else g for g in found)
 
 
 def _heads_inside(x: Tensor) -> Tensor:
@@ -284,12 +277,18 @@ def _fake_backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
     if any(ctx.needs_input_grad[:_DIFFERENTIABLE]):
-        tensors = list(inputs[:_TENSORS])
-        if tensors[_BOUNDS] is not None:
-            # NumPy can change the caller's without a trace; the gradients belong to the bounds of the forward.
-            tensors[_BOUNDS] = tensors[_BOUNDS].clone()
-        ctx.save_for_backward(*tensors, *output)
+        ctx.save_for_backward(*inputs[:_TENSORS], *output)
         ctx.settings = inputs[_TENSORS:]
+
+
+def _save_of_operator(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _save(ctx, _with_own_bounds(inputs), output)
+
+
+def _with_own_bounds(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    # NumPy can change the caller's without a trace; the gradients belong to the bounds of the forward.
+    bounds = arguments[_BOUNDS]
+    return arguments if bounds is None else (*arguments[:_BOUNDS], bounds.clone(), *arguments[_BOUNDS + 1 :])
 
 
 def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
@@ -299,8 +298,9 @@ def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[
         return (None,) * _ARGUMENTS
     *tensors, out, lse = ctx.saved_tensors
     arguments = (*tensors, *ctx.settings)
-    if dout is None:
+    if dout is None or dout._is_zerotensor():
         dout = torch.zeros_like(out)
+    dlse = None if dlse is None or dlse._is_zerotensor() else dlse
     # With create_graph the operator is needed: its own autograd refuses a second derivative by name.
     watched = torch.compiler.is_compiling() or torch.is_grad_enabled() or not _unwatched(arguments)
     if watched or not _plain_gradient(dout) or not _plain_gradient(dlse):
@@ -392,7 +392,7 @@ torch.library.impl("deberta_kernels::attention", "CompositeExplicitAutograd", _o
 torch.library.impl("deberta_kernels::attention_backward", "CompositeExplicitAutograd", _op_backward)
 torch.library.register_fake("deberta_kernels::attention", _fake_forward)
 torch.library.register_fake("deberta_kernels::attention_backward", _fake_backward)
-torch.library.register_autograd("deberta_kernels::attention", _differentiate, setup_context=_save)
+torch.library.register_autograd("deberta_kernels::attention", _differentiate, setup_context=_save_of_operator)
 torch.library.register_autograd("deberta_kernels::attention_backward", _refuse_second_derivative)
 torch.library.register_vmap("deberta_kernels::attention", _refuse_vmap)
 torch.library.register_vmap("deberta_kernels::attention_backward", _refuse_vmap)

@@ -72,6 +72,7 @@ int linear(const LinearParams& p) {
   return with_word(p.dtype, [&](auto word) -> int {
     using Layer = Linear<decltype(word)>;
     if (!Layer::supports(p)) return kUnsupported;
+    if (p.tokens == 0 || p.out_features == 0) return kOk;
     return Layer(p).run() ? kOk : kOutOfMemory;
   });
 }

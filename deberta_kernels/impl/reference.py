@@ -58,7 +58,7 @@ def attention(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
         score = score.masked_fill(~keep, float("-inf")).masked_fill(padded_row, 0.0)
         lse = score.logsumexp(-1).masked_fill(padded_row.squeeze(-1), float("-inf"))
         probability = score.softmax(-1)
-        if problem.dropout_p > 0:
+        if problem.dropout_p > 0 and probability.numel() > 0:  # no seed is drawn for nothing
             probability = probability * _kept(problem) * keep_scale(problem.dropout_p)
         mean = problem.v.to(dtype).mean(2, keepdim=True)
         out = torch.where(padded_row, mean, probability @ v)

@@ -74,6 +74,8 @@ def suits(x: Tensor, weight: Tensor, bias: Tensor | None = None, everywhere: boo
     """Tell whether the native library multiplies faster than others do: shapes that fit, as `natively` wants them."""
     if not (everywhere or _native_wanted()) or any(t is not None and t.is_neg() for t in (x, weight, bias)):
         return False
+    if 0 in weight.shape:  # nothing to multiply
+        return False
     library, tokens = native.opened(), x.numel() // weight.shape[1]
     if library is None or library.isa not in _VARIANTS or weight.shape[0] % _UNIT or tokens < _FEWEST:
         return False
@@ -110,6 +112,8 @@ def _multiply(
         gelu: the exact GELU of it.
         transposed: names of those given as (in, tokens) and (in, out); float32.
     """
+    if out.numel() == 0:
+        return
     library = native.need()
     outputs = out.shape[-1]
     tokens = out.numel() // outputs
@@ -134,12 +138,21 @@ def _without_autocast() -> AbstractContextManager[Any]:
 
 def natively_with_gradients(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return `natively` of the three, differentiable, for what `suits_gradients`."""
-    return _Natively.apply(x, weight, bias)  # type: ignore[no-any-return]
+    return _Natively.apply(_aliased(x), _aliased(weight), bias)  # type: ignore[no-any-return]
 
 
 def widened_with_gradients(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Return `widened` of them, differentiable. Under autocast the gradients of float32 operands are not rounded."""
-    return _Widened.apply(x, weight, bias, dtype)  # type: ignore[no-any-return]
+    return _Widened.apply(_aliased(x), _aliased(weight), bias, dtype)  # type: ignore[no-any-return]
+
+
+def _aliased(x: Tensor) -> Tensor:
+    """Return what the backward may save: a leaf itself would be saved with whatever is put into its `.data` later.
+
+    An alias keeps the memory of the forward, as the transposed weight does that PyTorch saves; it shares the counter of
+    changes in place, and a second derivative goes through it.
+    """
+    return torch.ops.aten.alias.default(x) if x.is_leaf else x
 
 
 class _Natively(torch.autograd.Function):
@@ -148,12 +161,14 @@ class _Natively(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x if weight.requires_grad else None, weight if x.requires_grad else None)
+        ctx.shapes = x.shape, weight.shape, (*x.shape[:-1], weight.shape[0])
         return natively(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight = ctx.saved_tensors
-        if torch.is_grad_enabled() or not all(t is None or _is_plain(t) for t in (x, weight, dout)):
+        found = zip((x, weight, dout), ctx.shapes)
+        if torch.is_grad_enabled() or not all(t is None or (t.shape == shape and _is_plain(t)) for t, shape in found):
             return _gradients(ctx.needs_input_grad, x, weight, dout)
         rows = dout.reshape(-1, dout.shape[-1]).contiguous()
         dx = dweight = None

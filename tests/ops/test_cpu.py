@@ -185,6 +185,46 @@ def test_pending_negation_is_seen():
     values = torch._neg_view(given.v)
     expected = cpu.forward(replace(given, v=-given.v))[0]
     assert torch.equal(cpu.forward(replace(given, v=values))[0], expected)
+    given = problem(nq=9, nk=1200)  # with few keys the backward sums again what lse holds
+    out, lse = cpu.forward(given)
+    results = {"dout": torch.randn(out.shape), "dlse": torch.randn(lse.shape), "out": out, "lse": lse}
+    expected = cpu.backward(given, **results, needs=(True,) * 5)
+    for name, x in results.items():
+        found = cpu.backward(given, **results | {name: torch._neg_view(-x)}, needs=(True,) * 5)
+        assert all(map(torch.equal, expected, found))
+
+
+@needs_library
+@pytest.mark.parametrize("part", ["key", "query", "pair"])
+def test_masks_of_any_strides_are_read_as_their_values(part):
+    given = problem(nq=9)
+    shape = (2, 1, 9, 9) if part == "pair" else (2, 9)
+    keep = torch.rand(shape) < 0.6
+    spread = torch.stack([keep, ~keep], -1)[..., 0]
+    across = keep.transpose(0, -1).contiguous().transpose(0, -1)
+    assert spread.stride(-1) != 1 != across.stride(-1)
+    want = cpu.forward(replace(given, masks=Masks(**{part: keep})))
+    dout = torch.randn(want[0].shape)
+    gradients = cpu.backward(replace(given, masks=Masks(**{part: keep})), dout, None, *want, (True,) * 5)
+    for other in (spread, across):
+        masked = replace(given, masks=Masks(**{part: other}))
+        assert all(map(torch.equal, want, cpu.forward(masked)))
+        assert all(map(torch.equal, gradients, cpu.backward(masked, dout, None, *want, (True,) * 5)))
+
+
+@needs_library
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.parametrize("module", [native, dispatch], ids=["native", "dispatch"])
+def test_a_lock_held_while_another_thread_forks_does_not_stop_the_child(module, monkeypatch):
+    x = torch.randn(1, 2, 9, 16)
+    expected = dk.disentangled_attention(x, x, x, backend="cpu")
+    monkeypatch.setattr(native, "_library", None)  # the child opens it anew
+    with module._lock:
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)  # a hang ends the child, and the test
+            os._exit(0 if torch.equal(dk.disentangled_attention(x, x, x, backend="cpu"), expected) else 1)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_packed_sequences_with_a_prefix_are_refused():

@@ -97,6 +97,10 @@ def gradients(linear, x, weight, dout):
     return torch.autograd.grad(linear(x, weight, None), (x, weight), dout)
 
 
+def widened_in_bfloat16(x, weight, bias):
+    return products.widened_with_gradients(x, weight, bias, torch.bfloat16)
+
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KINDS = [(kind, dtype) for kind in ("plain", "gelu", "train") for dtype in DTYPES]
 KINDS += [("autocast", dtype) for dtype in DTYPES[1:]]
@@ -318,3 +322,72 @@ def test_an_odd_number_of_outputs_is_refused_by_the_library():
     layer = layer_of(32, 24, torch.float32)
     with pytest.raises(RuntimeError, match="not in this instruction set"):
         natively(layer, torch.ones(3, 32))
+
+
+@pytest.mark.parametrize("call", [products.natively_with_gradients, widened_in_bfloat16], ids=["native", "widened"])
+@pytest.mark.parametrize("name", ["x", "weight"])
+@pytest.mark.parametrize("rows", [0, 1, 64, None])
+@pytest.mark.parametrize("trained", ["both", "other"])
+def test_data_exchanged_before_the_backward_is_not_what_it_reads(call, name, rows, trained):
+    """The gradients belong to the memory of the forward, whatever its tensors hold by then, and of whatever size."""
+    both = {"x": torch.randn(64, 32), "weight": torch.randn(16, 32)}
+    for other, leaf in both.items():
+        leaf.requires_grad_(trained == "both" or other != name)
+    leaves = [leaf for leaf in both.values() if leaf.requires_grad]
+    want = torch.autograd.grad(call(both["x"], both["weight"], None).sum(), leaves)
+    result = call(both["x"], both["weight"], None)
+    before = both[name].data
+    both[name].data = torch.randn(both[name].shape if rows is None else (rows, 32))
+    if trained == "both" and rows is not None and rows != len(before):
+        # Autograd compares the gradient of an exchanged leaf with what the leaf is now.
+        leaves = [leaf for leaf in leaves if leaf is not both[name]]
+        want = [gradient for leaf, gradient in zip(both.values(), want) if leaf is not both[name]]
+    assert all(map(torch.equal, want, torch.autograd.grad(result.sum(), leaves)))
+
+
+@pytest.mark.parametrize("call", [products.natively_with_gradients, widened_in_bfloat16], ids=["native", "widened"])
+@pytest.mark.parametrize("name", ["x", "weight"])
+def test_changes_in_place_before_the_backward_are_refused(call, name):
+    both = {"x": torch.randn(64, 32, requires_grad=True), "weight": torch.randn(16, 32, requires_grad=True)}
+    result = call(both["x"], both["weight"], None)
+    with torch.no_grad():
+        both[name].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        result.sum().backward()
+
+
+def test_saved_tensors_of_other_shapes_are_left_to_pytorch(monkeypatch):
+    """Hooks on saved tensors may return anything."""
+    x, weight = torch.randn(64, 32, requires_grad=True), torch.randn(16, 32, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved[:1]):
+        result = products.natively_with_gradients(x, weight, None)
+    monkeypatch.setattr(products, "_multiply", lambda *_, **__: pytest.fail("memory was read that is not there"))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        result.sum().backward()
+
+
+@pytest.mark.parametrize("shape", [(0, 32), (32, 0), (0, 0)])
+def test_layers_without_inputs_or_outputs_are_left_to_pytorch(shape):
+    layer, x = nn.Linear(shape[1], shape[0]), torch.randn(64, shape[1])
+    assert not products.suits(x, layer.weight, layer.bias, everywhere=True)
+    for mode in (True, False):
+        found = apply_linear(layer.train(mode), x, everywhere=True)
+        assert torch.equal(found, layer(x))
+
+
+def test_no_tokens_are_no_work_for_the_library(dtype):
+    layer = layer_of(32, 16, dtype)
+    assert natively(layer, torch.ones(0, 32, dtype=dtype)).shape == (0, 16)
+    numbers = [native.ABI_VERSION, 0, 32, 16, native.DTYPES[dtype], 0, 1, 0, 0]
+    addresses = [layer.weight.data_ptr()] * 2 + [0, layer.weight.data_ptr()]
+    native.need().call("dk_cpu_linear", native.LINEAR_PARAMS.pack(*numbers, *addresses))
+
+
+def test_zeros_without_memory_are_left_to_pytorch():
+    layer, x = nn.Linear(32, 16), torch.randn(64, 32, requires_grad=True)
+    zeros = torch._efficientzerotensor((64, 32))
+    with torch.no_grad():
+        assert torch.equal(apply_linear(layer.eval(), zeros, everywhere=True), layer(torch.zeros(64, 32)))
+    result = products.natively_with_gradients(x, layer.weight, layer.bias)
+    for gradient in torch.autograd.grad(result, (x, layer.weight), torch._efficientzerotensor((64, 16))):
+        assert not gradient.any()

@@ -192,3 +192,13 @@ def test_reference_supports_every_transform(tensors):
     q, *rest = (t.detach() for t in x)
     _, tangent = torch.func.jvp(lambda q: call(q, *rest), (q,), (torch.ones_like(q),))
     assert tangent.abs().max() > 0
+
+
+def test_gradients_belong_to_the_mask_of_the_forward(backend, tensors):
+    x = tensors()
+    mask = torch.ones(2, 11, dtype=torch.bool)
+    mask[:, 8:] = False
+    out = dk.disentangled_attention(*x, attention_mask=mask, backend=backend, **SETTINGS)
+    want = torch.autograd.grad(out.square().sum(), x, retain_graph=True)
+    mask.numpy()[:, :6] = False
+    assert all(map(torch.equal, want, torch.autograd.grad(out.square().sum(), x)))

@@ -16,8 +16,8 @@ SETTINGS = {"position_buckets": SPAN, "max_relative_positions": 16}
 PAIRS, ROWS = 2 * B * H * N * N * D, 2 * B * H * N * 2 * SPAN * D  # operations of q.k, and of c2p or p2c
 
 
-def leaves():
-    return [torch.randn(B, H, N, D, requires_grad=True) for _ in range(3)] + [
+def leaves(keys=N):
+    return [torch.randn(B, H, n, D, requires_grad=True) for n in (N, keys, keys)] + [
         torch.randn(H, 2 * SPAN, D, requires_grad=True) for _ in range(2)
     ]
 
@@ -52,8 +52,11 @@ def test_only_gradients_that_are_needed_count():
         leaf.requires_grad_(False)
 
 
-def test_it_is_what_hugging_face_multiplies():
-    x = leaves()
+@pytest.mark.parametrize("keys", [N, 3 * N])
+@pytest.mark.parametrize("terms", [1, 2, 3])
+def test_it_is_what_hugging_face_multiplies(keys, terms):
+    *x, pos_key, pos_query = leaves(keys)
+    x += [pos_key if terms & 1 else None, pos_query if terms & 2 else None]
     problem = AttentionProblem(*x, Masks(), PositionSpec(SPAN, 16), 0.2)
     found = count(lambda: dk.disentangled_attention(*x, **SETTINGS).sum().backward())
     assert found == count(lambda: eager.attention(problem)[0].sum().backward())

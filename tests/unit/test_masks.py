@@ -174,3 +174,31 @@ def test_packed_sequences_see_only_themselves(bounds):
     got = allowed(problem(nq=tokens, nk=tokens, batch=1, cu_seqlens=cu_seqlens))
     assert got.shape == (1, 1, tokens, tokens)
     assert got[0, 0].tolist() == [[a == b for b in owner] for a in owner]
+
+
+@pytest.mark.parametrize(("read", "shape"), [(parse, (B, NK)), (parse, (B, 1, NQ, NK)), (parse_square, (B, NK))])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64])
+def test_what_a_backward_reads_is_not_the_callers(read, shape, dtype):
+    """NumPy changes masks without a trace, and no backward keeps a tensor that was made in inference mode."""
+    with torch.inference_mode():
+        mask = draw(*shape).to(dtype)
+    masks = read(mask)
+    kept = masks.key if masks.pair is None else masks.pair
+    want = kept.clone()
+    mask.numpy()[:] = 1 - mask.numpy().astype(int)
+    assert torch.equal(kept, want)
+    assert not kept.is_inference()
+    with torch.no_grad():
+        masks = read(mask)
+    kept = masks.key if masks.pair is None else masks.pair
+    assert (kept.data_ptr() == mask.data_ptr()) == (dtype == torch.bool)
+
+
+def test_a_copy_of_an_expanded_mask_takes_no_more_memory():
+    row = draw(B, 1, 1, NK)
+    kept = parse(row.expand(B, H, NQ, NK)).pair
+    assert torch.equal(kept, row.expand(B, H, NQ, NK))
+    assert kept.untyped_storage().nbytes() == row.numel()
+    assert kept.data_ptr() != row.data_ptr()
+    empty = torch.zeros(B, NQ, 0, dtype=torch.bool)[:, None].expand(B, H, NQ, 0)
+    assert parse_attention_mask(empty, batch=B, heads=H, nq=NQ, nk=0, device=CPU).pair.shape == (B, H, NQ, 0)

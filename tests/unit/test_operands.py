@@ -8,7 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import deberta_kernels as dk
-from deberta_kernels import ops, packed_checks
+from deberta_kernels import api, ops, packed_checks
 from deberta_kernels.checks import storage_fits
 from deberta_kernels.operands import check_storages
 from deberta_kernels.types import AttentionProblem, Masks, PositionSpec
@@ -198,6 +198,8 @@ def test_storage_fits_looks_at_sizes_strides_and_offset():
     x = torch.arange(24.0).view(4, 6)
     views = [x, x.t(), x[:3], x[:, :5], x[3:], x[:, 5:], x[4:], x[:0], x[1, 2].expand(7, 9)]
     assert all(map(storage_fits, views))
+    assert not storage_fits(torch._efficientzerotensor((4, 6)))
+    assert storage_fits(torch._efficientzerotensor((0, 6)))
     x.untyped_storage().resize_(95)  # a byte less
     assert [storage_fits(view) for view in views] == [False, False, True, True, False, False, True, True, True]
     x.untyped_storage().resize_(0)
@@ -249,7 +251,7 @@ def test_what_changed_since_the_forward_is_checked_again(backend):
         lambda x: setattr(mask, "data", mask[:1]),
     ):
         x = leaves()
-        out = dk.disentangled_attention(*x, attention_mask=mask, **SETTINGS, backend=backend)
+        out = api.run_attention(*x, masks=Masks(key=mask), position=PositionSpec(8, 16), backend=backend)
         change(x)
         with pytest.raises((TypeError, ValueError), match=r" must "):
             out.backward(torch.ones(SHAPE))
@@ -283,6 +285,15 @@ def test_gradients_belong_to_the_bounds_of_the_forward(backend, route, other):
     memory[1] = other
     assert all(map(torch.equal, want, gradients()))
     assert isinstance(memory, np.ndarray)
+
+
+def test_the_operator_keeps_bounds_of_its_own(backend):
+    q = torch.randn(1, HEADS, N, D, requires_grad=True)
+    call = packed(q=q, backend=backend)
+    out, _ = forward(**call)
+    want = torch.autograd.grad(out.square().sum(), q, retain_graph=True)
+    call["cu_seqlens"].numpy()[1] = 12
+    assert torch.equal(*want, *torch.autograd.grad(out.square().sum(), q))
 
 
 def test_bounds_are_copied_before_they_are_checked(monkeypatch, backend):
@@ -350,9 +361,25 @@ def test_other_layouts_are_named_in_packed_calls():
 def test_tensors_without_memory_are_refused_by_native_code():
     if dk.explain(*(torch.ones(SHAPE),) * 3, backend="cpu").chosen is None:
         pytest.skip("no native library")
-    zeros = torch._efficientzerotensor(SHAPE)
+    from deberta_kernels.impl import cpu
+
+    zeros, x = torch._efficientzerotensor(SHAPE), torch.ones(SHAPE)
+    for backend in ("torch", "cpu", "reference"):
+        with pytest.raises(ValueError, match=r"^v must have memory, got a ZeroTensor, .*; pass v.clone\(\)\.$"):
+            dk.disentangled_attention(x, x, zeros, backend=backend)
     with pytest.raises(ValueError, match="must have memory, got none"):
-        dk.disentangled_attention(zeros, torch.ones(SHAPE), torch.ones(SHAPE), backend="cpu")
+        cpu.forward(AttentionProblem(zeros, x, x, None, None, Masks(), PositionSpec(8, 16), 0.2, max_seqlen=N))
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu", "reference"])
+def test_a_gradient_of_zeros_without_memory_is_zeros(backend):
+    if dk.explain(*(torch.ones(SHAPE),) * 3, backend=backend).chosen is None:
+        pytest.skip("no native library")
+    x = [torch.randn(SHAPE, requires_grad=True) for _ in range(3)]
+    results = dk.disentangled_attention(*x, backend=backend, return_lse=True)
+    nothing = [torch._efficientzerotensor(result.shape) for result in results]
+    for gradient in torch.autograd.grad(results, x, nothing):
+        assert torch.equal(gradient, torch.zeros(SHAPE))
 
 
 def test_the_operators_are_the_ones_that_ops_flattens():

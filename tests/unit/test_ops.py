@@ -2,6 +2,7 @@
 
 import threading
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import deberta_kernels as dk
 from deberta_kernels import dispatch, ops
 from deberta_kernels.dropout import draw_seed
+from deberta_kernels.impl import torch_tiled
 from deberta_kernels.types import AttentionProblem, Masks, PositionSpec
 from tests import needs
 
@@ -238,6 +240,31 @@ def test_empty_input_gives_empty_output_and_zero_gradients(backend, shape, watch
         assert not found[3].any()
         assert [g.shape for g in found] == [x.shape for x in (q, k, v, pos_key, pos_query)]
     assert not any(dk.stats()["calls"].values())
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 5, 8), (2, 3, 0, 8), (2, 0, 5, 8)], ids=["B0", "N0", "H0"])
+def test_the_reference_drops_nothing_of_nothing(shape):
+    x = torch.empty(shape, requires_grad=True)
+    state = torch.get_rng_state()
+    out = dk.disentangled_attention(x, x, x, dropout_p=0.1, backend="reference")
+    assert torch.autograd.grad(out.sum(), x)[0].shape == out.shape == shape
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_backends_run_outside_autocast(monkeypatch, tensors):
+    seen = []
+
+    def attend(problem):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return torch_tiled.forward(problem)
+
+    dispatch.load("torch")
+    stand_in = SimpleNamespace(refusal=lambda problem: None, forward=attend, backward=torch_tiled.backward)
+    monkeypatch.setitem(dispatch._loaded, "torch", stand_in)
+    with torch.autocast("cpu", torch.bfloat16):
+        for grad in (False, True):
+            dk.disentangled_attention(*tensors(grad=grad), backend="torch", **SETTINGS)
+    assert seen == [False, False]
 
 
 def test_seed_is_drawn_outside_the_operator(backend, tensors):
