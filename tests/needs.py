@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import os
 import shutil
+import sys
 import warnings
 from typing import Any
 
@@ -47,7 +48,8 @@ def vector_library() -> None:
 def package(name: str) -> Any:
     """Import a package that only some environments have, or skip; one that is installed or required must import."""
     top = name.partition(".")[0]
-    if top not in required and importlib.util.find_spec(top) is None:
+    # A package that makes itself lazy may have lost its spec, but is there.
+    if top not in required and top not in sys.modules and importlib.util.find_spec(top) is None:
         pytest.skip(f"{top} is not installed", allow_module_level=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -98,9 +98,9 @@ class _Dropped(torch.autograd.Function):
 
 def _drop(x: Tensor, residual: Tensor | None, p: float, seed: int, dtype: torch.dtype) -> Tensor:
     library = native.need()
-    x = x.resolve_neg().contiguous()
+    x = _plain(x)
     if residual is not None:
-        residual = residual.resolve_neg().contiguous()
+        residual = _plain(residual)
     out = torch.empty(x.shape, dtype=dtype, device="cpu")
     params = native.DROPOUT_PARAMS.pack(
         native.ABI_VERSION, x.numel(), library.threads(), native.DTYPES[x.dtype],
@@ -109,3 +109,8 @@ def _drop(x: Tensor, residual: Tensor | None, p: float, seed: int, dtype: torch.
     )  # fmt: skip
     library.call("dk_cpu_dropout", params)
     return out
+
+
+def _plain(x: Tensor) -> Tensor:
+    """Return the values as memory that can be read: zeros may have none, and signs may be pending."""
+    return x.clone().contiguous() if x._is_zerotensor() else x.resolve_neg().contiguous()
