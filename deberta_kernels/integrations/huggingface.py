@@ -32,10 +32,11 @@ from deberta_kernels.integrations.known import (
 )
 from deberta_kernels.integrations.running import begin, end, paused
 from deberta_kernels.integrations.swap import ORIGINAL, Swapped, base_class, forward_of, original_forward, swap
+from deberta_kernels.modules.allow_list import refusal_everywhere, refusal_of
 from deberta_kernels.modules.anatomy import TALKING_HEADS, mixes_heads
 from deberta_kernels.modules.encoder_mask import EncoderMask
 from deberta_kernels.modules.options import AttentionOptions
-from deberta_kernels.modules.self_attention import DisentangledSelfAttention, attend, refusal_of
+from deberta_kernels.modules.self_attention import DisentangledSelfAttention, attend
 
 __all__ = ["FusedAttention", "FusedEncoder", "attention_mixin", "install", "plan", "uninstall"]
 
@@ -238,6 +239,8 @@ def _takes_mask(attention: nn.Module, seen: set[Any]) -> bool:
     own, cls = attention.__dict__, type(attention)
     if (_takes_mask, cls) not in seen or not own.keys().isdisjoint(_METHODS):
         if forward_of(attention) not in _FUSED_FORWARDS or _changed_attention(attention) is not None:
+            return False
+        if refusal_everywhere() is not None:
             return False
         seen.add((_takes_mask, cls))
     return refusal_of(attention) is None

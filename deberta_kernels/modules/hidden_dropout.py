@@ -50,9 +50,14 @@ def drop_and_add(dropout: nn.Module, x: Tensor, residual: Tensor | None = None, 
     return dropped if residual is None else dropped + residual
 
 
+def replaced_dropout() -> str | None:
+    """Return what of PyTorch's dropout somebody replaced, as a clause of a message; None if nobody did."""
+    return _ORIGINALS.replaced()
+
+
 def is_dropout(module: Any) -> bool:
     """Tell whether a module computes `nn.functional.dropout` and nothing else."""
-    return type(module) is nn.Dropout and _ORIGINALS.replaced() is None
+    return type(module) is nn.Dropout and replaced_dropout() is None
 
 
 def _is_plain(dropout: Any, x: Tensor, residual: Tensor | None) -> bool:

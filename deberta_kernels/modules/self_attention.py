@@ -1,7 +1,7 @@
 """Compute Hugging Face's disentangled self-attention through the kernels.
 
 `attend` is the one implementation: the stand-alone module below and patched Hugging Face modules both call it. It
-decides by an allow-list; a call outside it goes to the original code, or to what stands for it.
+decides by the allow-list; a call outside it goes to the original code, or to what stands for it.
 """
 
 from __future__ import annotations
@@ -18,26 +18,14 @@ from torch import Tensor, nn
 from deberta_kernels import dispatch
 from deberta_kernels.api import run_attention
 from deberta_kernels.masks import parse_huggingface_mask
-from deberta_kernels.modules.anatomy import (
-    TALKING_HEADS,
-    AttentionModule,
-    is_version_one,
-    mixes_heads,
-    position_spec,
-    project_heads,
-    scale_factor,
-)
+from deberta_kernels.modules.allow_list import refusal, runs_original_code
+from deberta_kernels.modules.anatomy import AttentionModule, is_version_one, project_heads, scale_factor
 from deberta_kernels.modules.configuration import check_configuration
-from deberta_kernels.modules.distances import are_ordinary
 from deberta_kernels.modules.encoder_mask import EncoderMask
-from deberta_kernels.modules.hidden_dropout import is_dropout
 from deberta_kernels.modules.in_full import attend_in_full
-from deberta_kernels.modules.linear import is_any_function_watched
-from deberta_kernels.modules.onlookers import is_watched, sees_every_call
 from deberta_kernels.modules.options import AttentionOptions
 from deberta_kernels.modules.packing import Packing
 from deberta_kernels.modules.positions import PositionTables, content_key, projected_tables
-from deberta_kernels.position import attention_span
 from deberta_kernels.types import AttentionProblem, Masks
 
 __all__ = [
@@ -47,26 +35,7 @@ __all__ = [
     "cast_for_matmul",
     "merge_heads",
     "project",
-    "refusal_of",
-    "runs_original_code",
 ]
-
-_HAS_FLAG = hasattr(torch.compiler, "_is_exporting_flag")
-
-
-def runs_original_code() -> bool:
-    """Tell whether a tracer or a function transform is at work that wants plain PyTorch operations.
-
-    That is torch.jit tracing, torch.export, the transforms of torch.func, and forward-mode differentiation. The
-    original code is what was asked for then, so nobody is warned.
-    """
-    # Not `is_exporting()` where its flag can be read: the compiler of torch 2.9 takes that function for always true.
-    exporting = torch.compiler._is_exporting_flag if _HAS_FLAG else torch.compiler.is_exporting()
-    if exporting or torch.jit.is_tracing():  # type: ignore[attr-defined]
-        return True
-    if torch.compiler.is_compiling():
-        return False
-    return bool(torch._C._are_functorch_transforms_active()) or torch.autograd.forward_ad._current_level >= 0
 
 
 def attend(
@@ -107,7 +76,7 @@ def attend(
     """
     queries = hidden_states if query_states is None else query_states
     if not isinstance(attention_mask, EncoderMask):  # else the encoder has looked already
-        refused = _refusal(module, hidden_states, query_states, output_attentions, relative_pos)
+        refused = refusal(module, hidden_states, query_states, output_attentions, relative_pos)
         if refused is not None or runs_original_code():
             if refused is not None and not runs_original_code():
                 _note(refused, options.strict)
@@ -268,72 +237,6 @@ def _note(refused: tuple[str, str], strict: bool) -> None:
         dispatch.fallback(*refused, strict)
     elif strict:
         raise NotImplementedError(f"{refused[0]}; {refused[1]}.")
-
-
-def _refusal(
-    module: AttentionModule,
-    hidden_states: Tensor,
-    query_states: Tensor | None,
-    output_attentions: bool,
-    relative_pos: Tensor | None,
-) -> tuple[str, str] | None:
-    """Return why no kernel may run a call, and what the user can change; None when one may."""
-    if output_attentions:
-        return ("attention probabilities were asked for", "leave output_attentions=False where they are not needed")
-    if query_states is not None and is_version_one(module):
-        return ("query_states were given to DeBERTa v1", "pass none")
-    if hidden_states.dim() != 3:
-        return (
-            f"hidden_states has {hidden_states.dim()} dimensions",
-            "pass hidden_states of shape (B, N, hidden size)",
-        )
-    if query_states is not None and query_states.shape != hidden_states.shape:
-        return (
-            "query_states and hidden_states differ in shape",
-            "pass query_states of the shape of hidden_states, or none",
-        )
-    positioned = module.relative_attention and scale_factor(module) > 1
-    if positioned and relative_pos is not None and not are_ordinary(relative_pos, module, hidden_states.shape[1]):
-        return (
-            "a relative_pos tensor was given that holds other values than the distances between the tokens",
-            "pass none for ordinary distances",
-        )
-    return refusal_of(module)
-
-
-def refusal_of(module: AttentionModule) -> tuple[str, str] | None:
-    """Return why no kernel may run any call of a module, and what the user can change; None when one may."""
-    if mixes_heads(module):
-        return TALKING_HEADS
-    if module.relative_attention and scale_factor(module) > 1:
-        spec = position_spec(module)
-        if spec.position_buckets == 1:
-            return ("the model has one position bucket", "train it with at least two")
-        span = attention_span(spec.position_buckets, spec.max_relative_positions)
-        if getattr(module, "pos_ebd_size", span) != span:
-            return ("pos_ebd_size of an attention module is not what its other settings make it", "set them together")
-    if not torch.compiler.is_compiling() and is_any_function_watched():
-        return ("a TorchFunctionMode sees PyTorch's functions", "leave the mode for calls that may be fused")
-    dropout = module.dropout
-    if type(dropout) is not nn.Dropout or dropout.p >= 1.0:
-        return (
-            "the attention dropout is not an nn.Dropout with a probability below 1",
-            f"it is {type(dropout).__name__}; nn.Dropout(0.0) switches it off",
-        )
-    is_compiling = torch.compiler.is_compiling()
-    if dropout._forward_hooks or dropout._forward_pre_hooks or (not is_compiling and is_watched(dropout)):
-        return (
-            "a hook on the attention dropout wants the attention probabilities",
-            "remove the hook where they are not needed",
-        )
-    if is_compiling:
-        return None
-    seen = sees_every_call()
-    if seen is not None:
-        return (seen, "undo that for calls that may be fused")
-    if not is_dropout(dropout):
-        return ("the code of the attention dropout was replaced", "undo that for calls that may be fused")
-    return None
 
 
 class DisentangledSelfAttention(nn.Module):
