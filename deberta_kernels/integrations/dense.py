@@ -15,6 +15,7 @@ from deberta_kernels.integrations.swap import Swapped, base_class, original_forw
 from deberta_kernels.modules.hidden_dropout import drop_and_add
 from deberta_kernels.modules.linear import apply_linear, apply_linear_gelu
 from deberta_kernels.modules.options import AttentionOptions
+from deberta_kernels.modules.tracing import answered_once, traces_questions
 
 __all__ = ["KNOWN_DENSE", "fuse_dense", "stand_in"]
 
@@ -95,8 +96,13 @@ _own_forwards: dict[type[nn.Module], tuple[Any, Any]] = {}
 
 
 def _changed(module: Any) -> str | None:
-    if not isinstance(module, Swapped):
+    if traces_questions() or not isinstance(module, Swapped):
         return None  # a stand-in runs, so it is what the class has
+    return _look_at(module)
+
+
+@answered_once
+def _look_at(module: Any) -> str | None:
     part: Any = module
     base = base_class(part)
     forward = base.forward
@@ -106,10 +112,6 @@ def _changed(module: Any) -> str | None:
             return changed
         _own_forwards[base] = forward, forward.__code__
     return None
-
-
-# What torch.compiler.assume_constant_result does: compiled code keeps what was found when it was traced.
-_changed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _original(module: Any) -> Callable[..., Any]:

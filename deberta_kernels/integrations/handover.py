@@ -21,6 +21,7 @@ from deberta_kernels.modules.anatomy import is_version_one
 from deberta_kernels.modules.linear import is_any_function_watched
 from deberta_kernels.modules.onlookers import is_watched, sees_every_call
 from deberta_kernels.modules.originals import Originals, is_own
+from deberta_kernels.modules.tracing import answered_once, traces_questions
 
 __all__ = ["Handover", "agree", "handover_of", "is_known_convolution"]
 
@@ -78,6 +79,25 @@ def handover_of(
         seen: classes, and questions about all modules, that need no second look; the caller empties it whenever code
             may have run that can change them. What belongs to one module is looked at every time.
     """
+    if traces_questions():
+        return _as_traced(layer, takes_mask, seen)
+    return _decide(layer, encoder, takes_mask, adapted, seen)
+
+
+def _as_traced(layer: Any, takes_mask: Callable[[nn.Module, set[Any]], bool], seen: set[Any]) -> Handover:
+    """Decide by what an older tracer can follow: hooks, and whether the attention is fused."""
+    if "attention" not in layer._modules or "self" not in layer.attention._modules:
+        return Handover.TENSORS
+    parts = (layer, layer.attention, layer.attention.self)
+    if any(part._forward_pre_hooks or part._forward_hooks for part in parts) or not takes_mask(parts[-1], seen):
+        return Handover.TENSORS
+    return Handover.MASK
+
+
+@answered_once
+def _decide(
+    layer: nn.Module, encoder: Any, takes_mask: Callable[[nn.Module, set[Any]], bool], adapted: bool, seen: set[Any]
+) -> Handover:
     if sees_every_call not in seen:
         if sees_every_call() is not None:
             return Handover.TENSORS
@@ -97,10 +117,6 @@ def handover_of(
             return Handover.MASK
         seen.add(_FUNCTIONS)
     return Handover.PACKED
-
-
-# What torch.compiler.assume_constant_result does: compiled code keeps what was decided when it was traced.
-handover_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _is_route(part: nn.Module, names: tuple[str, ...], seen: set[Any]) -> bool:
@@ -138,13 +154,15 @@ def agree(encoder: Any, attention: Any) -> bool:
 
 def is_known_convolution(module: nn.Module) -> bool:
     """Tell whether an encoder's convolution runs its own code and nobody looks on: padded rows are zero after it."""
+    return traces_questions() or _is_known_convolution(module)
+
+
+@answered_once
+def _is_known_convolution(module: nn.Module) -> bool:
     if not any(c.__name__ == "ConvLayer" and c.__module__ == MODELING for c in type(module).__mro__):
         return False
     homes = (MODELING, "torch.nn.")
     return all(not is_watched(part) and runs_own(type(part), homes) for part in module.modules())
-
-
-is_known_convolution._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _is_tokenwise(layer: nn.Module, seen: set[Any]) -> bool:

@@ -37,6 +37,7 @@ from deberta_kernels.modules.anatomy import TALKING_HEADS, mixes_heads
 from deberta_kernels.modules.encoder_mask import EncoderMask
 from deberta_kernels.modules.options import AttentionOptions
 from deberta_kernels.modules.self_attention import DisentangledSelfAttention, attend
+from deberta_kernels.modules.tracing import answered_once, traces_questions
 
 __all__ = ["FusedAttention", "FusedEncoder", "attention_mixin", "install", "plan", "uninstall"]
 
@@ -219,23 +220,26 @@ def _note(changed: str, options: AttentionOptions) -> None:
 
 def _changed_attention(module: nn.Module, forward: bool = True) -> str | None:
     """Return which code of an attention module, or code it calls, is not its own any more; None if all is."""
-    if _is_ours(module):
+    if _is_ours(module) or traces_questions():
         return None
-    known = _known_of(module, *_ATTENTIONS)
-    return known.changed(module, forward) or replaced_function(known.home)
+    return _look_at(module, _ATTENTIONS, forward)
 
 
 def _changed_encoder(module: nn.Module, forward: bool = True) -> str | None:
-    return _known_of(module, *_ENCODERS).changed(module, forward)
+    return None if traces_questions() else _look_at(module, _ENCODERS, forward)
 
 
-# What torch.compiler.assume_constant_result does: compiled code keeps what was found when it was traced.
-for _function in (_changed_attention, _changed_encoder):
-    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+@answered_once
+def _look_at(module: nn.Module, candidates: tuple[Known, ...], forward: bool) -> str | None:
+    known = _known_of(module, *candidates)
+    changed = known.changed(module, forward)
+    return changed or (replaced_function(known.home) if candidates is _ATTENTIONS else None)
 
 
 def _takes_mask(attention: nn.Module, seen: set[Any]) -> bool:
     """Tell whether an attention module is fused and computes what its encoder asks for; `seen` as in `handover_of`."""
+    if traces_questions():
+        return forward_of(attention) in _FUSED_FORWARDS and refusal_of(attention) is None
     own, cls = attention.__dict__, type(attention)
     if (_takes_mask, cls) not in seen or not own.keys().isdisjoint(_METHODS):
         if forward_of(attention) not in _FUSED_FORWARDS or _changed_attention(attention) is not None:

@@ -108,7 +108,7 @@ def projected_tables(
             forget(module)
         if _shows_nobody(module, projections):
             return _project(module, projections, rel, _rows(length, spec), spec, apply)
-        return _project_as_hugging_face(module, projections, rel, length, spec)
+        return _project_as_hugging_face(module, projections, rel, length, spec, apply)
     start, stop = reachable_rows(length, length, spec)
     kept = _kept.get(module)
     if kept is None or kept.validity != validity or start < kept.start or stop > kept.stop:
@@ -212,16 +212,21 @@ def _shows_nobody(module: AttentionModule, projections: dict[str, nn.Module]) ->
 
 
 def _project_as_hugging_face(
-    module: AttentionModule, projections: dict[str, nn.Module], rel: Tensor, length: int, spec: PositionSpec
+    module: AttentionModule,
+    projections: dict[str, nn.Module],
+    rel: Tensor,
+    length: int,
+    spec: PositionSpec,
+    apply: Apply,
 ) -> PositionTables:
     """Project the rows that Hugging Face projects, by the very calls that it makes."""
     span = attention_span(spec.position_buckets, spec.max_relative_positions)
     reach = min(length, span) if is_version_one(module) else span
-    rows = module.pos_dropout(rel)[span - reach : span + reach].unsqueeze(0)
+    rows = apply(module.pos_dropout, rel)[span - reach : span + reach].unsqueeze(0)
     calls: list[Any] = list(projections.values())
     if not is_version_one(module) and module.share_att_key:
         calls = [module.query_proj, module.key_proj]  # both, whichever terms are on
-    projected = [(call, call(rows)) for call in calls]
+    projected = [(call, apply(call, rows)) for call in calls]
     tables = {
         name: next(_in_heads(module, found) for call, found in projected if call is projection)
         for name, projection in projections.items()

@@ -300,6 +300,7 @@ def test_compile_makes_one_graph(build_one, batch):
     torch._dynamo.reset()
 
 
+@pytest.mark.no_kernels
 @pytest.mark.parametrize("strict", [False, True])
 def test_export_takes_the_original_code(strict, build_one, batch):
     model, inputs = build_one(), batch()
