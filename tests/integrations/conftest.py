@@ -13,6 +13,7 @@ import transformers
 
 import deberta_kernels as dk
 from deberta_kernels import dispatch
+from deberta_kernels.integrations import encoder
 from tools.ecosystem_table import EcosystemTables
 
 SMALL = {
@@ -94,6 +95,26 @@ def build() -> Callable[..., Any]:
         return model
 
     return build
+
+
+@pytest.fixture
+def build_either(build: Callable[..., Any]) -> Callable[[int], Any]:
+    """Build a small random DeBERTa: build_either(1) or build_either(2)."""
+    return lambda version: build("DebertaModel" if version == 1 else "DebertaV2Model")
+
+
+@pytest.fixture
+def packings(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Record what each forward of a patched encoder decided for a batch with padding: a packing, or None for padded."""
+    decided: list[Any] = []
+    original = encoder._packing
+
+    def recording(*arguments: Any) -> Any:
+        decided.append(original(*arguments))
+        return decided[-1]
+
+    monkeypatch.setattr(encoder, "_packing", recording)
+    return decided
 
 
 @pytest.fixture

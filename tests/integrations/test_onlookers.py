@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -12,14 +11,8 @@ import torch
 from torch import nn
 
 import deberta_kernels as dk
-from deberta_kernels.integrations import handover, running
+from deberta_kernels.integrations import handover
 from deberta_kernels.integrations.handover import Handover
-
-
-@pytest.fixture
-def build_either(build: Callable[..., Any]) -> Callable[[int], Any]:
-    """Build a small random DeBERTa: build_either(1) or build_either(2)."""
-    return lambda version: build("DebertaModel" if version == 1 else "DebertaV2Model")
 
 
 def outputs(model: Any, inputs: dict[str, torch.Tensor]) -> Any:
@@ -282,60 +275,6 @@ def test_a_checkpoint_of_ones_own_gets_tensors(build, batch):
     assert not any("Mask" in name for names in seen for name in names)
 
 
-def test_a_checkpoint_recomputed_without_its_patch_says_so(build, batch):
-    model, inputs = build().train(), batch(4, 41)
-    dk.patch(model)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    loss = model(**inputs).last_hidden_state.square().mean()
-    dk.unpatch(model)
-    with pytest.raises(RuntimeError, match=r"differentiated before unpatch\(\)"):
-        loss.backward()
-    model(**inputs).last_hidden_state.square().mean().backward()
-
-
-@pytest.mark.parametrize("everywhere", [False, True])
-def test_calls_under_way_end_in_the_world_they_began_in(everywhere, build_either, batch):
-    model, inputs = build_either(1), batch(4, 41)
-    expected = outputs(model, inputs)
-    on, off = (dk.patch_all, dk.unpatch_all) if everywhere else (lambda: dk.patch(model), lambda: dk.unpatch(model))
-    errors: list[BaseException] = []
-    finished = threading.Event()
-
-    def serve() -> None:
-        while not finished.is_set():
-            try:
-                close(outputs(model, inputs), expected)
-            except BaseException as error:
-                errors.append(error)
-
-    threads = [threading.Thread(target=serve) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    try:
-        for _ in range(40):
-            on()
-            finished.wait(0.005)
-            off()
-            finished.wait(0.005)
-    finally:
-        finished.set()
-        for thread in threads:
-            thread.join()
-    assert not errors, errors[0]
-    assert sum(dk.stats()["calls"].values()) > 0
-
-
-@pytest.mark.parametrize("place", PLACES)
-def test_a_hook_may_unpatch_the_model_it_is_called_in(place, build_either, batch):
-    model, inputs = build_either(2), batch(4, 41)
-    expected = outputs(model, inputs)
-    dk.patch(model, unpad=True)
-    parent, name = PLACES[place](model.encoder)
-    getattr(parent, name).register_forward_hook(lambda *unused: dk.unpatch(model) and None)
-    close(outputs(model, inputs), expected)
-    assert type(model.encoder).forward.__module__.startswith("transformers.")
-
-
 @pytest.mark.parametrize("share", [False, True])
 @pytest.mark.parametrize("terms", [["c2p", "p2c"], ["c2p"], ["p2c"]])
 @pytest.mark.parametrize("version", [1, 2])
@@ -456,42 +395,3 @@ def test_a_function_mode_sees_the_functions_of_the_attention(build, batch):
         with Softer():
             found.append(outputs(model, inputs))
     close(*found)
-
-
-def test_an_accelerate_hook_made_under_patch_all_ends_with_it(build, batch):
-    hooks = pytest.importorskip("accelerate.hooks", reason="accelerate is not installed")
-    model, inputs = build(), batch(4, 41)
-    expected = outputs(model, inputs)
-    dk.patch_all()
-    for module in (model.encoder, model.encoder.layer[0].attention.self, model.encoder.layer[1].output):
-        hooks.add_hook_to_module(module, hooks.ModelHook())
-    close(outputs(model, inputs), expected)
-    dk.unpatch_all()
-    dk.reset_stats()
-    assert all(map(torch.equal, outputs(model, inputs), expected))
-    assert sum(dk.stats()["calls"].values()) == 0
-
-
-def test_unpatch_does_not_wait_for_ever(build, batch, monkeypatch):
-    model, inputs, errors = build(), batch(), []
-    dk.patch(model)
-    monkeypatch.setattr(running, "_PATIENCE", 0.2)
-
-    def undo() -> None:
-        try:
-            dk.unpatch(model)
-        except RuntimeError as error:
-            errors.append(error)
-
-    def wait(*unused: Any) -> None:
-        thread = threading.Thread(target=undo)
-        thread.start()
-        thread.join()
-
-    handle = model.encoder.layer[0].register_forward_hook(wait)
-    expected = outputs(model, inputs)
-    assert "waited 0.2 s for a forward of another thread, and changed nothing" in str(errors[0])
-    handle.remove()
-    close(outputs(model, inputs), expected)
-    dk.unpatch(model)
-    close(outputs(model, inputs), expected)
