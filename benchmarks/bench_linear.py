@@ -2,7 +2,7 @@
 
 python benchmarks/bench_linear.py          float32, and bfloat16 where the processor has instructions; 4 minutes
 
-What `deberta_kernels.modules.products` chooses was chosen by this. Weights rotate through 48 MB, so they come from
+What `deberta_kernels.linear.products` chooses was chosen by this. Weights rotate through 48 MB, so they come from
 memory as in a model. One number is the time of all linear layers of one encoder layer. oneDNN's is that of an operator
 private to PyTorch, which no model runs: it errs more than the budget allows, and is here as a yardstick of speed. In
 bfloat16 it is PyTorch's own product without the operators around it.
@@ -38,7 +38,7 @@ def candidates(dtype: Any) -> dict[str, Callable[..., Any]]:
     from torch.nn import functional
 
     from deberta_kernels import native
-    from deberta_kernels.modules import products
+    from deberta_kernels.linear import products
 
     def pytorch(x: Any, weight: Any, bias: Any, gelu: bool) -> Any:
         y = functional.linear(x, weight, bias)
@@ -104,7 +104,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_grad_enabled(False)
     from recording import preamble, store
 
-    from deberta_kernels.modules import products
+    from deberta_kernels.linear import products
 
     result = preamble("linear", 1, "cpu", quick=False)
     result["records"] = []

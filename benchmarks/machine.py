@@ -18,7 +18,7 @@ import torch
 from timing import Pace, interleave
 from torch import nn
 
-from deberta_kernels import processor
+from deberta_kernels.native import processor
 
 __all__ = ["commit", "describe", "device_name", "library", "own_peak", "rates", "versions"]
 

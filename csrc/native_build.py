@@ -82,7 +82,7 @@ SANITIZED = Layout(library=ROOT / "build" / "sanitized" / LIBRARY_NAME, flags=SA
 
 def load_library_file() -> Any:
     """Load the module that seals the library; the package itself cannot be imported while it is built."""
-    path = ROOT / "deberta_kernels" / "library_file.py"
+    path = ROOT / "deberta_kernels" / "native" / "library_file.py"
     spec = importlib.util.spec_from_file_location("deberta_kernels_library_file", path)
     if spec is None or spec.loader is None:
         raise BuildError(f"{path} cannot be loaded; build from a complete checkout or source archive")
@@ -154,7 +154,7 @@ def digest(layout: Layout, compiler: list[str], platform: str) -> str:
     state.update(version_of(compiler).encode())
     state.update(json.dumps([compiler, platform, layout.flags]).encode())
     sources = sorted(p for p in layout.include.rglob("*") if p.suffix in {".cpp", ".h", ".hpp", ".inc"})
-    for path in [Path(__file__).resolve(), ROOT / "deberta_kernels" / "library_file.py", *sources]:
+    for path in [Path(__file__).resolve(), ROOT / "deberta_kernels" / "native" / "library_file.py", *sources]:
         state.update(str(path.name).encode() + b"\0" + path.read_bytes() + b"\0")
     return state.hexdigest()
 

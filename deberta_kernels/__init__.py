@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .api import disentangled_attention, disentangled_attention_varlen, explain
     from .dispatch import DebertaKernelsWarning, reset_stats, stats
-    from .integrations.mask_decoder import EnhancedMaskDecoder
-    from .modules.self_attention import DisentangledSelfAttention
-    from .patching import PatchReport, patch, patch_all, unpatch, unpatch_all
+    from .models.patching import PatchReport, patch, patch_all, unpatch, unpatch_all
+    from .models.standalone.mask_decoder import EnhancedMaskDecoder
+    from .models.standalone.self_attention import DisentangledSelfAttention
 
 __version__ = "0.1.0"
 
@@ -37,18 +37,18 @@ __all__ = [
 
 _HOME = {
     "DebertaKernelsWarning": ".dispatch",
-    "DisentangledSelfAttention": ".modules.self_attention",
-    "EnhancedMaskDecoder": ".integrations.mask_decoder",
-    "PatchReport": ".patching",
+    "DisentangledSelfAttention": ".models.standalone.self_attention",
+    "EnhancedMaskDecoder": ".models.standalone.mask_decoder",
+    "PatchReport": ".models.patching",
     "disentangled_attention": ".api",
     "disentangled_attention_varlen": ".api",
     "explain": ".api",
-    "patch": ".patching",
-    "patch_all": ".patching",
+    "patch": ".models.patching",
+    "patch_all": ".models.patching",
     "reset_stats": ".dispatch",
     "stats": ".dispatch",
-    "unpatch": ".patching",
-    "unpatch_all": ".patching",
+    "unpatch": ".models.patching",
+    "unpatch_all": ".models.patching",
 }
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deberta_kernels import dispatch, ops
-from deberta_kernels.checks import (
+from deberta_kernels.checks.arguments import (
     check_dropout,
     check_masks,
     check_position,
@@ -18,9 +18,9 @@ from deberta_kernels.checks import (
     check_table_rows,
     check_tables,
 )
+from deberta_kernels.checks.packed import check_cu_seqlens, check_max_seqlen, check_packed
 from deberta_kernels.dropout import draw_seed
 from deberta_kernels.masks import parse_attention_mask
-from deberta_kernels.packed_checks import check_cu_seqlens, check_max_seqlen, check_packed
 from deberta_kernels.position import attention_span
 from deberta_kernels.types import AttentionProblem, Masks, PositionSpec
 

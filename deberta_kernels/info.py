@@ -9,7 +9,8 @@ import sys
 from typing import Any
 
 import deberta_kernels
-from deberta_kernels import dispatch, env, native, processor
+from deberta_kernels import dispatch, env, native
+from deberta_kernels.native import processor
 
 __all__ = ["format_info", "info"]
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deberta_kernels.checks import check_storage, check_tensor, holds_values
+from deberta_kernels.checks.arguments import check_storage, check_tensor, holds_values
 from deberta_kernels.types import AttentionProblem, Masks
 
 __all__ = ["allowed", "parse_attention_mask", "parse_huggingface_mask"]

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from deberta_kernels import dispatch, flops
-from deberta_kernels.operands import check_gradients, check_problem, check_reachable_rows, check_storages
+from deberta_kernels.checks.operands import check_gradients, check_problem, check_reachable_rows, check_storages
 from deberta_kernels.types import AttentionProblem, Gradients, Masks, PositionSpec
 
 __all__ = ["attention"]

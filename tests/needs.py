@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from deberta_kernels import native
-from deberta_kernels.processor import features
+from deberta_kernels.native.processor import features
 
 __all__ = ["COMPILER", "native_library", "package", "required", "vector_library"]
 

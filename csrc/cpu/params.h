@@ -1,4 +1,4 @@
-// The structs that cross the C ABI. deberta_kernels/native.py mirrors their layout; every field is 8 bytes wide so that
+// The structs that cross the C ABI. deberta_kernels/native/__init__.py mirrors their layout; every field is 8 bytes wide so that
 // no compiler can pad it differently. All strides count elements.
 #pragma once
 #include <cstdint>

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from deberta_kernels import dropout, native
-from deberta_kernels.checks import check_storage
+from deberta_kernels.checks.arguments import check_storage
 from deberta_kernels.native import Library
 from deberta_kernels.position import PositionIndex, position_index, reachable_rows
 from deberta_kernels.types import AttentionProblem, Gradients, Masks, PositionSpec

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import metadata
 from typing import Any
 
-from deberta_kernels.patching import patch
+from deberta_kernels.models.patching import patch
 
 __all__ = ["DebertaV2AdapterModel"]
 

@@ -13,7 +13,7 @@ import transformers
 
 import deberta_kernels as dk
 from deberta_kernels import dispatch
-from deberta_kernels.integrations import encoder
+from deberta_kernels.models import encoder
 from tools.ecosystem_table import EcosystemTables
 
 SMALL = {

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from deberta_kernels.modules import products
+from deberta_kernels.linear import products
 
 LINEARS = 6  # in one layer
 TABLES = 2  # position tables of one layer, projected in training, and once in eval

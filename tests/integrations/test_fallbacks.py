@@ -12,7 +12,7 @@ from torch import nn
 
 import deberta_kernels as dk
 from deberta_kernels import dispatch
-from deberta_kernels.modules.encoder_mask import EncoderMask
+from deberta_kernels.models.encoder_mask import EncoderMask
 from deberta_kernels.types import Masks
 
 HIDDEN = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(0))

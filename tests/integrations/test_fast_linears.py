@@ -11,9 +11,9 @@ from torch import nn
 
 import deberta_kernels as dk
 from deberta_kernels import native
-from deberta_kernels.modules import hidden_dropout
-from deberta_kernels.modules import products as ways
-from deberta_kernels.modules.linear import apply_linear, apply_linear_gelu
+from deberta_kernels.linear import hidden_dropout
+from deberta_kernels.linear import products as ways
+from deberta_kernels.linear.layers import apply_linear, apply_linear_gelu
 from tests import needs
 from tests.integrations.linears import LINEARS, TABLES, gradients_of, record_products, states_of
 

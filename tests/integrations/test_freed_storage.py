@@ -10,8 +10,9 @@ from torch import nn
 
 import deberta_kernels as dk
 from deberta_kernels import native
-from deberta_kernels.modules import hidden_dropout, linear, products
-from deberta_kernels.modules.linear import apply_linear, apply_linear_gelu
+from deberta_kernels.linear import hidden_dropout, products
+from deberta_kernels.linear import layers as linear
+from deberta_kernels.linear.layers import apply_linear, apply_linear_gelu
 from tests.integrations.linears import states_of
 
 pytestmark = pytest.mark.skipif(native.opened() is None, reason="the native library is not built")

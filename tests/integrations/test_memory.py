@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import deberta_kernels as dk
-from deberta_kernels.modules import products
+from deberta_kernels.linear import products
 
 LENGTH = 131  # no size of the models or tables, and no multiple of a tile
 

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import deberta_kernels as dk
-from deberta_kernels.integrations import handover
-from deberta_kernels.integrations.handover import Handover
+from deberta_kernels.models.guards import handover
+from deberta_kernels.models.guards.handover import Handover
 
 
 def outputs(model: Any, inputs: dict[str, torch.Tensor]) -> Any:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import deberta_kernels as dk
-from deberta_kernels.modules.packing import find_packing
+from deberta_kernels.models.packing import find_packing
 
 
 def states_of(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:

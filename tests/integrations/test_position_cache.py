@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import deberta_kernels as dk
-from deberta_kernels.modules import positions
+from deberta_kernels.models import position_tables as positions
 
 
 def first_attention(model: Any) -> Any:

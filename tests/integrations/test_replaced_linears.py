@@ -17,9 +17,9 @@ from torch import nn
 
 import deberta_kernels as dk
 from deberta_kernels import dispatch, native
-from deberta_kernels.modules import products
-from deberta_kernels.modules.hidden_dropout import drop_and_add
-from deberta_kernels.modules.linear import apply_linear, apply_linear_gelu
+from deberta_kernels.linear import products
+from deberta_kernels.linear.hidden_dropout import drop_and_add
+from deberta_kernels.linear.layers import apply_linear, apply_linear_gelu
 from tests.integrations.linears import record_products, states_of
 
 GELU = transformers.activations.GELUActivation
@@ -186,8 +186,8 @@ from torch import nn
 original = nn.{cls}.forward
 nn.{cls}.forward = lambda self, x: original(self, x) / 2
 import deberta_kernels as dk
-from deberta_kernels.modules.hidden_dropout import drop_and_add
-from deberta_kernels.modules.linear import apply_linear_gelu
+from deberta_kernels.linear.hidden_dropout import drop_and_add
+from deberta_kernels.linear.layers import apply_linear_gelu
 layer, x = nn.Linear(16, 32).eval(), torch.ones(9, 16)
 with torch.no_grad():
     for strict in (False, True):

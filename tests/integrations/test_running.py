@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import deberta_kernels as dk
-from deberta_kernels.integrations import running
+from deberta_kernels.models.guards import running
 from tests.integrations.test_onlookers import PLACES, close, outputs
 
 

@@ -13,7 +13,8 @@ from transformers.models.deberta import modeling_deberta as hf
 
 import deberta_kernels as dk
 from deberta_kernels import dispatch
-from deberta_kernels.modules import packing, positions
+from deberta_kernels.models import packing
+from deberta_kernels.models import position_tables as positions
 
 CONFIGS = {
     "base": {},

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import deberta_kernels as dk
-from deberta_kernels.modules import products as ways
-from deberta_kernels.modules.linear import apply_linear, apply_linear_gelu
+from deberta_kernels.linear import products as ways
+from deberta_kernels.linear.layers import apply_linear, apply_linear_gelu
 from tests.integrations.linears import LINEARS, TABLES, gradients_of, states_of
 
 

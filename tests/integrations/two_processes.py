@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
 import deberta_kernels as dk
-from deberta_kernels.integrations.handover import Handover, handover_of
+from deberta_kernels.models.guards.handover import Handover, handover_of
 
 SETTINGS = {
     "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,

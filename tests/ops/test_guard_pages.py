@@ -10,8 +10,8 @@ import torch
 
 from deberta_kernels import native
 from deberta_kernels.impl import cpu
-from deberta_kernels.modules import hidden_dropout, products
-from deberta_kernels.modules.positions import content_key
+from deberta_kernels.linear import hidden_dropout, products
+from deberta_kernels.models.position_tables import content_key
 from deberta_kernels.testing import budget, inputs
 from deberta_kernels.testing.inputs import Case
 from deberta_kernels.types import Masks

@@ -8,8 +8,8 @@ from torch import nn
 
 from deberta_kernels import dropout as contract
 from deberta_kernels import native
-from deberta_kernels.modules import hidden_dropout
-from deberta_kernels.modules.hidden_dropout import drop_and_add
+from deberta_kernels.linear import hidden_dropout
+from deberta_kernels.linear.hidden_dropout import drop_and_add
 from tests import needs
 
 needs.native_library()

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from deberta_kernels import native
-from deberta_kernels.modules import products
-from deberta_kernels.modules.linear import apply_linear, apply_linear_gelu
+from deberta_kernels.linear import products
+from deberta_kernels.linear.layers import apply_linear, apply_linear_gelu
 from deberta_kernels.testing.budget import LIMITS, MEAN_FACTOR
 from tests import needs
 

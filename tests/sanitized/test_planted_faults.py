@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from deberta_kernels import native, processor
+from deberta_kernels import native
+from deberta_kernels.native import processor
 from tests import sanitizers
 
 ABSENT = sanitizers.absence()

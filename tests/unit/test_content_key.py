@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from deberta_kernels import native
-from deberta_kernels.modules import positions
-from deberta_kernels.modules.positions import content_key
+from deberta_kernels.models import position_tables as positions
+from deberta_kernels.models.position_tables import content_key
 from tests import needs
 
 
@@ -106,7 +106,7 @@ def test_the_content_key_is_another_one_in_every_process_and_the_same_in_a_fork(
     code = (
         "import os, sys, torch\n"
         "from deberta_kernels import native\n"
-        "from deberta_kernels.modules.positions import content_key\n"
+        "from deberta_kernels.models.position_tables import content_key\n"
         f"if {native.opened() is None}: native.opened = lambda: None\n"
         "weight = torch.ones(3000)\n"
         "key = content_key(weight)\n"

@@ -6,13 +6,13 @@ import shutil
 import struct
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from deberta_kernels import library_file, native
+from deberta_kernels import native
+from deberta_kernels.native import library_file
 
-INSTALLED = Path(native.__file__).parent / "lib" / "libdeberta_kernels_cpu.so"
+INSTALLED = native._INSTALLED
 needs_library = pytest.mark.skipif(
     not INSTALLED.exists() or not sys.platform.startswith("linux"), reason="there is no library of ELF format"
 )

@@ -8,9 +8,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import deberta_kernels as dk
-from deberta_kernels import api, ops, packed_checks
-from deberta_kernels.checks import storage_fits
-from deberta_kernels.operands import check_storages
+from deberta_kernels import api, ops
+from deberta_kernels.checks import packed as packed_checks
+from deberta_kernels.checks.arguments import storage_fits
+from deberta_kernels.checks.operands import check_storages
 from deberta_kernels.types import AttentionProblem, Masks, PositionSpec
 
 N, HEADS, D = 40, 3, 8

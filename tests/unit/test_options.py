@@ -1,10 +1,12 @@
 """The options of a patched model lie in every pickle of one."""
 
 import pickle
+import subprocess
+import sys
 
 import pytest
 
-from deberta_kernels.modules.options import AttentionOptions
+from deberta_kernels.models.options import AttentionOptions
 
 
 @pytest.mark.parametrize("home", ["options", "self_attention"])
@@ -36,3 +38,22 @@ sb."""
     options = pickle.loads(text.encode())
     assert options == AttentionOptions("reference", True, False)
     assert not options.fast_linears
+
+
+@pytest.mark.parametrize(
+    ("home", "name"),
+    [
+        ("integrations.dense", "FusedIntermediate"),
+        ("integrations.dense", "FusedOutput"),
+        ("integrations.huggingface", "FusedAttention"),
+        ("integrations.huggingface", "FusedEncoder"),
+        ("integrations.mask_decoder", "EnhancedMaskDecoder"),
+        ("integrations.swap", "_rebuild"),
+        ("modules.self_attention", "DisentangledSelfAttention"),
+    ],
+)
+def test_names_in_pickles_of_earlier_releases_are_found(home, name):
+    """In a new process, where no other test has imported the room that such a name lies in now."""
+    code = f"import pickle; print(pickle.loads(b'cdeberta_kernels.{home}\\n{name}\\n.').__module__)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.startswith("deberta_kernels.models.")

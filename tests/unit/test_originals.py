@@ -6,7 +6,7 @@ import types
 import pytest
 from torch import nn
 
-from deberta_kernels.modules.originals import Originals, is_own
+from deberta_kernels.torch_state.originals import Originals, is_own
 
 HOME, NAME = "torch.nn.modules.linear", "Linear.forward"
 ORIGINAL = nn.Linear.forward

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import deberta_kernels as dk
-from deberta_kernels.integrations.swap import Swapped
+from deberta_kernels.models.swap import Swapped
 from tests import needs
 
 adapters = needs.package("adapters")

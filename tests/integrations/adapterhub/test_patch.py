@@ -200,7 +200,7 @@ def test_layers_without_an_adapter_run_as_plain_ones(adapt, batch, monkeypatch):
 @pytest.mark.parametrize("how", ["inactive", "merged"])
 @pytest.mark.parametrize(("head", "plain_layers"), [("DebertaV2Model", 6 + 2), ("DebertaModel", 4)])
 def test_layers_whose_adapter_does_nothing_run_as_plain_ones(head, plain_layers, how, adapt, batch, monkeypatch):
-    from deberta_kernels.modules import positions
+    from deberta_kernels.models import position_tables as positions
 
     needs.vector_library()
     config = adapters.LoRAConfig(attn_matrices=["q", "k", "v"])

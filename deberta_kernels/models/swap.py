@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from deberta_kernels.modules.onlookers import forward_below_accelerate
+from deberta_kernels.torch_state.onlookers import forward_below_accelerate
 
 __all__ = [
     "ORIGINAL",

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from deberta_kernels import env, library_file
+from deberta_kernels import env
+from deberta_kernels.native import library_file
 
 __all__ = [
     "ABI_VERSION",
@@ -38,7 +39,7 @@ DROPOUT_PARAMS = struct.Struct("=11q d")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _STATUS = {1: "out of memory", 2: "library and package do not match", 3: "not in this instruction set"}
 
-_INSTALLED = Path(__file__).resolve().parent / "lib" / "libdeberta_kernels_cpu.so"
+_INSTALLED = Path(__file__).resolve().parents[1] / "lib" / "libdeberta_kernels_cpu.so"
 
 
 class Library:

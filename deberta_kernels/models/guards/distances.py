@@ -7,7 +7,7 @@ import weakref
 import torch
 from torch import Tensor
 
-from deberta_kernels.modules.anatomy import AttentionModule, position_spec
+from deberta_kernels.models.anatomy import AttentionModule, position_spec
 from deberta_kernels.position import log_bucket, plain_tensors
 from deberta_kernels.types import PositionSpec
 

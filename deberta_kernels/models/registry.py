@@ -19,10 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from deberta_kernels import dispatch
-from deberta_kernels.integrations.adapter_attention import attend_with_adapters
-from deberta_kernels.integrations.dense import KNOWN_DENSE, fuse_dense, stand_in
-from deberta_kernels.integrations.encoder import encode
-from deberta_kernels.integrations.known import (
+from deberta_kernels.models.adapterhub import attend_with_adapters
+from deberta_kernels.models.anatomy import TALKING_HEADS, mixes_heads
+from deberta_kernels.models.attention import attend
+from deberta_kernels.models.dense import KNOWN_DENSE, fuse_dense, stand_in
+from deberta_kernels.models.encoder import encode
+from deberta_kernels.models.encoder_mask import EncoderMask
+from deberta_kernels.models.guards.allow_list import refusal_everywhere, refusal_of
+from deberta_kernels.models.guards.known import (
     ADAPTERHUB,
     ADAPTERHUB_ONE,
     MODELING,
@@ -30,14 +34,11 @@ from deberta_kernels.integrations.known import (
     Known,
     replaced_function,
 )
-from deberta_kernels.integrations.running import begin, end, paused
-from deberta_kernels.integrations.swap import ORIGINAL, Swapped, base_class, forward_of, original_forward, swap
-from deberta_kernels.modules.allow_list import refusal_everywhere, refusal_of
-from deberta_kernels.modules.anatomy import TALKING_HEADS, mixes_heads
-from deberta_kernels.modules.encoder_mask import EncoderMask
-from deberta_kernels.modules.options import AttentionOptions
-from deberta_kernels.modules.self_attention import DisentangledSelfAttention, attend
-from deberta_kernels.modules.tracing import answered_once, traces_questions
+from deberta_kernels.models.guards.running import begin, end, paused
+from deberta_kernels.models.options import AttentionOptions
+from deberta_kernels.models.standalone.self_attention import DisentangledSelfAttention
+from deberta_kernels.models.swap import ORIGINAL, Swapped, base_class, forward_of, original_forward, swap
+from deberta_kernels.torch_state.tracing import answered_once, traces_questions
 
 __all__ = ["FusedAttention", "FusedEncoder", "attention_mixin", "install", "plan", "uninstall"]
 

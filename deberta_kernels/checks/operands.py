@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from deberta_kernels.checks import (
+from deberta_kernels.checks.arguments import (
     check_device,
     check_dropout,
     check_masks,
@@ -24,8 +24,8 @@ from deberta_kernels.checks import (
     check_tensor,
     storage_fits,
 )
+from deberta_kernels.checks.packed import check_cu_seqlens, check_max_seqlen, check_packed
 from deberta_kernels.impl import accumulation_dtype
-from deberta_kernels.packed_checks import check_cu_seqlens, check_max_seqlen, check_packed
 from deberta_kernels.position import attention_span, reachable_rows
 from deberta_kernels.types import AttentionProblem
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from deberta_kernels.modules.originals import Originals, is_own
+from deberta_kernels.torch_state.originals import Originals, is_own
 
 __all__ = ["forward_below_accelerate", "is_watched", "sees_every_call"]
 

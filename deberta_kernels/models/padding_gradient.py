@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deberta_kernels.modules.anatomy import project_heads
-from deberta_kernels.modules.packing import Packing
-from deberta_kernels.modules.products import is_mapped
+from deberta_kernels.linear.products import is_mapped
+from deberta_kernels.models.anatomy import project_heads
+from deberta_kernels.models.packing import Packing
 
 __all__ = ["PackedLayer"]
 

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from deberta_kernels.integrations.swap import ORIGINAL, base_class, forward_of, original_function
-from deberta_kernels.modules.originals import Originals, described, is_own
+from deberta_kernels.models.swap import ORIGINAL, base_class, forward_of, original_function
+from deberta_kernels.torch_state.originals import Originals, described, is_own
 
 __all__ = ["ADAPTERHUB", "ADAPTERHUB_ONE", "MODELING", "MODELING_ONE", "Known", "replaced_function", "runs_own"]
 

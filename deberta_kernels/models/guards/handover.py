@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from deberta_kernels.integrations.known import ADAPTERHUB, ADAPTERHUB_ONE, MODELING, MODELING_ONE, runs_own
-from deberta_kernels.integrations.swap import Swapped
-from deberta_kernels.modules.anatomy import is_version_one
-from deberta_kernels.modules.linear import is_any_function_watched
-from deberta_kernels.modules.onlookers import is_watched, sees_every_call
-from deberta_kernels.modules.originals import Originals, is_own
-from deberta_kernels.modules.tracing import answered_once, traces_questions
+from deberta_kernels.linear.layers import is_any_function_watched
+from deberta_kernels.models.anatomy import is_version_one
+from deberta_kernels.models.guards.known import ADAPTERHUB, ADAPTERHUB_ONE, MODELING, MODELING_ONE, runs_own
+from deberta_kernels.models.swap import Swapped
+from deberta_kernels.torch_state.onlookers import is_watched, sees_every_call
+from deberta_kernels.torch_state.originals import Originals, is_own
+from deberta_kernels.torch_state.tracing import answered_once, traces_questions
 
 __all__ = ["Handover", "agree", "handover_of", "is_known_convolution"]
 

@@ -18,9 +18,9 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._device import DeviceContext
 
 from deberta_kernels import dispatch
-from deberta_kernels.checks import storage_fits
-from deberta_kernels.modules import products
-from deberta_kernels.modules.originals import Originals, Place, called, is_own
+from deberta_kernels.checks.arguments import storage_fits
+from deberta_kernels.linear import products
+from deberta_kernels.torch_state.originals import Originals, Place, called, is_own
 
 __all__ = [
     "apply_linear",

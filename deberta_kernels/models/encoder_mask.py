@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from deberta_kernels.modules.packing import Packing
-from deberta_kernels.modules.positions import content_key
+from deberta_kernels.models.packing import Packing
+from deberta_kernels.models.position_tables import content_key
 from deberta_kernels.types import Masks
 
 __all__ = ["EncoderMask"]

@@ -26,16 +26,16 @@ import torch
 from torch import Tensor
 
 from deberta_kernels.masks import parse_huggingface_mask
-from deberta_kernels.modules.anatomy import AttentionModule
-from deberta_kernels.modules.encoder_mask import EncoderMask
-from deberta_kernels.modules.options import AttentionOptions
-from deberta_kernels.modules.positions import content_key
-from deberta_kernels.modules.self_attention import (
+from deberta_kernels.models.anatomy import AttentionModule
+from deberta_kernels.models.attention import (
     bind_module,
     cast_for_matmul,
     merge_heads,
     project,
 )
+from deberta_kernels.models.encoder_mask import EncoderMask
+from deberta_kernels.models.options import AttentionOptions
+from deberta_kernels.models.position_tables import content_key
 from deberta_kernels.types import Masks
 
 __all__ = ["AdapterMask", "attend_with_adapters"]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from deberta_kernels.modules.anatomy import (
+from deberta_kernels.linear.hidden_dropout import replaced_dropout
+from deberta_kernels.linear.layers import is_any_function_watched
+from deberta_kernels.models.anatomy import (
     TALKING_HEADS,
     AttentionModule,
     is_version_one,
@@ -13,11 +15,9 @@ from deberta_kernels.modules.anatomy import (
     position_spec,
     scale_factor,
 )
-from deberta_kernels.modules.distances import are_ordinary
-from deberta_kernels.modules.hidden_dropout import replaced_dropout
-from deberta_kernels.modules.linear import is_any_function_watched
-from deberta_kernels.modules.onlookers import is_watched, sees_every_call
+from deberta_kernels.models.guards.distances import are_ordinary
 from deberta_kernels.position import attention_span
+from deberta_kernels.torch_state.onlookers import is_watched, sees_every_call
 
 __all__ = ["refusal", "refusal_everywhere", "refusal_of", "runs_original_code"]
 

@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deberta_kernels.integrations.adapter_attention import AdapterMask
-from deberta_kernels.integrations.handover import Handover, agree, handover_of, is_known_convolution
 from deberta_kernels.masks import parse_huggingface_mask
-from deberta_kernels.modules.allow_list import runs_original_code
-from deberta_kernels.modules.anatomy import is_version_one
-from deberta_kernels.modules.encoder_mask import EncoderMask
-from deberta_kernels.modules.options import AttentionOptions
-from deberta_kernels.modules.packing import Packing, find_packing
-from deberta_kernels.modules.padding_gradient import PackedLayer
+from deberta_kernels.models.adapterhub import AdapterMask
+from deberta_kernels.models.anatomy import is_version_one
+from deberta_kernels.models.encoder_mask import EncoderMask
+from deberta_kernels.models.guards.allow_list import runs_original_code
+from deberta_kernels.models.guards.handover import Handover, agree, handover_of, is_known_convolution
+from deberta_kernels.models.options import AttentionOptions
+from deberta_kernels.models.packing import Packing, find_packing
+from deberta_kernels.models.padding_gradient import PackedLayer
 from deberta_kernels.types import Masks
 
 __all__ = ["encode"]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deberta_kernels.modules.anatomy import is_version_one
+from deberta_kernels.models.anatomy import is_version_one
 
 __all__ = ["EnhancedMaskDecoder"]
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from deberta_kernels.modules.hidden_dropout import drop_and_add
-from deberta_kernels.modules.linear import apply_linear
+from deberta_kernels.linear.hidden_dropout import drop_and_add
+from deberta_kernels.linear.layers import apply_linear
 
 __all__ = ["AttentionOptions"]
 

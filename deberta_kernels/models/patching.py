@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from . import dispatch, native
-from .integrations.dense import fuse_dense
-from .integrations.huggingface import FusedAttention, FusedEncoder, attention_mixin, install, plan, uninstall
-from .integrations.running import paused
-from .integrations.swap import Swapped, is_swapped, swap, undo
-from .modules import products
-from .modules.options import AttentionOptions
-from .modules.positions import forget, forget_all
+from deberta_kernels import dispatch, native
+from deberta_kernels.linear import products
+from deberta_kernels.models.dense import fuse_dense
+from deberta_kernels.models.guards.running import paused
+from deberta_kernels.models.options import AttentionOptions
+from deberta_kernels.models.position_tables import forget, forget_all
+from deberta_kernels.models.registry import FusedAttention, FusedEncoder, attention_mixin, install, plan, uninstall
+from deberta_kernels.models.swap import Swapped, is_swapped, swap, undo
 
 __all__ = ["PatchReport", "patch", "patch_all", "unpatch", "unpatch_all"]
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deberta_kernels.checks import check_device, check_int, check_storage, check_tensor, holds_values
+from deberta_kernels.checks.arguments import check_device, check_int, check_storage, check_tensor, holds_values
 
 __all__ = ["check_cu_seqlens", "check_max_seqlen", "check_packed"]
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from deberta_kernels import native
-from deberta_kernels.checks import storage_fits
-from deberta_kernels.processor import features, vendor
+from deberta_kernels.checks.arguments import storage_fits
+from deberta_kernels.native.processor import features, vendor
 
 __all__ = [
     "anything_gained",

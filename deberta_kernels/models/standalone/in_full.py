@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deberta_kernels.modules.anatomy import AttentionModule, position_projections, project_heads, scale_factor
+from deberta_kernels.models.anatomy import AttentionModule, position_projections, project_heads, scale_factor
 from deberta_kernels.position import log_bucket
 
 __all__ = ["attend_in_full"]

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from deberta_kernels import dispatch
-from deberta_kernels.integrations.known import ADAPTERHUB, ADAPTERHUB_ONE, MODELING, MODELING_ONE, Known
-from deberta_kernels.integrations.swap import Swapped, base_class, original_forward, swap, undo
-from deberta_kernels.modules.hidden_dropout import drop_and_add
-from deberta_kernels.modules.linear import apply_linear, apply_linear_gelu
-from deberta_kernels.modules.options import AttentionOptions
-from deberta_kernels.modules.tracing import answered_once, traces_questions
+from deberta_kernels.linear.hidden_dropout import drop_and_add
+from deberta_kernels.linear.layers import apply_linear, apply_linear_gelu
+from deberta_kernels.models.guards.known import ADAPTERHUB, ADAPTERHUB_ONE, MODELING, MODELING_ONE, Known
+from deberta_kernels.models.options import AttentionOptions
+from deberta_kernels.models.swap import Swapped, base_class, original_forward, swap, undo
+from deberta_kernels.torch_state.tracing import answered_once, traces_questions
 
 __all__ = ["KNOWN_DENSE", "fuse_dense", "stand_in"]
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from deberta_kernels import native
-from deberta_kernels.checks import storage_fits
+from deberta_kernels.checks.arguments import storage_fits
 from deberta_kernels.dropout import draw_seed, keep_scale, threshold
-from deberta_kernels.modules.linear import is_hooked, is_replaced, is_watched
-from deberta_kernels.modules.originals import Originals, called
-from deberta_kernels.modules.products import is_mapped
+from deberta_kernels.linear.layers import is_hooked, is_replaced, is_watched
+from deberta_kernels.linear.products import is_mapped
+from deberta_kernels.torch_state.originals import Originals, called
 
 __all__ = ["drop_and_add", "is_dropout"]
 

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from deberta_kernels import native
-from deberta_kernels.checks import storage_fits
-from deberta_kernels.modules.anatomy import Apply, AttentionModule, is_version_one, position_projections, position_spec
-from deberta_kernels.modules.hidden_dropout import is_dropout
-from deberta_kernels.modules.linear import is_hooked, is_linear
-from deberta_kernels.modules.onlookers import is_watched, sees_every_call
+from deberta_kernels.checks.arguments import storage_fits
+from deberta_kernels.linear.hidden_dropout import is_dropout
+from deberta_kernels.linear.layers import is_hooked, is_linear
+from deberta_kernels.models.anatomy import Apply, AttentionModule, is_version_one, position_projections, position_spec
 from deberta_kernels.position import attention_span, reachable_rows
+from deberta_kernels.torch_state.onlookers import is_watched, sees_every_call
 from deberta_kernels.types import PositionSpec
 
 __all__ = [

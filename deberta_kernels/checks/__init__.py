@@ -1,0 +1,1 @@
+"""The checks of what callers pass, and their messages."""

@@ -1,0 +1,1 @@
+"""Modules that users build themselves."""
