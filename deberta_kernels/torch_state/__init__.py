@@ -1,1 +1,1 @@
-"""What PyTorch and its modules are up to: replaced code, hooks, tracing. Only these rooms read private state of torch."""
+"""What PyTorch and its modules are up to: replaced code, hooks, tracing; the only rooms that read its private state."""
