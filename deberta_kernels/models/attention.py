@@ -18,7 +18,7 @@ from torch import Tensor
 from deberta_kernels import dispatch
 from deberta_kernels.api import run_attention
 from deberta_kernels.masks import parse_huggingface_mask
-from deberta_kernels.models.anatomy import AttentionModule, is_version_one, project_heads, scale_factor
+from deberta_kernels.models.anatomy import AttentionModule, anatomy_of
 from deberta_kernels.models.encoder_mask import EncoderMask
 from deberta_kernels.models.guards.allow_list import refusal, runs_original_code
 from deberta_kernels.models.options import AttentionOptions
@@ -81,8 +81,8 @@ def attend(
                 module, hidden_states, attention_mask, output_attentions,
                 query_states=query_states, relative_pos=relative_pos, rel_embeddings=rel_embeddings,
             )  # fmt: skip
-        if is_version_one(module) and relative_pos is None:
-            rel_embeddings = None  # without a relative_pos it has no position terms
+        if relative_pos is None and not anatomy_of(module).counts_distances:
+            rel_embeddings = None
     is_closed = isinstance(attention_mask, EncoderMask) and attention_mask.closed
     if is_closed or not _has_hooks(module):
         queries = _apart(queries)
@@ -130,7 +130,7 @@ def bind_module(
         rel_key: as in `projected_tables`.
         prefix_length: leading keys without a position.
     """
-    scale = 1.0 / math.sqrt(qkv[0].shape[-1] * scale_factor(module))
+    scale = 1.0 / math.sqrt(qkv[0].shape[-1] * anatomy_of(module).scale_factor(module))
 
     def prepare(tables: PositionTables) -> Tensor | None:
         return _prepared(*qkv, tables, scale, options)
@@ -189,7 +189,7 @@ def project(
     module: AttentionModule, options: AttentionOptions, queries: Tensor, hidden_states: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Project (B, N, hidden size) states into queries, keys and values, (B, H, N, D) each."""
-    q, k, v = project_heads(module, queries, hidden_states, options.apply)
+    q, k, v = anatomy_of(module).project_heads(module, queries, hidden_states, options.apply)
     return cast_for_matmul(q).transpose(1, 2), cast_for_matmul(k).transpose(1, 2), cast_for_matmul(v).transpose(1, 2)
 
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from deberta_kernels.masks import parse_huggingface_mask
 from deberta_kernels.models.adapterhub import AdapterMask
-from deberta_kernels.models.anatomy import is_version_one
+from deberta_kernels.models.anatomy import anatomy_of
 from deberta_kernels.models.encoder_mask import EncoderMask
 from deberta_kernels.models.guards.allow_list import runs_original_code
-from deberta_kernels.models.guards.handover import Handover, agree, handover_of, is_known_convolution
+from deberta_kernels.models.guards.handover import Handover, handover_of, is_known_convolution
 from deberta_kernels.models.options import AttentionOptions
 from deberta_kernels.models.packing import Packing, find_packing
 from deberta_kernels.models.padding_gradient import PackedLayer
@@ -101,7 +101,9 @@ def encode(
 
 
 def _takes_queries(module: Any, query_states: Tensor, hidden_states: Tensor) -> bool:
-    return query_states.shape == hidden_states.shape and not any(map(is_version_one, module.modules()))
+    return query_states.shape == hidden_states.shape and all(
+        anatomy_of(part).takes_queries for part in module.modules()
+    )
 
 
 def _packing(layers: _Layers, options: AttentionOptions, hidden_states: Tensor, keep: Tensor) -> Packing | None:
@@ -221,8 +223,10 @@ class _Layers:
         handover = handover_of(layer, self.module, self.takes_mask, self.adapted, self._seen)
         if handover is Handover.TENSORS or self._tensors_changed():
             return Handover.TENSORS
-        if torch.compiler.is_compiling() and not agree(self.module, layer.attention.self):
-            return Handover.TENSORS  # looked at in traced code, which is compiled anew when one of the settings changes
+        if torch.compiler.is_compiling():  # looked at in traced code, which is compiled anew when a setting changes
+            attention = layer.attention.self
+            if not anatomy_of(attention).agrees(self.module, attention):
+                return Handover.TENSORS
         return handover
 
     def _tensors_changed(self) -> bool:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from deberta_kernels.linear.products import is_mapped
-from deberta_kernels.models.anatomy import project_heads
+from deberta_kernels.models.anatomy import anatomy_of
 from deberta_kernels.models.packing import Packing
 
 __all__ = ["PackedLayer"]
@@ -70,7 +70,7 @@ class PackedLayer:
         with torch.random.fork_rng(devices), torch.enable_grad():
             with torch.no_grad():
                 attention = layer.attention.self
-                values = project_heads(attention, rows, rows, _call)[2].flatten(2)
+                values = anatomy_of(attention).project_heads(attention, rows, rows, _call)[2].flatten(2)
                 context = packing.padding_context(values).index_select(1, number - packing.tokens)
             x = rows.detach().index_select(1, number).requires_grad_()
             attended = layer.attention.output(context, x)

@@ -23,7 +23,7 @@ from deberta_kernels import native
 from deberta_kernels.checks.arguments import storage_fits
 from deberta_kernels.linear.hidden_dropout import is_dropout
 from deberta_kernels.linear.layers import is_hooked, is_linear
-from deberta_kernels.models.anatomy import Apply, AttentionModule, is_version_one, position_projections, position_spec
+from deberta_kernels.models.anatomy import Apply, AttentionModule, anatomy_of
 from deberta_kernels.position import attention_span, reachable_rows
 from deberta_kernels.torch_state.onlookers import is_watched, sees_every_call
 from deberta_kernels.types import PositionSpec
@@ -97,12 +97,12 @@ def projected_tables(
     Raises:
         ValueError: rel_embeddings is missing or has too few rows.
     """
-    spec = position_spec(module)
-    projections = position_projections(module)
-    if not projections or (rel_embeddings is None and is_version_one(module)):
+    anatomy = anatomy_of(module)
+    spec, projections = anatomy.position_spec(module), anatomy.position_projections(module)
+    if not projections or (rel_embeddings is None and not anatomy.counts_distances):
         return PositionTables(None, None, spec)
     rel = _checked(rel_embeddings, spec)
-    validity = _validity(module, projections, rel, content_key if rel_key is None else rel_key)
+    validity = _validity(module, projections, spec, rel, content_key if rel_key is None else rel_key)
     if validity is None:
         if not torch.compiler.is_compiling() and module.training:
             forget(module)
@@ -120,7 +120,7 @@ def projected_tables(
             if prepare is not None:
                 tables = tables._replace(prepared=prepare(tables))
         kept = _Kept(validity, start, stop, tables)
-        if _validity(module, projections, rel, content_key) == validity:  # read anew: nothing changed meanwhile
+        if _validity(module, projections, spec, rel, content_key) == validity:  # read anew: nothing changed meanwhile
             with _lock:
                 _kept[module] = kept
     return kept.tables
@@ -220,13 +220,11 @@ def _project_as_hugging_face(
     apply: Apply,
 ) -> PositionTables:
     """Project the rows that Hugging Face projects, by the very calls that it makes."""
+    anatomy = anatomy_of(module)
     span = attention_span(spec.position_buckets, spec.max_relative_positions)
-    reach = min(length, span) if is_version_one(module) else span
+    reach = anatomy.position_reach(length, span)
     rows = apply(module.pos_dropout, rel)[span - reach : span + reach].unsqueeze(0)
-    calls: list[Any] = list(projections.values())
-    if not is_version_one(module) and module.share_att_key:
-        calls = [module.query_proj, module.key_proj]  # both, whichever terms are on
-    projected = [(call, apply(call, rows)) for call in calls]
+    projected = [(call, apply(call, rows)) for call in anatomy.position_calls(module)]
     tables = {
         name: next(_in_heads(module, found) for call, found in projected if call is projection)
         for name, projection in projections.items()
@@ -270,6 +268,7 @@ def _project(
 def _validity(
     module: AttentionModule,
     projections: dict[str, nn.Module],
+    spec: PositionSpec,
     rel: Tensor,
     rel_key: Callable[[Tensor], tuple[Any, ...] | None],
 ) -> tuple[Any, ...] | None:
@@ -296,4 +295,4 @@ def _validity(
     if any(key is None for key in keys):
         return None
     autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
-    return (tuple(projections), position_spec(module), module.num_attention_heads, autocast, *keys)
+    return (tuple(projections), spec, module.num_attention_heads, autocast, *keys)

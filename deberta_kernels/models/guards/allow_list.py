@@ -7,14 +7,7 @@ from torch import Tensor, nn
 
 from deberta_kernels.linear.hidden_dropout import replaced_dropout
 from deberta_kernels.linear.layers import is_any_function_watched
-from deberta_kernels.models.anatomy import (
-    TALKING_HEADS,
-    AttentionModule,
-    is_version_one,
-    mixes_heads,
-    position_spec,
-    scale_factor,
-)
+from deberta_kernels.models.anatomy import TALKING_HEADS, AttentionModule, anatomy_of, mixes_heads
 from deberta_kernels.models.guards.distances import are_ordinary
 from deberta_kernels.position import attention_span
 from deberta_kernels.torch_state.onlookers import is_watched, sees_every_call
@@ -49,7 +42,7 @@ def refusal(
     """Return why no kernel may run a call, and what the user can change; None when one may."""
     if output_attentions:
         return ("attention probabilities were asked for", "leave output_attentions=False where they are not needed")
-    if query_states is not None and is_version_one(module):
+    if query_states is not None and not anatomy_of(module).takes_queries:
         return ("query_states were given to DeBERTa v1", "pass none")
     if hidden_states.dim() != 3:
         return (
@@ -61,7 +54,7 @@ def refusal(
             "query_states and hidden_states differ in shape",
             "pass query_states of the shape of hidden_states, or none",
         )
-    positioned = module.relative_attention and scale_factor(module) > 1
+    positioned = module.relative_attention and anatomy_of(module).scale_factor(module) > 1
     if positioned and relative_pos is not None and not are_ordinary(relative_pos, module, hidden_states.shape[1]):
         return (
             "a relative_pos tensor was given that holds other values than the distances between the tokens",
@@ -74,8 +67,9 @@ def refusal_of(module: AttentionModule) -> tuple[str, str] | None:
     """Return why no kernel may run any call of a module, and what the user can change; None when one may."""
     if mixes_heads(module):
         return TALKING_HEADS
-    if module.relative_attention and scale_factor(module) > 1:
-        spec = position_spec(module)
+    anatomy = anatomy_of(module)
+    if module.relative_attention and anatomy.scale_factor(module) > 1:
+        spec = anatomy.position_spec(module)
         if spec.position_buckets == 1:
             return ("the model has one position bucket", "train it with at least two")
         span = attention_span(spec.position_buckets, spec.max_relative_positions)

@@ -7,7 +7,7 @@ import weakref
 import torch
 from torch import Tensor
 
-from deberta_kernels.models.anatomy import AttentionModule, position_spec
+from deberta_kernels.models.anatomy import AttentionModule, anatomy_of
 from deberta_kernels.position import log_bucket, plain_tensors
 from deberta_kernels.types import PositionSpec
 
@@ -36,7 +36,7 @@ def are_ordinary(relative_pos: Tensor, module: AttentionModule, length: int) -> 
         return False
     if relative_pos.is_meta or torch._C._len_torch_dispatch_stack() > 0:
         return relative_pos.is_meta
-    spec = position_spec(module)
+    spec = anatomy_of(module).position_spec(module)
     if relative_pos.device.type == "cpu":
         return _reads_ordinary(relative_pos, spec)
     if relative_pos.is_cuda and torch.cuda.is_current_stream_capturing():

@@ -12,18 +12,17 @@ from collections.abc import Callable
 from enum import IntEnum
 from typing import Any
 
-import torch
 from torch import nn
 
 from deberta_kernels.linear.layers import is_any_function_watched
-from deberta_kernels.models.anatomy import is_version_one
+from deberta_kernels.models.anatomy import anatomy_of
 from deberta_kernels.models.guards.known import ADAPTERHUB, ADAPTERHUB_ONE, MODELING, MODELING_ONE, runs_own
 from deberta_kernels.models.swap import Swapped
 from deberta_kernels.torch_state.onlookers import is_watched, sees_every_call
 from deberta_kernels.torch_state.originals import Originals, is_own
 from deberta_kernels.torch_state.tracing import answered_once, traces_questions
 
-__all__ = ["Handover", "agree", "handover_of", "is_known_convolution"]
+__all__ = ["Handover", "handover_of", "is_known_convolution"]
 
 # Classes that do no more with a mask than hand it on.
 _LAYERS = ("DebertaV2Layer", "DebertaLayer")
@@ -108,7 +107,12 @@ def _decide(
     if attention is None or is_watched(attention) or not _is_route(attention, _ATTENTIONS, seen):
         return Handover.TENSORS
     inner: Any = attention._modules.get("self")
-    if inner is None or is_watched(inner) or not takes_mask(inner, seen) or not agree(encoder, inner):
+    if (
+        inner is None
+        or is_watched(inner)
+        or not takes_mask(inner, seen)
+        or not anatomy_of(inner).agrees(encoder, inner)
+    ):
         return Handover.TENSORS
     if adapted or not _is_tokenwise(layer, seen):
         return Handover.MASK
@@ -136,20 +140,6 @@ def _has_own_checkpoint(layer: Any) -> bool:
     while isinstance(function, functools.partial):  # the options of the checkpoint
         function = function.func
     return not is_own(inspect.unwrap(function), "torch.utils.checkpoint", "checkpoint")
-
-
-def agree(encoder: Any, attention: Any) -> bool:
-    """Tell whether the distances that the encoder would hand over are those that the attention counts by itself."""
-    if encoder.relative_attention != attention.relative_attention:
-        return False
-    if not encoder.relative_attention or is_version_one(attention):
-        return True
-    if encoder.position_buckets > 0 and torch.get_default_dtype() != torch.float32:
-        return False  # Hugging Face counts log buckets in the default dtype
-    return bool(
-        encoder.position_buckets == attention.position_buckets
-        and encoder.max_relative_positions == attention.max_relative_positions
-    )
 
 
 def is_known_convolution(module: nn.Module) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deberta_kernels.models.anatomy import AttentionModule, position_projections, project_heads, scale_factor
+from deberta_kernels.models.anatomy import AttentionModule, anatomy_of
 from deberta_kernels.position import log_bucket
 
 __all__ = ["attend_in_full"]
@@ -48,8 +48,9 @@ def attend_in_full(
         transformers v5.23.0, models/deberta_v2/modeling_deberta_v2.py, `DisentangledSelfAttention.forward`.
     """
     queries = hidden_states if query_states is None else query_states
-    q, k, v = (x.transpose(1, 2) for x in project_heads(module, queries, hidden_states, _call))
-    scale = math.sqrt(q.shape[-1] * scale_factor(module))
+    anatomy = anatomy_of(module)
+    q, k, v = (x.transpose(1, 2) for x in anatomy.project_heads(module, queries, hidden_states, _call))
+    scale = math.sqrt(q.shape[-1] * anatomy.scale_factor(module))
     scores = q @ (k / scale).transpose(-1, -2)
     if module.relative_attention:
         scores = scores + _position_scores(module, q, k, relative_pos, rel_embeddings) / scale
@@ -81,7 +82,7 @@ def _position_scores(
         )
     relative_pos = relative_pos.reshape(1, 1, nq, nk).to(q.device, torch.int64)
     total = q.new_zeros(())
-    for table, projection in position_projections(module).items():
+    for table, projection in anatomy_of(module).position_projections(module).items():
         # (H, D, 2 * att_span)
         projected = projection(rows[None, : 2 * span])[0].unflatten(-1, (q.shape[1], -1)).permute(1, 2, 0)
         if table == "pos_key":

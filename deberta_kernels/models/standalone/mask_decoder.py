@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deberta_kernels.models.anatomy import is_version_one
+from deberta_kernels.models.anatomy import anatomy_of
 
 __all__ = ["EnhancedMaskDecoder"]
 
@@ -61,7 +61,7 @@ class EnhancedMaskDecoder(nn.Module):
     def _check(model: Any, steps: int) -> None:
         if not hasattr(model, "deberta") or not (hasattr(model, "cls") or hasattr(model, "lm_predictions")):
             raise TypeError(f"model must be a DebertaV2ForMaskedLM, got {type(model).__name__}; load the model as one.")
-        if any(is_version_one(layer.attention.self) for layer in model.deberta.encoder.layer):
+        if not all(anatomy_of(layer.attention.self).takes_queries for layer in model.deberta.encoder.layer):
             raise TypeError(f"model must be a DebertaV2ForMaskedLM, got DeBERTa v1's {type(model).__name__}.")
         if not isinstance(steps, int) or steps < 1:
             raise ValueError(
