@@ -10,6 +10,7 @@ import torch
 
 import deberta_kernels as dk
 from deberta_kernels.models.guards import running
+from tests import needs
 from tests.integrations.test_onlookers import PLACES, close, outputs
 
 
@@ -68,7 +69,7 @@ def test_a_hook_may_unpatch_the_model_it_is_called_in(place, build_either, batch
 
 
 def test_an_accelerate_hook_made_under_patch_all_ends_with_it(build, batch):
-    hooks = pytest.importorskip("accelerate.hooks", reason="accelerate is not installed")
+    hooks = needs.package("accelerate.hooks")
     model, inputs = build(), batch(4, 41)
     expected = outputs(model, inputs)
     dk.patch_all()
