@@ -1,4 +1,4 @@
-"""The loop of a few seconds, `make test-fast`: a sample that tries each area of the package, held to its promises."""
+"""The loop of a few seconds, `make test-fast`: a sample that tries each area of the package."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ AREAS = {
 }
 # Cases of each test, for each target.
 CASES = 2
-# What the tests may take of the time that imports and collection take: a slow machine is slow at both. Measured: 0.8.
+# What the tests are meant to take of the time of imports and collection: a slow machine is slow at both. Measured: 0.8.
 MOST = 2.0
 
 TESTS = Path(__file__).resolve().parent
@@ -48,13 +48,12 @@ def gaps(items: Sequence[pytest.Item], targets: Iterable[Target]) -> list[str]:
 
 
 class Fast:
-    """The plugin of pytest --fast: without paths, only the files of `AREAS`; a sample of their tests, and its time."""
+    """The plugin of pytest --fast: without paths, only the files of `AREAS`; a sample of their tests."""
 
     def __init__(self, config: pytest.Config, targets: Sequence[Target]) -> None:
         self._whole = config.args_source is not pytest.Config.ArgsSource.ARGS
         self._targets = targets
         self._ready: float | None = None
-        self._ratio = 0.0
 
     def pytest_ignore_collect(self, collection_path: Path) -> bool | None:
         """Leave out what is in no area, before it is imported."""
@@ -71,17 +70,14 @@ class Fast:
     def pytest_collection_finish(self) -> None:
         self._ready = time.process_time()
 
-    def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        """Fail when the sample has grown slow."""
-        if self._ready is not None:
-            self._ratio = time.process_time() / self._ready - 1
-        if self._whole and self._ratio > MOST and not session.exitstatus:
-            session.exitstatus = pytest.ExitCode.TESTS_FAILED
-
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        if self._whole and self._ratio > MOST:
+        """Say so when the sample has grown slow; no failure, since machines differ in what they are slow at."""
+        if not self._whole or self._ready is None:
+            return
+        ratio = time.process_time() / self._ready - 1
+        if ratio > MOST:
             terminalreporter.write_line(
-                f"ERROR: --fast is no longer fast: its tests took {self._ratio:.1f} times as long as imports and "
-                f"collection, more than {MOST:.0f}; see --durations=10, and sample less in tests/fast.py",
-                red=True,
+                f"--fast is no longer fast: its tests took {ratio:.1f} times as long as imports and collection, more "
+                f"than {MOST:.0f}; see --durations=10, and sample less in tests/fast.py",
+                yellow=True,
             )

@@ -1,4 +1,4 @@
-"""What a machine cannot run is left out, what it should have is not, and the fast loop is held to its promises."""
+"""What a machine cannot run is left out, what it should have is not, and the fast loop tries every area."""
 
 from types import SimpleNamespace
 
@@ -83,18 +83,15 @@ def test_the_fast_loop_runs_a_few_cases_of_each_test_for_each_target():
     }
 
 
-@pytest.mark.parametrize(("seconds", "status"), [(4.0 * (1 + fast.MOST), 0), (4.1 * (1 + fast.MOST), 1)])
-def test_the_fast_loop_fails_when_its_tests_have_become_slow(seconds, status, monkeypatch):
+@pytest.mark.parametrize(("seconds", "slow"), [(4.0 * (1 + fast.MOST), False), (4.1 * (1 + fast.MOST), True)])
+def test_the_fast_loop_says_when_its_tests_have_become_slow(seconds, slow, monkeypatch):
     config = SimpleNamespace(args_source=pytest.Config.ArgsSource.TESTPATHS)
-    session = SimpleNamespace(exitstatus=0)
     written = []
     loop = fast.Fast(config, [])
     clock = iter([4.0, seconds])
     monkeypatch.setattr(fast.time, "process_time", lambda: next(clock))
     loop.pytest_collection_finish()
-    loop.pytest_sessionfinish(session)
     loop.pytest_terminal_summary(SimpleNamespace(write_line=lambda line, **unused: written.append(line)))
     monkeypatch.undo()
-    assert session.exitstatus == status
-    assert bool(written) == bool(status)
-    assert not status or "--fast is no longer fast: its tests took 2.1 times as long" in written[0]
+    assert bool(written) == slow
+    assert not slow or "--fast is no longer fast: its tests took 2.1 times as long" in written[0]
