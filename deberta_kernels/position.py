@@ -101,7 +101,7 @@ def delta(distance: Tensor, spec: PositionSpec) -> Tensor:
 
 @dataclass(frozen=True)
 class PositionIndex:
-    """Hold delta(x) for every distance a call can meet, and what kernels may assume about it.
+    """The table of delta(x) for every distance a call can meet, and what kernels may assume about it.
 
     Attributes:
         delta: (2 * reach + 1,) int32, CPU, contiguous; delta[x + reach] is delta(x), a row of the full table. A
@@ -118,6 +118,10 @@ class PositionIndex:
     low_end: int
     high_start: int
     smooth: bool
+
+    def rows(self, distances: Tensor) -> Tensor:
+        """Return delta of these distances, int32; of those beyond the table its value at the nearer end."""
+        return self.delta[distances.clamp(-self.reach, self.reach) + self.reach]
 
 
 def position_index(length: int, spec: PositionSpec) -> PositionIndex:

@@ -27,7 +27,7 @@ struct BackwardLayout {
   static constexpr int kFrameBytes = kTile * kTile * 4;
   static constexpr int kPairBytes = kTile * kTile * 2;      // one 16-bit element per pair of a tile
   static constexpr int kSumBytes = kTile * D * 4;           // one tile or block of gradients, float32
-  static constexpr int kStatisticsBytes = 2 * kTile * 4;    // of a tile of queries: shifts, then deltas
+  static constexpr int kStatisticsBytes = 2 * kTile * 4;    // of a tile of queries: shifts, then `out_dot_dout`
 
   // Of the block.
   static constexpr int kQueries = 0;

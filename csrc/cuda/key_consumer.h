@@ -86,9 +86,9 @@ class KeyConsumer {
   DK_DEVICE uint32_t current() const { return high_.count % 2 * L::kPairBytes; }
   // 0, though no compiler knows: a tile's first query is a multiple of 64. What is added to it must be computed where it is
   // used. Computed once and kept, addresses and keys of dropout would take the registers of the products.
-  DK_DEVICE int no_number() const { return first_query() & (kTile - 1); }
+  DK_DEVICE int opaque_zero() const { return first_query() & (kTile - 1); }
   DK_DEVICE Lane lane() const {
-    const int thread = thread_ + no_number();
+    const int thread = thread_ + opaque_zero();
     return Lane(thread, thread / 32);
   }
 
@@ -301,7 +301,7 @@ class KeyConsumer {
     }
     if (kDropout) {
       draws.kept = computed_anew(kept_pairs(
-          load_global(p_.seed) + no_number(), (uint32_t)(place.batch * (int)p_.heads + place.head), first_key, first_query(),
+          load_global(p_.seed) + opaque_zero(), (uint32_t)(place.batch * (int)p_.heads + place.head), first_key, first_query(),
           (uint32_t)p_.dropout_threshold, lane()));
     }
     return draws;
@@ -327,19 +327,19 @@ class KeyConsumer {
     }
   }
 
-  // Turn probabilities p and gradients dp of dropped ones into gradients of scores, p (dp - delta), as an operand.
+  // Turn probabilities p and gradients dp of dropped ones into gradients of scores, p (dp - out_dot_dout), as an operand.
   DK_DEVICE void score_gradients(
       const float (&p)[32], const float (&dp)[32], const Draws& draws, uint32_t (&ds)[16]) const {
     const float keep_scale = (float)p_.keep_scale;
     DK_UNROLL
     for (int n = 0; n < 8; n++) {
-      float delta[2], x[4];
-      load_shared_2(statistics() + kTile * 4 + 8 * n * 4, delta[0], delta[1]);
+      float out_dot_dout[2], x[4];
+      load_shared_2(statistics() + kTile * 4 + 8 * n * 4, out_dot_dout[0], out_dot_dout[1]);
       DK_UNROLL
       for (int i = 0; i < 4; i++) {
         x[i] = dp[4 * n + i];
         if (kDropout) x[i] = draws.kept >> (4 * n + i) & 1 ? x[i] * keep_scale : 0.0f;
-        x[i] = p[4 * n + i] * (x[i] - delta[i & 1]);
+        x[i] = p[4 * n + i] * (x[i] - out_dot_dout[i & 1]);
       }
       DK_UNROLL
       for (int h = 0; h < 2; h++) ds[2 * n + h] = Element::pack(x[2 * h], x[2 * h + 1]);

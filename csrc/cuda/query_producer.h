@@ -111,15 +111,15 @@ class QueryProducer {
     const bool far = zone == kLeft || zone == kRight;
     DK_UNROLL
     for (int i = 0; i < 2; i++) {
-      float shift = minus_infinity(), delta = 0.0f;
+      float shift = minus_infinity(), out_dot_dout = 0.0f;
       if (tile.lse[i] != -minus_infinity()) {
         const int64_t row = at(place, first_query + 32 * i + lane_);
-        delta = load_global(p_.delta + row);
+        out_dot_dout = load_global(p_.out_dot_dout + row);
         shift = (far ? load_global(p_.far_constants + side + row) : 0.0f) - tile.lse[i];
       }
       const uint32_t target = shared_ + L::kStatistics + stage_.entry() * L::kStatisticsBytes + (32 * i + lane_) * 4;
       store_shared(target, shift);
-      store_shared(target + kTile * 4, delta);
+      store_shared(target + kTile * 4, out_dot_dout);
     }
   }
 

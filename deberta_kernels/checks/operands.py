@@ -25,7 +25,7 @@ from deberta_kernels.checks.arguments import (
     storage_fits,
 )
 from deberta_kernels.checks.packed import check_cu_seqlens, check_max_seqlen, check_packed
-from deberta_kernels.impl import accumulation_dtype
+from deberta_kernels.dtypes import accumulation_dtype
 from deberta_kernels.position import attention_span, reachable_rows
 from deberta_kernels.types import AttentionProblem
 

@@ -12,13 +12,14 @@ Source:
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from deberta_kernels.dropout import keep_mask, keep_scale
-from deberta_kernels.impl import accumulation_dtype, exact_matmul
+from deberta_kernels.dtypes import accumulation_dtype
+from deberta_kernels.impl.common import Needs, exact_matmul, seed_of, sequences, wanted
 from deberta_kernels.masks import allowed
 from deberta_kernels.position import delta
 from deberta_kernels.types import AttentionProblem, Gradients
@@ -27,7 +28,7 @@ __all__ = ["attention", "backward", "forward", "refusal"]
 
 
 def refusal(problem: AttentionProblem) -> str | None:
-    """Say why this backend cannot run the problem; it can run every one."""
+    """Return None: this backend runs every problem."""
     return None
 
 
@@ -100,19 +101,17 @@ def _position_score(problem: AttentionProblem, q: Tensor, k: Tensor) -> Tensor:
 
 def _kept(problem: AttentionProblem) -> Tensor:
     """Return the dropout mask, (B, H, Nq, Nk) bool; with packed sequences only pairs inside one sequence matter."""
-    if problem.seed is None:
-        raise ValueError("seed must be given when dropout_p is not 0; use dropout.draw_seed(q.device)")
+    seed = seed_of(problem)
     batch, heads, nq, _ = problem.q.shape
     nk = problem.k.shape[2]
     if problem.cu_seqlens is None:
-        kept = keep_mask(problem.seed, problem.dropout_p, range(batch * heads), range(nq), range(nk))
+        kept = keep_mask(seed, problem.dropout_p, range(batch * heads), range(nq), range(nk))
         return kept.view(batch, heads, nq, nk)
     kept = torch.zeros(1, heads, nq, nk, dtype=torch.bool, device=problem.q.device)
-    bounds = problem.cu_seqlens.tolist()
-    for sequence, (start, stop) in enumerate(pairwise(bounds)):
-        tokens = range(stop - start)
+    for sequence, tokens in enumerate(sequences(problem.cu_seqlens)):
+        inside = range(tokens.stop - tokens.start)
         batch_heads = range(sequence * heads, (sequence + 1) * heads)
-        kept[0, :, start:stop, start:stop] = keep_mask(problem.seed, problem.dropout_p, batch_heads, tokens, tokens)
+        kept[0, :, tokens, tokens] = keep_mask(seed, problem.dropout_p, batch_heads, inside, inside)
     return kept
 
 
@@ -123,12 +122,7 @@ def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
 
 
 def backward(
-    problem: AttentionProblem,
-    dout: Tensor,
-    dlse: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    needs: tuple[bool, bool, bool, bool, bool],
+    problem: AttentionProblem, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, needs: Needs
 ) -> Gradients:
     """Differentiate `attention` by autograd, with the signature of every backend's backward.
 
@@ -141,11 +135,10 @@ def backward(
         needs: whether q, k, v, pos_key, pos_query need a gradient.
     """
     names = ("q", "k", "v", "pos_key", "pos_query")
-    tensors = [getattr(problem, name) for name in names]
-    leaves = {
+    leaves: dict[str, Any] = {
         name: tensor.detach().requires_grad_()
-        for name, tensor, needed in zip(names, tensors, needs, strict=True)
-        if needed and tensor is not None
+        for name, tensor in zip(names, wanted(problem, needs), strict=True)
+        if tensor is not None
     }
     if not leaves:
         return Gradients(None, None, None, None, None)

@@ -10,13 +10,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from deberta_kernels.dropout import keep_mask, keep_scale
-from deberta_kernels.impl import accumulation_dtype, exact_matmul, score_factor
+from deberta_kernels.dtypes import accumulation_dtype
+from deberta_kernels.impl.common import (
+    Needs,
+    empty_tokens,
+    exact_matmul,
+    masked,
+    positioned_keys,
+    score_factor,
+    seed_of,
+    sequences,
+    wanted,
+)
 from deberta_kernels.position import position_index, reachable_rows
 from deberta_kernels.types import AttentionProblem, Gradients, Masks
 
@@ -32,13 +42,13 @@ _MAX_ROWS = 256
 
 
 def refusal(problem: AttentionProblem) -> str | None:
-    """Say why this backend cannot run the problem; it can run every one."""
+    """Return None: this backend runs every problem."""
     return None
 
 
 @dataclass(frozen=True)
 class _Table:
-    """Hold the rows of the position tables that one problem can reach.
+    """The rows of the position tables that one problem can reach.
 
     Attributes:
         pos_key: (H, rows, D) of the accumulation dtype, or None.
@@ -67,7 +77,7 @@ class _Table:
 
 @dataclass(frozen=True)
 class _Group:
-    """Hold the samples and heads that are computed at once, in the accumulation dtype, masked tokens at zero.
+    """The samples and heads that are computed at once, in the accumulation dtype, masked tokens at zero.
 
     Attributes:
         batch: samples of the group.
@@ -88,7 +98,7 @@ class _Group:
 
 @dataclass(frozen=True)
 class _Tile:
-    """Hold one tile of queries against all keys.
+    """One tile of queries against all keys.
 
     Attributes:
         q: (b, h, T, D), accumulation dtype.
@@ -118,7 +128,7 @@ def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
         lse: (B, H, Nq) float32 (float64 for float64 inputs), natural log; -inf on padded rows.
     """
     q = problem.q
-    out = _heads_inside(q)
+    out = empty_tokens(q)
     lse = torch.empty(q.shape[:3], dtype=accumulation_dtype(q.dtype), device=q.device)
     with exact_matmul(q.device):
         for first, tokens, part in _samples(problem):
@@ -128,12 +138,7 @@ def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def backward(
-    problem: AttentionProblem,
-    dout: Tensor,
-    dlse: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    needs: tuple[bool, bool, bool, bool, bool],
+    problem: AttentionProblem, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, needs: Needs
 ) -> Gradients:
     """Return the gradients of `forward`.
 
@@ -149,21 +154,14 @@ def backward(
         dq, dk, dv as views of (B, N, H, D) memory, dpos_key and dpos_query contiguous; None where not needed.
     """
     dtype = accumulation_dtype(problem.q.dtype)
-    tensors = (problem.q, problem.k, problem.v, problem.pos_key, problem.pos_query)
-    wanted = [tensor if needed else None for tensor, needed in zip(tensors, needs, strict=True)]
-    dq, dk, dv = (None if x is None else _heads_inside(x).zero_() for x in wanted[:3])
-    dpos = [None if x is None else torch.zeros(x.shape, dtype=dtype, device=x.device) for x in wanted[3:]]
+    found = wanted(problem, needs)
+    dq, dk, dv = (None if x is None else empty_tokens(x).zero_() for x in found[:3])
+    dpos = [None if x is None else torch.zeros(x.shape, dtype=dtype, device=x.device) for x in found[3:]]
     with exact_matmul(problem.q.device):
         for first, tokens, part in _samples(problem):
             local = Gradients(*(None if x is None else x[:, :, tokens] for x in (dq, dk, dv)), *dpos)
             _backward_sample(part, first, dout[:, :, tokens], None if dlse is None else dlse[:, :, tokens], local)
     return Gradients(dq, dk, dv, *(None if x is None else x.to(problem.q.dtype) for x in dpos))
-
-
-def _heads_inside(x: Tensor) -> Tensor:
-    """Return uninitialised (B, H, N, D) of the dtype of x, a view of (B, N, H, D) memory."""
-    batch, heads, length, dim = x.shape
-    return torch.empty(batch, length, heads, dim, dtype=x.dtype, device=x.device).transpose(1, 2)
 
 
 def _samples(problem: AttentionProblem) -> Iterator[tuple[int, slice, AttentionProblem]]:
@@ -172,9 +170,8 @@ def _samples(problem: AttentionProblem) -> Iterator[tuple[int, slice, AttentionP
         if problem.q.numel() > 0:
             yield 0, slice(None), problem
         return
-    for sequence, (start, stop) in enumerate(pairwise(problem.cu_seqlens.tolist())):
-        if stop > start:
-            tokens = slice(start, stop)
+    for sequence, tokens in enumerate(sequences(problem.cu_seqlens)):
+        if tokens.stop > tokens.start:
             q, k, v = (x[:, :, tokens] for x in (problem.q, problem.k, problem.v))
             yield sequence, tokens, replace(problem, q=q, k=k, v=v, masks=Masks(), cu_seqlens=None)
 
@@ -279,18 +276,17 @@ class _Sums:
 
 def _reachable(problem: AttentionProblem) -> _Table:
     """Cut the tables to the rows that the lengths of the problem can reach."""
-    nq, positioned = problem.q.shape[2], problem.k.shape[2] - problem.position.prefix_length
-    tables = (problem.pos_key, problem.pos_query)
-    if positioned <= 0 or all(x is None for x in tables):
+    nq, positioned = problem.q.shape[2], positioned_keys(problem)
+    if positioned == 0:
         return _Table(None, None, slice(0, 0), torch.empty(0, dtype=torch.int64, device=problem.q.device))
     start, stop = reachable_rows(nq, positioned, problem.position)
     first_row = problem.position.first_row
     rows = slice(start - first_row, stop - first_row)
     dtype = accumulation_dtype(problem.q.dtype)
-    pos_key, pos_query = (None if x is None else x[:, rows].to(dtype) for x in tables)
+    pos_key, pos_query = (None if x is None else x[:, rows].to(dtype) for x in (problem.pos_key, problem.pos_query))
     index = position_index(max(nq, positioned), problem.position)
-    distances = torch.arange(1 - positioned, nq, device="cpu").clamp(-index.reach, index.reach)
-    row = index.delta[distances + index.reach].to(torch.int64) - start
+    distances = torch.arange(1 - positioned, nq, device="cpu")
+    row = index.rows(distances).to(torch.int64) - start
     return _Table(pos_key, pos_query, rows, row.to(problem.q.device))
 
 
@@ -315,9 +311,7 @@ def _group(problem: AttentionProblem, table: _Table, batch: slice, heads: slice)
     dtype = accumulation_dtype(problem.q.dtype)
     k, v = problem.k[batch, heads].to(dtype), problem.v[batch, heads].to(dtype)
     masks = problem.masks
-    mean = None
-    if any(x is not None for x in (masks.key, masks.query, masks.pair)):
-        mean = v.mean(2, keepdim=True)
+    mean = v.mean(2, keepdim=True) if masked(problem) else None
     if masks.key is not None:
         padding = ~masks.key[batch, None, :, None]
         k, v = k.masked_fill(padding, 0.0), v.masked_fill(padding, 0.0)
@@ -370,10 +364,8 @@ def _kept(problem: AttentionProblem, group: _Group, rows: range, first: int) -> 
     """Return the factors of dropout for one tile."""
     if problem.dropout_p == 0:
         return None
-    if problem.seed is None:
-        raise ValueError("seed must be given when dropout_p is not 0; use dropout.draw_seed(q.device)")
     samples = torch.arange(first + group.batch.start, first + group.batch.stop, device="cpu")[:, None]
     batch_heads = samples * problem.q.shape[1] + torch.arange(group.heads.start, group.heads.stop, device="cpu")
     nk = problem.k.shape[2]
-    kept = keep_mask(problem.seed, problem.dropout_p, batch_heads.flatten(), rows, range(nk))
+    kept = keep_mask(seed_of(problem), problem.dropout_p, batch_heads.flatten(), rows, range(nk))
     return kept.view(*batch_heads.shape, len(rows), nk).to(group.k.dtype) * keep_scale(problem.dropout_p)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from deberta_kernels.impl import score_factor
+from deberta_kernels.impl.common import score_factor
 from deberta_kernels.testing import eager
 from deberta_kernels.types import AttentionProblem, Masks, PositionSpec
 

@@ -94,8 +94,8 @@ def test_kernels_and_planner_agree_where_the_near_zone_ends():
         known = tables.device_tables(1, PositionSpec(*pair), CPU)
         for shift in (0, 5, 15):
             found = torch.empty(2, dtype=torch.int32)
-            reach_kernel[(1,)](found, shift, known.low_end, known.high_start, TILE=tile)
-            assert tuple(found.tolist()) == tables.near_reach(known, shift, tile)
+            reach_kernel[(1,)](found, shift, *known.ends, TILE=tile)
+            assert tuple(found.tolist()) == tables.near_reach(known.ends, shift, tile)
 
 
 def test_expanded_tables_hold_the_row_of_every_distance():

@@ -120,8 +120,9 @@ class Run:
     def one_head(self, batch: int, head: int, rows: slice, q: Tensor, dout: Tensor, k: Tensor, v: Tensor) -> tuple:
         p, scale = self.p, self.p.scale
         sample, nq, nk = 0 if self.packed else batch, len(q), len(k)
-        lse2, delta = (
-            self.floats(name, self.samples, p.heads, p.nq)[sample, head, rows].double() for name in ("lse2", "delta")
+        lse2, out_dot_dout = (
+            self.floats(name, self.samples, p.heads, p.nq)[sample, head, rows].double()
+            for name in ("lse2", "out_dot_dout")
         )
         prefix = min(p.prefix, nk)
         assert self.block_of(nk - 1, prefix) < p.key_blocks
@@ -136,7 +137,7 @@ class Run:
         score = score.masked_fill(~self.allowed(batch, head, nq, nk), -math.inf)
         weight = torch.exp2(score - lse2[:, None])
         kept = self.kept(batch, head, nq, nk)
-        ds = weight * (kept * (dout @ v.T) - delta[:, None])
+        ds = weight * (kept * (dout @ v.T) - out_dot_dout[:, None])
         dk = scale * (ds[..., None] * (q[:, None] + b)).sum(0)
         dv = (weight * kept).T @ dout
         if p.dmean:

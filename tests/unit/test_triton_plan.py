@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deberta_kernels.impl import triton as backend
+from deberta_kernels.impl.gpu_tables import Window
 from deberta_kernels.impl.triton import tables, tuning
 from deberta_kernels.position import delta
 from deberta_kernels.types import AttentionProblem, Masks, PositionSpec
@@ -50,10 +51,10 @@ def test_far_tiles_are_saturated_and_near_tiles_inside_the_tables(spec, nq, nk, 
     """The zones of every pair of tiles, against delta itself."""
     prefix = min(prefix, nk - 1)
     found = tables.device_tables(max(nq, nk), spec, CPU)
-    covered = tables.window(found, nq, nk - prefix)
+    covered = found.window(nq, nk - prefix)
     start = prefix // STEP * STEP
     shift = prefix - start
-    left, right = tables.near_reach(found, shift, tile)
+    left, right = tables.near_reach(found.ends, shift, tile)
     for queries in range(-(-nq // tile)):
         for keys in range(-(-(nk - start) // tile)):
             x0 = (queries - keys) * tile + shift
@@ -85,15 +86,15 @@ def test_a_rotated_pair_of_blocks_holds_delta_of_every_pair(spec, x0, tile):
 
 def test_prepared_tables_are_kept_only_where_they_are_small():
     usual = tables.device_tables(1, PositionSpec(), CPU)
-    full = tables.full_window(usual)
+    full = usual.full_window()
     assert (full.first, full.rows) == (-512 - tables.MARGIN, 506 + 512 + 2 * tables.MARGIN)
-    assert tables.full_window(tables.device_tables(1, PositionSpec(0, 30_000), CPU)) is None
+    assert tables.device_tables(1, PositionSpec(0, 30_000), CPU).full_window() is None
 
 
 def test_window_is_cut_to_the_distances_that_the_lengths_reach():
     usual = tables.device_tables(1, PositionSpec(), CPU)
-    assert tables.window(usual, 10, 20) == tables.Window(-19 - tables.MARGIN, 28 + 2 * tables.MARGIN)
-    assert tables.window(usual, 5000, 5000) == tables.full_window(usual)
+    assert usual.window(10, 20) == Window(-19 - tables.MARGIN, 28 + 2 * tables.MARGIN)
+    assert usual.window(5000, 5000) == usual.full_window()
 
 
 def write_table(folder, key, *entries):

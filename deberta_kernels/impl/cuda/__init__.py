@@ -1,6 +1,6 @@
 """Run the CUDA C++ kernels of csrc/cuda on a Hopper GPU, over the driver.
 
-Proven in emulation (`tests/cuda_emulation`), not yet run on a device. What the backward refuses, `dispatch` gives to
+They are proven in emulation (`tests/cuda_emulation`), not on a device. What the backward refuses, `dispatch` gives to
 another backend.
 """
 
@@ -12,9 +12,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from deberta_kernels.impl.common import (
+    Needs,
+    device_refusal,
+    dtype_refusal,
+    empty_tokens,
+    is_ordinary,
+    scale_refusal,
+)
 from deberta_kernels.impl.cuda import driver, image
 from deberta_kernels.impl.cuda.arguments import Arguments, ForwardInfo, Info, expand, grid
 from deberta_kernels.impl.cuda.backward_arguments import CONVERSION_THREADS, BackwardArguments, BackwardInfo, plan
+from deberta_kernels.impl.cuda.modules import HEAD_DIMS
 from deberta_kernels.types import AttentionProblem, Gradients, PositionSpec
 
 __all__ = ["backward", "backward_refusal", "forward", "prepare", "refusal", "status"]
@@ -22,12 +31,14 @@ __all__ = ["backward", "backward_refusal", "forward", "prepare", "refusal", "sta
 # The kernels use instructions that exist in sm_90a only.
 _CAPABILITY = (9, 0)
 _MOST = (1 << 31) - 1  # blocks of a grid; tokens
-# Of the sums that a deterministic backward keeps apart by sample: beyond, they would be most of what a step takes.
+# Of the sums that a deterministic backward keeps apart by sample: beyond 1 GiB they would be most of what a step takes.
 _MOST_SUM_BYTES = 1 << 30
 _INFOS: dict[str, type[Info]] = {"forward": ForwardInfo, "backward": BackwardInfo}
 
 
 class _Loaded(NamedTuple):
+    """A module on a device, and what it says of itself."""
+
     module: driver.Module
     info: Any  # ForwardInfo or BackwardInfo
 
@@ -43,12 +54,9 @@ def refusal(problem: AttentionProblem) -> str | None:
     The module of a call is loaded here, once per device, dtype and head size, and compiled if need be.
     """
     q = problem.q
-    if q.device.type != "cuda":
-        return f"it runs on cuda tensors, not {q.device.type}"
-    if q.dtype not in image.DTYPES:
-        return f"it computes bfloat16 and float16, not {str(q.dtype).removeprefix('torch.')}"
-    if problem.scale <= 0:
-        return "the scale is not positive"
+    reason = device_refusal(q.device, "cuda") or dtype_refusal(q.dtype, image.DTYPES) or scale_refusal(problem.scale)
+    if reason is not None:
+        return reason
     reason, found = _refusal("forward", q)
     if found is None:
         return reason
@@ -72,10 +80,10 @@ def backward_refusal(problem: AttentionProblem) -> str | None:
 
 def _refusal(which: str, q: Tensor) -> tuple[str | None, _Loaded | None]:
     """Return why there is no module, and the module; neither for tensors without values, perhaps without a device."""
-    if q.shape[-1] not in image.HEAD_DIMS[which]:
-        known = ", ".join(map(str, image.HEAD_DIMS[which]))
+    if q.shape[-1] not in HEAD_DIMS[which]:
+        known = ", ".join(map(str, HEAD_DIMS[which]))
         return f"head_dim {q.shape[-1]} is not {'one of ' if ',' in known else ''}{known}", None
-    if type(q) not in (Tensor, torch.nn.Parameter):
+    if not is_ordinary(q):
         return None, None
     found = _load(which, q)
     return (found, None) if isinstance(found, str) else (None, found)
@@ -97,19 +105,17 @@ def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     """
     q = problem.q
     found = _need("forward", q)
-    batch, heads, nq, head_dim = q.shape
-    out = torch.empty(batch, nq, heads, head_dim, dtype=q.dtype, device=q.device)
-    lse = torch.empty(batch, heads, nq, dtype=torch.float32, device=q.device)
-    arguments = Arguments(problem, found.info, driver.driver().encode, out, lse)
-    name = image.kernel("forward", q.dtype, head_dim, problem.masks.pair is not None, problem.dropout_p > 0)
+    out = empty_tokens(q)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    arguments = Arguments(problem, found.info, driver.driver().encode, out.transpose(1, 2), lse)
+    name = image.spec_of("forward", q.dtype, q.shape[3]).kernel(problem.masks.pair is not None, problem.dropout_p > 0)
     found.module.launch(name, arguments, arguments.blocks, _stream(q.device))
-    return out.transpose(1, 2), lse
+    return out, lse
 
 
 def backward(
-    problem: AttentionProblem, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor,
-    needs: tuple[bool, bool, bool, bool, bool],
-) -> Gradients:  # fmt: skip
+    problem: AttentionProblem, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, needs: Needs
+) -> Gradients:
     """Compute the gradients asked for.
 
     Sums over keys and over queries are added in any order, unless `torch.use_deterministic_algorithms` asks for one.
@@ -128,11 +134,11 @@ def backward(
     arguments = BackwardArguments(
         problem, dout, dlse, out, lse, found.info, driver.driver().encode, deterministic=deterministic
     )
-    head_dim, stream = q.shape[3], _stream(q.device)
-    name = image.kernel("backward", q.dtype, head_dim, problem.masks.pair is not None, problem.dropout_p > 0)
+    spec, stream = image.spec_of("backward", q.dtype, q.shape[3]), _stream(q.device)
+    name = spec.kernel(problem.masks.pair is not None, problem.dropout_p > 0)
     found.module.launch(name, arguments, arguments.blocks, stream)
     if needs[0]:
-        found.module.launch(image.conversion(q.dtype, head_dim), arguments, arguments.convert_blocks, stream)
+        found.module.launch(spec.conversion, arguments, arguments.convert_blocks, stream)
     return arguments.gradients(needs)
 
 
@@ -207,10 +213,10 @@ def _loaded_module(which: str, device: int, dtype: torch.dtype, head_dim: int) -
 
 def _kernels(which: str, dtype: torch.dtype, head_dim: int, info: Any) -> dict[str, tuple[int, int]]:
     """Return the kernels of a module: threads of a block, bytes of dynamic shared memory."""
-    names = (image.kernel(which, dtype, head_dim, pair, dropout) for pair in (False, True) for dropout in (False, True))
-    found = dict.fromkeys(names, (info.threads, info.shared_bytes))
+    spec = image.spec_of(which, dtype, head_dim)
+    found = dict.fromkeys(spec.kernels, (info.threads, info.shared_bytes))
     if which == "backward":
-        found[image.conversion(dtype, head_dim)] = (CONVERSION_THREADS, 0)
+        found[spec.conversion] = (CONVERSION_THREADS, 0)
     return found
 
 

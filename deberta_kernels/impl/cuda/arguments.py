@@ -15,21 +15,19 @@ import torch
 from torch import Tensor
 
 from deberta_kernels import dropout
-from deberta_kernels.position import PositionIndex, plain_tensors, position_index
+from deberta_kernels.impl.common import LOG2E, extent, has_positions, masked
+from deberta_kernels.impl.gpu_tables import check_prepared, ends_of, shared_index
+from deberta_kernels.position import plain_tensors
 from deberta_kernels.types import AttentionProblem, PositionSpec
 
 __all__ = [
-    "ALIGNMENT", "LOG2E", "LONGEST", "Arguments", "Box", "Call", "Encode", "ForwardInfo", "ForwardParams", "Info",
-    "TensorMap", "box_of", "ends", "expand", "grid", "readable", "rows_of_distances", "select",
+    "ALIGNMENT", "Arguments", "Box", "Call", "Encode", "ForwardInfo", "ForwardParams", "Info", "TensorMap", "box_of",
+    "expand", "grid", "readable", "rows_of_distances", "select",
 ]  # fmt: skip
 
-LOG2E = 1.4426950408889634
 ALIGNMENT = 64  # of a tensor map
-# prepare() expands a table over all its distances only when they are not many more than the table's rows.
-_MAX_PREPARED = 1 << 13
-# Rows of expanded tables come in multiples of this.
+# Rows of expanded tables come in multiples of this, a tile: lengths without end would have index tensors without end.
 _TABLE_STEP = 64
-LONGEST = 1 << 16  # tokens; lengths up to this share one index of distances
 _BOX = 64  # elements and rows of a box: the 128-byte swizzle allows no more
 
 
@@ -38,17 +36,15 @@ class Info(ctypes.Structure):
 
     Attributes:
         VERSION: the `abi_version` that this package fills arguments for.
-        SYMBOL: name of the constant.
     """
 
     VERSION: ClassVar[int]
-    SYMBOL: ClassVar[str]
 
 
 class ForwardInfo(Info):
     """`ForwardInfo` of csrc/cuda/params.h."""
 
-    VERSION, SYMBOL = 1, "disentangled_forward_info"
+    VERSION = 1
     _fields_ = [
         (name, ctypes.c_int32)
         for name in ("abi_version", "head_dim", "rows", "keys", "threads", "shared_bytes", "table_margin")
@@ -80,7 +76,7 @@ class ForwardParams(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Box:
-    """Say what a tensor map describes, its dimensions innermost first.
+    """What a tensor map describes, its dimensions innermost first.
 
     Attributes:
         address: of the first element.
@@ -109,11 +105,9 @@ def box_of(x: Tensor, order: tuple[int, ...]) -> Box:
 
 def grid(problem: AttentionProblem, rows: int) -> tuple[int, int]:
     """Return (blocks of a launch, blocks per sample and head) where a block takes that many queries."""
-    batch, heads, nq, _ = problem.q.shape
-    cu_seqlens = problem.cu_seqlens
-    samples, longest = (batch, nq) if cu_seqlens is None else (cu_seqlens.numel() - 1, problem.max_seqlen)
-    row_tiles = -(-longest // rows)
-    return samples * heads * row_tiles, row_tiles
+    samples, nq, _ = extent(problem)
+    row_tiles = -(-nq // rows)
+    return samples * problem.q.shape[1] * row_tiles, row_tiles
 
 
 class Call:
@@ -137,22 +131,16 @@ class Call:
         self._buffer = ctypes.create_string_buffer(ctypes.sizeof(layout) + 2 * ALIGNMENT)
         self.params: Any = layout.from_buffer(self._buffer, -ctypes.addressof(self._buffer) % ALIGNMENT)
         p = self.params
-        p.batch, p.heads, p.nq, _ = problem.q.shape
+        _, p.heads, p.nq, _ = problem.q.shape
         p.nk = problem.k.shape[2]
+        p.batch = extent(problem).samples
         if problem.cu_seqlens is not None:
-            p.batch = problem.cu_seqlens.numel() - 1
             p.cu_seqlens = self.address(problem.cu_seqlens.contiguous())
-        p.qk_scale, p.keep_scale = problem.scale * LOG2E, 1.0
+        p.qk_scale = problem.scale * LOG2E
+        p.dropout_threshold = dropout.threshold(problem.dropout_p)
+        p.keep_scale = dropout.keep_scale(problem.dropout_p)
         if problem.dropout_p > 0:
-            p.dropout_threshold = dropout.threshold(problem.dropout_p)
-            p.keep_scale = dropout.keep_scale(problem.dropout_p)
             p.seed = self.address(problem.seed)
-
-    @property
-    def masked(self) -> bool:
-        """Whether some query may have no softmax."""
-        masks = self.problem.masks
-        return masks.key is not None or masks.query is not None or masks.pair is not None
 
     def address(self, x: Tensor | None, writable: bool = False) -> int:
         """Return the address of a tensor that a kernel reads, or writes."""
@@ -222,7 +210,7 @@ class Arguments(Call):
             self.map(name, readable(x, 8), (3, 2, 1, 0))
         p.out, p.lse = self.address(out, True), self.address(lse, True)
         self._fill_tables(info.table_margin)
-        if self.masked:
+        if masked(problem):
             p.mean = self.address(problem.v.mean(2, dtype=torch.float32).contiguous())
             self.token_mask("key_mask", problem.masks.key)
             self.token_mask("query_mask", problem.masks.query)
@@ -231,21 +219,19 @@ class Arguments(Call):
     def _fill_tables(self, margin: int) -> None:
         p, problem, position = self.params, self.problem, self.problem.position
         p.prefix = position.prefix_length
-        if (problem.pos_key is None and problem.pos_query is None) or p.prefix >= p.nk:
+        if not has_positions(problem):
             p.prefix = p.nk
             return
-        index = position_index(max(p.nq, p.nk, LONGEST), position)
-        p.low_end, p.high_start = low_end, high_start = ends(index)
+        p.low_end, p.high_start = ends = ends_of(shared_index(max(p.nq, p.nk), position))
         expanded: Sequence[Tensor]
         if problem.prepared is None:
-            # In steps: lengths without end would have index tensors without end, see `rows_of_distances`.
-            first = (max(low_end, min(1 - (p.nk - p.prefix), -1)) - margin) // _TABLE_STEP * _TABLE_STEP
-            last = -(-(min(high_start, max(p.nq - 1, 0)) + margin) // _TABLE_STEP) * _TABLE_STEP
+            reached = ends.window(p.nq, p.nk - p.prefix, margin)
+            first = reached.first // _TABLE_STEP * _TABLE_STEP
+            last = -(-reached.stop // _TABLE_STEP) * _TABLE_STEP
             expanded = _expanded(problem.pos_key, problem.pos_query, position, first, last)
         else:
-            first, last = low_end - margin, high_start + margin
-            shape = (2, p.heads, last - first, problem.q.shape[3])
-            expanded = _check_prepared(problem.prepared, problem.q, shape).unbind()
+            first = check_prepared(problem.prepared, problem.q, ends.full_window(margin), problem.q.shape[3]).first
+            expanded = problem.prepared.unbind()
         self.tables(first, expanded)
 
 
@@ -261,27 +247,10 @@ def expand(pos_key: Tensor | None, pos_query: Tensor | None, position: PositionS
     Returns:
         (2, H, distances, D) contiguous; None when the distances are too many, or nothing saturates.
     """
-    low_end, high_start = ends(position_index(LONGEST, position))
-    first, last = low_end - margin, high_start + margin
-    if last - first > _MAX_PREPARED:
+    covered = ends_of(shared_index(1, position)).full_window(margin)
+    if covered is None:
         return None
-    return torch.stack(_expanded(pos_key, pos_query, position, first, last))
-
-
-def _check_prepared(prepared: Tensor, q: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Check that prepared tables are as large as the kernel will read."""
-    same = prepared.dtype == q.dtype and prepared.device == q.device and prepared.is_contiguous()
-    if prepared.shape != shape or not same:
-        raise ValueError(
-            f"prepared must be what prepare returned for these tables, {q.dtype} of shape {shape} on {q.device}, got "
-            f"{prepared.dtype} of {tuple(prepared.shape)} on {prepared.device}; prepare the tables again."
-        )
-    return prepared
-
-
-def ends(index: PositionIndex) -> tuple[int, int]:
-    """Return `low_end` and `high_start` as the kernels expect them: below 0, and at least 0."""
-    return min(index.low_end, -1), max(index.high_start, 0)
+    return torch.stack(_expanded(pos_key, pos_query, position, covered.first, covered.stop))
 
 
 def _expanded(
@@ -311,10 +280,10 @@ def rows_of_distances(
     position: PositionSpec, first: int, last: int, count: int, device: torch.device, sign: int = 1
 ) -> Tensor:
     """Return the row of tables of `count` rows for each distance, first ... last - 1 times `sign`, (n,) int64."""
-    index = position_index(max(-first, last, LONGEST), position)
+    index = shared_index(max(-first, last), position)
     with plain_tensors():
-        distances = (sign * torch.arange(first, last, device="cpu")).clamp(-index.reach, index.reach)
-        found = (index.delta[distances + index.reach].long() - position.first_row).clamp(0, count - 1)
+        rows = index.rows(sign * torch.arange(first, last, device="cpu"))
+        found = (rows.long() - position.first_row).clamp(0, count - 1)
         return found.to(device)  # waits for the copy, so later calls may read it from any stream
 
 

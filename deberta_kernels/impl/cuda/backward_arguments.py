@@ -10,34 +10,31 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from deberta_kernels.impl.common import LOG2E, empty_tokens, extent, has_positions, masked, wanted
 from deberta_kernels.impl.cuda.arguments import (
-    LOG2E,
-    LONGEST,
     Call,
     Encode,
     Info,
     TensorMap,
-    ends,
     grid,
     readable,
     rows_of_distances,
     select,
 )
-from deberta_kernels.position import position_index
+from deberta_kernels.impl.gpu_tables import PREFIX_STEP, Ends, ends_of, shared_index
 from deberta_kernels.types import AttentionProblem, Gradients
 
 __all__ = ["CONVERSION_THREADS", "BackwardArguments", "BackwardInfo", "BackwardParams", "Plan", "in_order", "plan"]
 
-CONVERSION_THREADS = 128
-_TILE = 64
-_PREFIX_STEP = 16  # kPrefixStep of csrc/cuda/schedule.h
+CONVERSION_THREADS = 128  # of a block of the second kernel: a warpgroup, as csrc/cuda/query_gradient.h has it
+_TILE = 64  # kTile of csrc/cuda/layout.h
 _FLOAT = 4  # bytes
 
 
 class BackwardInfo(Info):
     """`BackwardInfo` of csrc/cuda/params.h."""
 
-    VERSION, SYMBOL = 1, "disentangled_backward_info"
+    VERSION = 1
     _fields_: ClassVar = [
         (name, ctypes.c_int32)
         for name in ("abi_version", "head_dim", "keys", "queries", "threads", "shared_bytes", "table_margin")
@@ -51,7 +48,7 @@ class BackwardParams(ctypes.Structure):
         *((name, TensorMap) for name in ("q", "dout", "q_far", "pos_key", "pos_query")),
         *((name, ctypes.c_int64) for name in (
             "k", "k_stride_b", "k_stride_h", "k_stride_n", "v", "v_stride_b", "v_stride_h", "v_stride_n", "dk", "dv",
-            "dq", "lse2", "delta", "far_constants", "dmean", "dq_sums", "dtables", "dtables_stride_b",
+            "dq", "lse2", "out_dot_dout", "far_constants", "dmean", "dq_sums", "dtables", "dtables_stride_b",
             "dtables_stride_consumer", "far_sums", "pos_key_rows", "pos_query_rows", "table_rows", "table_offset",
             "low_end", "high_start", "key_mask", "key_mask_stride_b", "pair_mask", "pair_mask_stride_b",
             "pair_mask_stride_h", "pair_mask_stride_m", "pair_mask_stride_n", "cu_seqlens", "seed", "batch", "heads",
@@ -62,13 +59,13 @@ class BackwardParams(ctypes.Structure):
 
 
 class Plan(NamedTuple):
-    """Say how large a launch is: what follows from lengths and from the compiled kernel.
+    """The sizes of a launch: what follows from lengths and from the compiled kernel.
 
     Attributes:
         samples: of a batch, or packed sequences.
         heads: H.
         prefix: leading keys without a position; all keys where there are no tables.
-        ends: `low_end` and `high_start`.
+        ends: where distances saturate.
         first: smallest distance from a query to a key, j - i, that has a row in the expanded tables.
         table_rows: how many they have, a multiple of 64; 0 where there are no tables.
         is_far: whether there are tiles all of whose distances are saturated.
@@ -82,7 +79,7 @@ class Plan(NamedTuple):
     samples: int
     heads: int
     prefix: int
-    ends: tuple[int, int]
+    ends: Ends
     first: int
     table_rows: int
     is_far: bool
@@ -111,25 +108,22 @@ def plan(problem: AttentionProblem, info: BackwardInfo, deterministic: bool) -> 
         deterministic: add every sum in one fixed order: a thread block then holds all keys of a head, one after the
             other, and adds to sums of its own.
     """
-    position, packed = problem.position, problem.cu_seqlens is not None
-    samples, heads, nq, _ = problem.q.shape
-    nk = problem.k.shape[2]
-    if problem.cu_seqlens is not None:
-        samples, nq, nk = problem.cu_seqlens.numel() - 1, problem.max_seqlen, problem.max_seqlen
-    biased = (problem.pos_key is not None or problem.pos_query is not None) and position.prefix_length < nk
-    prefix = position.prefix_length if biased else problem.k.shape[2] if packed else nk
+    position, heads = problem.position, problem.q.shape[1]
+    samples, nq, nk = extent(problem)
+    biased = has_positions(problem)
+    prefix = position.prefix_length if biased else problem.k.shape[2]
     convert_blocks, row_tiles = grid(problem, info.queries)
-    shift, keys = prefix % _PREFIX_STEP, info.keys
+    shift, keys = prefix % PREFIX_STEP, info.keys
     others = nk - prefix + shift if nk > prefix else 0  # these blocks start at a multiple of the step
     key_blocks = -(-min(prefix, nk) // keys) + -(-others // keys)
     consumers = keys // _TILE
     found = Plan(
-        samples, heads, prefix, (0, 0), 0, 0, False, row_tiles, convert_blocks, key_blocks,
+        samples, heads, prefix, Ends(0, 0), 0, 0, False, row_tiles, convert_blocks, key_blocks,
         min(1, key_blocks) if deterministic else key_blocks, (samples, consumers) if deterministic else (1, 1),
     )  # fmt: skip
     if not biased:
         return found
-    low_end, high_start = ends(position_index(max(problem.q.shape[2], problem.k.shape[2], LONGEST), position))
+    low_end, high_start = ends = ends_of(shared_index(max(problem.q.shape[2], problem.k.shape[2]), position))
     first = max(-high_start, 1 - nq) - info.table_margin
     last = min(-low_end, nk - prefix - 1) + 1 + info.table_margin
     first -= (first + shift) % _TILE
@@ -138,7 +132,7 @@ def plan(problem: AttentionProblem, info: BackwardInfo, deterministic: bool) -> 
     highest = (row_tiles - 1) * _TILE - (keys - 1 - shift)
     lowest = _TILE - 1 - ((-(-others // keys) - 1) * keys - shift)
     is_far = highest >= high_start or lowest <= low_end
-    return found._replace(ends=(low_end, high_start), first=first, table_rows=last - first, is_far=is_far)
+    return found._replace(ends=ends, first=first, table_rows=last - first, is_far=is_far)
 
 
 class BackwardArguments(Call):
@@ -185,19 +179,19 @@ class BackwardArguments(Call):
         p, problem = self.params, self.problem
         self.map("q", readable(problem.q, 8), (3, 2, 1, 0))
         self.map("dout", readable(dout, 8), (3, 2, 1, 0))
-        delta = dout.to(torch.float32, copy=True).mul_(out).sum(-1)
+        out_dot_dout = dout.to(torch.float32, copy=True).mul_(out).sum(-1)
         if dlse is not None:
-            delta = delta - dlse
+            out_dot_dout = out_dot_dout - dlse
         # Rounded once: a large score makes the last bit of a weight coarse.
         lse2 = (lse.double() * LOG2E).float()
-        if self.masked:
+        if masked(problem):
             padded = lse == -torch.inf
-            delta, lse2 = delta.masked_fill_(padded, 0.0), lse2.masked_fill_(padded, torch.inf)
+            out_dot_dout, lse2 = out_dot_dout.masked_fill_(padded, 0.0), lse2.masked_fill_(padded, torch.inf)
             dmean = dout.masked_fill(~padded[..., None], 0.0).sum(2, dtype=torch.float32).div_(p.nk)
             p.dmean = self.address(dmean.contiguous())
             self.token_mask("key_mask", problem.masks.key)
             self.pair_mask()
-        p.lse2, p.delta = self.address(lse2.contiguous()), self.address(delta.contiguous())
+        p.lse2, p.out_dot_dout = self.address(lse2.contiguous()), self.address(out_dot_dout.contiguous())
 
     def _fill_tables(self) -> None:
         p, problem, size = self.params, self.problem, self.plan
@@ -250,20 +244,15 @@ class BackwardArguments(Call):
             p.dtables_stride_b, p.dtables_stride_consumer = self._dtables.stride()[:2]
 
     def _result(self, name: str) -> Tensor:
-        x: Tensor = getattr(self.problem, name)
-        batch, heads, length, head_dim = x.shape
-        found = torch.empty(batch, length, heads, head_dim, dtype=x.dtype, device=x.device)
+        found = empty_tokens(getattr(self.problem, name)).transpose(1, 2)  # (B, N, H, D)
         setattr(self.params, f"d{name}", self.address(found, True))
         return found
 
     def gradients(self, needs: Sequence[bool] = (True,) * 5) -> Gradients:
         """Return the gradients asked for, dq ... dpos_query, once the kernels have run."""
         dq, dk, dv = (x.transpose(1, 2) if need else None for x, need in zip((self.dq, self.dk, self.dv), needs))
-        tables = (self.problem.pos_key, self.problem.pos_query)
-        folded = (
-            self._folded(which, x) if need and x is not None else None
-            for which, (x, need) in enumerate(zip(tables, needs[3:]))
-        )
+        tables = wanted(self.problem, needs)[3:]
+        folded = (None if x is None else self._folded(which, x) for which, x in enumerate(tables))
         return Gradients(dq, dk, dv, *folded)
 
     def _folded(self, which: int, table: Tensor) -> Tensor:

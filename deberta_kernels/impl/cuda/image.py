@@ -18,15 +18,14 @@ from typing import Any, TypeVar
 
 import torch
 
-from deberta_kernels.impl.cuda import cache, nvrtc
+from deberta_kernels import dtypes
+from deberta_kernels.impl.cuda import cache, modules, nvrtc
 from deberta_kernels.impl.cuda.arguments import Info
+from deberta_kernels.impl.cuda.modules import ModuleSpec
 
-__all__ = ["DTYPES", "HEAD_DIMS", "ImageError", "compiled", "conversion", "images", "info_of", "kernel", "packaged",
-           "status"]  # fmt: skip
+__all__ = ["DTYPES", "ImageError", "compiled", "images", "info_of", "packaged", "spec_of", "status"]
 
-DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-# Pass: the head sizes it is compiled for.
-HEAD_DIMS = {"forward": (64, 128), "backward": (64,)}
+DTYPES = tuple(dtype for dtype, name in dtypes.SHORT_NAMES.items() if name in modules.DTYPES)
 
 _FOLDER = Path(__file__).resolve().parents[2] / "lib" / "cuda"
 AnInfo = TypeVar("AnInfo", bound=Info)
@@ -35,18 +34,12 @@ _logger = logging.getLogger(__name__)
 
 
 class ImageError(RuntimeError):
-    """Say why a compiled module is not there or cannot be trusted."""
+    """A compiled module is not there, or cannot be trusted."""
 
 
-def kernel(which: str, dtype: torch.dtype, head_dim: int, pair: bool, dropout: bool) -> str:
-    """Return the name of a kernel of "forward" or "backward"."""
-    name = f"disentangled_{which}_{DTYPES[dtype]}_d{head_dim}"
-    return name + ("_pair" if pair else "") + ("_dropout" if dropout else "")
-
-
-def conversion(dtype: torch.dtype, head_dim: int) -> str:
-    """Return the name of the kernel that ends a backward: it converts dq."""
-    return f"disentangled_backward_dq_{DTYPES[dtype]}_d{head_dim}"
+def spec_of(which: str, dtype: torch.dtype, head_dim: int) -> ModuleSpec:
+    """Return what the module of "forward" or "backward" is compiled for."""
+    return ModuleSpec(which, dtypes.short_name(dtype), head_dim)
 
 
 def images(which: str, dtype: torch.dtype, head_dim: int) -> Iterator[bytes | ImageError]:
@@ -67,7 +60,7 @@ def packaged(which: str, dtype: torch.dtype, head_dim: int) -> bytes:
     Raises:
         ImageError: there is none, it is damaged, or it was built from other sources.
     """
-    name = f"{which}_{DTYPES[dtype]}_d{head_dim}.cubin"
+    name = f"{spec_of(which, dtype, head_dim).name}.cubin"
     record = _record()
     if name not in record.get("cubins", {}):
         raise ImageError("no CUDA module was built with the package")
@@ -89,14 +82,15 @@ def compiled(which: str, dtype: torch.dtype, head_dim: int) -> bytes:
         ImageError: the sources are not in the package.
         NvrtcError: NVRTC is not there, or does not compile them.
     """
-    sources, main = _sources(), f"{which}.cu"
+    spec, sources = spec_of(which, dtype, head_dim), _sources()
+    main = spec.source
     if main not in sources:
         raise ImageError(f"the CUDA sources are not in the package ({_FOLDER} holds none)")
-    options = ("--gpu-architecture=sm_90a", "--std=c++17", f"-DDK_DTYPE={DTYPES[dtype]}", f"-DDK_HEAD_DIM={head_dim}")
+    options = (*modules.NVRTC_FLAGS, *spec.definitions)
     with _lock:
         compiler = _compiler()
         digest = _sha256(json.dumps([compiler.version, main, options, sources], sort_keys=True).encode())
-        name = f"{which}_{DTYPES[dtype]}_d{head_dim}_{digest[:32]}.cubin"
+        name = f"{spec.name}_{digest[:32]}.cubin"
         made = None
         try:
             made = cache.read(name)
@@ -109,31 +103,18 @@ def compiled(which: str, dtype: torch.dtype, head_dim: int) -> bytes:
 
 
 def info_of(cubin: bytes, layout: type[AnInfo]) -> AnInfo:
-    """Return what a compiled module says of itself, the only data in constant bank 3; no device is needed.
+    """Return what a compiled module says of itself; no device is needed.
 
     Raises:
         ImageError: the module is damaged, or made for another version of the package.
     """
     try:
-        info = layout(*_constants(cubin, layout.SYMBOL))
+        info = layout(*modules.constants(cubin))
     except (struct.error, IndexError, ValueError) as error:
         raise ImageError(f"the CUDA module is damaged ({error})") from error
     if info.abi_version != layout.VERSION:
         raise ImageError(f"the CUDA module has version {info.abi_version} of its arguments, not {layout.VERSION}")
     return info
-
-
-def _constants(cubin: bytes, symbol: str) -> tuple[int, ...]:
-    if cubin[:4] != b"\x7fELF":
-        raise ValueError("it is no ELF file")
-    (table,) = struct.unpack_from("<Q", cubin, 40)
-    size, number, names = struct.unpack_from("<HHH", cubin, 58)
-    headers = [struct.unpack_from("<IIQQQQ", cubin, table + i * size) for i in range(number)]
-    for name, _, _, _, offset, length in headers:
-        start = headers[names][4] + name
-        if cubin[start : cubin.index(b"\0", start)] == b".nv.constant3" and length >= 28:
-            return struct.unpack_from("<7i", cubin, offset)
-    raise ValueError(f"it holds no {symbol}")
 
 
 def status() -> dict[str, Any]:
@@ -150,7 +131,7 @@ def status() -> dict[str, Any]:
         found = str(error)
     return {
         "built": sorted(record.get("cubins", {})), "nvcc": record.get("nvcc"),
-        "sources": all(f"{which}.cu" in sources for which in HEAD_DIMS), "nvrtc": found,
+        "sources": all(spec.source in sources for spec in modules.MODULES), "nvrtc": found,
     }  # fmt: skip
 
 

@@ -9,12 +9,22 @@ import torch
 from torch import Tensor
 
 from deberta_kernels import env
+from deberta_kernels.dtypes import KERNEL_FLOATS
+from deberta_kernels.impl.common import (
+    Needs,
+    device_refusal,
+    dtype_refusal,
+    head_dim_refusal,
+    is_ordinary,
+    scale_refusal,
+)
 from deberta_kernels.types import AttentionProblem, Gradients, PositionSpec
 
 __all__ = ["backward", "forward", "prepare", "refusal"]
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# Six tiles of 32 rows by 256 numbers (16 rows in float32) are 96 KiB, of the 99 that sm_86 and sm_120 have.
 _MAX_HEAD_DIM = 256
+# The oldest Triton that the kernels are compiled and tested with.
 _OLDEST = (3, 6)
 # What the kernels are compiled for and counted (`make kernels-offline`), by compute capability and by name.
 _CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
@@ -24,13 +34,14 @@ _ARCHITECTURES = ("gfx942",)
 def refusal(problem: AttentionProblem) -> str | None:
     """Return why the Triton kernels cannot run `problem`, or None when they can."""
     q = problem.q
-    if q.dtype not in _DTYPES:
-        return f"it computes float32, bfloat16 and float16, not {_name(q.dtype)}"
-    if q.shape[-1] > _MAX_HEAD_DIM:
-        return f"head_dim {q.shape[-1]} is more than {_MAX_HEAD_DIM}"
-    if problem.scale <= 0:
-        return "the scale is not positive"
-    return _device_refusal(q.device, q.dtype) or _triton_refusal() or _compile_refusal(problem)
+    return (
+        dtype_refusal(q.dtype, KERNEL_FLOATS)
+        or head_dim_refusal(q.shape[-1], _MAX_HEAD_DIM)
+        or scale_refusal(problem.scale)
+        or _device_refusal(q.device, q.dtype)
+        or _triton_refusal()
+        or _compile_refusal(problem)
+    )
 
 
 def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
@@ -46,9 +57,8 @@ def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
 
 
 def backward(
-    problem: AttentionProblem, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor,
-    needs: tuple[bool, bool, bool, bool, bool],
-) -> Gradients:  # fmt: skip
+    problem: AttentionProblem, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, needs: Needs
+) -> Gradients:
     """Compute the gradients asked for; every sum has one fixed order, so the same call gives the same bits.
 
     Args:
@@ -95,7 +105,7 @@ def _triton_refusal() -> str | None:
 
 
 def _compile_refusal(problem: AttentionProblem) -> str | None:
-    if env.triton_interpreted() or type(problem.q) not in (Tensor, torch.nn.Parameter):
+    if env.triton_interpreted() or not is_ordinary(problem.q):
         return None
     try:
         from deberta_kernels.impl.triton import execute
@@ -109,9 +119,7 @@ def _device_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
         if device.type != "cpu":
             return f"TRITON_INTERPRET is set, so it runs on cpu tensors, not {device.type}"
         return "Triton's interpreter does not compute bfloat16" if dtype == torch.bfloat16 else None
-    if device.type != "cuda":
-        return f"it runs on cuda tensors, not {device.type}"
-    return _capability_refusal(device)
+    return device_refusal(device, "cuda") or _capability_refusal(device)
 
 
 @lru_cache(maxsize=32)
@@ -124,7 +132,3 @@ def _capability_refusal(device: torch.device) -> str | None:
         return None
     known = ", ".join(f"{major}.{minor}" for major, minor in _CAPABILITIES)
     return f"compute capability {capability[0]}.{capability[1]} is not one of {known}"
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deberta_kernels.impl.common import Needs, empty_tokens, has_positions, wanted
+from deberta_kernels.impl.gpu_tables import PREFIX_STEP
 from deberta_kernels.impl.triton import tuning
 from deberta_kernels.impl.triton.key_grad import _disentangled_bwd_dkv_kernel
 from deberta_kernels.impl.triton.plan import Call, Launch, Plan, rows_of_program
 from deberta_kernels.impl.triton.position_grad import _disentangled_bwd_position_kernel
-from deberta_kernels.impl.triton.primitives import PREFIX_STEP
 from deberta_kernels.impl.triton.query_grad import _disentangled_bwd_dq_kernel
 from deberta_kernels.impl.triton.row_statistics import (
     _disentangled_bwd_preprocess_kernel,
@@ -23,9 +24,13 @@ from deberta_kernels.types import AttentionProblem, Gradients
 
 __all__ = ["Backward"]
 
-# Programs of the position gradient to aim for: two for each multiprocessor of the largest devices.
+# Programs of the position gradient to aim for: two for each of the 132 multiprocessors of an H100.
 _POSITION_PROGRAMS = 264
+# Parts of the samples that are summed apart where diagonals and heads are few. Each has its own float32 copy of the
+# gradients of both expanded tables, whose memory this bounds.
 _MAX_PARTS = 4
+# Rows that a program of the sum, and of the fold, takes at once, and distances of a row that the fold adds at once.
+# Nobody has measured others: these kernels read their input once and multiply nothing.
 _SUM_ROWS = 32
 _FOLD_ROWS = 16
 _FOLD_CHUNK = 8
@@ -35,17 +40,16 @@ class Backward(Call):
     """The launches of one backward: statistics of the rows, dq, dk and dv, position gradients."""
 
     def __init__(
-        self, problem: AttentionProblem, config: tuning.TileConfig, precision: str, dout: Tensor,
-        needs: tuple[bool, bool, bool, bool, bool],
-    ) -> None:  # fmt: skip
+        self, problem: AttentionProblem, config: tuning.TileConfig, precision: str, dout: Tensor, needs: Needs
+    ) -> None:
         super().__init__(problem, config, precision)
         self.dout, self.needs = dout, needs
-        self.wants_tables = self.biased and any(
-            need and x is not None for need, x in zip(needs[3:], (problem.pos_key, problem.pos_query))
-        )
+        self.wanted = wanted(problem, needs)
+        self.wants_tables = has_positions(problem) and any(x is not None for x in self.wanted[3:])
 
     def plan(self, out: Tensor, lse: Tensor, dlse: Tensor | None) -> Plan:
-        q, k, v = (self.gradient(x) for x in (self.problem.q, self.problem.k, self.problem.v))
+        # (B, N, H, D) in memory, as the kernels write them.
+        q, k, v = (empty_tokens(x).transpose(1, 2) for x in (self.problem.q, self.problem.k, self.problem.v))
         shared = {**self.tokens("q", "k", "v"), **self.strided("dout", "o", self.dout), **self.tables()}
         shared.update(self.key_masks())
         self.preprocess(shared, out, lse, dlse)
@@ -58,11 +62,6 @@ class Backward(Call):
         tables = self.table_gradients(shared, far)
         dq, dk, dv = (x.transpose(1, 2) if need else None for x, need in zip((q, k, v), self.needs))
         return Plan(self.launches, Gradients(dq, dk, dv, *tables))
-
-    def gradient(self, x: Tensor) -> Tensor:
-        """Return uninitialised (B, N, H, D) memory."""
-        batch, heads, length, head_dim = x.shape
-        return torch.empty(batch, length, heads, head_dim, dtype=x.dtype, device=x.device)
 
     def preprocess(self, shared: dict[str, Any], out: Tensor, lse: Tensor, dlse: Tensor | None) -> None:
         device = self.problem.q.device
@@ -118,16 +117,14 @@ class Backward(Call):
 
     def table_gradients(self, shared: dict[str, Any], far: Tensor | None) -> list[Tensor | None]:
         """Plan the gradients of the position tables; return them."""
-        tables = (self.problem.pos_key, self.problem.pos_query)
-        wanted = [need and x is not None for need, x in zip(self.needs[3:], tables)]
+        tables = self.wanted[3:]
         if not self.wants_tables or far is None:
-            return [torch.zeros_like(x, memory_format=torch.contiguous_format) if need and x is not None else None
-                    for need, x in zip(wanted, tables)]  # fmt: skip
+            return [None if x is None else torch.zeros_like(x, memory_format=torch.contiguous_format) for x in tables]
         near, parts = self.near_gradients(shared)
         found: list[Tensor | None] = []
-        for which, (need, table) in enumerate(zip(wanted, tables)):
+        for which, table in enumerate(tables):
             gradient = None
-            if need and table is not None:
+            if table is not None:
                 gradient = torch.empty(table.shape, dtype=table.dtype, device=table.device)
                 self.fold(near[which], far[which], gradient, parts)
             found.append(gradient)
@@ -135,8 +132,8 @@ class Backward(Call):
 
     def near_gradients(self, shared: dict[str, Any]) -> tuple[Tensor, int]:
         """Plan the gradients of the expanded tables: (2 tables, parts * 2, H, rows, block) float32."""
-        tile, shift = self.config.tile, self.prefix % PREFIX_STEP.value
-        left, right = near_reach(self.device_tables, shift, tile)
+        tile, shift = self.config.tile, self.prefix % PREFIX_STEP
+        left, right = near_reach(self.device_tables.ends, shift, tile)
         first, last = max(1 - right, 1 - self.position_tiles), min(left - 1, self.row_tiles - 1)
         diagonals = last - first + 1
         parts = min(_POSITION_PROGRAMS // (diagonals * self.heads), _MAX_PARTS, self.batch * self.row_tiles)
@@ -148,12 +145,12 @@ class Backward(Call):
         return near, parts * 2
 
     def fold(self, near: Tensor, far: Tensor, gradient: Tensor, parts: int) -> None:
-        delta = self.device_tables
+        tables = self.device_tables
         arguments = {
-            "near_ptr": near, "far_ptr": far, "dpos_ptr": gradient, "order_ptr": delta.order,
-            "bounds_ptr": delta.bounds, "rows": self.window.rows, "skipped": self.window.first - delta.first,
+            "near_ptr": near, "far_ptr": far, "dpos_ptr": gradient, "order_ptr": tables.order,
+            "bounds_ptr": tables.bounds, "rows": self.window.rows, "skipped": self.window.first - tables.first,
             "first_row": self.problem.position.first_row, "table_rows": gradient.shape[1], "parts": parts,
-            "heads": self.heads, "low_row": delta.low_row, "high_row": delta.high_row, "scale": self.problem.scale,
+            "heads": self.heads, "low_row": tables.low_row, "high_row": tables.high_row, "scale": self.problem.scale,
         }  # fmt: skip
         rows = rows_of_program(_FOLD_ROWS, gradient.device)
         constants = {"HEAD_DIM": self.head_dim, "BLOCK_D": self.block, "ROWS": rows, "CHUNK": _FOLD_CHUNK}

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
+from deberta_kernels.impl.common import Needs, has_positions, inputs
 from deberta_kernels.impl.triton import launch, tuning
-from deberta_kernels.impl.triton.tables import device_tables, full_window
+from deberta_kernels.impl.triton.plan import mask_kind
+from deberta_kernels.impl.triton.tables import device_tables
 from deberta_kernels.types import AttentionProblem, Gradients, Masks, PositionSpec
 
 __all__ = ["backward", "compile_refusal", "forward", "prepare"]
@@ -29,13 +31,10 @@ def compile_refusal(problem: AttentionProblem) -> str | None:
     middle of a forward. The kernels of the backward are compiled with those of the forward where a gradient is needed.
     """
     q = problem.q
-    inputs = (problem.q, problem.k, problem.v, problem.pos_key, problem.pos_query)
     # Whatever the mode: a compiled graph chooses without gradients what it will run with them.
-    differentiated = any(x is not None and x.requires_grad for x in inputs)
-    masks = problem.masks
-    masked = 2 if masks.pair is not None else int(masks.key is not None or masks.query is not None)
-    biased = problem.pos_key is not None or problem.pos_query is not None
-    variant = (q.device, q.dtype, q.shape[-1], masked, biased, problem.dropout_p > 0, differentiated, _precision())
+    differentiated = any(x is not None and x.requires_grad for x in inputs(problem))
+    features = (mask_kind(problem), has_positions(problem), problem.dropout_p > 0)
+    variant = (q.device, q.dtype, q.shape[-1], *features, differentiated, _precision())
     if variant not in _compiled:
         with _lock:
             if variant not in _compiled:
@@ -87,9 +86,8 @@ def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
 
 
 def backward(
-    problem: AttentionProblem, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor,
-    needs: tuple[bool, bool, bool, bool, bool],
-) -> Gradients:  # fmt: skip
+    problem: AttentionProblem, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, needs: Needs
+) -> Gradients:
     """Compute the gradients asked for; see `deberta_kernels.impl.triton.backward`."""
     key, precision = tuning.device_key(problem.q.device), _precision()
 
@@ -106,7 +104,7 @@ def prepare(pos_key: Tensor | None, pos_query: Tensor | None, position: Position
     if table is None:
         return None
     tables = device_tables(1, position, table.device)
-    covered = full_window(tables)
+    covered = tables.full_window()
     if covered is None:
         return None
     planned, expanded = launch.expand_launch(pos_key, pos_query, position, tables, covered)
@@ -116,7 +114,7 @@ def prepare(pos_key: Tensor | None, pos_query: Tensor | None, position: Position
 
 
 class _TooLargeError(RuntimeError):
-    """Say that a device lacks the memory for the smallest tiles."""
+    """A device lacks the memory for the smallest tiles."""
 
 
 def _run(q: Tensor, key: str, direction: str, plan: Callable[[], launch.Plan]) -> Any:

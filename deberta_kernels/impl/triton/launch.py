@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deberta_kernels.impl.common import Needs, empty_tokens
 from deberta_kernels.impl.triton import tuning
 from deberta_kernels.impl.triton.backward_plan import Backward
 from deberta_kernels.impl.triton.forward_kernels import _disentangled_fwd_kernel
@@ -57,28 +58,26 @@ def forward_launches(
         problem, config or tuning.config(device_key, problem.q.dtype, problem.q.shape[-1], "forward"), precision
     )
     q = problem.q
-    batch, heads, nq, head_dim = q.shape
-    out = torch.empty(batch, nq, heads, head_dim, dtype=q.dtype, device=q.device)
-    lse = torch.empty(batch, heads, nq, dtype=torch.float32, device=q.device)
+    out = empty_tokens(q)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     mean = call.nothing(torch.float32)
     if call.masked:
         mean = problem.v.mean(2, dtype=torch.float32).contiguous()
     tables = call.tables()
     call.add(
         _disentangled_fwd_kernel,
-        (call.batch * heads * call.row_tiles,),
+        (call.batch * call.heads * call.row_tiles,),
         {
             **call.tokens("q", "k", "v"), **call.key_masks(), **call.query_mask(), **tables,
-            "out_ptr": out, "lse_ptr": lse, "mean_ptr": mean, "row_tiles": call.row_tiles,
+            "out_ptr": out.transpose(1, 2), "lse_ptr": lse, "mean_ptr": mean, "row_tiles": call.row_tiles,
         },
     )  # fmt: skip
-    return Plan(call.launches, (out.transpose(1, 2), lse))
+    return Plan(call.launches, (out, lse))
 
 
 def backward_launches(
-    problem: AttentionProblem, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor,
-    needs: tuple[bool, bool, bool, bool, bool], device_key: str, config: tuning.TileConfig | None = None,
-    precision: str = "ieee",
+    problem: AttentionProblem, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, needs: Needs,
+    device_key: str, config: tuning.TileConfig | None = None, precision: str = "ieee",
 ) -> Plan:  # fmt: skip
     """Plan a backward.
 

@@ -13,22 +13,24 @@ import torch
 from torch import Tensor
 
 from deberta_kernels import dropout
+from deberta_kernels.impl.common import LOG2E, extent, has_positions, masked, unit_stride
+from deberta_kernels.impl.gpu_tables import PREFIX_STEP, Window, check_prepared
 from deberta_kernels.impl.triton import tile_list, tuning
-from deberta_kernels.impl.triton.primitives import LOG2E, PREFIX_STEP
 from deberta_kernels.impl.triton.table_kernels import _disentangled_expand_kernel
-from deberta_kernels.impl.triton.tables import DeviceTables, Window, device_tables, full_window, window
+from deberta_kernels.impl.triton.tables import DeviceTables, device_tables
 from deberta_kernels.types import AttentionProblem, PositionSpec
 
-__all__ = ["Call", "Launch", "Plan", "expand_launch", "rows_of_program"]
+__all__ = ["Call", "Launch", "Plan", "expand_launch", "mask_kind", "rows_of_program"]
 
-# A row stride below this cannot overflow 32 bits inside one tile.
+# A row stride below this cannot overflow 32 bits inside one tile: 64 rows of 4 bytes are 2**8.
 _MAX_ROW_STRIDE = 1 << 23
+# Rows that a program of the expansion copies; nobody has measured others.
 _EXPAND_ROWS = 32
 
 
 @dataclass(frozen=True)
 class Launch:
-    """Hold one kernel launch.
+    """One kernel launch.
 
     Attributes:
         kernel: the jitted function.
@@ -49,7 +51,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Plan:
-    """Hold the launches of one call, in order, and the tensors they fill.
+    """The launches of one call, in order, and the tensors they fill.
 
     Attributes:
         launches: what to run.
@@ -74,8 +76,7 @@ def expand_launch(
     heads, table_rows, head_dim = some.shape
     block = _block(head_dim)
     expanded = torch.empty(2, heads, covered.rows, block, dtype=some.dtype, device=some.device)
-    key, query = (some if x is None else _unit_stride(x) for x in (pos_key, pos_query))
-    key, query = (x if x.stride(-1) == 1 else _unit_stride(x) for x in (key, query))
+    key, query = (unit_stride(some if x is None else x) for x in (pos_key, pos_query))
     arguments = {
         "pos_key_ptr": key, "pos_query_ptr": query, "expanded_ptr": expanded, "delta_ptr": tables.delta,
         "stride_kh": key.stride(0), "stride_kn": key.stride(1), "stride_qh": query.stride(0),
@@ -94,21 +95,18 @@ class Call:
 
     def __init__(self, problem: AttentionProblem, config: tuning.TileConfig, precision: str) -> None:
         self.problem, self.config = problem, config
-        q, position, masks = problem.q, problem.position, problem.masks
-        self.batch, self.heads, self.nq, self.head_dim = q.shape
+        q = problem.q
+        _, self.heads, self.nq, self.head_dim = q.shape
         self.nk = problem.k.shape[2]
         self.packed = problem.cu_seqlens is not None
-        self.longest_q, self.longest_k = self.nq, self.nk
-        if problem.cu_seqlens is not None:
-            self.batch = problem.cu_seqlens.numel() - 1
-            self.longest_q = self.longest_k = problem.max_seqlen
+        self.batch, self.longest_q, self.longest_k = extent(problem)
         tile = config.tile
-        self.prefix = position.prefix_length
-        self.biased = (problem.pos_key is not None or problem.pos_query is not None) and self.longest_k > self.prefix
-        self.masked = 2 if masks.pair is not None else int(masks.key is not None or masks.query is not None)
+        self.prefix = problem.position.prefix_length
+        self.biased = has_positions(problem)
+        self.masked = mask_kind(problem)
         self.row_tiles = -(-self.longest_q // tile)
         prefix = self.prefix if self.biased else self.longest_k  # a key without a position is a prefix key
-        aligned = prefix // PREFIX_STEP.value * PREFIX_STEP.value
+        aligned = prefix // PREFIX_STEP * PREFIX_STEP
         self.prefix_tiles = -(-prefix // tile)
         self.position_tiles = -(-(self.longest_k - aligned) // tile) if self.longest_k > prefix else 0
         self.key_tiles = self.prefix_tiles + self.position_tiles
@@ -116,12 +114,11 @@ class Call:
         lanes = 16 // q.element_size()
         self.unit = lanes if self.head_dim % lanes == 0 else 1
         self.launches: list[Launch] = []
-        self.dropping = problem.dropout_p > 0
         self.features = {
             "HEAD_DIM": self.head_dim, "BLOCK_D": self.block, "TILE": tile, "UNIT": self.unit,
             # Masks without positions are rare: they take the kernel with positions, all keys being prefix keys, so
             # that there are eight variants: (no bias; bias without masks, with token masks, with pair masks) x dropout.
-            "HAS_BIAS": self.biased or self.masked > 0, "MASKED": self.masked, "DROPOUT": self.dropping,
+            "HAS_BIAS": self.biased or self.masked > 0, "MASKED": self.masked, "DROPOUT": problem.dropout_p > 0,
             "PRECISION": precision if q.dtype == torch.float32 else "ieee",
         }  # fmt: skip
         self.sizes = {
@@ -129,9 +126,8 @@ class Call:
             "cu_seqlens_ptr": problem.cu_seqlens.contiguous() if problem.cu_seqlens is not None
             else self.nothing(torch.int32),
             "seed_ptr": problem.seed if problem.seed is not None else self.nothing(torch.int64),
-            "threshold": dropout.threshold(problem.dropout_p) if self.dropping else 0,
-            "keep_scale": dropout.keep_scale(problem.dropout_p) if self.dropping else 1.0,
-            "qk_scale": problem.scale * LOG2E.value, "scale": problem.scale,
+            "threshold": dropout.threshold(problem.dropout_p), "keep_scale": dropout.keep_scale(problem.dropout_p),
+            "qk_scale": problem.scale * LOG2E, "scale": problem.scale,
         }  # fmt: skip
 
     def nothing(self, dtype: torch.dtype) -> Tensor:
@@ -217,26 +213,25 @@ class Call:
             }  # fmt: skip
         positioned = self.longest_k - self.prefix
         self.device_tables = device_tables(max(self.longest_q, positioned), problem.position, q.device)
-        full = full_window(self.device_tables)
-        expanded = problem.prepared
-        if expanded is not None:
-            if full is None or tuple(expanded.shape) != (2, self.heads, full.rows, self.block):
-                raise ValueError(
-                    "prepared must be what prepare returned for these tables, got shape "
-                    f"{tuple(expanded.shape)}; prepare the tables again."
-                )
-            self.window = full
+        if problem.prepared is not None:
+            expanded = problem.prepared
+            self.window = check_prepared(expanded, q, self.device_tables.full_window(), self.block)
         else:
-            self.window = window(self.device_tables, self.longest_q, positioned)
+            self.window = self.device_tables.window(self.longest_q, positioned)
             launch, expanded = expand_launch(
                 problem.pos_key, problem.pos_query, problem.position, self.device_tables, self.window
             )
             self.launches.append(launch)
         return {
-            "pos_key_ptr": expanded[0], "pos_query_ptr": expanded[1], "low_end": self.device_tables.low_end,
-            "high_start": self.device_tables.high_start, "table_offset": self.window.offset,
+            "pos_key_ptr": expanded[0], "pos_query_ptr": expanded[1], "low_end": self.device_tables.ends.low_end,
+            "high_start": self.device_tables.ends.high_start, "table_offset": self.window.offset,
             "table_rows": self.window.rows,
         }  # fmt: skip
+
+
+def mask_kind(problem: AttentionProblem) -> int:
+    """Return the MASKED that a call's kernels are compiled with, see `primitives`."""
+    return 2 if problem.masks.pair is not None else int(masked(problem))
 
 
 def rows_of_program(rows: int, device: torch.device) -> int:
@@ -247,10 +242,6 @@ def rows_of_program(rows: int, device: torch.device) -> int:
 def _block(head_dim: int) -> int:
     """Return the power of two, at least 16, that a matrix product needs for a head size."""
     return max(16, 1 << (head_dim - 1).bit_length())
-
-
-def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 and not x.is_neg() else x.resolve_neg().contiguous()
 
 
 def _readable(x: Tensor, unit: int) -> Tensor:

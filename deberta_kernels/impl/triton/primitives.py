@@ -11,7 +11,7 @@ Values that travel together are tuples, always in this order:
 MASKED says which masks a kernel is compiled for: 0 none, 1 of keys and queries, 2 of pairs as well.
 
 Kernels run over keys in two segments: the prefix keys, which have no position, and the others, whose tiles start at a
-multiple of `PREFIX_STEP`, so that the groups of eight keys that share a dropout counter never straddle two tiles.
+multiple of `gpu_tables.PREFIX_STEP`.
 """
 
 # No postponed annotations here: Triton reads the annotations of kernels as objects.
@@ -19,13 +19,14 @@ multiple of `PREFIX_STEP`, so that the groups of eight keys that share a dropout
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
-# A constant reaches a kernel as float32: what it loses comes with it, for the few sums in float64.
+from deberta_kernels.impl import gpu_tables
+
+# log2(e). A constant reaches a kernel as float32: what it loses comes with it, for the few sums in float64.
 LOG2E_HIGH = tl.constexpr(1.4426950216293335)
 LOG2E_LOW = tl.constexpr(1.925962989091e-8)
 LN2_HIGH = tl.constexpr(0.6931471824645996)
 LN2_LOW = tl.constexpr(-1.904654323148e-9)
-PREFIX_STEP = tl.constexpr(16)
+PREFIX_STEP = tl.constexpr(gpu_tables.PREFIX_STEP)
 
 # Values that vary from call to call: compiling again for one of them would stall a user's step.
 RUNTIME = (

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from deberta_kernels import dtypes
+
 __all__ = ["DIRECTIONS", "LARGEST_TILE", "TileConfig", "candidates", "config", "device_key", "shrunk"]
 
 DIRECTIONS = ("forward", "backward")
@@ -26,7 +28,7 @@ _ROOMY = ("sm_90", "sm_100", "sm_103", "gfx942", "cpu")
 
 @dataclass(frozen=True)
 class TileConfig:
-    """Say how one direction of one head size is compiled.
+    """How one direction of one head size is compiled.
 
     Attributes:
         tile: queries and keys per tile; 16, 32 or 64.
@@ -61,7 +63,7 @@ def config(key: str, dtype: torch.dtype, head_dim: int, direction: str) -> TileC
     known = _shrunk.get((key, dtype, head_dim, direction))
     if known is not None:
         return known
-    entries = [e for e in _table(key) if e["direction"] == direction and e["dtype"] == _short(dtype)]
+    entries = [e for e in _table(key) if e["direction"] == direction and e["dtype"] == dtypes.name(dtype)]
     if entries:
         best = min(entries, key=lambda e: (abs(e["head_dim"] - head_dim), e["head_dim"]))
         if best["head_dim"] >= head_dim:  # a tile measured for smaller heads may not fit
@@ -122,7 +124,3 @@ def _table(key: str) -> list[dict[str, Any]]:
         return []
     entries: list[dict[str, Any]] = json.loads(path.read_text())["entries"]
     return entries
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
