@@ -38,6 +38,7 @@ from native_build import (  # noqa: E402  (builds do not look for modules beside
     Layout,
     build_folder,
     build_library,
+    package_file,
     put_in_place,
     read_record,
     remove_library,
@@ -47,14 +48,7 @@ from native_build import (  # noqa: E402  (builds do not look for modules beside
 SKIP_VARIABLE = "DEBERTA_KERNELS_SKIP_NATIVE"
 CUDA_SOURCES = ROOT / "csrc" / "cuda"
 CUDA_TARGET = ROOT / "deberta_kernels" / "lib" / "cuda"
-CUDA_FLAGS = ("-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", "-cubin")
-# (source, dtype, head size) of each module.
-CUDA_MODULES = tuple(
-    (source, dtype, head_dim)
-    for source, head_dims in (("forward", (64, 128)), ("backward", (64,)))
-    for dtype in ("bf16", "fp16")
-    for head_dim in head_dims
-)
+CUDA = package_file("impl/cuda/modules.py")
 
 
 def copy_cuda_sources(sources: Path = CUDA_SOURCES, target: Path = CUDA_TARGET) -> dict[str, str]:
@@ -86,8 +80,8 @@ def holds(target: Path, cubins: Any) -> bool:
 
 
 def cubin_names() -> list[str]:
-    """Return the file names of the CUDA modules, in the order of `CUDA_MODULES`."""
-    return [f"{source}_{dtype}_d{head_dim}.cubin" for source, dtype, head_dim in CUDA_MODULES]
+    """Return the file names of the CUDA modules."""
+    return [f"{spec.name}.cubin" for spec in CUDA.MODULES]
 
 
 def build_cubins(sources: Path = CUDA_SOURCES, target: Path = CUDA_TARGET) -> dict[str, Any]:
@@ -109,16 +103,15 @@ def build_cubins(sources: Path = CUDA_SOURCES, target: Path = CUDA_TARGET) -> di
     if not said:
         raise BuildError(f"{nvcc} --version says nothing; point NVCC to the nvcc of a CUDA toolkit")
     release = said.splitlines()[-1]
-    record: dict[str, Any] = {"sources": digests, "nvcc": release, "flags": list(CUDA_FLAGS)}
+    record: dict[str, Any] = {"sources": digests, "nvcc": release, "flags": list(CUDA.NVCC_FLAGS)}
     path = target / "build.json"
     names, before = cubin_names(), read_record(path)
     if {**before, "cubins": None} == {**record, "cubins": None} and holds(target, before.get("cubins")):
         return before
     with build_folder(target) as folder:
 
-        def compile_one(name: str, source: str, dtype: str, head_dim: int) -> str:
-            defined = (f"-DDK_DTYPE={dtype}", f"-DDK_HEAD_DIM={head_dim}")
-            command = [nvcc, *CUDA_FLAGS, *defined, "-o", f"{folder}/{name}", str(target / f"{source}.cu")]
+        def compile_one(name: str, spec: Any) -> str:
+            command = [nvcc, *CUDA.NVCC_FLAGS, *spec.definitions, "-o", f"{folder}/{name}", str(target / spec.source)]
             run_compiler(command, name)
             module = folder / name
             if not module.is_file() or not module.stat().st_size:
@@ -126,7 +119,7 @@ def build_cubins(sources: Path = CUDA_SOURCES, target: Path = CUDA_TARGET) -> di
             return hashlib.sha256(module.read_bytes()).hexdigest()
 
         with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
-            record["cubins"] = dict(zip(names, pool.map(compile_one, names, *zip(*CUDA_MODULES))))
+            record["cubins"] = dict(zip(names, pool.map(compile_one, names, CUDA.MODULES)))
         path.unlink(missing_ok=True)  # never beside modules that it does not describe
         for name in names:
             put_in_place(folder / name, target / name)

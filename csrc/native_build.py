@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,14 +25,6 @@ ROOT = Path(__file__).resolve().parents[1]
 LIBRARY_NAME = "libdeberta_kernels_cpu.so"
 FOLDER_PREFIX = ".build-"  # of folders in which something is built
 
-AVX512_FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mavx2", "-mf16c")
-# Flags are named one by one and never -march=native: the library must run on machines other than the one it was
-# built on, and picks its variant when it is loaded.
-X86_VARIANTS = {
-    "avx2": ("-mavx2", "-mfma", "-mf16c"),
-    "avx512": AVX512_FLAGS,
-    "avx512_bf16": (*AVX512_FLAGS, "-mavx512bf16"),
-}
 COMMON_FLAGS = (
     "-O2",
     "-std=c++17",
@@ -52,12 +44,12 @@ COMPILE_TIMEOUT_SECONDS = 600
 
 
 class BuildError(RuntimeError):
-    """Say why the native library could not be built."""
+    """The native library could not be built."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Hold the folders of one build.
+    """The folders of one build.
 
     Attributes:
         sources: folder with dispatch.cpp and kernel.cpp.
@@ -80,22 +72,45 @@ class Layout:
 SANITIZED = Layout(library=ROOT / "build" / "sanitized" / LIBRARY_NAME, flags=SANITIZE_FLAGS)
 
 
-def load_library_file() -> Any:
-    """Load the module that seals the library; the package itself cannot be imported while it is built."""
-    path = ROOT / "deberta_kernels" / "native" / "library_file.py"
-    spec = importlib.util.spec_from_file_location("deberta_kernels_library_file", path)
-    if spec is None or spec.loader is None:
+def package_file(name: str) -> Any:
+    """Load one file of the package, such as "env.py", as a module of its own.
+
+    The package itself cannot be imported while it is built: its dependencies may not be there.
+    """
+    path = ROOT / "deberta_kernels" / name
+    spec = importlib.util.spec_from_file_location(f"deberta_kernels_build_{path.stem}", path)
+    if spec is None or spec.loader is None or not path.is_file():
         raise BuildError(f"{path} cannot be loaded; build from a complete checkout or source archive")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
+def load_library_file() -> Any:
+    """Load the module that seals the library."""
+    return package_file("native/library_file.py")
+
+
 def variants_for(platform: str) -> dict[str, tuple[str, ...]]:
-    """Return the compiler flags of each variant to try on a platform such as "linux-x86_64", generic first."""
-    if platform.endswith(("x86_64", "amd64")):
-        return {"generic": (), **X86_VARIANTS}
-    return {"generic": ()}
+    """Return the compiler flags of each variant to try on a platform such as "linux-x86_64", generic first.
+
+    Flags are named one by one and never -march=native: the library must run on machines other than the one it was built
+    on, and picks its variant when it is loaded.
+    """
+    features = package_file("env.py").ISA_FEATURES
+    is_x86 = platform.endswith(("x86_64", "amd64"))
+    return {
+        name: tuple(f"-m{feature.replace('_', '')}" for feature in features[name])
+        for name in reversed(features)
+        if is_x86 or not features[name]
+    }
+
+
+def compiled_variants(names: Collection[str]) -> str:
+    """Return the definition that tells dispatch.cpp which variants it is linked with, fastest first, and what they use."""
+    features = package_file("env.py").ISA_FEATURES
+    uses = {name: " && ".join(f"DK_HAS({feature})" for feature in features[name]) for name in features}
+    return "-DDK_VARIANTS(V)=" + " ".join(f"V({name}, {uses[name] or 'true'})" for name in features if name in names)
 
 
 def find_compiler() -> list[str]:
@@ -152,7 +167,7 @@ def digest(layout: Layout, compiler: list[str], platform: str) -> str:
     """Return a hash over everything the library depends on: sources, this file, compiler and platform."""
     state = hashlib.sha256()
     state.update(version_of(compiler).encode())
-    state.update(json.dumps([compiler, platform, layout.flags]).encode())
+    state.update(json.dumps([compiler, platform, layout.flags, variants_for(platform)]).encode())
     sources = sorted(p for p in layout.include.rglob("*") if p.suffix in {".cpp", ".h", ".hpp", ".inc"})
     for path in [Path(__file__).resolve(), ROOT / "deberta_kernels" / "native" / "library_file.py", *sources]:
         state.update(str(path.name).encode() + b"\0" + path.read_bytes() + b"\0")
@@ -197,10 +212,9 @@ def compile_variants(
 
 def link(layout: Layout, compiler: list[str], objects: dict[str, Path], folder: Path) -> Path:
     """Compile dispatch.cpp for the variants there are and link everything; return the library, still in `folder`."""
-    have = [f"-DDK_HAVE_{name.upper()}" for name in objects]
     dispatch = folder / "dispatch.o"
     source = layout.sources / "dispatch.cpp"
-    command = [*compiler, *COMMON_FLAGS, *layout.flags, f"-I{layout.include}", *have]
+    command = [*compiler, *COMMON_FLAGS, *layout.flags, f"-I{layout.include}", compiled_variants(objects)]
     run_compiler([*command, "-c", str(source), "-o", str(dispatch)], "dispatch")
     library = folder / LIBRARY_NAME
     command = [*compiler, *LINK_FLAGS, *layout.flags, "-o", str(library), str(dispatch), *map(str, objects.values())]

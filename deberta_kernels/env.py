@@ -8,6 +8,8 @@ __all__ = [
     "BACKEND",
     "CACHE",
     "CPU_ISA",
+    "CPU_ISAS",
+    "ISA_FEATURES",
     "LIBRARY",
     "VARIABLES",
     "cache_folder",
@@ -23,7 +25,12 @@ CACHE = "DEBERTA_KERNELS_CACHE"
 CPU_ISA = "DEBERTA_KERNELS_CPU_ISA"
 LIBRARY = "DEBERTA_KERNELS_LIBRARY"
 
-CPU_ISAS = ("avx512_bf16", "avx512", "avx2", "generic")
+# The variants of the native CPU library, fastest first: the processor features that each uses beside the baseline, by the
+# names that Linux has for them. The build reads this, for the compiler's flags and for what the library asks the processor.
+_AVX2 = ("avx2", "fma", "f16c")
+_AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq", *_AVX2)
+ISA_FEATURES = {"avx512_bf16": (*_AVX512, "avx512_bf16"), "avx512": _AVX512, "avx2": _AVX2, "generic": ()}
+CPU_ISAS = tuple(ISA_FEATURES)
 
 VARIABLES = {
     BACKEND: "what backend='auto' means: reference, torch, cpu, triton or cuda; a backend that cannot run the call "

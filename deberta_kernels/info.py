@@ -17,7 +17,7 @@ __all__ = ["format_info", "info"]
 _PACKAGES = ("torch", "transformers", "adapters", "peft", "triton")
 
 # The features that decide which variant of the native library runs.
-_CPU_FEATURES = ("fma", "f16c", "avx2", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "asimd", "sve")
+_CPU_FEATURES = (*dict.fromkeys(x for isa in reversed(env.CPU_ISAS) for x in env.ISA_FEATURES[isa]), "asimd", "sve")
 
 
 def info() -> dict[str, Any]:

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tools")]
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT)]
 
 from offline import cuda  # noqa: E402
 from offline.cuda import CudaReport, full_tile  # noqa: E402
@@ -95,7 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     reports: dict[str, CudaReport] = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # nvcc is a process
-        for found in pool.map(cuda.compile_module, *zip(*cuda.MODULES)):
+        for found in pool.map(cuda.compile_module, cuda.MODULES):
             reports |= found
     known = json.loads(BOUNDS.read_text(encoding="utf-8")) if BOUNDS.exists() else {}
     if options.update:

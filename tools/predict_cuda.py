@@ -14,12 +14,15 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from offline import cuda
 from offline.counting import Counts
 from offline.table import aligned
 from predict import DEVICE, HEADS, MATRIX_FLOPS, OPERAND, SATURATED, TILE, TOKENS, WARPS, overlapped
+
+from deberta_kernels.impl.cuda.modules import ModuleSpec
 
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 ROWS = 128
@@ -32,7 +35,7 @@ SUM = TILE * TILE * 4
 
 @dataclass(frozen=True)
 class Pass:
-    """Say what one pass over 64 x 64 pairs moves beside what its instructions tell.
+    """What one pass over 64 x 64 pairs moves beside what its instructions tell.
 
     Attributes:
         loaded: operand tiles that the block loads for its two warpgroups.
@@ -88,7 +91,8 @@ def main() -> int:
     """Print the estimates."""
     loops = {}
     for which, moved in (("forward", FORWARD), ("backward", BACKWARD)):
-        report = cuda.compile_module(which, "bf16", 64)[f"disentangled_{which}_bf16_d64"]
+        spec = ModuleSpec(which, "bf16", 64)
+        report = cuda.compile_module(spec)[spec.kernel(pair=False, dropout=False)]
         loops[which] = cycles(report.near, moved[0]), cycles(report.far, moved[1])
         print(f"cycles of one pass over 64 x 64 pairs, {which}: near %.0f, far %.0f" % loops[which])
     rows = [["length", "forward ms", "SDPA flash ms", "of its speed", "backward ms"]]

@@ -1,16 +1,16 @@
 // The C ABI of the library and the choice among the compiled instruction-set variants. Compiled for the baseline.
-#include <cstring>
+//
+// csrc/native_build.py defines DK_VARIANTS(V): V(name, whether the processor has what it uses) of each variant that was
+// compiled, fastest first, the generic one last. A processor's features are asked for as DK_HAS(name), with Linux's names.
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
 
 #include "params.h"
 
+#define DK_DECLARE(name, runs) extern const Variant kVariant_##name;
 namespace dk {
-extern const Variant kVariant_generic;
-extern const Variant kVariant_avx2;
-extern const Variant kVariant_avx512;
-extern const Variant kVariant_avx512_bf16;
+DK_VARIANTS(DK_DECLARE)
 }  // namespace dk
 
 namespace {
@@ -20,45 +20,42 @@ using namespace dk;
 #if defined(__x86_64__)
 // Clang 14 does not know this name in __builtin_cpu_supports; beside AVX2 the bit is all there is to ask for.
 bool has_f16c() {
-  static const bool found = [] {  // once: a virtual machine takes microseconds to answer
-    unsigned a, b, c, d;
-    return __get_cpuid(1, &a, &b, &c, &d) && c & bit_F16C;
-  }();
-  return found;
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && c & bit_F16C;
 }
 #endif
 
-bool runs_here(const Variant* variant) {
-  const char* name = variant->name;
-  if (!std::strcmp(name, "generic")) return true;
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
-  if (!std::strcmp(name, "avx2")) return avx2;
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (!std::strcmp(name, "avx512")) return avx512;
-  if (!std::strcmp(name, "avx512_bf16")) return avx512 && __builtin_cpu_supports("avx512bf16");
-#endif
-  return false;
-}
+#define DK_HAS(feature) DK_HAS_##feature
+#define DK_HAS_avx2 __builtin_cpu_supports("avx2")
+#define DK_HAS_fma __builtin_cpu_supports("fma")
+#define DK_HAS_f16c has_f16c()
+#define DK_HAS_avx512f __builtin_cpu_supports("avx512f")
+#define DK_HAS_avx512bw __builtin_cpu_supports("avx512bw")
+#define DK_HAS_avx512vl __builtin_cpu_supports("avx512vl")
+#define DK_HAS_avx512dq __builtin_cpu_supports("avx512dq")
+#define DK_HAS_avx512_bf16 __builtin_cpu_supports("avx512bf16")
 
-// Fastest first.
-const Variant* const kCompiled[] = {
-#ifdef DK_HAVE_AVX512_BF16
-    &kVariant_avx512_bf16,
-#endif
-#ifdef DK_HAVE_AVX512
-    &kVariant_avx512,
-#endif
-#ifdef DK_HAVE_AVX2
-    &kVariant_avx2,
-#endif
-    &kVariant_generic,
-};
+#define DK_ADDRESS(name, runs) &kVariant_##name,
+const Variant* const kCompiled[] = {DK_VARIANTS(DK_ADDRESS)};
 constexpr int64_t kCount = sizeof(kCompiled) / sizeof(kCompiled[0]);
 
-const Variant* at(int64_t i) { return i >= 0 && i < kCount && runs_here(kCompiled[i]) ? kCompiled[i] : nullptr; }
+// Asked once: a virtual machine takes microseconds to answer.
+const bool* runs_here() {
+#define DK_RUNS(name, runs) !!(runs),
+  static const struct Answers {
+    Answers() {
+#if defined(__x86_64__)
+      __builtin_cpu_init();
+#endif
+      const bool answers[] = {DK_VARIANTS(DK_RUNS)};
+      for (int64_t i = 0; i < kCount; i++) found[i] = answers[i];
+    }
+    bool found[kCount];
+  } answers;
+  return answers.found;
+}
+
+const Variant* at(int64_t i) { return i >= 0 && i < kCount && runs_here()[i] ? kCompiled[i] : nullptr; }
 
 }  // namespace
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deberta_kernels import native
+from deberta_kernels import env, native
 from deberta_kernels.checks.arguments import storage_fits
 from deberta_kernels.native.processor import features, vendor
 
@@ -34,9 +34,8 @@ __all__ = [
     "widened_with_gradients",
 ]
 
-# Variants of the native library that are faster than PyTorch on some processors, from so many tokens on: measured by
-# benchmarks/bench_linear.py.
-_VARIANTS = ("avx2", "avx512", "avx512_bf16")
+# The native library's variants with vector instructions are faster than PyTorch on some processors, from so many tokens
+# on: measured by benchmarks/bench_linear.py.
 _FEWEST = 8
 _UNIT = 16  # the library computes so many outputs at a time
 
@@ -77,10 +76,11 @@ def suits(x: Tensor, weight: Tensor, bias: Tensor | None = None, everywhere: boo
     if 0 in weight.shape:  # nothing to multiply
         return False
     library, tokens = native.opened(), x.numel() // weight.shape[1]
-    if library is None or library.isa not in _VARIANTS or weight.shape[0] % _UNIT or tokens < _FEWEST:
+    uses = () if library is None else env.ISA_FEATURES.get(library.isa, ())
+    if not uses or weight.shape[0] % _UNIT or tokens < _FEWEST:
         return False
     if x.dtype == torch.bfloat16:
-        return library.isa == "avx512_bf16" and "amx_bf16" not in features() and weight.shape[1] % 2 == 0
+        return "avx512_bf16" in uses and "amx_bf16" not in features() and weight.shape[1] % 2 == 0
     return x.dtype == torch.float32
 
 

@@ -115,7 +115,7 @@ TARGETS = (
     Target("cpu", "cpu", (torch.float32, *_LOW), thread_invariant=True),
     *(
         Target(f"cpu_{isa}", "cpu", (torch.float32, *_LOW), isa=isa, thread_invariant=True)
-        for isa in ("generic", "avx2", "avx512", "avx512_bf16")
+        for isa in reversed(env.CPU_ISAS)
     ),
     Target("triton", "triton", (torch.float32, *_LOW), device="cuda"),
     Target("cuda", "cuda", _LOW, device="cuda", head_dims=(64, 128), repeats=False),

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from deberta_kernels import native
+from deberta_kernels import env, native
 from deberta_kernels.native import processor
 from tests import sanitizers
 
@@ -23,14 +23,7 @@ more, shift, variant = int(sys.argv[1]), int(sys.argv[2]), library.variants[sys.
 library.handle.dk_cpu_checksum(memory, len(memory) + more, library.checksum_key, start + shift, variant)
 print("done")
 """
-# What a variant needs of the processor, by the names that the operating system has for it.
-FEATURES = {
-    "generic": set(),
-    "avx2": {"avx2", "fma", "f16c"},
-    "avx512": {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq"},
-    "avx512_bf16": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"},
-}
-VARIANTS = [isa for isa, needed in FEATURES.items() if needed <= set(processor.features())]
+VARIANTS = [isa for isa, needed in env.ISA_FEATURES.items() if processor.features().issuperset(needed)]
 
 
 def call(isa, more=0, shift=0):
@@ -39,7 +32,7 @@ def call(isa, more=0, shift=0):
 
 
 def test_every_variant_that_this_processor_runs_is_watched():
-    assert set(native.library_status()["compiled"]) == set(FEATURES) or sys.platform != "linux"
+    assert set(native.library_status()["compiled"]) == set(env.CPU_ISAS) or sys.platform != "linux"
     assert set(native.library_status()["variants"]) == set(VARIANTS)
 
 

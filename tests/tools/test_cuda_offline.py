@@ -9,6 +9,8 @@ from offline import cuda
 from offline.counting import Counts
 from offline.cuda import CudaReport
 
+from deberta_kernels.impl.cuda.modules import ModuleSpec
+
 LOG = """
 ptxas info    : (C7514) Potential Performance Loss: wgmma instructions are serialized in the function 'one_d64'
 ptxas info    : 0 bytes gmem
@@ -50,8 +52,7 @@ def test_a_kernel_without_a_bound_is_wrong():
 
 def test_bounds_of_every_kernel_are_committed():
     bounds = cuda_offline.json.loads(cuda_offline.BOUNDS.read_text())
-    suffixes = ("", "_pair", "_dropout", "_pair_dropout")
-    names = {f"disentangled_{w}_{dtype}_d{d}{suffix}" for w, dtype, d in cuda.MODULES for suffix in suffixes}
+    names = {kernel for spec in cuda.MODULES for kernel in spec.kernels}
     assert bounds
     assert all(set(kernels) == names for kernels in bounds.values())
 
@@ -68,10 +69,10 @@ def test_sources_include_only_each_other():
 @pytest.mark.skipif(cuda.nvcc() is None, reason="there is no nvcc")
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_kernels_compile_without_spills_and_without_serialised_products(head_dim, tmp_path):
-    log, cubin = cuda.run_compiler(cuda.SOURCES, "forward", "bf16", head_dim, tmp_path)
+    log, cubin = cuda.run_compiler(cuda.SOURCES, ModuleSpec("forward", "bf16", head_dim), tmp_path)
     usage = cuda.read_log(log)
     assert len(usage) == 4
     assert all(one.spills == 0 and one.serialised == 0 for one in usage.values()), usage
-    info = cuda._info(cubin)
+    info = cuda.constants(cubin.read_bytes())
     assert info[:2] == (1, head_dim)
     assert info[5] <= cuda_offline.SHARED

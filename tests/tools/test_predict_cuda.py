@@ -29,7 +29,7 @@ def test_the_program_prints_its_estimates(monkeypatch, capsys):
     loop = Counts(instructions=520, matrix=20, wavefronts=128)
     report = predict_cuda.cuda.CudaReport(168, 0, 0, 0, loop, Counts(instructions=260, matrix=8))
     monkeypatch.setattr(
-        predict_cuda.cuda, "compile_module", lambda which, *_: {f"disentangled_{which}_bf16_d64": report}
+        predict_cuda.cuda, "compile_module", lambda spec: {f"disentangled_{spec.which}_bf16_d64": report}
     )
     assert predict_cuda.main() == 0
     lines = capsys.readouterr().out.splitlines()

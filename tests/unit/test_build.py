@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -21,25 +22,17 @@ KERNEL = """
 #include "value.h"
 extern "C" int JOIN(value_, DK_VARIANT)() { return VALUE; }
 """
-DISPATCH = """
-extern "C" __attribute__((visibility("default"))) int variants() {
-  int found = 0;
-#ifdef DK_HAVE_GENERIC
-  found |= 1;
-#endif
-#ifdef DK_HAVE_AVX2
-  found |= 2;
-#endif
-#ifdef DK_HAVE_AVX512
-  found |= 4;
-#endif
-#ifdef DK_HAVE_AVX512_BF16
-  found |= 8;
-#endif
-  return found;
-}
-"""
-BITS = {"generic": 1, "avx2": 2, "avx512": 4, "avx512_bf16": 8}
+# What every variant is compiled with, and the library must ask the processor for before it runs one.
+VECTOR = {"-mavx2", "-mfma", "-mf16c"}
+WIDE = VECTOR | {"-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"}
+FLAGS = {"generic": set(), "avx2": VECTOR, "avx512": WIDE, "avx512_bf16": WIDE | {"-mavx512bf16"}}
+BITS = {name: 1 << i for i, name in enumerate(FLAGS)}
+DISPATCH = "\n".join([
+    *(f"#define BIT_{name} {bit}" for name, bit in BITS.items()),
+    "#define BIT(name, runs) | BIT_##name",
+    'extern "C" __attribute__((visibility("default"))) int variants() { return 0 DK_VARIANTS(BIT); }',
+    "",
+])  # fmt: skip
 
 
 HAS_COMPILER = any(map(shutil.which, ("c++", "g++", "clang++")))
@@ -172,7 +165,7 @@ CLANGS = [name for name in ("clang++", *(f"clang++-{n}" for n in range(14, 30)))
 def test_clang_compiles_every_variant(name):
     for compiler in CLANGS:
         for variant, flags in native_build.variants_for(native_build.sysconfig.get_platform()).items():
-            defined = (f"-DDK_VARIANT={variant}", f"-DDK_HAVE_{variant.upper()}")
+            defined = (f"-DDK_VARIANT={variant}", native_build.compiled_variants({variant, "generic"}))
             command = [compiler, *native_build.COMMON_FLAGS, *flags, *defined, "-fsyntax-only", f"-I{ROOT / 'csrc'}"]
             native_build.run_compiler([*command, str(ROOT / "csrc" / "cpu" / f"{name}.cpp")], f"{compiler} {variant}")
 
@@ -248,7 +241,7 @@ def test_missing_sources_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("platform", "expected"),
     [
-        ("linux-x86_64", ["generic", "avx2", "avx512", "avx512_bf16"]),
+        ("linux-x86_64", list(FLAGS)),
         ("linux-aarch64", ["generic"]),
         ("macosx-14.0-arm64", ["generic"]),
         ("linux-riscv64", ["generic"]),
@@ -257,6 +250,25 @@ def test_missing_sources_are_named(tmp_path):
 def test_variants_per_platform(platform, expected):
     assert list(native_build.variants_for(platform)) == expected
     assert native_build.variants_for(platform)["generic"] == ()
+
+
+def test_every_variant_gets_the_flags_of_what_it_uses():
+    found = {name: set(flags) for name, flags in native_build.variants_for("linux-x86_64").items()}
+    assert found == FLAGS
+
+
+@needs_compiler
+def test_a_feature_that_the_library_cannot_ask_the_processor_for_does_not_compile(monkeypatch):
+    class Env:
+        ISA_FEATURES: ClassVar = {"avx10": ("avx10",), "generic": ()}
+
+    monkeypatch.setattr(native_build, "package_file", lambda name: Env)
+    assert native_build.compiled_variants(["generic", "avx10"]).endswith("=V(avx10, DK_HAS(avx10)) V(generic, true)")
+    command = [*native_build.find_compiler(), *native_build.COMMON_FLAGS, f"-I{ROOT / 'csrc'}", "-fsyntax-only"]
+    source = str(ROOT / "csrc" / "cpu" / "dispatch.cpp")
+    native_build.run_compiler([*command, native_build.compiled_variants(["generic"]), source], "dispatch")
+    with pytest.raises(native_build.BuildError, match="DK_HAS_avx10"):
+        native_build.run_compiler([*command, native_build.compiled_variants(["generic", "avx10"]), source], "dispatch")
 
 
 def test_no_flag_ties_the_library_to_the_building_machine():

@@ -38,7 +38,7 @@ def test_cuda_sources_in_the_package_follow_those_of_the_checkout(cuda_folders):
 def test_cuda_modules_are_built_once_per_source_and_recorded(cuda_folders):
     sources, target = cuda_folders
     record = build.build_cubins(sources, target)
-    assert len(record["cubins"]) == len(build.CUDA_MODULES)
+    assert len(record["cubins"]) == len(build.CUDA.MODULES)
     for name, digest in record["cubins"].items():
         assert hashlib.sha256((target / name).read_bytes()).hexdigest() == digest
     said = (target / "forward_fp16_d128.cubin").read_text()

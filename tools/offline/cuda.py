@@ -6,12 +6,12 @@ import importlib.util
 import os
 import re
 import shutil
-import struct
 import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from deberta_kernels.impl.cuda.modules import MODULES, NVCC_FLAGS, ModuleSpec, constants
 from offline.counting import Counts, zones
 from offline.listing import read_sass
 
@@ -21,13 +21,6 @@ __all__ = [
 ]  # fmt: skip
 
 SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
-# (pass, dtype, head size) of each module.
-MODULES = tuple(
-    (which, dtype, head_dim)
-    for which, head_dims in (("forward", (64, 128)), ("backward", (64,)))
-    for dtype in ("bf16", "fp16")
-    for head_dim in head_dims
-)
 # What turns a kernel into plain flash attention, by pass: the file, and what takes its near tiles away.
 PLAIN = {
     "forward": (
@@ -42,7 +35,7 @@ PLAIN = {
 
 @dataclass(frozen=True)
 class CudaReport:
-    """Hold what one kernel compiled to.
+    """What one kernel compiled to.
 
     Attributes:
         registers: per thread at launch; consumers take more from the producer.
@@ -86,35 +79,30 @@ def disassembler() -> str | None:
 
 @dataclass(frozen=True)
 class Usage:
-    """Hold what the assembler says of one kernel; see `CudaReport`."""
+    """What the assembler says of one kernel; see `CudaReport`."""
 
     registers: int
     spills: int
     serialised: int
 
 
-def compile_module(which: str, dtype: str, head_dim: int) -> dict[str, CudaReport]:
+def compile_module(spec: ModuleSpec) -> dict[str, CudaReport]:
     """Compile one module for sm_90a, and plain flash attention to compare with; return a report per kernel.
 
     Kernels without tiles of pairs, such as the conversion of dq, are left out.
-
-    Args:
-        which: "forward" or "backward".
-        dtype: "bf16" or "fp16".
-        head_dim: 64 or 128.
 
     Raises:
         RuntimeError: it does not compile, or nvdisasm is missing.
     """
     with tempfile.TemporaryDirectory() as name:
-        log, cubin = run_compiler(SOURCES, which, dtype, head_dim, Path(name))
+        log, cubin = run_compiler(SOURCES, spec, Path(name))
         loops = _loops(cubin)
-        shared = _info(cubin)[5]
-        plain = _plain(which, dtype, head_dim, Path(name))
+        shared = constants(cubin.read_bytes())[5]
+        plain = _plain(spec, Path(name))
     reports = {}
     for kernel, usage in read_log(log).items():
         near, far = loops[kernel]
-        if near is None and kernel.startswith("disentangled_backward_dq"):
+        if near is None and kernel == spec.conversion:
             if usage.spills:
                 raise RuntimeError(f"{kernel}: {usage.spills} bytes of spills")
             continue
@@ -140,12 +128,11 @@ def read_log(log: str) -> dict[str, Usage]:
     return found
 
 
-def run_compiler(sources: Path, which: str, dtype: str, head_dim: int, folder: Path) -> tuple[str, Path]:
+def run_compiler(sources: Path, spec: ModuleSpec, folder: Path) -> tuple[str, Path]:
     """Compile one module; return what ptxas printed, and the cubin."""
     cubin = folder / "module.cubin"
     command = [
-        str(nvcc()), "-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", "-cubin", "-Xptxas=-v",
-        f"-DDK_DTYPE={dtype}", f"-DDK_HEAD_DIM={head_dim}", "-o", str(cubin), str(sources / f"{which}.cu"),
+        str(nvcc()), *NVCC_FLAGS, "-Xptxas=-v", *spec.definitions, "-o", str(cubin), str(sources / spec.source),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -153,16 +140,16 @@ def run_compiler(sources: Path, which: str, dtype: str, head_dim: int, folder: P
     return done.stdout + done.stderr, cubin
 
 
-def _plain(which: str, dtype: str, head_dim: int, folder: Path) -> dict[str, Counts]:
+def _plain(spec: ModuleSpec, folder: Path) -> dict[str, Counts]:
     changed = folder / "plain"
     shutil.copytree(SOURCES, changed)
-    file, choice, far_only = PLAIN[which]
+    file, choice, far_only = PLAIN[spec.which]
     consumer = changed / file
     text = consumer.read_text(encoding="utf-8")
     if choice not in text:
         raise RuntimeError(f"{file} no longer chooses between near and far tiles as tools/offline/cuda.py expects")
     consumer.write_text(text.replace(choice, far_only), encoding="utf-8")
-    _, cubin = run_compiler(changed, which, dtype, head_dim, folder)
+    _, cubin = run_compiler(changed, spec, folder)
     return {kernel: loops[0] for kernel, loops in _loops(cubin).items() if loops[0] is not None}
 
 
@@ -174,19 +161,6 @@ def _loops(cubin: Path) -> dict[str, tuple[Counts | None, Counts | None]]:
     text = subprocess.run([tool, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
     sections = re.split(r"\n\s*\.section\s+\.text\.(\w+)", text)
     return {kernel: zones(read_sass(body), shortest=True) for kernel, body in zip(sections[1::2], sections[2::2])}
-
-
-def _info(cubin: Path) -> tuple[int, ...]:
-    """Return the seven numbers of `disentangled_<pass>_info`, the only data in constant bank 3."""
-    data = cubin.read_bytes()
-    (table,) = struct.unpack_from("<Q", data, 40)
-    size, number, names = struct.unpack_from("<HHH", data, 58)
-    headers = [struct.unpack_from("<IIQQQQ", data, table + i * size) for i in range(number)]
-    for name, _, _, _, offset, length in headers:
-        start = headers[names][4] + name
-        if data[start : data.index(b"\0", start)] == b".nv.constant3" and length >= 28:
-            return struct.unpack_from("<7i", data, offset)
-    raise RuntimeError("the module holds no disentangled_*_info")
 
 
 def full_tile(counts: Counts) -> int:
