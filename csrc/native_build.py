@@ -107,7 +107,7 @@ def variants_for(platform: str) -> dict[str, tuple[str, ...]]:
 
 
 def compiled_variants(names: Collection[str]) -> str:
-    """Return the definition that tells dispatch.cpp which variants it is linked with, fastest first, and what they use."""
+    """Return the definition that tells dispatch.cpp which variants there are, fastest first, and what each uses."""
     features = package_file("env.py").ISA_FEATURES
     uses = {name: " && ".join(f"DK_HAS({feature})" for feature in features[name]) for name in features}
     return "-DDK_VARIANTS(V)=" + " ".join(f"V({name}, {uses[name] or 'true'})" for name in features if name in names)

@@ -1,4 +1,4 @@
-"""Own every environment variable of the package: its name, its meaning, and the one place that reads it."""
+"""Every environment variable of the package: its name, its meaning, and the one place that reads it."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ CACHE = "DEBERTA_KERNELS_CACHE"
 CPU_ISA = "DEBERTA_KERNELS_CPU_ISA"
 LIBRARY = "DEBERTA_KERNELS_LIBRARY"
 
-# The variants of the native CPU library, fastest first: the processor features that each uses beside the baseline, by the
-# names that Linux has for them. The build reads this, for the compiler's flags and for what the library asks the processor.
+# The variants of the native CPU library, fastest first, and the features of the processor that each uses beside the
+# baseline, as Linux names them. The build makes the compiler's flags of this, and what the library asks the processor.
 _AVX2 = ("avx2", "fma", "f16c")
 _AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq", *_AVX2)
 ISA_FEATURES = {"avx512_bf16": (*_AVX512, "avx512_bf16"), "avx512": _AVX512, "avx2": _AVX2, "generic": ()}

@@ -1,4 +1,4 @@
-"""Hold the mask vocabulary and the padded-row rule: the one place that says what a mask means.
+"""The mask vocabulary and the padded-row rule: the one place that says what a mask means.
 
 Every form a caller may use becomes a `Masks` of at most three parts (keys, queries, pairs); what they allow is their
 conjunction. A forbidden pair is excluded by selection: its score is -inf, never a finite constant that a large score
@@ -18,6 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from deberta_kernels import dtypes
 from deberta_kernels.checks.arguments import check_storage, check_tensor, holds_values
 from deberta_kernels.types import AttentionProblem, Masks
 
@@ -57,8 +58,7 @@ def parse_attention_mask(
     check_tensor("attention_mask", attention_mask)
     if attention_mask.dtype != torch.bool and attention_mask.dtype not in _INTEGERS:
         raise TypeError(
-            f"attention_mask must be bool, or integers 0 and 1, got "
-            f"{str(attention_mask.dtype).removeprefix('torch.')}; "
+            f"attention_mask must be bool, or integers 0 and 1, got {dtypes.name(attention_mask.dtype)}; "
             "pass `mask == 0` if it is added to scores (0 keeps, -inf forbids), `mask != 0` if 1 keeps and 0 forbids."
         )
     shape = tuple(attention_mask.shape)

@@ -26,12 +26,12 @@ from offline.table import aligned
 TILE, HEAD_DIM, HEADS, TOKENS = 64, 64, 12, 16384
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
 SATURATED = 512  # distance from which on tiles are far
-WARPS = 4
+WARPS = 4  # of a program that computes a tile
 
 
 @dataclass(frozen=True)
 class Device:
-    """Hold what the model knows of a device.
+    """What the time model knows of a device.
 
     Attributes:
         multiprocessors: of the device.

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from deberta_kernels import dtypes
 from deberta_kernels.info import info
 
 __all__ = ["Row", "conditions", "draw", "format_table", "write_numbers"]
@@ -57,7 +58,7 @@ def conditions(model: str, dtype: torch.dtype, threads: int) -> dict[str, Any]:
     found = info()
     return {
         "model": model,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtypes.name(dtype),
         "threads": threads,
         "processor": found["cpu"]["model"],
         "instruction_set": found["library"]["isa"],

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deberta_kernels import dtypes
 from deberta_kernels.impl import reference
 from deberta_kernels.testing import eager
 from deberta_kernels.types import AttentionProblem
@@ -220,7 +221,7 @@ def measure(results: dict[str, Tensor], against: Truth, label: str = "") -> Repo
         if not row.ok and not row.problem:
             row = replace(_row(name, results[name], against, against.errors_of_all_orders[name]), second_look=True)
         rows.append(row)
-    source = "eager in float32" if against.overflowed else f"eager in {_short(against.problem.q.dtype)}"
+    source = "eager in float32" if against.overflowed else f"eager in {dtypes.name(against.problem.q.dtype)}"
     return Report(label, tuple(rows), source)
 
 
@@ -324,7 +325,3 @@ def _cast(problem: AttentionProblem, dtype: torch.dtype) -> AttentionProblem:
 
 def _cast_all(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if x is None else x.to(dtype) for x in tensors)
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -12,7 +12,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from deberta_kernels import dropout
+from deberta_kernels import dropout, dtypes
 from deberta_kernels.position import attention_span, reachable_rows
 from deberta_kernels.types import AttentionProblem, Masks, PositionSpec
 
@@ -32,8 +32,6 @@ LAYOUTS = ("heads_inside", "heads_first", "fused", "one_sample", "one_head", "ev
 # sum: stride 0 everywhere, what `out.sum()` sends. transposed: (B, H, D, N) memory. every_other: each second token of
 # a longer tensor. slice: part of a wider tensor, what torch.cat sends.
 DOUTS = ("randn", "sum", "transposed", "every_other", "slice")
-
-_SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,8 @@ class Case:
     def id(self) -> str:
         """Name of the case in test reports, such as B2-N111-H3-D64-bf16-c2p+p2c."""
         length = f"N{self.nq}" if self.nk in (None, self.nq) else f"Nq{self.nq}-Nk{self.nk}"
-        parts = [f"B{self.batch}", length, f"H{self.heads}", f"D{self.head_dim}", _SHORT[self.dtype], self.terms]
+        dtype = dtypes.short_name(self.dtype)
+        parts = [f"B{self.batch}", length, f"H{self.heads}", f"D{self.head_dim}", dtype, self.terms]
         if (self.position_buckets, self.max_relative_positions) != (256, 512):
             parts.append(f"buckets{self.position_buckets}of{self.max_relative_positions}")
         optional = (

@@ -30,7 +30,7 @@ COMPILER = os.environ.get("CXX", "g++")
 
 
 class EmulationError(RuntimeError):
-    """Say what the emulated device found: a race, a deadlock, an address out of range."""
+    """The emulated device found a fault: a race, a deadlock, an address out of range."""
 
 
 def build(changes: tuple[tuple[str, str], ...] = ()) -> Path:

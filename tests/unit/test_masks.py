@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from deberta_kernels import dtypes
 from deberta_kernels.masks import allowed, parse_attention_mask, parse_huggingface_mask
 from deberta_kernels.types import AttentionProblem, Masks, PositionSpec
 
@@ -71,7 +72,7 @@ def test_wrong_shapes_name_both(shape):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_float_masks_are_refused_whatever_they_hold(value, dtype):
     """Zeros attend everywhere where a mask is added to scores, and nowhere where it says what to keep."""
-    name = str(dtype).removeprefix("torch.")
+    name = dtypes.name(dtype)
     with pytest.raises(
         TypeError, match=rf"must be bool, or integers 0 and 1, got {name}; pass `mask == 0` if .* added"
     ):

@@ -1,4 +1,4 @@
-"""Describe the devices that kernels are compiled for."""
+"""The devices that kernels are compiled for."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["CHIPS", "Chip"]
 
 @dataclass(frozen=True)
 class Chip:
-    """Describe a device to compile for.
+    """A device to compile for.
 
     Attributes:
         backend: "cuda" or "hip".

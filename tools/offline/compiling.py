@@ -23,14 +23,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from deberta_kernels.dtypes import SHORT_NAMES
+
 __all__ = ["compile_launch", "signature"]
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _TYPES = {
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.float32: "fp32",
-    torch.float64: "fp64",
+    **SHORT_NAMES,
     torch.int8: "i8",
     torch.uint8: "u8",
     torch.bool: "i1",

@@ -27,7 +27,7 @@ _NEAR = 1.5
 
 @dataclass(frozen=True)
 class Counts:
-    """Count instructions, per warp, as they stand in the code.
+    """Numbers of instructions, per warp, as they stand in the code.
 
     Attributes:
         instructions: all of them.
@@ -59,7 +59,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Report:
-    """Hold what one kernel compiled to.
+    """What one kernel compiled to.
 
     Attributes:
         registers: per thread.

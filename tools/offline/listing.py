@@ -17,7 +17,7 @@ __all__ = ["Instruction", "Listing", "Loop", "read_amdgcn", "read_sass"]
 
 @dataclass(frozen=True)
 class Instruction:
-    """Hold one instruction.
+    """One instruction.
 
     Attributes:
         opcode: with its suffixes, such as "LDS.U.32" or "v_mfma_f32_32x32x8_bf16".
@@ -32,7 +32,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Loop:
-    """Hold one natural loop.
+    """One natural loop.
 
     Attributes:
         first: index of its first instruction in the listing; loops sort by it.
@@ -49,7 +49,7 @@ class Loop:
 
 @dataclass(frozen=True)
 class Listing:
-    """Hold the instructions of one kernel and where its labels point.
+    """The instructions of one kernel, and where its labels point.
 
     Attributes:
         instructions: in the order of the listing.

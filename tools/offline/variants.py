@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
+from deberta_kernels.dtypes import KERNEL_FLOATS, short_name
 from deberta_kernels.types import AttentionProblem, Masks, PositionSpec
 
 __all__ = ["Variant", "kernel_title", "launches", "problem", "selection"]
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {short_name(dtype): dtype for dtype in KERNEL_FLOATS}
 FULL = "bias+mask+dropout"
 # Masks without positions take the kernels with positions, so that these are all there are.
 ALL_FEATURES = (
@@ -28,10 +29,10 @@ BATCH, HEADS, LENGTH = 2, 12, 2048
 
 @dataclass(frozen=True)
 class Variant:
-    """Name one forward or backward to compile, with all its kernels.
+    """One forward or backward to compile, with all its kernels.
 
     Attributes:
-        chip: name of a device in `compiling.CHIPS`.
+        chip: name of a device in `chips.CHIPS`.
         direction: "forward" or "backward".
         dtype: "bf16", "fp16" or "fp32".
         head_dim: D.

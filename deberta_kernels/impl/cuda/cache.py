@@ -16,7 +16,7 @@ _DIGEST_BYTES = 32
 
 
 class CacheError(RuntimeError):
-    """Say why the cache cannot be used."""
+    """The cache cannot be used."""
 
 
 @contextmanager

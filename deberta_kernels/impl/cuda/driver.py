@@ -45,13 +45,12 @@ _MAX_DYNAMIC_SHARED = 8
 _ELEMENTS = {torch.float16: 6, torch.bfloat16: 9}
 _NO_INTERLEAVE, _SWIZZLE_128_BYTES, _PROMOTE_256_BYTES, _FILL_ZEROS = 0, 3, 3, 0
 
-
-# Of cuda.h: no memory is left, and what a stream that is being captured refuses.
+# Statuses of cuda.h: CUDA_ERROR_OUT_OF_MEMORY, and what a stream refuses while it is being captured.
 _PASSING = (2, *range(900, 910))
 
 
 class DriverError(RuntimeError):
-    """Say what the driver refused, or why there is none.
+    """The driver refused a call, or there is none.
 
     Attributes:
         passing: the same call may succeed later.

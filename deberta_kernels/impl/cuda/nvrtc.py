@@ -15,6 +15,7 @@ __all__ = ["Compiler", "NvrtcError", "libraries"]
 # The first to know sm_90a.
 _OLDEST = (12, 0)
 _MAJORS = (13, 12)
+# The end of the compiler's log is where its last error stands; a template's errors can be megabytes.
 _LOG_CHARACTERS = 2000
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "nvrtcVersion": (POINTER(c_int), POINTER(c_int)),
@@ -29,7 +30,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
 
 
 class NvrtcError(RuntimeError):
-    """Say why NVRTC is not there, or what it found wrong."""
+    """NVRTC is not there, or does not compile a program."""
 
 
 def libraries() -> list[str]:
