@@ -20,6 +20,7 @@ __all__ = [
     "Needs",
     "device_refusal",
     "dtype_refusal",
+    "empty_results",
     "empty_tokens",
     "exact_matmul",
     "extent",
@@ -28,11 +29,13 @@ __all__ = [
     "inputs",
     "is_ordinary",
     "masked",
+    "padded_row_value",
     "positioned_keys",
     "scale_refusal",
     "score_factor",
     "seed_of",
     "sequences",
+    "steps",
     "unit_stride",
     "wanted",
     "zero_gradients",
@@ -122,6 +125,22 @@ def empty_tokens(x: Tensor) -> Tensor:
     """Return uninitialised memory for results of the shape of x, (B, H, N, D), laid out (B, N, H, D)."""
     batch, heads, length, head_dim = x.shape
     return torch.empty(batch, length, heads, head_dim, dtype=x.dtype, device=x.device).transpose(1, 2)
+
+
+def empty_results(q: Tensor) -> tuple[Tensor, Tensor]:
+    """Return uninitialised memory for what a forward returns: out, as `empty_tokens` lays it out, and lse, (B, H, Nq)."""
+    lse = torch.empty(q.shape[:3], dtype=dtypes.accumulation_dtype(q.dtype), device=q.device)
+    return empty_tokens(q), lse
+
+
+def padded_row_value(problem: AttentionProblem) -> Tensor | None:
+    """Return what a padded row gets, (B, H, D) float32 contiguous; None without a mask, when there is no such row."""
+    return problem.v.mean(2, dtype=torch.float32).contiguous() if masked(problem) else None
+
+
+def steps(x: Tensor) -> list[int]:
+    """Return the strides that are stepped along, the last dimension's aside: those of more than one element."""
+    return [stride for stride, size in zip(x.stride()[:-1], x.shape[:-1]) if size > 1]
 
 
 def unit_stride(x: Tensor) -> Tensor:

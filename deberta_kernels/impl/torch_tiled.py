@@ -18,6 +18,7 @@ from deberta_kernels.dropout import keep_mask, keep_scale
 from deberta_kernels.dtypes import accumulation_dtype
 from deberta_kernels.impl.common import (
     Needs,
+    empty_results,
     empty_tokens,
     exact_matmul,
     masked,
@@ -128,8 +129,7 @@ def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
         lse: (B, H, Nq) float32 (float64 for float64 inputs), natural log; -inf on padded rows.
     """
     q = problem.q
-    out = empty_tokens(q)
-    lse = torch.empty(q.shape[:3], dtype=accumulation_dtype(q.dtype), device=q.device)
+    out, lse = empty_results(q)
     with exact_matmul(q.device):
         for first, tokens, part in _samples(problem):
             _forward_sample(part, first, out[:, :, tokens], lse[:, :, tokens])

@@ -106,7 +106,7 @@ def encoder(library: ctypes.CDLL) -> Callable[[TensorMap, torch.dtype, Box], Non
 
 def allow(library: ctypes.CDLL, memory: list[tuple[Tensor, bool]]) -> None:
     """Let the emulated kernels read these tensors, write those marked so, and nothing else."""
-    spans = [_span(x) for x, _ in memory]
+    spans = [span(x) for x, _ in memory]
     count = len(spans)
     library.emulated_memory(
         count,
@@ -182,7 +182,7 @@ class BackwardLaunch:
         return self.arguments.gradients()
 
 
-def _span(x: Tensor) -> tuple[int, int]:
+def span(x: Tensor) -> tuple[int, int]:
     """Return the addresses from the first element of x to behind the last."""
     last = sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
     return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()

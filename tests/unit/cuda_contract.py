@@ -14,6 +14,7 @@ from torch import Tensor
 from deberta_kernels import dropout
 from deberta_kernels.impl.cuda.arguments import Box, TensorMap
 from deberta_kernels.impl.cuda.backward_arguments import BackwardArguments, BackwardInfo
+from tests.cuda_emulation.harness import span
 
 INFO = BackwardInfo(abi_version=1, head_dim=64, keys=128, queries=64, threads=384, shared_bytes=1000, table_margin=192)
 TILE = 64
@@ -31,7 +32,7 @@ def encode(target: TensorMap, dtype: torch.dtype, box: Box) -> None:
 
 
 class Module:
-    """Stands in for a loaded module: runs what a kernel promises, and notes what was launched."""
+    """A module in the place of a loaded one: runs what a kernel promises, and notes what was launched."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -54,7 +55,7 @@ class Run:
 
     def __init__(self, arguments: BackwardArguments, dtype: torch.dtype, pair: bool, has_dropout: bool) -> None:
         self.p, self.dtype, self.pair, self.has_dropout = arguments.params, dtype, pair, has_dropout
-        self.spans = [(*_span(x), writable) for x, writable in arguments.memory]
+        self.spans = [(*span(x), writable) for x, writable in arguments.memory]
         self.head_dim = INFO.head_dim
 
     # ---- Memory
@@ -273,8 +274,3 @@ def _as_accumulators(blocks: Tensor) -> Tensor:
     found = torch.empty(len(blocks), TILE * d, dtype=blocks.dtype)
     found[:, places.flatten()] = blocks.flatten(1)
     return found
-
-
-def _span(x: Tensor) -> tuple[int, int]:
-    last = sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
-    return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()

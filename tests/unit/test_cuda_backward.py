@@ -1,6 +1,7 @@
 """The host's side of the CUDA backward, without a GPU: arguments, buffers, the fold of table gradients, refusals."""
 
 import ctypes
+import re
 import shutil
 import subprocess
 from contextlib import contextmanager
@@ -10,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from deberta_kernels.impl import cuda
-from deberta_kernels.impl.cuda import arguments, backward_arguments, driver
+from deberta_kernels.impl import common, cuda, gpu_tables
+from deberta_kernels.impl.cuda import arguments, backward_arguments, driver, modules
 from deberta_kernels.impl.cuda.backward_arguments import BackwardArguments, BackwardParams, plan
 from deberta_kernels.testing import budget, inputs
 from deberta_kernels.testing.inputs import Case
@@ -235,6 +236,14 @@ def test_structs_are_packed_as_the_compiler_packs_them(tmp_path, layout):
     assert said == [(getattr(layout, name).offset, getattr(layout, name).size) for name in names]
 
 
+def test_sizes_and_names_are_those_of_the_sources():
+    text = {name: (ROOT / "csrc" / "cuda" / name).read_text() for name in ("schedule.h", "layout.h", "names.h")}
+    assert f"constexpr int kPrefixStep = {gpu_tables.PREFIX_STEP};" in text["schedule.h"]
+    assert f"constexpr int kTile = {backward_arguments._TILE};" in text["layout.h"]
+    assert f"constexpr int kWarpgroup = {backward_arguments.CONVERSION_THREADS};" in text["layout.h"]
+    assert re.findall(r"using (\w+) = dk::", text["names.h"]) == list(modules.DTYPES)
+
+
 def test_every_number_of_a_problem_is_in_the_struct():
     found = filled(
         Case(batch=2, heads=3, nq=70, nk=91, prefix_length=21, dtype=BF16, mask="sparse+holes", dropout_p=0.2)
@@ -243,7 +252,7 @@ def test_every_number_of_a_problem_is_in_the_struct():
     assert ctypes.addressof(p) % arguments.ALIGNMENT == 0
     assert (p.batch, p.heads, p.nq, p.nk, p.prefix) == (2, 3, 70, 91, 21)
     assert (p.low_end, p.high_start) == found.plan.ends
-    assert (p.scale, p.qk_scale) == (problem.scale, problem.scale * arguments.LOG2E)
+    assert (p.scale, p.qk_scale) == (problem.scale, problem.scale * common.LOG2E)
     assert (p.dropout_threshold, p.keep_scale) == (13107, 65536 / (65536 - 13107))
     assert p.seed == problem.seed.data_ptr()
     assert (p.k, p.v) == (problem.k.data_ptr(), problem.v.data_ptr())

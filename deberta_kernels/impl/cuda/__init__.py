@@ -16,7 +16,7 @@ from deberta_kernels.impl.common import (
     Needs,
     device_refusal,
     dtype_refusal,
-    empty_tokens,
+    empty_results,
     is_ordinary,
     scale_refusal,
 )
@@ -105,8 +105,7 @@ def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     """
     q = problem.q
     found = _need("forward", q)
-    out = empty_tokens(q)
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    out, lse = empty_results(q)
     arguments = Arguments(problem, found.info, driver.driver().encode, out.transpose(1, 2), lse)
     name = image.spec_of("forward", q.dtype, q.shape[3]).kernel(problem.masks.pair is not None, problem.dropout_p > 0)
     found.module.launch(name, arguments, arguments.blocks, _stream(q.device))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from deberta_kernels import dropout
-from deberta_kernels.impl.common import LOG2E, extent, has_positions, masked
+from deberta_kernels.impl.common import LOG2E, extent, has_positions, padded_row_value, steps
 from deberta_kernels.impl.gpu_tables import check_prepared, ends_of, shared_index
 from deberta_kernels.position import plain_tensors
 from deberta_kernels.types import AttentionProblem, PositionSpec
@@ -210,8 +210,9 @@ class Arguments(Call):
             self.map(name, readable(x, 8), (3, 2, 1, 0))
         p.out, p.lse = self.address(out, True), self.address(lse, True)
         self._fill_tables(info.table_margin)
-        if masked(problem):
-            p.mean = self.address(problem.v.mean(2, dtype=torch.float32).contiguous())
+        mean = padded_row_value(problem)
+        if mean is not None:
+            p.mean = self.address(mean)
             self.token_mask("key_mask", problem.masks.key)
             self.token_mask("query_mask", problem.masks.query)
             self.pair_mask()
@@ -290,6 +291,5 @@ def rows_of_distances(
 def readable(x: Tensor, unit: int) -> Tensor:
     """Return x in memory that the kernel can read, its rows at multiples of `unit` elements."""
     x = x.resolve_neg()
-    strides = [s for s, size in zip(x.stride()[:3], x.shape[:3]) if size > 1]
-    aligned = x.stride(-1) == 1 and all(s > 0 and s % unit == 0 for s in strides) and x.data_ptr() % (2 * unit) == 0
+    aligned = x.stride(-1) == 1 and all(s > 0 and s % unit == 0 for s in steps(x)) and x.data_ptr() % (2 * unit) == 0
     return x if aligned else x.clone(memory_format=torch.contiguous_format)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deberta_kernels.impl.common import Needs, empty_tokens
+from deberta_kernels.impl.common import Needs, empty_results, padded_row_value
 from deberta_kernels.impl.triton import tuning
 from deberta_kernels.impl.triton.backward_plan import Backward
 from deberta_kernels.impl.triton.forward_kernels import _disentangled_fwd_kernel
@@ -58,11 +58,9 @@ def forward_launches(
         problem, config or tuning.config(device_key, problem.q.dtype, problem.q.shape[-1], "forward"), precision
     )
     q = problem.q
-    out = empty_tokens(q)
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    mean = call.nothing(torch.float32)
-    if call.masked:
-        mean = problem.v.mean(2, dtype=torch.float32).contiguous()
+    out, lse = empty_results(q)
+    mean = padded_row_value(problem)
+    mean = call.nothing(torch.float32) if mean is None else mean
     tables = call.tables()
     call.add(
         _disentangled_fwd_kernel,

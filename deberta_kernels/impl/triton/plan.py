@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from deberta_kernels import dropout
-from deberta_kernels.impl.common import LOG2E, extent, has_positions, masked, unit_stride
+from deberta_kernels.impl.common import LOG2E, extent, has_positions, masked, steps, unit_stride
 from deberta_kernels.impl.gpu_tables import PREFIX_STEP, Window, check_prepared
 from deberta_kernels.impl.triton import tile_list, tuning
 from deberta_kernels.impl.triton.table_kernels import _disentangled_expand_kernel
@@ -246,8 +246,7 @@ def _block(head_dim: int) -> int:
 
 def _readable(x: Tensor, unit: int) -> Tensor:
     """Return x in memory that the kernels can read: unit last stride, and rows on 16-byte boundaries where D allows."""
-    strides = [stride for stride, size in zip(x.stride()[:3], x.shape[:3]) if size > 1]
-    aligned = all(stride % unit == 0 for stride in strides) and (unit == 1 or x.data_ptr() % 16 == 0)
+    aligned = all(stride % unit == 0 for stride in steps(x)) and (unit == 1 or x.data_ptr() % 16 == 0)
     if x.stride(-1) == 1 and aligned and x.stride(2) < _MAX_ROW_STRIDE and not x.is_neg():
         return x
     return x.resolve_neg().transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
