@@ -122,13 +122,17 @@ def seed_of(problem: AttentionProblem) -> Tensor:
 
 
 def empty_tokens(x: Tensor) -> Tensor:
-    """Return uninitialised memory for results of the shape of x, (B, H, N, D), laid out (B, N, H, D)."""
-    batch, heads, length, head_dim = x.shape
-    return torch.empty(batch, length, heads, head_dim, dtype=x.dtype, device=x.device).transpose(1, 2)
+    """Return uninitialised memory for results of the shape of x, (B, H, N, D), laid out (B, N, H, D).
+
+    It is no view: one takes longer to make, and autograd would remember where it was made.
+    """
+    _, heads, length, head_dim = x.shape
+    strides = (length * heads * head_dim, head_dim, heads * head_dim, 1)
+    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device)
 
 
 def empty_results(q: Tensor) -> tuple[Tensor, Tensor]:
-    """Return uninitialised memory for what a forward returns: out, as `empty_tokens` lays it out, and lse, (B, H, Nq)."""
+    """Return uninitialised memory for what a forward returns: out, see `empty_tokens`, and lse, (B, H, Nq)."""
     lse = torch.empty(q.shape[:3], dtype=dtypes.accumulation_dtype(q.dtype), device=q.device)
     return empty_tokens(q), lse
 
