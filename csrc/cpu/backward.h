@@ -63,7 +63,7 @@ class Backward {
     float *dpos_key, *dpos_query;                                   // [columns][padded], pos_key reversed
     float *queries, *douts, *query_rows, *dout_rows, *dq;           // one row block; *_rows pair neighbouring rows
     float *c2p, *p2c, *scores, *dscores, *probability_pairs, *dscore_words, *dscore_pairs;
-    typename BandGradient<Word>::Room bands;
+    typename BandGradient<Word>::Scratch bands;
     RowStatistics statistics;
     float* dmean;  // gradient of the mean value, from rows that got it
     uint16_t* draws;

@@ -49,7 +49,7 @@ class BandGradient {
   using Window = typename Score::Window;
 
   // Scratch of one task.
-  struct Room {
+  struct Scratch {
     float *dc2p, *dp2c, *row_far, *key_far, *far_rows;
     float *c2p_along, *c2p_across, *p2c_along, *p2c_across, *far_along, *far_across;
     void take(Arena& a, const AttentionParams& p, const SlotIndex& index, int rows, int64_t keys, int padded) {
@@ -69,11 +69,11 @@ class BandGradient {
 
   // `key_rows` are the head's keys as words that pair neighbouring keys; `dk` is null if not wanted.
   BandGradient(const SlotIndex& index, int padded, const TableGradient& pos_key, const TableGradient& pos_query,
-               const float* key_rows, float* dk, const Room& room)
+               const float* key_rows, float* dk, const Scratch& scratch)
       : index_(index), vectors_(padded / kV), padded_(padded), pos_key_(pos_key), pos_query_(pos_query),
-        key_rows_(key_rows), dk_(dk), room_(room) {}
+        key_rows_(key_rows), dk_(dk), scratch_(scratch) {}
 
-  void start_head(int64_t keys) { clear(room_.key_far, 2 * keys); }
+  void start_head(int64_t keys) { clear(scratch_.key_far, 2 * keys); }
 
   // Forget the row block before; `dq` is null if not wanted.
   void start_rows(const Score& score, float* dq) {
@@ -83,7 +83,7 @@ class BandGradient {
     window_ = c2p_window(score, 0, score.rows.count);
     for (int r = 0; r < score.rows.count * kV; r++)
       clear(dc2p() + r * stride() + window_.first, window_.stop - window_.first + kV);
-    clear(room_.row_far, 2 * score.rows.count * kV * kV);
+    clear(scratch_.row_far, 2 * score.rows.count * kV * kV);
   }
 
   // Collect ds[row][kBlockKeys] of key panel k: in the c2p bands of the rows, and in a p2c band that is closed.
@@ -97,7 +97,7 @@ class BandGradient {
       return;
     }
     fill_band(score, score.keys.panels[k], w, ds);
-    const Weights<Word> weights(room_.dp2c, kV, room_.p2c_along, room_.p2c_across, kV);  // [slot][key]
+    const Weights<Word> weights(scratch_.dp2c, kV, scratch_.p2c_along, scratch_.p2c_across, kV);  // [slot][key]
     weights.round(0, (int)(w.stop - w.first), 0, kV);
     if (dk_) add_to_tokens(weights.over_rows(0, 0), w, pos_query_, dk_ + k * kV * padded_);
     add_to_table(weights.over_columns(0, 0), kV, w, key_rows_ + k * kV / Word::kPerWord * padded_, pos_query_);
@@ -110,13 +110,13 @@ class BandGradient {
       const int64_t slot = index_.key_slot(high ? -index_.reach : index_.reach);
       if (slot < window_.first || slot >= window_.stop) continue;  // no pair of the block is that far apart
       for (int r = 0; r < score.rows.count * kV; r++)
-        dc2p()[r * stride() + slot] += reduce_add(load(room_.row_far + (2 * r + high) * kV));
+        dc2p()[r * stride() + slot] += reduce_add(load(scratch_.row_far + (2 * r + high) * kV));
     }
     for (int r = 0; r < score.rows.count; r += kTableRows / kV) {
       const int panels = std::min(kTableRows / kV, score.rows.count - r);
       const Window w = c2p_window(score, r, panels);
-      const Weights<Word> weights(dc2p() + r * kV * stride() + w.first, stride(), room_.c2p_along, room_.c2p_across,
-                                  index_.columns + kV);  // [query][slot]
+      const Weights<Word> weights(dc2p() + r * kV * stride() + w.first, stride(), scratch_.c2p_along,
+                                  scratch_.c2p_across, index_.columns + kV);  // [query][slot]
       weights.round(0, panels * kV, 0, (int)(w.stop - w.first));
       for (int i = 0; dq_ && i < panels; i++) {
         const Window own = score.c2p_window(r + i, kMicroRows);
@@ -130,16 +130,16 @@ class BandGradient {
   void finish_head(const Sample& s, int64_t keys, const Rows& pos_query, int head_dim) {
     if (!wants_p2c() || !keys || (s.nq <= index_.high_start && -s.nk >= index_.low_end)) return;
     const int64_t low = index_.query_slot(-index_.reach), high = index_.query_slot(index_.reach);
-    const Weights<Word> weights(room_.key_far, keys, room_.far_along, room_.far_across, keys);
+    const Weights<Word> weights(scratch_.key_far, keys, scratch_.far_along, scratch_.far_across, keys);
     weights.round(0, 2, 0, (int)keys);
     // The ends may be one slot in a tiny table: two rows are summed one after the other, so that works too.
     if (pos_query_.sums)
       gemm<Word>(2, vectors_, (int)(keys / Word::kPerWord), weights.over_columns(0, 0), rows_of(key_rows_),
                  pos_query_.sums + low * padded_, (high - low) * padded_, true);
     if (!dk_) return;
-    pack_two(Word(), pos_query, low, high, head_dim, padded_, room_.far_rows);
-    gemm<Word>((int)keys, vectors_, 2 / Word::kPerWord, weights.over_rows(0, 0), rows_of(room_.far_rows), dk_, padded_,
-               true);
+    pack_two(Word(), pos_query, low, high, head_dim, padded_, scratch_.far_rows);
+    gemm<Word>((int)keys, vectors_, 2 / Word::kPerWord, weights.over_rows(0, 0), rows_of(scratch_.far_rows), dk_,
+               padded_, true);
   }
 
  private:
@@ -149,7 +149,7 @@ class BandGradient {
   // Neighbouring rows of a tile are one slot apart where the index is linear. A stride of whole vectors and 1 makes up
   // for that, and the start for where slots begin: their vectors are then aligned.
   int64_t stride() const { return band_stride(index_); }
-  float* dc2p() const { return room_.dc2p + (kV - index_.key_slot(0) % kV) % kV; }
+  float* dc2p() const { return scratch_.dc2p + (kV - index_.key_slot(0) % kV) % kV; }
 
   bool wants_c2p() const { return pos_key_.rows && (dq_ || pos_key_.sums); }
   bool wants_p2c() const { return pos_query_.rows && (dk_ || pos_query_.sums); }
@@ -173,7 +173,7 @@ class BandGradient {
     const auto zone = score.zone_of(x, true);
     if (zone == Score::kLow || zone == Score::kHigh) {
       for (int lane = 0; lane < kV; lane++) {
-        float* far = room_.row_far + (2 * (r * kV + lane) + (zone == Score::kHigh)) * kV;
+        float* far = scratch_.row_far + (2 * (r * kV + lane) + (zone == Score::kHigh)) * kV;
         store(far, load(far) + load(ds + lane * kBlockKeys));
       }
       return;
@@ -185,7 +185,7 @@ class BandGradient {
   // p2c, where all rows of the block are beyond the same end of the table.
   void add_to_far(const Score& score, int64_t k, const float* ds) const {
     const bool high = score.rows.panels[0].row - score.keys.panels[k].position - (kV - 1) >= index_.high_start;
-    float* far = room_.key_far + ((high ? score.keys.count : 0) + k) * kV;
+    float* far = scratch_.key_far + ((high ? score.keys.count : 0) + k) * kV;
     vf sum = load(far);
     for (int r = 0; r < score.rows.count * kV; r++) sum = sum + load(ds + r * kBlockKeys);
     store(far, sum);
@@ -197,7 +197,7 @@ class BandGradient {
     const int64_t low = score.rows.panels[0].row - panel.position - (kV - 1);
     const int64_t high = score.rows.panels[count - 1].row - panel.position + (kV - 1);
     const bool gaps = high - low + 2 != (count + 1) * kV || !index_.smooth;
-    float* band = room_.dp2c - w.first * kV;
+    float* band = scratch_.dp2c - w.first * kV;
     const int64_t first = gaps ? w.stop : index_.query_slot(low), last = gaps ? w.stop : index_.query_slot(high);
     clear(band + w.first * kV, (first - w.first) * kV);  // what no distance of the block belongs to
     clear(band + last * kV, (w.stop - last) * kV);
@@ -254,7 +254,7 @@ class BandGradient {
   const TableGradient pos_key_, pos_query_;
   const float* key_rows_;
   float* dk_;
-  const Room& room_;
+  const Scratch& scratch_;
   float* dq_ = nullptr;
   Window window_{0, 0};  // columns of pos_key that any row of the block needs
 };
