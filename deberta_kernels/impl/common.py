@@ -39,7 +39,7 @@ __all__ = [
     "unit_stride",
     "wanted",
     "zero_gradients",
-]  # fmt: skip
+]
 
 # Whether q, k, v, pos_key and pos_query need a gradient.
 Needs = tuple[bool, bool, bool, bool, bool]

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from deberta_kernels import api, env, native
+from deberta_kernels.dtypes import FLOATS, KERNEL_FLOATS
 from deberta_kernels.testing.inputs import Case
 from deberta_kernels.types import AttentionProblem
 
 __all__ = ["TARGETS", "Target", "available"]
 
-_LOW = (torch.bfloat16, torch.float16)
 _TILE = 64
 _HOPPER = (9, 0)
 
@@ -111,14 +111,11 @@ class Target:
 
 # A new backend joins the whole operator suite by one line here.
 TARGETS = (
-    Target("torch", "torch", (torch.float32, *_LOW, torch.float64)),
-    Target("cpu", "cpu", (torch.float32, *_LOW), thread_invariant=True),
-    *(
-        Target(f"cpu_{isa}", "cpu", (torch.float32, *_LOW), isa=isa, thread_invariant=True)
-        for isa in reversed(env.CPU_ISAS)
-    ),
-    Target("triton", "triton", (torch.float32, *_LOW), device="cuda"),
-    Target("cuda", "cuda", _LOW, device="cuda", head_dims=(64, 128), repeats=False),
+    Target("torch", "torch", FLOATS),
+    Target("cpu", "cpu", KERNEL_FLOATS, thread_invariant=True),
+    *(Target(f"cpu_{isa}", "cpu", KERNEL_FLOATS, isa=isa, thread_invariant=True) for isa in reversed(env.CPU_ISAS)),
+    Target("triton", "triton", KERNEL_FLOATS, device="cuda"),
+    Target("cuda", "cuda", (torch.bfloat16, torch.float16), device="cuda", head_dims=(64, 128), repeats=False),
     Target("triton_interpreted", "triton", (torch.float32, torch.float16), most_tiles=24),
 )
 

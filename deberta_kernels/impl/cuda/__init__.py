@@ -23,13 +23,11 @@ from deberta_kernels.impl.common import (
 from deberta_kernels.impl.cuda import driver, image
 from deberta_kernels.impl.cuda.arguments import Arguments, ForwardInfo, Info, expand, grid
 from deberta_kernels.impl.cuda.backward_arguments import CONVERSION_THREADS, BackwardArguments, BackwardInfo, plan
-from deberta_kernels.impl.cuda.modules import HEAD_DIMS
+from deberta_kernels.impl.cuda.modules import CAPABILITY, HEAD_DIMS
 from deberta_kernels.types import AttentionProblem, Gradients, PositionSpec
 
 __all__ = ["backward", "backward_refusal", "forward", "prepare", "refusal", "status"]
 
-# The kernels use instructions that exist in sm_90a only.
-_CAPABILITY = (9, 0)
 _MOST = (1 << 31) - 1  # blocks of a grid; tokens
 # Of the sums that a deterministic backward keeps apart by sample: beyond 1 GiB they would be most of what a step takes.
 _MOST_SUM_BYTES = 1 << 30
@@ -193,8 +191,8 @@ def _load(which: str, x: Tensor) -> _Loaded | str:
 def _loaded_module(which: str, device: int, dtype: torch.dtype, head_dim: int) -> _Loaded | str:
     opened = driver.driver()
     capability = opened.capability(device)
-    if capability != _CAPABILITY:
-        return "the GPU has compute capability {}.{}, it needs {}.{}".format(*capability, *_CAPABILITY)
+    if capability != CAPABILITY:
+        return "the GPU has compute capability {}.{}, it needs {}.{}".format(*capability, *CAPABILITY)
     reasons = []
     for cubin in image.images(which, dtype, head_dim):
         try:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import struct
 from typing import NamedTuple
 
-__all__ = ["DTYPES", "HEAD_DIMS", "MODULES", "NVCC_FLAGS", "NVRTC_FLAGS", "ModuleSpec", "constants"]
+__all__ = ["CAPABILITY", "DTYPES", "HEAD_DIMS", "MODULES", "NVCC_FLAGS", "NVRTC_FLAGS", "ModuleSpec", "constants"]
 
-_STANDARD = "c++17"
-# The kernels use instructions that exist in sm_90a only.
-NVCC_FLAGS = (f"-std={_STANDARD}", "-gencode=arch=compute_90a,code=sm_90a", "-cubin")
-NVRTC_FLAGS = ("--gpu-architecture=sm_90a", f"--std={_STANDARD}")
+# Compute capability: the kernels use instructions that exist in sm_90a only, which no other device runs.
+CAPABILITY = (9, 0)
+_TARGET, _STANDARD = "90a", "c++17"
+NVCC_FLAGS = (f"-std={_STANDARD}", f"-gencode=arch=compute_{_TARGET},code=sm_{_TARGET}", "-cubin")
+NVRTC_FLAGS = (f"--gpu-architecture=sm_{_TARGET}", f"--std={_STANDARD}")
 
 # Short names of the dtypes, see `deberta_kernels.dtypes`; a name that csrc/cuda/names.h knows.
 DTYPES = ("bf16", "fp16")
