@@ -101,7 +101,7 @@ def delta(distance: Tensor, spec: PositionSpec) -> Tensor:
 
 @dataclass(frozen=True)
 class PositionIndex:
-    """The table of delta(x) for every distance a call can meet, and what kernels may assume about it.
+    """The rows delta(x) for every distance a call can meet, and what kernels may assume about it.
 
     Attributes:
         delta: (2 * reach + 1,) int32, CPU, contiguous; delta[x + reach] is delta(x), a row of the full table. A
