@@ -27,7 +27,7 @@ __all__ = [
     "has_positions",
     "head_dim_refusal",
     "inputs",
-    "is_ordinary",
+    "is_plain_tensor",
     "masked",
     "padded_row_value",
     "positioned_keys",
@@ -44,7 +44,7 @@ __all__ = [
 # Whether q, k, v, pos_key and pos_query need a gradient.
 Needs = tuple[bool, bool, bool, bool, bool]
 LOG2E = math.log2(math.e)
-_ORDINARY = (Tensor, torch.nn.Parameter)
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class Extent(NamedTuple):
@@ -152,9 +152,9 @@ def unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 and not x.is_neg() else x.resolve_neg().contiguous()
 
 
-def is_ordinary(x: Tensor) -> bool:
-    """Return whether x is an ordinary tensor: one that a tracer made has no values, and perhaps no device."""
-    return type(x) in _ORDINARY
+def is_plain_tensor(x: Tensor) -> bool:
+    """Return whether x is a plain tensor: one that a tracer made has no values, and perhaps no device."""
+    return type(x) in _PLAIN
 
 
 # ---- Precision

@@ -17,7 +17,7 @@ from deberta_kernels.impl.common import (
     device_refusal,
     dtype_refusal,
     empty_results,
-    is_ordinary,
+    is_plain_tensor,
     scale_refusal,
 )
 from deberta_kernels.impl.cuda import driver, image
@@ -81,7 +81,7 @@ def _refusal(which: str, q: Tensor) -> tuple[str | None, _Loaded | None]:
     if q.shape[-1] not in HEAD_DIMS[which]:
         known = ", ".join(map(str, HEAD_DIMS[which]))
         return f"head_dim {q.shape[-1]} is not {'one of ' if ',' in known else ''}{known}", None
-    if not is_ordinary(q):
+    if not is_plain_tensor(q):
         return None, None
     found = _load(which, q)
     return (found, None) if isinstance(found, str) else (None, found)

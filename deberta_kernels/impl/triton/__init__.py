@@ -15,7 +15,7 @@ from deberta_kernels.impl.common import (
     device_refusal,
     dtype_refusal,
     head_dim_refusal,
-    is_ordinary,
+    is_plain_tensor,
     scale_refusal,
 )
 from deberta_kernels.types import AttentionProblem, Gradients, PositionSpec
@@ -105,7 +105,7 @@ def _triton_refusal() -> str | None:
 
 
 def _compile_refusal(problem: AttentionProblem) -> str | None:
-    if env.triton_interpreted() or not is_ordinary(problem.q):
+    if env.triton_interpreted() or not is_plain_tensor(problem.q):
         return None
     try:
         from deberta_kernels.impl.triton import execute
