@@ -16,19 +16,17 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from deberta_kernels import dispatch, flops
+from deberta_kernels.backends import REGISTRY
 from deberta_kernels.checks.operands import check_gradients, check_problem, check_reachable_rows, check_storages
-from deberta_kernels.types import AttentionProblem, Gradients, Masks, PositionSpec
+from deberta_kernels.notices import count_call
+from deberta_kernels.types import ARGUMENTS, AttentionProblem, Gradients
 
 __all__ = ["attention"]
 
-_PROBLEM = (
-    "Tensor q, Tensor k, Tensor v, Tensor? pos_key, Tensor? pos_query, Tensor? key_mask, Tensor? query_mask, "
-    "Tensor? pair_mask, Tensor? cu_seqlens, Tensor? seed, Tensor? prepared, SymInt max_seqlen, int position_buckets, "
-    "int max_relative_positions, SymInt first_row, SymInt prefix_length, float scale, float dropout_p, str backend"
-)
-_TENSORS = 11  # leading arguments of _PROBLEM that are tensors
-_ARGUMENTS = 19
-_BOUNDS = 8  # cu_seqlens
+_PROBLEM = ", ".join([*(f"{kind} {name}" for name, kind in ARGUMENTS), "str backend"])
+_TENSORS = sum(kind.startswith("Tensor") for _, kind in ARGUMENTS)  # they come first
+_BOUNDS = [name for name, _ in ARGUMENTS].index("cu_seqlens")
+_problem = AttentionProblem.of_arguments
 _DIFFERENTIABLE = 5  # q, k, v, pos_key, pos_query
 _VIEW_TRACKING = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 _AUTOGRAD = _VIEW_TRACKING | torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradFunctionality)
@@ -71,59 +69,28 @@ def attention(problem: AttentionProblem, backend: str) -> tuple[Tensor, Tensor]:
     Raises:
         NotImplementedError: forward-mode differentiation or vmap with a backend other than "reference".
     """
-    arguments = _flatten(problem, backend)
+    arguments = (*problem.arguments(), backend)
     if torch.compiler.is_compiling():
         return torch.ops.deberta_kernels.attention(*arguments)  # type: ignore[no-any-return]
     if not _unwatched(arguments):
         if torch._C._len_torch_dispatch_stack() > 0:
             flops.register()
-        if backend == "reference" and not _traced() and not problem.q.is_meta:
+        if _has_own_graph(backend) and not _traced() and not problem.q.is_meta:
             return _run_forward(problem, backend)
         _refuse_tangents(arguments)
         arguments = _with_own_bounds(arguments)  # before the forward runs; in eager mode they are a copy already
         if torch._C._functorch.peek_interpreter_stack() is not None and not _traced():
             return _FunctionalAttention.apply(*arguments)  # type: ignore[no-any-return]
         return torch.ops.deberta_kernels.attention(*arguments)  # type: ignore[no-any-return]
-    if backend == "reference":
+    if _has_own_graph(backend):
         return _run_forward(problem, backend)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments[:_DIFFERENTIABLE]):
         return _EagerAttention.apply(*arguments)  # type: ignore[no-any-return]
     return _below_autograd(problem, backend)
 
 
-def _flatten(problem: AttentionProblem, backend: str) -> tuple[Any, ...]:
-    masks, position = problem.masks, problem.position
-    return (
-        problem.q,
-        problem.k,
-        problem.v,
-        problem.pos_key,
-        problem.pos_query,
-        masks.key,
-        masks.query,
-        masks.pair,
-        problem.cu_seqlens,
-        problem.seed,
-        problem.prepared,
-        problem.max_seqlen,
-        position.position_buckets,
-        position.max_relative_positions,
-        position.first_row,
-        position.prefix_length,
-        problem.scale,
-        problem.dropout_p,
-        backend,
-    )
-
-
-def _unflatten(arguments: tuple[Any, ...]) -> AttentionProblem:
-    q, k, v, pos_key, pos_query, key, query, pair, cu_seqlens, seed, prepared = arguments[:_TENSORS]
-    max_seqlen, buckets, max_relative, first_row, prefix, scale, dropout_p, _ = arguments[_TENSORS:]
-    position = PositionSpec(buckets, max_relative, first_row, prefix)
-    return AttentionProblem(
-        q, k, v, pos_key, pos_query, Masks(key, query, pair), position, scale, dropout_p, seed, cu_seqlens, max_seqlen,
-        prepared,
-    )  # fmt: skip
+def _has_own_graph(backend: str) -> bool:
+    return backend != "auto" and REGISTRY[backend].own_graph
 
 
 def _traced() -> bool:
@@ -159,7 +126,7 @@ def _run_forward(problem: AttentionProblem, backend: str) -> tuple[Tensor, Tenso
     """Compute the forward with the backend itself, outside autocast: it owns its precision."""
     q = problem.q
     check_storages(problem)
-    if q.numel() == 0 and backend != "reference":  # whose results have a graph of their own, without values as well
+    if q.numel() == 0 and not _has_own_graph(backend):  # which there is without values as well
         return _empty_outputs(q)
     if torch._C._is_any_autocast_enabled():
         with torch.autocast(q.device.type, enabled=False):
@@ -172,9 +139,9 @@ def _call_forward(problem: AttentionProblem, backend: str) -> tuple[Tensor, Tens
     if backend == "auto":
         backend = dispatch.choose(problem)
     module = dispatch.load(backend)
-    compute = module.attention if backend == "reference" else module.forward
+    compute = module.attention if REGISTRY[backend].own_graph else module.forward
     result: tuple[Tensor, Tensor] = compute(problem)
-    dispatch.count_call(backend)
+    count_call(backend)
     return result
 
 
@@ -208,7 +175,7 @@ def _run_backward(
     with ExitStack() as stack:
         if torch._C._is_any_autocast_enabled():
             stack.enter_context(torch.autocast(problem.q.device.type, enabled=False))
-        if backend == "reference":
+        if REGISTRY[backend].own_graph:
             # Its backward is autograd's, and an operator runs with autograd taken out of the dispatch.
             excluded = torch._C._dispatch_tls_local_exclude_set() - _AUTOGRAD
             stack.enter_context(torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded))
@@ -224,7 +191,7 @@ def _empty_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
 
 def _op_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     # Compiled code comes here with the name the caller gave and with bounds nobody has read: what refuses, refuses now.
-    problem = check_problem(_unflatten(arguments), real=True)
+    problem = check_problem(_problem(arguments), real=True)
     with torch._C._ExcludeDispatchKeyGuard(_VIEW_TRACKING):
         out, lse = _run_forward(problem, dispatch.choose(problem, arguments[-1]))
         return _heads_inside(out), lse.contiguous()
@@ -232,7 +199,7 @@ def _op_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 def _op_backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     *arguments, needs = rest
-    gradients = _run_backward(_unflatten(tuple(arguments)), dout, dlse, out, lse, arguments[-1], tuple(needs))
+    gradients = _run_backward(_problem(tuple(arguments)), dout, dlse, out, lse, arguments[-1], tuple(needs))
     found = [None if g is None else _heads_inside(g) if i < 3 else g.contiguous() for i, g in enumerate(gradients)]
     return tuple(dout.new_empty(0) if g is None else g for g in found)
 
@@ -250,7 +217,7 @@ def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
 def _check_shapes(arguments: tuple[Any, ...], *results: Any) -> None:
     """Check what is known of tensors without values."""
     try:
-        problem = check_problem(_unflatten(arguments), real=False)
+        problem = check_problem(_problem(arguments), real=False)
         if results:
             check_gradients(problem, *results)
     except NotImplementedError:
@@ -293,9 +260,9 @@ def _with_own_bounds(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
     needs = [bool(need) for need in ctx.needs_input_grad[:_DIFFERENTIABLE]]
-    nothing = (None,) * (_ARGUMENTS - _DIFFERENTIABLE)
+    nothing = (None,) * (len(ARGUMENTS) + 1 - _DIFFERENTIABLE)
     if not any(needs) or (dout is None and dlse is None):
-        return (None,) * _ARGUMENTS
+        return (None,) * (len(ARGUMENTS) + 1)
     *tensors, out, lse = ctx.saved_tensors
     arguments = (*tensors, *ctx.settings)
     if dout is None or dout._is_zerotensor():
@@ -309,7 +276,7 @@ def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[
         gradients = compute(dout, dlse, out, lse, *arguments, needs)
         return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *nothing
     with torch._C._AutoDispatchBelowAutograd():
-        found = _run_backward(_unflatten(arguments), dout, dlse, out, lse, arguments[-1], tuple(needs))
+        found = _run_backward(_problem(arguments), dout, dlse, out, lse, arguments[-1], tuple(needs))
     return *found, *nothing
 
 
@@ -323,7 +290,7 @@ class _EagerAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        output = _below_autograd(_unflatten(arguments), arguments[-1])
+        output = _below_autograd(_problem(arguments), arguments[-1])
         _save(ctx, arguments, output)
         return output
 
@@ -337,7 +304,7 @@ class _FunctionalAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-        return _below_autograd(_unflatten(arguments), arguments[-1])
+        return _below_autograd(_problem(arguments), arguments[-1])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

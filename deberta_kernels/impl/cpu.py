@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from deberta_kernels import dropout, native
 from deberta_kernels.checks.arguments import check_storage
-from deberta_kernels.native import Library
+from deberta_kernels.native import AttentionParams, Library
 from deberta_kernels.position import PositionIndex, position_index, reachable_rows
 from deberta_kernels.types import AttentionProblem, Gradients, Masks, PositionSpec
 
 __all__ = ["backward", "forward", "prepare", "refusal"]
 
 _MAX_HEAD_DIM = 256
+_NO_SIZE = -1  # of prepared tables that are not one row of bytes
 
 
 def refusal(problem: AttentionProblem) -> str | None:
@@ -38,16 +39,21 @@ def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
         lse: (B, H, Nq) float32, natural log.
     """
     library = native.need()
-    problem = _reachable(problem)
-    q = problem.q
-    batch, heads, nq, head_dim = q.shape
-    out = torch.empty(batch, nq, heads, head_dim, dtype=q.dtype, device="cpu").transpose(1, 2)
-    lse = torch.empty(batch, heads, nq, dtype=torch.float32, device="cpu")
-    if out.numel():
-        call = _Call(problem, library, out=out, lse=lse)
-        params = call.pack()
-        _check_prepared(problem.prepared, library, params)
-        library.call("dk_cpu_forward", params)
+    q, prepared = problem.q, problem.prepared
+    batch, heads, nq, _ = q.shape
+    out, lse = _empty_tokens(q), torch.empty((batch, heads, nq), dtype=torch.float32, device="cpu")
+    if not q.numel():
+        return out, lse
+    call = _Call(problem, library, _reachable(problem) if prepared is None else _whole(problem), prepared)
+    p = call.params
+    p.out, (p.out_stride_b, p.out_stride_h, p.out_stride_n, _) = call.values(out)
+    p.lse, (p.lse_stride_b, p.lse_stride_h, _) = call.values(lse)
+    try:
+        library.call("dk_cpu_forward", p)
+    except ValueError:
+        if prepared is None:
+            raise
+        raise _wrong_prepared(prepared, library, p) from None
     return out, lse
 
 
@@ -66,21 +72,33 @@ def backward(
         needs: whether dq, dk, dv, dpos_key, dpos_query are wanted.
     """
     library = native.need()
-    whole = problem
-    problem = _reachable(problem.changed(prepared=None))
-    if not problem.q.numel():
-        tensors = (whole.q, whole.k, whole.v, whole.pos_key, whole.pos_query)
+    q, k, v = problem.q, problem.k, problem.v
+    if not q.numel():
+        tensors = (q, k, v, problem.pos_key, problem.pos_query)
         return Gradients(*(torch.zeros_like(x) if n and x is not None else None for n, x in zip(needs, tensors)))
-    tokens = []
-    for need, x in zip(needs, (problem.q, problem.k, problem.v)):
-        batch, heads, length, head_dim = x.shape
-        tokens.append(_empty(x.dtype, batch, length, heads, head_dim).transpose(1, 2) if need else None)
-    tables, windows = _table_gradients(whole, problem, needs[3:])
+    tables = _reachable(problem)
+    call = _Call(problem, library, tables)
+    p = call.params
+    p.out, (p.out_stride_b, p.out_stride_h, p.out_stride_n, _) = call.values(out)
+    p.dout, (p.dout_stride_b, p.dout_stride_h, p.dout_stride_n, _) = call.values(dout)
     # The kernel takes both as rows of one layout, without gaps.
     lse, dlse = lse.resolve_neg().contiguous(), None if dlse is None else dlse.resolve_neg().contiguous()
-    call = _Call(problem, library, out=out, lse=lse, dout=dout, dlse=dlse, tokens=tokens, tables=windows)
-    library.call("dk_cpu_backward", call.pack())
-    return Gradients(*tokens, *(None if g is None else g.to(problem.q.dtype) for g in tables))
+    p.lse, (p.lse_stride_b, p.lse_stride_h, _) = call.values(lse)
+    if dlse is not None:
+        p.dlse = call.address(dlse)
+    dq, dk, dv = (_empty_tokens(x) if need else None for need, x in zip(needs, (q, k, v)))
+    if dq is not None:
+        p.dq, (p.dq_stride_b, p.dq_stride_h, p.dq_stride_n, _) = call.values(dq)
+    if dk is not None:
+        p.dk, (p.dk_stride_b, p.dk_stride_h, p.dk_stride_n, _) = call.values(dk)
+    if dv is not None:
+        p.dv, (p.dv_stride_b, p.dv_stride_h, p.dv_stride_n, _) = call.values(dv)
+    dpos_key, p.dpos_key = _table_gradient(needs[3], problem, problem.pos_key, tables)
+    dpos_query, p.dpos_query = _table_gradient(needs[4], problem, problem.pos_query, tables)
+    gradients = [x for x in (dpos_key, dpos_query) if x is not None]
+    p.dpos_stride_h = gradients[0].stride(0) if gradients else 0
+    library.call("dk_cpu_backward", p)
+    return Gradients(dq, dk, dv, *(None if g is None else g.to(q.dtype) for g in (dpos_key, dpos_query)))
 
 
 def prepare(pos_key: Tensor | None, pos_query: Tensor | None, position: PositionSpec) -> Tensor | None:
@@ -110,162 +128,144 @@ def prepare(pos_key: Tensor | None, pos_query: Tensor | None, position: Position
             check_storage(name, x)
     tokens = table.new_empty(1, table.shape[0], 0, table.shape[2])
     problem = AttentionProblem(tokens, tokens, tokens, pos_key, pos_query, Masks(), position, 1.0)
-    call = _Call(problem, library)
-    params = call.pack()
-    packed = torch.empty(
-        library.handle.dk_cpu_prepared_bytes(params, library.variants[library.isa]), dtype=torch.uint8, device="cpu"
-    )
-    library.call("dk_cpu_prepare", params, packed.data_ptr())
+    call = _Call(problem, library, _whole(problem))
+    packed = torch.empty(library.prepared_bytes(call.params), dtype=torch.uint8, device="cpu")
+    library.call("dk_cpu_prepare", call.params, packed.data_ptr())
     return packed
 
 
-def _empty(dtype: torch.dtype, *shape: int) -> Tensor:
-    """Return what the kernel writes gradients to: on the CPU, whatever torch's defaults are."""
-    return torch.empty(shape, dtype=dtype, device="cpu")
+def _empty_tokens(like: Tensor) -> Tensor:
+    """Return (B, H, N, D) over memory laid out (B, N, H, D): on the CPU, whatever torch's defaults are.
+
+    Made so and not by `transpose`, since a view takes longer to make, and autograd remembers where it was made.
+    """
+    _, heads, length, head_dim = like.shape
+    strides = (length * heads * head_dim, head_dim, heads * head_dim, 1)
+    return torch.empty_strided(like.shape, strides, dtype=like.dtype, device="cpu")
 
 
-def _check_prepared(prepared: Tensor | None, library: Library, params: bytes) -> None:
-    """Check that prepared tables are as large as the kernel will read."""
-    if prepared is None:
-        return
-    size = library.handle.dk_cpu_prepared_bytes(params, library.variants[library.isa])
-    if prepared.dtype != torch.uint8 or prepared.shape != (size,) or not prepared.is_contiguous():
-        raise ValueError(
-            f"prepared must be what prepare returned for these tables, uint8 of {size} bytes, got {prepared.dtype} of "
-            f"shape {tuple(prepared.shape)} and strides {prepared.stride()}; prepare the tables again."
-        )
+def _wrong_prepared(prepared: Tensor, library: Library, params: AttentionParams) -> ValueError:
+    return ValueError(
+        f"prepared must be what prepare returned for these tables, uint8 of {library.prepared_bytes(params)} bytes, "
+        f"got {prepared.dtype} of shape {tuple(prepared.shape)} and strides {prepared.stride()}; prepare the tables "
+        "again."
+    )
 
 
-def _reachable(problem: AttentionProblem) -> AttentionProblem:
+class _Tables(NamedTuple):
+    """The position tables that a kernel reads: some of those given, or all of them.
+
+    Attributes:
+        key: (H, rows, D) or None.
+        query: (H, rows, D) or None.
+        rows: 0 without tables.
+        first_row: row of the full table that row 0 is.
+    """
+
+    key: Tensor | None
+    query: Tensor | None
+    rows: int
+    first_row: int
+
+
+def _whole(problem: AttentionProblem) -> _Tables:
+    pos_key, pos_query = problem.pos_key, problem.pos_query
+    table = pos_key if pos_key is not None else pos_query
+    return _Tables(pos_key, pos_query, 0 if table is None else table.shape[1], problem.position.first_row)
+
+
+def _reachable(problem: AttentionProblem) -> _Tables:
     """Cut the tables to the rows that this length can reach; packing the others would be wasted."""
-    table = problem.pos_key if problem.pos_key is not None else problem.pos_query
-    if table is None or problem.prepared is not None:
-        return problem
-    position = problem.position
+    tables, position = _whole(problem), problem.position
+    if not tables.rows:
+        return tables
     if problem.cu_seqlens is None:
         nq, nk = problem.q.shape[2], problem.k.shape[2] - position.prefix_length
     else:
         nq = nk = problem.max_seqlen
     start, stop = reachable_rows(nq, nk, position)
-    if stop - start >= table.shape[1]:
-        return problem
-    rows = slice(start - position.first_row, stop - position.first_row)
-    cut = [None if x is None else x[:, rows] for x in (problem.pos_key, problem.pos_query)]
-    rest = PositionSpec(position.position_buckets, position.max_relative_positions, start, position.prefix_length)
-    return problem.changed(pos_key=cut[0], pos_query=cut[1], position=rest)
+    if stop - start >= tables.rows:
+        return tables
+    used = slice(start - position.first_row, stop - position.first_row)
+    key, query = (None if x is None else x[:, used] for x in tables[:2])
+    return _Tables(key, query, stop - start, start)
 
 
-def _table_gradients(
-    whole: AttentionProblem, problem: AttentionProblem, needs: tuple[bool, ...]
-) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """Make the gradients of the whole tables, and views of the rows in use, which the kernel fills."""
-    start = problem.position.first_row - whole.position.first_row
-    gradients: list[Tensor | None] = []
-    windows: list[Tensor | None] = []
-    tables = ((whole.pos_key, problem.pos_key), (whole.pos_query, problem.pos_query))
-    for need, (table, used) in zip(needs, tables):
-        gradient = _empty(torch.float32, *table.shape) if need and table is not None else None
-        window = None
-        if gradient is not None and used is not None:
-            stop = start + used.shape[1]
-            window = gradient[:, start:stop]
-            for unreached in (gradient[:, :start], gradient[:, stop:]):
-                unreached.zero_()
-        gradients.append(gradient)
-        windows.append(window)
-    return gradients, windows
-
-
-def _plain(x: Tensor) -> Tensor:
-    """Return x with a contiguous last dimension and its values in memory (a negation may be pending)."""
-    return x if x.stride(-1) == 1 and not x.is_neg() else x.resolve_neg().contiguous()
+def _table_gradient(
+    needed: bool, problem: AttentionProblem, table: Tensor | None, used: _Tables
+) -> tuple[Tensor | None, int]:
+    """Make the gradient of a whole table, and return where the rows in use begin, which the kernel fills."""
+    if not needed or table is None:
+        return None, 0
+    gradient = torch.empty(table.shape, dtype=torch.float32, device="cpu")
+    start = used.first_row - problem.position.first_row
+    for unreached in (gradient[:, :start], gradient[:, start + used.rows :]):
+        unreached.zero_()
+    return gradient, gradient[:, start:].data_ptr()
 
 
 class _Call:
-    """The arguments of one call; keeps every tensor alive whose address it holds."""
+    """The arguments of one native call, and the tensors that live as long as it does."""
 
     def __init__(
-        self, problem: AttentionProblem, library: Library, *, out: Tensor | None = None, lse: Tensor | None = None,
-        dout: Tensor | None = None, dlse: Tensor | None = None, tokens: list[Tensor | None] | None = None,
-        tables: list[Tensor | None] | None = None,
-    ) -> None:  # fmt: skip
-        self.problem, self.library = problem, library
-        self.out, self.lse, self.dout, self.dlse = out, lse, dout, dlse
-        self.tokens = tokens or [None, None, None]
-        self.tables = tables or [None, None]
-        self.alive: list[Any] = []
+        self, problem: AttentionProblem, library: Library, tables: _Tables, prepared: Tensor | None = None
+    ) -> None:
+        q, k, v, masks, position = problem.q, problem.k, problem.v, problem.masks, problem.position
+        self.alive: list[object] = []  # copies and cached tensors whose addresses are held; the problem keeps the rest
+        self.params = p = AttentionParams()
+        p.abi_version, p.dtype, p.threads = native.ABI_VERSION, native.DTYPES[q.dtype], library.threads()
+        p.batch, p.heads, p.nq, p.head_dim = q.shape
+        p.nk = k.shape[2]
+        if problem.cu_seqlens is not None:
+            p.batch, p.nq, p.nk = problem.cu_seqlens.numel() - 1, problem.max_seqlen, problem.max_seqlen
+            p.cu_seqlens = self.address(problem.cu_seqlens.contiguous())
+        p.q, (p.q_stride_b, p.q_stride_h, p.q_stride_n, _) = self.values(q)
+        p.k, (p.k_stride_b, p.k_stride_h, p.k_stride_n, _) = self.values(k)
+        p.v, (p.v_stride_b, p.v_stride_h, p.v_stride_n, _) = self.values(v)
+        p.first_row, p.prefix_length, p.scale = tables.first_row, position.prefix_length, problem.scale
+        p.smooth = 1
+        if tables.rows or prepared is not None:
+            self._add_tables(tables, prepared, position_index(max(p.nq, p.nk), position))
+        if masks.key is not None:
+            p.key_mask, (p.key_mask_stride_b, _) = self.values(masks.key)
+        if masks.query is not None:
+            p.query_mask, (p.query_mask_stride_b, _) = self.values(masks.query)
+        if masks.pair is not None:
+            p.pair_mask, (p.pair_mask_stride_b, head, p.pair_mask_stride_q, _) = self.values(masks.pair)
+            p.pair_mask_stride_h = head if masks.pair.shape[1] > 1 else 0
+        p.dropout_scale = 1.0
+        if problem.dropout_p > 0 and problem.seed is not None:
+            p.dropout_threshold = dropout.threshold(problem.dropout_p)
+            p.dropout_scale, p.seed = dropout.keep_scale(problem.dropout_p), int(problem.seed)
 
-    def pack(self) -> bytes:
-        p = self.problem
-        batch, heads, nq, head_dim = p.q.shape
-        nk = p.k.shape[2]
-        if p.cu_seqlens is not None:
-            batch, nq, nk = p.cu_seqlens.numel() - 1, p.max_seqlen, p.max_seqlen
-        dropping = p.dropout_p > 0 and p.seed is not None
-        return native.ATTENTION_PARAMS.pack(
-            native.ABI_VERSION, batch, heads, nq, nk, head_dim, native.DTYPES[p.q.dtype], self.library.threads(),
-            *self._tokens(p.q), *self._tokens(p.k), *self._tokens(p.v), *self._tokens(self.out),
-            *self._tokens(self.dout), *self._tokens(self.tokens[0]), *self._tokens(self.tokens[1]),
-            *self._tokens(self.tokens[2]),
-            *self._statistics(),
-            *self._position(nq, nk),
-            *self._masks(),
-            p.scale,
-            dropout.threshold(p.dropout_p) if dropping else 0,
-            dropout.keep_scale(p.dropout_p) if dropping else 1.0,
-            int(p.seed) if dropping and p.seed is not None else 0,
-        )  # fmt: skip
+    def _add_tables(self, tables: _Tables, prepared: Tensor | None, index: PositionIndex) -> None:
+        p = self.params
+        if tables.key is not None:
+            p.pos_key, (p.pos_key_stride_h, p.pos_key_stride_r, _) = self.values(tables.key)
+            p.has_pos_key = 1
+        if tables.query is not None:
+            p.pos_query, (p.pos_query_stride_h, p.pos_query_stride_r, _) = self.values(tables.query)
+            p.has_pos_query = 1
+        p.table_rows = tables.rows
+        if prepared is not None:
+            whole = prepared.dtype is torch.uint8 and prepared.dim() == 1 and prepared.is_contiguous()
+            p.prepared, p.prepared_bytes = self.address(prepared), prepared.numel() if whole else _NO_SIZE
+        p.delta, p.reach = self.address(index.delta), index.reach
+        p.low_end, p.high_start, p.smooth = index.low_end, index.high_start, index.smooth
+        self.alive.append(index)
 
-    def _address(self, x: Tensor | None) -> int:
-        if x is None:
-            return 0
-        self.alive.append(x)
+    def values(self, x: Tensor) -> tuple[int, tuple[int, ...]]:
+        """Return the address and strides of x with a contiguous last dimension and no pending negation."""
+        strides = x.stride()
+        if strides[-1] != 1 or x.is_neg():
+            x = x.resolve_neg().contiguous()
+            self.alive.append(x)
+            strides = x.stride()
+        return self.address(x), strides
+
+    def address(self, x: Tensor) -> int:
+        """Return where x is."""
         address = x.data_ptr()
         if not address and x.numel():
             raise ValueError(f"a tensor of shape {tuple(x.shape)} must have memory, got none; pass a copy of it.")
         return address
-
-    def _tokens(self, x: Tensor | None) -> tuple[int, int, int, int]:
-        if x is None:
-            return 0, 0, 0, 0
-        x = _plain(x)
-        b, h, n, _ = x.stride()
-        return self._address(x), b, h, n
-
-    def _statistics(self) -> tuple[int, int, int, int]:
-        if self.lse is None:
-            return 0, 0, 0, 0
-        b, h, _ = self.lse.stride()
-        return self._address(self.lse), self._address(self.dlse), b, h
-
-    def _position(self, nq: int, nk: int) -> tuple[int, ...]:
-        p, spec = self.problem, self.problem.position
-        pos_key, pos_query = (x if x is None else _plain(x) for x in (p.pos_key, p.pos_query))
-        table = pos_key if pos_key is not None else pos_query
-        gradient = next((x for x in self.tables if x is not None), None)
-        index: PositionIndex | None = position_index(max(nq, nk), spec) if table is not None else None
-        return (
-            self._address(pos_key), self._address(pos_query),
-            *(pos_key.stride()[:2] if pos_key is not None else (0, 0)),
-            *(pos_query.stride()[:2] if pos_query is not None else (0, 0)),
-            self._address(p.prepared), self._address(self.tables[0]), self._address(self.tables[1]),
-            gradient.stride(0) if gradient is not None else 0,
-            int(pos_key is not None), int(pos_query is not None), table.shape[1] if table is not None else 0,
-            spec.first_row, spec.prefix_length,
-            *((self._address(index.delta), index.reach, index.low_end, index.high_start, int(index.smooth))
-              if index is not None else (0, 0, 0, 0, 1)),
-        )  # fmt: skip
-
-    def _masks(self) -> tuple[int, ...]:
-        masks = self.problem.masks
-        key, query, pair = (x if x is None or x.stride(-1) == 1 else x.contiguous()
-                            for x in (masks.key, masks.query, masks.pair))  # fmt: skip
-        pair_strides = (0, 0, 0)
-        if pair is not None:
-            pair_strides = pair.stride(0), pair.stride(1) if pair.shape[1] > 1 else 0, pair.stride(2)
-        cu_seqlens = self.problem.cu_seqlens
-        return (
-            self._address(key), self._address(query), self._address(pair),
-            key.stride(0) if key is not None else 0, query.stride(0) if query is not None else 0, *pair_strides,
-            self._address(cu_seqlens.contiguous() if cu_seqlens is not None else None),
-        )  # fmt: skip

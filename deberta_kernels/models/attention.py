@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deberta_kernels import dispatch
+from deberta_kernels import dispatch, notices
 from deberta_kernels.api import run_attention
 from deberta_kernels.masks import parse_huggingface_mask
 from deberta_kernels.models.anatomy import AttentionModule, anatomy_of
@@ -231,6 +231,6 @@ def _prepared(
 
 def _note(refused: tuple[str, str], strict: bool) -> None:
     if not torch.compiler.is_compiling():
-        dispatch.fallback(*refused, strict)
+        notices.fallback(*refused, strict)
     elif strict:
         raise NotImplementedError(f"{refused[0]}; {refused[1]}.")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import deberta_kernels as dk
-from deberta_kernels import api, dispatch, native
+from deberta_kernels import api, dispatch, native, notices
 from deberta_kernels.impl import cpu
 from deberta_kernels.testing import inputs
 from deberta_kernels.testing.inputs import Case
@@ -214,7 +214,7 @@ def test_masks_of_any_strides_are_read_as_their_values(part):
 
 @needs_library
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-@pytest.mark.parametrize("module", [native, dispatch], ids=["native", "dispatch"])
+@pytest.mark.parametrize("module", [native, notices], ids=["native", "notices"])
 def test_a_lock_held_while_another_thread_forks_does_not_stop_the_child(module, monkeypatch):
     x = torch.randn(1, 2, 9, 16)
     expected = dk.disentangled_attention(x, x, x, backend="cpu")

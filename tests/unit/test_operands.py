@@ -1,5 +1,6 @@
 """The operators get whatever an exported program holds: they refuse by name what a kernel would trip over."""
 
+import dataclasses
 import re
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import deberta_kernels as dk
-from deberta_kernels import api, ops
+from deberta_kernels import api
 from deberta_kernels.checks import packed as packed_checks
 from deberta_kernels.checks.arguments import storage_fits
 from deberta_kernels.checks.operands import check_storages
@@ -383,6 +384,14 @@ def test_a_gradient_of_zeros_without_memory_is_zeros(backend):
         assert torch.equal(gradient, torch.zeros(SHAPE))
 
 
-def test_the_operators_are_the_ones_that_ops_flattens():
-    problem = AttentionProblem(*(torch.ones(SHAPE),) * 3, None, None, Masks(), PositionSpec(8, 16), 0.2)
-    assert len(ops._flatten(problem, "torch")) == len(NAMES)
+def test_a_problem_is_the_same_after_it_was_the_arguments_of_an_operator():
+    """Every field has a value of its own, so that none can take another's place."""
+    x = [torch.ones(1) for _ in range(11)]
+    position = PositionSpec(8, 16, 3, 2)
+    problem = AttentionProblem(*x[:5], Masks(*x[5:8]), position, 0.2, 0.1, x[8], x[9], 7, x[10])
+    arguments = problem.arguments()
+    assert len(arguments) + 1 == len(NAMES)
+    again = AttentionProblem.of_arguments((*arguments, "torch"))
+    for field in dataclasses.fields(AttentionProblem):
+        before, after = getattr(problem, field.name), getattr(again, field.name)
+        assert before is after or before == after, field.name
