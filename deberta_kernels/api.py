@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from deberta_kernels import dispatch, ops
 from deberta_kernels.checks.arguments import (
+    check_call,
     check_dropout,
-    check_masks,
     check_position,
     check_qkv,
     check_scale,
-    check_table_rows,
     check_tables,
 )
 from deberta_kernels.checks.packed import check_cu_seqlens, check_max_seqlen, check_packed
@@ -244,14 +242,8 @@ def run_attention(
         ValueError: an argument has a wrong shape, device or value.
         NotImplementedError: the backend asked for cannot run this call.
     """
-    dispatch.check_backend(backend)
-    check_qkv(q, k, v)
+    check_call(q, k, v, pos_key, pos_query, masks, position, cu_seqlens is not None)
     keys = k.shape[2]
-    check_position(position, keys)
-    span = attention_span(position.position_buckets, position.max_relative_positions)
-    check_tables(pos_key, pos_query, q, q.shape[1], None)
-    check_masks(masks, q, keys, cu_seqlens is not None)
-    check_table_rows(pos_key if pos_key is not None else pos_query, position, span)
     if cu_seqlens is None:
         max_seqlen = max(q.shape[2], keys)
     else:
@@ -307,10 +299,11 @@ def _scale(scale: float | None, q: Tensor, pos_key: Tensor | None, pos_query: Te
 
 
 def _run(problem: AttentionProblem, backend: str, strict: bool = False) -> tuple[Tensor, Tensor]:
-    if not torch.compiler.is_compiling():
-        # Before the seed is drawn: a call that is refused leaves torch's generator as it was. Compiled code chooses
-        # when it runs, so that nothing of the choice is traced.
+    if torch.compiler.is_compiling():
+        dispatch.check_backend(backend)  # which is chosen when the code runs, so that nothing of the choice is traced
+    else:
+        # Before the seed is drawn: a call that is refused leaves torch's generator as it was.
         backend = dispatch.choose(problem, backend, strict=strict)
     if problem.dropout_p > 0.0 and problem.q.numel() > 0:
-        problem = replace(problem, seed=draw_seed(problem.q.device))
+        problem = problem.changed(seed=draw_seed(problem.q.device))
     return ops.attention(problem, backend)

@@ -19,6 +19,8 @@ class Backend:
         gradients: the backend that computes the gradients of calls which `backward_refusal` of its own refuses. Both
             keep to one meaning of out and lse, all that a backward takes from a forward.
         prepares: its `prepare` lays position tables out once for many calls.
+        direct: whoever has checked the arguments may call it as it is. It looks itself at the memory it reads and at
+            the rows of sliced tables, and its results are no views, of which autograd remembers where they were made.
         own_graph: its `attention` is made of differentiable operators, and autograd, forward-mode differentiation and
             functional transforms work on those, to any order.
     """
@@ -28,6 +30,7 @@ class Backend:
     by_name_only: bool = False
     gradients: str | None = None
     prepares: bool = False
+    direct: bool = False
     own_graph: bool = False
 
 
@@ -36,7 +39,7 @@ class Backend:
 REGISTRY = {
     "reference": Backend("deberta_kernels.impl.reference", by_name_only=True, own_graph=True),
     "torch": Backend("deberta_kernels.impl.torch_tiled"),
-    "cpu": Backend("deberta_kernels.impl.cpu", ("cpu",), prepares=True),
+    "cpu": Backend("deberta_kernels.impl.cpu", ("cpu",), prepares=True, direct=True),
     "triton": Backend("deberta_kernels.impl.triton", ("cuda",), prepares=True),
     "cuda": Backend("deberta_kernels.impl.cuda", ("cuda",), by_name_only=True, gradients="triton", prepares=True),
 }

@@ -69,11 +69,14 @@ def refusal(name: str, problem: AttentionProblem) -> str | None:
     except RuntimeError as error:
         return str(error)
     reason: str | None = module.refusal(problem)
-    if reason is None and _differentiated(problem) and (own := _backward_refusal(name, problem)) is not None:
-        other = str(REGISTRY[name].gradients)
-        reason = refusal(other, problem)
-        return None if reason is None else _neither(own, other, reason)
-    return reason
+    other = REGISTRY[name].gradients
+    if reason is not None or other is None or not _differentiated(problem):
+        return reason
+    own = _backward_refusal(name, problem)
+    if own is None:
+        return None
+    reason = refusal(other, problem)
+    return None if reason is None else _neither(own, other, reason)
 
 
 def backward_of(name: str, problem: AttentionProblem) -> tuple[Any, AttentionProblem]:
@@ -110,7 +113,7 @@ def _differentiated(problem: AttentionProblem) -> bool:
 
 
 def choose(problem: AttentionProblem, backend: str = "auto", *, strict: bool = False) -> str:
-    """Return the name of the backend that runs `problem`.
+    """Return the name of the backend that runs `problem`: the one place where that is decided.
 
     Args:
         problem: the call; only shapes, dtypes and devices are looked at.
@@ -146,7 +149,7 @@ def choose(problem: AttentionProblem, backend: str = "auto", *, strict: bool = F
 
 def _automatic(problem: AttentionProblem, strict: bool) -> str:
     skipped = ""
-    device_type = problem.q.device.type
+    device_type = "cpu" if problem.q.is_cpu else problem.q.device.type  # which takes longer to ask
     for name in order(device_type):
         reason = refusal(name, problem)
         if reason is None:

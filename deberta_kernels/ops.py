@@ -8,6 +8,7 @@ autograd costs about 100 microseconds a call, this one about 10.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from deberta_kernels import dispatch, flops
-from deberta_kernels.backends import REGISTRY
+from deberta_kernels.backends import REGISTRY, Backend
 from deberta_kernels.checks.operands import check_gradients, check_problem, check_reachable_rows, check_storages
 from deberta_kernels.notices import count_call
 from deberta_kernels.types import ARGUMENTS, AttentionProblem, Gradients
@@ -69,24 +70,30 @@ def attention(problem: AttentionProblem, backend: str) -> tuple[Tensor, Tensor]:
     Raises:
         NotImplementedError: forward-mode differentiation or vmap with a backend other than "reference".
     """
-    arguments = (*problem.arguments(), backend)
     if torch.compiler.is_compiling():
-        return torch.ops.deberta_kernels.attention(*arguments)  # type: ignore[no-any-return]
-    if not _unwatched(arguments):
-        if torch._C._len_torch_dispatch_stack() > 0:
-            flops.register()
-        if _has_own_graph(backend) and not _traced() and not problem.q.is_meta:
-            return _run_forward(problem, backend)
-        _refuse_tangents(arguments)
-        arguments = _with_own_bounds(arguments)  # before the forward runs; in eager mode they are a copy already
-        if torch._C._functorch.peek_interpreter_stack() is not None and not _traced():
-            return _FunctionalAttention.apply(*arguments)  # type: ignore[no-any-return]
-        return torch.ops.deberta_kernels.attention(*arguments)  # type: ignore[no-any-return]
-    if _has_own_graph(backend):
+        return torch.ops.deberta_kernels.attention(*problem.arguments(), backend)  # type: ignore[no-any-return]
+    tensors = problem.tensors()
+    if not _unwatched(tensors):
+        return _watched(problem, backend)
+    if torch.is_grad_enabled() and not _has_own_graph(backend):
+        for x in tensors[:_DIFFERENTIABLE]:
+            if x is not None and x.requires_grad:
+                return _EagerAttention.apply(*problem.arguments(), backend)  # type: ignore[no-any-return]
+    return _run_forward(problem, backend)
+
+
+def _watched(problem: AttentionProblem, backend: str) -> tuple[Tensor, Tensor]:
+    """Compute it where somebody may need to see an operator."""
+    if torch._C._len_torch_dispatch_stack() > 0:
+        flops.register()
+    if _has_own_graph(backend) and not _traced() and not problem.q.is_meta:
         return _run_forward(problem, backend)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments[:_DIFFERENTIABLE]):
-        return _EagerAttention.apply(*arguments)  # type: ignore[no-any-return]
-    return _below_autograd(problem, backend)
+    arguments = (*problem.arguments(), backend)
+    _refuse_tangents(arguments)
+    arguments = _with_own_bounds(arguments)  # before the forward runs; in eager mode they are a copy already
+    if torch._C._functorch.peek_interpreter_stack() is not None and not _traced():
+        return _FunctionalAttention.apply(*arguments)  # type: ignore[no-any-return]
+    return torch.ops.deberta_kernels.attention(*arguments)  # type: ignore[no-any-return]
 
 
 def _has_own_graph(backend: str) -> bool:
@@ -98,8 +105,8 @@ def _traced() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None
 
 
-def _unwatched(arguments: tuple[Any, ...]) -> bool:
-    """Whether this is plain eager mode on plain tensors, where nobody needs to see an operator."""
+def _unwatched(tensors: tuple[Any, ...]) -> bool:
+    """Whether this is plain eager mode on plain tensors, of which the first is q: nobody needs to see an operator."""
     if (
         torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
@@ -107,10 +114,13 @@ def _unwatched(arguments: tuple[Any, ...]) -> bool:
         or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
         or torch._C._autograd._profiler_enabled()
-        or arguments[0].is_meta
+        or tensors[0].is_meta
     ):
         return False
-    return all(x is None or type(x) in _PLAIN_TYPES for x in arguments[:_TENSORS])
+    for x in tensors:  # noqa: SIM110, a generator takes three times as long
+        if x is not None and type(x) not in _PLAIN_TYPES:
+            return False
+    return True
 
 
 def _refuse_tangents(arguments: tuple[Any, ...]) -> None:
@@ -124,32 +134,30 @@ def _refuse_tangents(arguments: tuple[Any, ...]) -> None:
 
 def _run_forward(problem: AttentionProblem, backend: str) -> tuple[Tensor, Tensor]:
     """Compute the forward with the backend itself, outside autocast: it owns its precision."""
-    q = problem.q
-    check_storages(problem)
-    if q.numel() == 0 and not _has_own_graph(backend):  # which there is without values as well
-        return _empty_outputs(q)
-    if torch._C._is_any_autocast_enabled():
-        with torch.autocast(q.device.type, enabled=False):
-            return _call_forward(problem, backend)
-    return _call_forward(problem, backend)
-
-
-def _call_forward(problem: AttentionProblem, backend: str) -> tuple[Tensor, Tensor]:
-    check_reachable_rows(problem)
     if backend == "auto":
         backend = dispatch.choose(problem)
-    module = dispatch.load(backend)
-    compute = module.attention if REGISTRY[backend].own_graph else module.forward
-    result: tuple[Tensor, Tensor] = compute(problem)
+    row, module = REGISTRY[backend], dispatch.load(backend)
+    if row.direct and problem.q.numel() and not torch._C._is_any_autocast_enabled():
+        result: tuple[Tensor, Tensor] = module.forward(problem)
+    else:
+        check_storages(problem)
+        if problem.q.numel() == 0 and not row.own_graph:  # which there is without values as well
+            return _empty_outputs(problem.q)
+        check_reachable_rows(problem)
+        result = _run_apart(module.attention if row.own_graph else module.forward, problem, row)
     count_call(backend)
     return result
 
 
-def _below_autograd(problem: AttentionProblem, backend: str) -> tuple[Tensor, Tensor]:
-    # Below autograd and view tracking: `out` is then a plain result that may be modified in place like that of any
-    # operator, not a view that autograd remembers as made in no_grad mode.
-    with torch._C._AutoDispatchBelowAutograd(), torch._C._ExcludeDispatchKeyGuard(_VIEW_TRACKING):
-        return _run_forward(problem, backend)
+def _run_apart(compute: Callable[[AttentionProblem], Any], problem: AttentionProblem, row: Backend) -> Any:
+    with ExitStack() as stack:
+        if torch._C._is_any_autocast_enabled():
+            stack.enter_context(torch.autocast(problem.q.device.type, enabled=False))
+        if not row.own_graph:
+            # Below autograd and view tracking: `out` is then a plain result that may be modified in place like that of
+            # any operator, not a view that autograd remembers as made in no_grad mode.
+            stack.enter_context(torch._C._AutoDispatchBelowADInplaceOrView())
+        return compute(problem)
 
 
 def _run_backward(
@@ -269,7 +277,7 @@ def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[
         dout = torch.zeros_like(out)
     dlse = None if dlse is None or dlse._is_zerotensor() else dlse
     # With create_graph the operator is needed: its own autograd refuses a second derivative by name.
-    watched = torch.compiler.is_compiling() or torch.is_grad_enabled() or not _unwatched(arguments)
+    watched = torch.compiler.is_compiling() or torch.is_grad_enabled() or not _unwatched(arguments[:_TENSORS])
     if watched or not _plain_gradient(dout) or not _plain_gradient(dlse):
         functional = torch._C._functorch.peek_interpreter_stack() is not None and not _traced()
         compute = _FunctionalBackward.apply if functional else torch.ops.deberta_kernels.attention_backward
@@ -290,7 +298,7 @@ class _EagerAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        output = _below_autograd(_problem(arguments), arguments[-1])
+        output = _run_forward(_problem(arguments), arguments[-1])
         _save(ctx, arguments, output)
         return output
 
@@ -304,7 +312,7 @@ class _FunctionalAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-        return _below_autograd(_problem(arguments), arguments[-1])
+        return _run_forward(_problem(arguments), arguments[-1])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

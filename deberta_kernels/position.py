@@ -21,6 +21,7 @@ from deberta_kernels.types import PositionSpec
 __all__ = [
     "PositionIndex",
     "attention_span",
+    "call_index",
     "delta",
     "log_bucket",
     "plain_tensors",
@@ -101,7 +102,7 @@ def delta(distance: Tensor, spec: PositionSpec) -> Tensor:
 
 @dataclass(frozen=True)
 class PositionIndex:
-    """Hold delta(x) for every distance a call can meet, and what kernels may assume about it.
+    """The rows delta(x) for every distance a call can meet, and what kernels may assume about it.
 
     Attributes:
         delta: (2 * reach + 1,) int32, CPU, contiguous; delta[x + reach] is delta(x), a row of the full table. A
@@ -150,6 +151,17 @@ def reachable_rows(nq: int, nk: int, spec: PositionSpec) -> tuple[int, int]:
     return _constant_rows(nq, nk, spec.position_buckets, spec.max_relative_positions)
 
 
+def call_index(nq: int, nk: int, spec: PositionSpec) -> tuple[PositionIndex, int, int]:
+    """Return `position_index` and `reachable_rows` of one call, which a backend would look up at every one.
+
+    Args:
+        nq: number of queries.
+        nk: number of keys, prefix keys included.
+        spec: see `PositionSpec`; first_row does not matter.
+    """
+    return _cached_call(nq, nk, spec.prefix_length, spec.position_buckets, spec.max_relative_positions)
+
+
 def _constant_rows(nq: int, nk: int, position_buckets: int, max_relative_positions: int) -> tuple[int, int]:
     """Look the rows up; torch.compile runs this while it traces, and keeps the two integers."""
     return _cached_rows(max(nq, 1), max(nk, 1), position_buckets, max_relative_positions)
@@ -184,6 +196,14 @@ def _cached_index(length: int, position_buckets: int, max_relative_positions: in
         steps = table.diff()
         smooth = bool(((steps >= 0) & (steps <= 1)).all())
         return PositionIndex(table.to(torch.int32).contiguous(), reach, low_end, high_start, smooth)
+
+
+@lru_cache(maxsize=4096)
+def _cached_call(
+    nq: int, nk: int, prefix_length: int, position_buckets: int, max_relative_positions: int
+) -> tuple[PositionIndex, int, int]:
+    spec = PositionSpec(position_buckets, max_relative_positions)
+    return position_index(max(nq, nk), spec), *reachable_rows(nq, nk - prefix_length, spec)
 
 
 def _equal_run(values: Tensor) -> int:

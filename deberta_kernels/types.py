@@ -97,12 +97,19 @@ class AttentionProblem:
             setattr(copy, name, value)
         return copy
 
-    def arguments(self) -> tuple[Any, ...]:
-        """Return the values of `ARGUMENTS`."""
-        masks, position = self.masks, self.position
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        """Return the first values of `ARGUMENTS`, those that are tensors or None."""
+        masks = self.masks
         return (
             self.q, self.k, self.v, self.pos_key, self.pos_query, masks.key, masks.query, masks.pair, self.cu_seqlens,
-            self.seed, self.prepared, self.max_seqlen, position.position_buckets, position.max_relative_positions,
+            self.seed, self.prepared,
+        )  # fmt: skip
+
+    def arguments(self) -> tuple[Any, ...]:
+        """Return the values of `ARGUMENTS`."""
+        position = self.position
+        return (
+            *self.tensors(), self.max_seqlen, position.position_buckets, position.max_relative_positions,
             position.first_row, position.prefix_length, self.scale, self.dropout_p,
         )  # fmt: skip
 

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from deberta_kernels import dropout, native
-from deberta_kernels.checks.arguments import check_storage
+from deberta_kernels.checks.arguments import check_storage, storage_fits
+from deberta_kernels.checks.operands import check_reachable_rows, check_storages
 from deberta_kernels.native import AttentionParams, Library
-from deberta_kernels.position import PositionIndex, position_index, reachable_rows
+from deberta_kernels.position import call_index
 from deberta_kernels.types import AttentionProblem, Gradients, Masks, PositionSpec
 
 __all__ = ["backward", "forward", "prepare", "refusal"]
 
 _MAX_HEAD_DIM = 256
+_CPU = torch.device("cpu")  # the name would be parsed at every call
 _NO_SIZE = -1  # of prepared tables that are not one row of bytes
 
 
 def refusal(problem: AttentionProblem) -> str | None:
     """Return why the native library cannot run `problem`, or None when it can."""
     q = problem.q
-    if q.device.type != "cpu":
+    if not q.is_cpu:
         return f"it runs on cpu tensors, not {q.device.type}"
     if q.dtype not in native.DTYPES:
         return f"it computes float32, bfloat16 and float16, not {str(q.dtype).removeprefix('torch.')}"
@@ -35,19 +35,22 @@ def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     """Compute attention; see `AttentionProblem`.
 
     Returns:
-        out: (B, H, Nq, D) view of memory laid out (B, Nq, H, D), dtype of q.
+        out: (B, H, Nq, D) over memory laid out (B, Nq, H, D), dtype of q.
         lse: (B, H, Nq) float32, natural log.
     """
     library = native.need()
     q, prepared = problem.q, problem.prepared
-    batch, heads, nq, _ = q.shape
-    out, lse = _empty_tokens(q), torch.empty((batch, heads, nq), dtype=torch.float32, device="cpu")
+    batch, heads, nq, head_dim = q.shape
+    out = _empty_tokens(q)
+    lse = torch.empty_strided((batch, heads, nq), (heads * nq, nq, 1), dtype=torch.float32, device=_CPU)
     if not q.numel():
         return out, lse
-    call = _Call(problem, library, _reachable(problem) if prepared is None else _whole(problem), prepared)
+    call = _Call(problem, library, prepared)
     p = call.params
-    p.out, (p.out_stride_b, p.out_stride_h, p.out_stride_n, _) = call.values(out)
-    p.lse, (p.lse_stride_b, p.lse_stride_h, _) = call.values(lse)
+    p.out, p.out_stride_b, p.out_stride_h, p.out_stride_n = (
+        out.data_ptr(), nq * heads * head_dim, head_dim, heads * head_dim,
+    )  # fmt: skip
+    p.lse, p.lse_stride_b, p.lse_stride_h = lse.data_ptr(), heads * nq, nq
     try:
         library.call("dk_cpu_forward", p)
     except ValueError:
@@ -76,11 +79,10 @@ def backward(
     if not q.numel():
         tensors = (q, k, v, problem.pos_key, problem.pos_query)
         return Gradients(*(torch.zeros_like(x) if n and x is not None else None for n, x in zip(needs, tensors)))
-    tables = _reachable(problem)
-    call = _Call(problem, library, tables)
+    call = _Call(problem, library)
     p = call.params
-    p.out, (p.out_stride_b, p.out_stride_h, p.out_stride_n, _) = call.values(out)
-    p.dout, (p.dout_stride_b, p.dout_stride_h, p.dout_stride_n, _) = call.values(dout)
+    p.out, p.out_stride_b, p.out_stride_h, p.out_stride_n = call.tokens(out)
+    p.dout, p.dout_stride_b, p.dout_stride_h, p.dout_stride_n = call.tokens(dout)
     # The kernel takes both as rows of one layout, without gaps.
     lse, dlse = lse.resolve_neg().contiguous(), None if dlse is None else dlse.resolve_neg().contiguous()
     p.lse, (p.lse_stride_b, p.lse_stride_h, _) = call.values(lse)
@@ -88,13 +90,13 @@ def backward(
         p.dlse = call.address(dlse)
     dq, dk, dv = (_empty_tokens(x) if need else None for need, x in zip(needs, (q, k, v)))
     if dq is not None:
-        p.dq, (p.dq_stride_b, p.dq_stride_h, p.dq_stride_n, _) = call.values(dq)
+        p.dq, p.dq_stride_b, p.dq_stride_h, p.dq_stride_n = call.tokens(dq)
     if dk is not None:
-        p.dk, (p.dk_stride_b, p.dk_stride_h, p.dk_stride_n, _) = call.values(dk)
+        p.dk, p.dk_stride_b, p.dk_stride_h, p.dk_stride_n = call.tokens(dk)
     if dv is not None:
-        p.dv, (p.dv_stride_b, p.dv_stride_h, p.dv_stride_n, _) = call.values(dv)
-    dpos_key, p.dpos_key = _table_gradient(needs[3], problem, problem.pos_key, tables)
-    dpos_query, p.dpos_query = _table_gradient(needs[4], problem, problem.pos_query, tables)
+        p.dv, p.dv_stride_b, p.dv_stride_h, p.dv_stride_n = call.tokens(dv)
+    dpos_key, p.dpos_key = call.table_gradient(problem.pos_key if needs[3] else None)
+    dpos_query, p.dpos_query = call.table_gradient(problem.pos_query if needs[4] else None)
     gradients = [x for x in (dpos_key, dpos_query) if x is not None]
     p.dpos_stride_h = gradients[0].stride(0) if gradients else 0
     library.call("dk_cpu_backward", p)
@@ -128,7 +130,7 @@ def prepare(pos_key: Tensor | None, pos_query: Tensor | None, position: Position
             check_storage(name, x)
     tokens = table.new_empty(1, table.shape[0], 0, table.shape[2])
     problem = AttentionProblem(tokens, tokens, tokens, pos_key, pos_query, Masks(), position, 1.0)
-    call = _Call(problem, library, _whole(problem))
+    call = _Call(problem, library, whole=True)
     packed = torch.empty(library.prepared_bytes(call.params), dtype=torch.uint8, device="cpu")
     library.call("dk_cpu_prepare", call.params, packed.data_ptr())
     return packed
@@ -141,7 +143,7 @@ def _empty_tokens(like: Tensor) -> Tensor:
     """
     _, heads, length, head_dim = like.shape
     strides = (length * heads * head_dim, head_dim, heads * head_dim, 1)
-    return torch.empty_strided(like.shape, strides, dtype=like.dtype, device="cpu")
+    return torch.empty_strided(like.shape, strides, dtype=like.dtype, device=_CPU)
 
 
 def _wrong_prepared(prepared: Tensor, library: Library, params: AttentionParams) -> ValueError:
@@ -152,120 +154,123 @@ def _wrong_prepared(prepared: Tensor, library: Library, params: AttentionParams)
     )
 
 
-class _Tables(NamedTuple):
-    """The position tables that a kernel reads: some of those given, or all of them.
+class _Call:
+    """The arguments of one native call, and the copies that live as long as it does.
 
-    Attributes:
-        key: (H, rows, D) or None.
-        query: (H, rows, D) or None.
-        rows: 0 without tables.
-        first_row: row of the full table that row 0 is.
+    Each tensor is checked where its address is taken: the kernel reads and writes there whatever is there.
     """
 
-    key: Tensor | None
-    query: Tensor | None
-    rows: int
-    first_row: int
-
-
-def _whole(problem: AttentionProblem) -> _Tables:
-    pos_key, pos_query = problem.pos_key, problem.pos_query
-    table = pos_key if pos_key is not None else pos_query
-    return _Tables(pos_key, pos_query, 0 if table is None else table.shape[1], problem.position.first_row)
-
-
-def _reachable(problem: AttentionProblem) -> _Tables:
-    """Cut the tables to the rows that this length can reach; packing the others would be wasted."""
-    tables, position = _whole(problem), problem.position
-    if not tables.rows:
-        return tables
-    if problem.cu_seqlens is None:
-        nq, nk = problem.q.shape[2], problem.k.shape[2] - position.prefix_length
-    else:
-        nq = nk = problem.max_seqlen
-    start, stop = reachable_rows(nq, nk, position)
-    if stop - start >= tables.rows:
-        return tables
-    used = slice(start - position.first_row, stop - position.first_row)
-    key, query = (None if x is None else x[:, used] for x in tables[:2])
-    return _Tables(key, query, stop - start, start)
-
-
-def _table_gradient(
-    needed: bool, problem: AttentionProblem, table: Tensor | None, used: _Tables
-) -> tuple[Tensor | None, int]:
-    """Make the gradient of a whole table, and return where the rows in use begin, which the kernel fills."""
-    if not needed or table is None:
-        return None, 0
-    gradient = torch.empty(table.shape, dtype=torch.float32, device="cpu")
-    start = used.first_row - problem.position.first_row
-    for unreached in (gradient[:, :start], gradient[:, start + used.rows :]):
-        unreached.zero_()
-    return gradient, gradient[:, start:].data_ptr()
-
-
-class _Call:
-    """The arguments of one native call, and the tensors that live as long as it does."""
-
     def __init__(
-        self, problem: AttentionProblem, library: Library, tables: _Tables, prepared: Tensor | None = None
+        self, problem: AttentionProblem, library: Library, prepared: Tensor | None = None, *, whole: bool = False
     ) -> None:
-        q, k, v, masks, position = problem.q, problem.k, problem.v, problem.masks, problem.position
-        self.alive: list[object] = []  # copies and cached tensors whose addresses are held; the problem keeps the rest
+        """Take what forward and backward have in common.
+
+        Args:
+            problem: the call.
+            library: which will compute it.
+            prepared: the tables as `prepare` laid them out; then they are read there.
+            whole: take all rows of the tables, not only those that the call can reach.
+        """
+        self.problem = problem
+        self.copies: list[Tensor] = []
         self.params = p = AttentionParams()
+        q, masks, cu_seqlens = problem.q, problem.masks, problem.cu_seqlens
         p.abi_version, p.dtype, p.threads = native.ABI_VERSION, native.DTYPES[q.dtype], library.threads()
-        p.batch, p.heads, p.nq, p.head_dim = q.shape
-        p.nk = k.shape[2]
-        if problem.cu_seqlens is not None:
-            p.batch, p.nq, p.nk = problem.cu_seqlens.numel() - 1, problem.max_seqlen, problem.max_seqlen
-            p.cu_seqlens = self.address(problem.cu_seqlens.contiguous())
-        p.q, (p.q_stride_b, p.q_stride_h, p.q_stride_n, _) = self.values(q)
-        p.k, (p.k_stride_b, p.k_stride_h, p.k_stride_n, _) = self.values(k)
-        p.v, (p.v_stride_b, p.v_stride_h, p.v_stride_n, _) = self.values(v)
-        p.first_row, p.prefix_length, p.scale = tables.first_row, position.prefix_length, problem.scale
-        p.smooth = 1
-        if tables.rows or prepared is not None:
-            self._add_tables(tables, prepared, position_index(max(p.nq, p.nk), position))
+        batch, heads, nq, head_dim = q.shape
+        nk = problem.k.shape[2]
+        if cu_seqlens is not None:
+            batch, nq, nk = cu_seqlens.shape[0] - 1, problem.max_seqlen, problem.max_seqlen
+            p.cu_seqlens, _ = self.values(cu_seqlens)
+        p.batch, p.heads, p.nq, p.nk, p.head_dim = batch, heads, nq, nk, head_dim
+        p.q, p.q_stride_b, p.q_stride_h, p.q_stride_n = self.tokens(q)
+        p.k, p.k_stride_b, p.k_stride_h, p.k_stride_n = self.tokens(problem.k)
+        p.v, p.v_stride_b, p.v_stride_h, p.v_stride_n = self.tokens(problem.v)
+        p.scale, p.prefix_length, p.smooth = problem.scale, problem.position.prefix_length, 1
+        if problem.pos_key is not None or problem.pos_query is not None or prepared is not None:
+            self._add_tables(nq, nk, prepared, whole)
         if masks.key is not None:
-            p.key_mask, (p.key_mask_stride_b, _) = self.values(masks.key)
-        if masks.query is not None:
+            address, (stride, _) = self.values(masks.key)
+            p.key_mask, p.key_mask_stride_b = address, stride
+            if masks.query is masks.key:
+                p.query_mask, p.query_mask_stride_b = address, stride
+        if masks.query is not None and masks.query is not masks.key:
             p.query_mask, (p.query_mask_stride_b, _) = self.values(masks.query)
         if masks.pair is not None:
             p.pair_mask, (p.pair_mask_stride_b, head, p.pair_mask_stride_q, _) = self.values(masks.pair)
             p.pair_mask_stride_h = head if masks.pair.shape[1] > 1 else 0
         p.dropout_scale = 1.0
         if problem.dropout_p > 0 and problem.seed is not None:
+            self.values(problem.seed)
             p.dropout_threshold = dropout.threshold(problem.dropout_p)
             p.dropout_scale, p.seed = dropout.keep_scale(problem.dropout_p), int(problem.seed)
 
-    def _add_tables(self, tables: _Tables, prepared: Tensor | None, index: PositionIndex) -> None:
-        p = self.params
-        if tables.key is not None:
-            p.pos_key, (p.pos_key_stride_h, p.pos_key_stride_r, _) = self.values(tables.key)
-            p.has_pos_key = 1
-        if tables.query is not None:
-            p.pos_query, (p.pos_query_stride_h, p.pos_query_stride_r, _) = self.values(tables.query)
-            p.has_pos_query = 1
-        p.table_rows = tables.rows
+    def _add_tables(self, nq: int, nk: int, prepared: Tensor | None, whole: bool) -> None:
+        """Take the rows that the call can reach; packing the others would be wasted."""
+        p, problem = self.params, self.problem
+        pos_key, pos_query, first = problem.pos_key, problem.pos_query, problem.position.first_row
+        table = pos_key if pos_key is not None else pos_query
+        end = first if table is None else first + table.shape[1]
+        index, start, stop = call_index(nq, nk, problem.position)
+        if start < first or stop > end:
+            check_reachable_rows(problem)  # which goes on where no key has a position
+            whole = True
+        if whole or prepared is not None:
+            start, stop = first, end
+        self.skipped, p.table_rows, p.first_row = start - first, stop - start, start
+        if pos_key is not None:
+            address, (p.pos_key_stride_h, row, _) = self.values(pos_key)
+            p.has_pos_key, p.pos_key_stride_r = 1, row
+            p.pos_key = address + self.skipped * row * pos_key.itemsize
+        if pos_query is not None:
+            address, (p.pos_query_stride_h, row, _) = self.values(pos_query)
+            p.has_pos_query, p.pos_query_stride_r = 1, row
+            p.pos_query = address + self.skipped * row * pos_query.itemsize
         if prepared is not None:
-            whole = prepared.dtype is torch.uint8 and prepared.dim() == 1 and prepared.is_contiguous()
-            p.prepared, p.prepared_bytes = self.address(prepared), prepared.numel() if whole else _NO_SIZE
-        p.delta, p.reach = self.address(index.delta), index.reach
+            laid_out = prepared.dtype is torch.uint8 and prepared.dim() == 1 and prepared.is_contiguous()
+            p.prepared, _ = self.values(prepared)
+            p.prepared_bytes = prepared.nbytes if laid_out else _NO_SIZE
+        p.delta, p.reach = index.delta.data_ptr(), index.reach
         p.low_end, p.high_start, p.smooth = index.low_end, index.high_start, index.smooth
-        self.alive.append(index)
+        self.index = index
+
+    def table_gradient(self, table: Tensor | None) -> tuple[Tensor | None, int]:
+        """Make the gradient of a whole table, and return where the rows in use begin, which the kernel fills."""
+        if table is None:
+            return None, 0
+        gradient = torch.empty(table.shape, dtype=torch.float32, device=_CPU)
+        start, stop = self.skipped, self.skipped + self.params.table_rows
+        for unreached in (gradient[:, :start], gradient[:, stop:]):
+            unreached.zero_()
+        return gradient, gradient[:, start:].data_ptr()
+
+    def tokens(self, x: Tensor) -> tuple[int, int, int, int]:
+        """Return the address of (B, H, N, D) and the strides of all but D, as `values`."""
+        batch, heads, length, head_dim = x.shape
+        b, h, n, d = x.stride()
+        last = x.storage_offset() + (batch - 1) * b + (heads - 1) * h + (length - 1) * n + (head_dim - 1) * d
+        if (last + 1) * x.itemsize > x.untyped_storage().nbytes():
+            check_storages(self.problem)  # which goes on where there are no values
+        if d != 1 or x.is_neg():
+            x = x.resolve_neg().contiguous()
+            self.copies.append(x)
+            b, h, n, _ = x.stride()
+        return x.data_ptr() or self.address(x), b, h, n
 
     def values(self, x: Tensor) -> tuple[int, tuple[int, ...]]:
         """Return the address and strides of x with a contiguous last dimension and no pending negation."""
-        strides = x.stride()
-        if strides[-1] != 1 or x.is_neg():
+        strides, ordinary = x.stride(), x.is_contiguous() and not x.storage_offset()
+        if not (x.nbytes <= x.untyped_storage().nbytes() if ordinary else storage_fits(x)):
+            check_storages(self.problem)
+        if (not ordinary and strides[-1] != 1) or x.is_neg():
             x = x.resolve_neg().contiguous()
-            self.alive.append(x)
+            self.copies.append(x)
             strides = x.stride()
-        return self.address(x), strides
+        return x.data_ptr() or self.address(x), strides
 
     def address(self, x: Tensor) -> int:
-        """Return where x is."""
+        """Return where x is, or 0 if there is nothing of it."""
         address = x.data_ptr()
         if not address and x.numel():
+            check_storages(self.problem)
             raise ValueError(f"a tensor of shape {tuple(x.shape)} must have memory, got none; pass a copy of it.")
         return address

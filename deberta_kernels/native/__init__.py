@@ -78,7 +78,7 @@ class Library:
         handle.dk_cpu_gemm_rate.restype = ctypes.c_double
         handle.dk_cpu_gemm_rate.argtypes = [ctypes.c_int64] * 3
         self.handle = handle
-        self.process = os.getpid()
+        self.forked = False  # it was opened by the parent of this process
         self.checksum_key = _aligned(os.urandom(handle.dk_checksum_key_bytes()))
         compiled = [handle.dk_variant_name(i).decode() for i in range(handle.dk_variant_count())]
         self.compiled = compiled
@@ -90,7 +90,7 @@ class Library:
 
     def threads(self) -> int:
         """Return how many threads may compute: one in a forked child, where OpenMP's own threads do not exist."""
-        return torch.get_num_threads() if os.getpid() == self.process else 1
+        return 1 if self.forked else torch.get_num_threads()
 
     def checksum(self, tensor: torch.Tensor) -> bytes:
         """Return 16 bytes that follow the content of a contiguous CPU tensor, under a key of this process.
@@ -132,14 +132,16 @@ def _aligned(content: bytes) -> ctypes.Array[ctypes.c_char]:
 _lock = threading.Lock()
 
 
-def _renew_lock() -> None:
-    """Forget the lock in a forked child: a thread that does not exist there may have held it."""
+def _start_child() -> None:
+    """Forget the threads that a forked child does not have: one may have held the lock, others computed."""
     global _lock
     _lock = threading.Lock()
+    if _library is not None:
+        _library.forked = True
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(after_in_child=_renew_lock)
+    os.register_at_fork(after_in_child=_start_child)
 
 _library: Library | None = None
 _problem: str | None = None  # why there is no library
@@ -183,7 +185,7 @@ def need() -> Library:
     Raises:
         RuntimeError: there is none.
     """
-    library = opened()
+    library = _library or opened()
     if library is None:
         raise RuntimeError(_problem)
     return library

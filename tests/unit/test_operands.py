@@ -369,8 +369,13 @@ def test_tensors_without_memory_are_refused_by_native_code():
     for backend in ("torch", "cpu", "reference"):
         with pytest.raises(ValueError, match=r"^v must have memory, got a ZeroTensor, .*; pass v.clone\(\)\.$"):
             dk.disentangled_attention(x, x, zeros, backend=backend)
+    problem = AttentionProblem(zeros, x, x, None, None, Masks(), PositionSpec(8, 16), 0.2, max_seqlen=N)
+    with pytest.raises(ValueError, match=r"^q must have memory, got a ZeroTensor"):
+        cpu.forward(problem)
+    problem = problem.changed(q=x)
+    out, lse = cpu.forward(problem)
     with pytest.raises(ValueError, match="must have memory, got none"):
-        cpu.forward(AttentionProblem(zeros, x, x, None, None, Masks(), PositionSpec(8, 16), 0.2, max_seqlen=N))
+        cpu.backward(problem, zeros, None, out, lse, (True,) * 5)
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpu", "reference"])
