@@ -45,6 +45,13 @@ _NO_VMAP = (
     "the batch, or pass backend='reference'."
 )
 
+# Asked at every call.
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_transforms = torch._C._functorch.peek_interpreter_stack
+_tracing_state = torch._C._get_tracing_state
+_profiled = torch._C._autograd._profiler_enabled
+
 torch.library.define(
     "deberta_kernels::attention", f"({_PROBLEM}) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,)
 )
@@ -78,20 +85,21 @@ def attention(problem: AttentionProblem, backend: str) -> tuple[Tensor, Tensor]:
     if torch.is_grad_enabled() and not _has_own_graph(backend):
         for x in tensors[:_DIFFERENTIABLE]:
             if x is not None and x.requires_grad:
-                return _EagerAttention.apply(*problem.arguments(), backend)  # type: ignore[no-any-return]
+                settings = (*problem.arguments()[_TENSORS:], backend)
+                return _EagerAttention.apply(*tensors, settings)  # type: ignore[no-any-return]
     return _run_forward(problem, backend)
 
 
 def _watched(problem: AttentionProblem, backend: str) -> tuple[Tensor, Tensor]:
     """Compute it where somebody may need to see an operator."""
-    if torch._C._len_torch_dispatch_stack() > 0:
+    if _dispatch_modes() > 0:
         flops.register()
     if _has_own_graph(backend) and not _traced() and not problem.q.is_meta:
         return _run_forward(problem, backend)
     arguments = (*problem.arguments(), backend)
     _refuse_tangents(arguments)
     arguments = _with_own_bounds(arguments)  # before the forward runs; in eager mode they are a copy already
-    if torch._C._functorch.peek_interpreter_stack() is not None and not _traced():
+    if _transforms() is not None and not _traced():
         return _FunctionalAttention.apply(*arguments)  # type: ignore[no-any-return]
     return torch.ops.deberta_kernels.attention(*arguments)  # type: ignore[no-any-return]
 
@@ -102,18 +110,18 @@ def _has_own_graph(backend: str) -> bool:
 
 def _traced() -> bool:
     """Whether tensors hold no values or operators are being recorded; ordinary autograd code cannot run then."""
-    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None
+    return _dispatch_modes() > 0 or _tracing_state() is not None
 
 
 def _unwatched(tensors: tuple[Any, ...]) -> bool:
     """Whether this is plain eager mode on plain tensors, of which the first is q: nobody needs to see an operator."""
     if (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
+        _dispatch_modes() > 0
+        or _function_modes() > 0
+        or _transforms() is not None
+        or _tracing_state() is not None
         or forward_ad._current_level >= 0
-        or torch._C._autograd._profiler_enabled()
+        or _profiled()
         or tensors[0].is_meta
     ):
         return False
@@ -214,6 +222,9 @@ def _op_backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *r
 
 def _heads_inside(x: Tensor) -> Tensor:
     """Return (B, H, N, D) values in (B, N, H, D) memory: the one layout that the fake kernels promise."""
+    _, heads, length, head_dim = x.shape
+    if x.stride() == (length * heads * head_dim, head_dim, heads * head_dim, 1):
+        return x
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
@@ -268,9 +279,9 @@ def _with_own_bounds(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
     needs = [bool(need) for need in ctx.needs_input_grad[:_DIFFERENTIABLE]]
-    nothing = (None,) * (len(ARGUMENTS) + 1 - _DIFFERENTIABLE)
+    nothing = (None,) * (len(ctx.needs_input_grad) - _DIFFERENTIABLE)
     if not any(needs) or (dout is None and dlse is None):
-        return (None,) * (len(ARGUMENTS) + 1)
+        return (*[None] * _DIFFERENTIABLE, *nothing)
     *tensors, out, lse = ctx.saved_tensors
     arguments = (*tensors, *ctx.settings)
     if dout is None or dout._is_zerotensor():
@@ -279,7 +290,7 @@ def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[
     # With create_graph the operator is needed: its own autograd refuses a second derivative by name.
     watched = torch.compiler.is_compiling() or torch.is_grad_enabled() or not _unwatched(arguments[:_TENSORS])
     if watched or not _plain_gradient(dout) or not _plain_gradient(dlse):
-        functional = torch._C._functorch.peek_interpreter_stack() is not None and not _traced()
+        functional = _transforms() is not None and not _traced()
         compute = _FunctionalBackward.apply if functional else torch.ops.deberta_kernels.attention_backward
         gradients = compute(dout, dlse, out, lse, *arguments, needs)
         return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *nothing
@@ -297,7 +308,8 @@ class _EagerAttention(torch.autograd.Function):
     """Differentiate plain eager calls: the operator's formulas without its dispatch."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, *given: Any) -> tuple[Tensor, Tensor]:
+        arguments = (*given[:_TENSORS], *given[_TENSORS])  # the latter in one, since each takes time of its own
         output = _run_forward(_problem(arguments), arguments[-1])
         _save(ctx, arguments, output)
         return output

@@ -40,20 +40,37 @@ def is_ordinary(
         position: as there.
         packed: as there.
     """
-    if type(q) is not Tensor or q.dtype not in DTYPES:
+    if type(q) is not Tensor or q.layout is not _STRIDED:
         return False
     dtype, device = q.dtype, None if q.is_cpu else q.device  # comparing devices takes longer
-    for x in (q, k, v, pos_key, pos_query):
+    if dtype not in DTYPES:
+        return False
+    for x in (k, v, pos_key, pos_query):
         if x is not None and (
             type(x) is not Tensor
             or x.dtype is not dtype
             or x.layout is not _STRIDED
-            or x.is_nested
             or not (x.is_cpu if device is None else x.device == device)
         ):
             return False
-    shape, keys = q.shape, k.shape
-    if len(shape) != 4 or len(keys) != 4 or v.shape != keys:
+    try:
+        return _fits(q.shape, k.shape, v.shape, pos_key, pos_query, masks, position, packed, device)
+    except RuntimeError:  # a nested tensor has no shape
+        return False
+
+
+def _fits(
+    shape: torch.Size,
+    keys: torch.Size,
+    values: torch.Size,
+    pos_key: Tensor | None,
+    pos_query: Tensor | None,
+    masks: Masks,
+    position: PositionSpec,
+    packed: bool,
+    device: torch.device | None,
+) -> bool:
+    if len(shape) != 4 or len(keys) != 4 or values != keys:
         return False
     batch, heads, queries, head_dim = shape
     length = keys[2]
@@ -93,7 +110,6 @@ def _fit_masks(masks: Masks, device: torch.device | None, shape: tuple[int, int,
             type(x) is not Tensor
             or x.dtype is not torch.bool
             or x.layout is not _STRIDED
-            or x.is_nested
             or not (x.is_cpu if device is None else x.device == device)
         ):
             return False

@@ -217,18 +217,21 @@ class _Call:
         if whole or prepared is not None:
             start, stop = first, end
         self.skipped, p.table_rows, p.first_row = start - first, stop - start, start
-        if pos_key is not None:
-            address, (p.pos_key_stride_h, row, _) = self.values(pos_key)
-            p.has_pos_key, p.pos_key_stride_r = 1, row
-            p.pos_key = address + self.skipped * row * pos_key.itemsize
-        if pos_query is not None:
-            address, (p.pos_query_stride_h, row, _) = self.values(pos_query)
-            p.has_pos_query, p.pos_query_stride_r = 1, row
-            p.pos_query = address + self.skipped * row * pos_query.itemsize
+        p.has_pos_key, p.has_pos_query = pos_key is not None, pos_query is not None
         if prepared is not None:
+            for x in (pos_key, pos_query):
+                if x is not None and not storage_fits(x):
+                    check_storages(problem)
             laid_out = prepared.dtype is torch.uint8 and prepared.dim() == 1 and prepared.is_contiguous()
             p.prepared, _ = self.values(prepared)
             p.prepared_bytes = prepared.nbytes if laid_out else _NO_SIZE
+        else:
+            if pos_key is not None:
+                address, (p.pos_key_stride_h, row, _) = self.values(pos_key)
+                p.pos_key, p.pos_key_stride_r = address + self.skipped * row * pos_key.itemsize, row
+            if pos_query is not None:
+                address, (p.pos_query_stride_h, row, _) = self.values(pos_query)
+                p.pos_query, p.pos_query_stride_r = address + self.skipped * row * pos_query.itemsize, row
         p.delta, p.reach = index.delta.data_ptr(), index.reach
         p.low_end, p.high_start, p.smooth = index.low_end, index.high_start, index.smooth
         self.index = index
