@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from deberta_kernels import dispatch, ops
@@ -17,7 +16,6 @@ from deberta_kernels.checks.arguments import (
     check_tables,
 )
 from deberta_kernels.checks.packed import check_cu_seqlens, check_max_seqlen, check_packed
-from deberta_kernels.dropout import draw_seed
 from deberta_kernels.masks import parse_attention_mask
 from deberta_kernels.position import attention_span
 from deberta_kernels.types import AttentionProblem, Masks, PositionSpec
@@ -84,7 +82,7 @@ def disentangled_attention(
         q, k, v, pos_key, pos_query, attention_mask, position_buckets, max_relative_positions, prefix_length, scale,
         dropout_p, backend,
     )  # fmt: skip
-    out, lse = _run(problem, backend)
+    out, lse = ops.attention(problem, backend)
     return (out, lse) if return_lse else out
 
 
@@ -145,7 +143,7 @@ def disentangled_attention_varlen(
         _heads_first(q), _heads_first(k), _heads_first(v), pos_key, pos_query, _NO_MASKS, position,
         _scale(scale, q, pos_key, pos_query), check_dropout(dropout_p), None, cu_seqlens, max_seqlen,
     )  # fmt: skip
-    out, lse = _run(problem, backend)
+    out, lse = ops.attention(problem, backend)
     out = out.squeeze(0).transpose(0, 1)
     return (out, lse.squeeze(0)) if return_lse else out
 
@@ -254,7 +252,7 @@ def run_attention(
         q, k, v, pos_key, pos_query, masks, position, _scale(scale, q, pos_key, pos_query), check_dropout(dropout_p),
         None, cu_seqlens, max_seqlen or 0, prepared,
     )  # fmt: skip
-    out, lse = _run(problem, backend, strict)
+    out, lse = ops.attention(problem, backend, strict=strict)
     return (out, lse) if return_lse else out
 
 
@@ -296,14 +294,3 @@ def _scale(scale: float | None, q: Tensor, pos_key: Tensor | None, pos_query: Te
     if scale is not None:
         return check_scale(scale)
     return 1.0 / math.sqrt(q.shape[-1] * (1 + (pos_key is not None) + (pos_query is not None)))
-
-
-def _run(problem: AttentionProblem, backend: str, strict: bool = False) -> tuple[Tensor, Tensor]:
-    if torch.compiler.is_compiling():
-        dispatch.check_backend(backend)  # which is chosen when the code runs, so that nothing of the choice is traced
-    else:
-        # Before the seed is drawn: a call that is refused leaves torch's generator as it was.
-        backend = dispatch.choose(problem, backend, strict=strict)
-    if problem.dropout_p > 0.0 and problem.q.numel() > 0:
-        problem = problem.changed(seed=draw_seed(problem.q.device))
-    return ops.attention(problem, backend)

@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 from deberta_kernels import dispatch, flops
 from deberta_kernels.backends import REGISTRY, Backend
 from deberta_kernels.checks.operands import check_gradients, check_problem, check_reachable_rows, check_storages
+from deberta_kernels.dropout import draw_seed
 from deberta_kernels.notices import count_call
 from deberta_kernels.types import ARGUMENTS, AttentionProblem, Gradients
 
@@ -63,26 +64,36 @@ torch.library.define(
 )
 
 
-def attention(problem: AttentionProblem, backend: str) -> tuple[Tensor, Tensor]:
-    """Compute disentangled attention with one backend, differentiably.
+def attention(problem: AttentionProblem, backend: str, *, strict: bool = False) -> tuple[Tensor, Tensor]:
+    """Compute disentangled attention, differentiably.
 
     Args:
-        problem: the call, validated.
-        backend: name of a backend that accepts it, or "auto" to leave the choice to the moment it runs.
+        problem: the call, validated; where probabilities are dropped, a seed is drawn unless it has one.
+        backend: as in `dispatch.choose`. Compiled code chooses when it runs, so that nothing of the choice is traced.
+        strict: as in `dispatch.choose`; compiled code only warns.
 
     Returns:
-        out: (B, H, Nq, D) view of memory laid out (B, Nq, H, D), dtype of q.
+        out: (B, H, Nq, D) over memory laid out (B, Nq, H, D), dtype of q.
         lse: (B, H, Nq), natural log of the sum of exp(score) over the keys allowed; float32, float64 for float64.
 
     Raises:
-        NotImplementedError: forward-mode differentiation or vmap with a backend other than "reference".
+        NotImplementedError: the backend cannot run this call; forward-mode differentiation or vmap with a backend other
+            than "reference".
     """
-    if torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    if compiling:
+        dispatch.check_backend(backend)
+    else:
+        # Before the seed is drawn: a call that is refused leaves torch's generator as it was.
+        backend = dispatch.choose(problem, backend, strict=strict)
+    if problem.dropout_p > 0.0 and problem.seed is None and problem.q.numel() > 0:
+        problem = problem.changed(seed=draw_seed(problem.q.device))
+    if compiling:
         return torch.ops.deberta_kernels.attention(*problem.arguments(), backend)  # type: ignore[no-any-return]
     tensors = problem.tensors()
     if not _unwatched(tensors):
         return _watched(problem, backend)
-    if torch.is_grad_enabled() and not _has_own_graph(backend):
+    if torch.is_grad_enabled() and not REGISTRY[backend].own_graph:
         for x in tensors[:_DIFFERENTIABLE]:
             if x is not None and x.requires_grad:
                 settings = (*problem.arguments()[_TENSORS:], backend)
@@ -94,7 +105,7 @@ def _watched(problem: AttentionProblem, backend: str) -> tuple[Tensor, Tensor]:
     """Compute it where somebody may need to see an operator."""
     if _dispatch_modes() > 0:
         flops.register()
-    if _has_own_graph(backend) and not _traced() and not problem.q.is_meta:
+    if REGISTRY[backend].own_graph and not _traced() and not problem.q.is_meta:
         return _run_forward(problem, backend)
     arguments = (*problem.arguments(), backend)
     _refuse_tangents(arguments)
@@ -102,10 +113,6 @@ def _watched(problem: AttentionProblem, backend: str) -> tuple[Tensor, Tensor]:
     if _transforms() is not None and not _traced():
         return _FunctionalAttention.apply(*arguments)  # type: ignore[no-any-return]
     return torch.ops.deberta_kernels.attention(*arguments)  # type: ignore[no-any-return]
-
-
-def _has_own_graph(backend: str) -> bool:
-    return backend != "auto" and REGISTRY[backend].own_graph
 
 
 def _traced() -> bool:
@@ -142,8 +149,6 @@ def _refuse_tangents(arguments: tuple[Any, ...]) -> None:
 
 def _run_forward(problem: AttentionProblem, backend: str) -> tuple[Tensor, Tensor]:
     """Compute the forward with the backend itself, outside autocast: it owns its precision."""
-    if backend == "auto":
-        backend = dispatch.choose(problem)
     row, module = REGISTRY[backend], dispatch.load(backend)
     if row.direct and problem.q.numel() and not torch._C._is_any_autocast_enabled():
         result: tuple[Tensor, Tensor] = module.forward(problem)

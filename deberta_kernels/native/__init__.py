@@ -176,7 +176,7 @@ def _damage(path: str) -> str | None:
 
 def unavailable() -> str | None:
     """Return why there is no library, or None when there is one."""
-    return None if opened() is not None else _problem
+    return None if (_library or opened()) is not None else _problem
 
 
 def need() -> Library:
