@@ -106,6 +106,20 @@ def test_prepared_tables_give_the_same_bits(dtype, terms):
 
 
 @needs_library
+@pytest.mark.parametrize("name", ["q", "v", "pos_key", "pos_query", "key_mask", "prepared"])
+def test_a_freed_tensor_is_named_before_its_memory_is_read(name):
+    given = problem(nq=40)
+    key = torch.ones(given.q.shape[0], 40, dtype=torch.bool)
+    prepared = cpu.prepare(given.pos_key, given.pos_query, given.position)
+    given = given.changed(masks=Masks(key=key, query=key.clone()), prepared=prepared)
+    cpu.forward(given)
+    freed = key if name == "key_mask" else getattr(given, name)
+    freed.untyped_storage().resize_(freed.nbytes - 1)
+    with pytest.raises(ValueError, match=f"^{'masks.key' if name == 'key_mask' else name} must have a storage of at"):
+        cpu.forward(given)
+
+
+@needs_library
 def test_prepared_tables_of_another_size_are_refused():
     given = problem()
     packed = cpu.prepare(given.pos_key, given.pos_query, given.position)
