@@ -1,4 +1,4 @@
-"""Validate what a call means and run it: the one functional entry to disentangled attention."""
+"""The functional entry to disentangled attention: what a call means, checked before it runs."""
 
 from __future__ import annotations
 

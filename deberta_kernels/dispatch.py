@@ -1,4 +1,4 @@
-"""Choose the backend of a call, say why each other one was refused, and load it."""
+"""The choice of a backend for one call, and why each other one was refused."""
 
 from __future__ import annotations
 

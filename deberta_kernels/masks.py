@@ -1,4 +1,4 @@
-"""Hold the mask vocabulary and the padded-row rule: the one place that says what a mask means.
+"""The mask vocabulary and the padded-row rule: the one place that says what a mask means.
 
 Every form a caller may use becomes a `Masks` of at most three parts (keys, queries, pairs); what they allow is their
 conjunction. A forbidden pair is excluded by selection: its score is -inf, never a finite constant that a large score

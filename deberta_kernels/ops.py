@@ -1,4 +1,4 @@
-"""Declare the operators: schemas, fake kernels, autograd, and the short way past the dispatcher in plain eager mode.
+"""The operators: schemas, fake kernels, autograd, and the short way past the dispatcher in plain eager mode.
 
 Two routes lead to the same backend. Whenever anything watches tensors (compile, fake tensors, dispatch modes,
 functorch, profilers, tensor subclasses) the call goes through `torch.ops.deberta_kernels.attention`. In plain eager
@@ -310,7 +310,7 @@ def _plain_gradient(x: Tensor | None) -> bool:
 
 
 class _EagerAttention(torch.autograd.Function):
-    """Differentiate plain eager calls: the operator's formulas without its dispatch."""
+    """A plain eager call that is differentiated: the operator's formulas without its dispatch."""
 
     @staticmethod
     def forward(ctx: Any, *given: Any) -> tuple[Tensor, Tensor]:
@@ -325,7 +325,7 @@ class _EagerAttention(torch.autograd.Function):
 
 
 class _FunctionalAttention(torch.autograd.Function):
-    """Differentiate calls inside torch.func transforms, which accept no operator with Python autograd."""
+    """A call inside torch.func transforms, which accept no operator with Python autograd."""
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -349,7 +349,7 @@ class _FunctionalAttention(torch.autograd.Function):
 
 
 class _FunctionalBackward(torch.autograd.Function):
-    """Compute gradients inside torch.func transforms; refuses to be transformed again."""
+    """Its gradients there, which refuse to be transformed again."""
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""Check the arguments of one attention call; an error names the argument, what was expected, what came, what next."""
+"""Checks of the arguments of one attention call: an error names the argument, what it must be, what came, what next."""
 
 from __future__ import annotations
 

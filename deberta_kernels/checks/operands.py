@@ -1,4 +1,4 @@
-"""Check what an operator was handed: a saved program holds its arguments as data, and kernels take them for right.
+"""Checks of what an operator was handed: a saved program has arguments as data, and kernels take them for right.
 
 The functional interface has checked its own calls already. The operators of `ops` check everything again, and so does
 every backward: what autograd saved may have changed since the forward.

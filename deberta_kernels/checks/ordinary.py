@@ -1,4 +1,4 @@
-"""Recognize the calls that nearly all are: `arguments` takes its time over the others, and names what is wrong.
+"""The short cut for the calls that nearly all are: `arguments` looks at the others, and names what is wrong.
 
 Everything that `arguments.check_call` asks holds for them. The attributes of each tensor are read once: that is most of
 what a check costs.

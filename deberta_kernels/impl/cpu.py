@@ -1,4 +1,4 @@
-"""Run attention in the native CPU library: hand it tensors. The kernels are in csrc/cpu."""
+"""Attention in the native CPU library: how tensors get there. The kernels are in csrc/cpu."""
 
 from __future__ import annotations
 
@@ -234,7 +234,7 @@ class _Call:
                 p.pos_query, p.pos_query_stride_r = address + self.skipped * row * pos_query.itemsize, row
         p.delta, p.reach = index.delta.data_ptr(), index.reach
         p.low_end, p.high_start, p.smooth = index.low_end, index.high_start, index.smooth
-        self.index = index
+        self.index = index  # whose table p.delta points into
 
     def table_gradient(self, table: Tensor | None) -> tuple[Tensor | None, int]:
         """Make the gradient of a whole table, and return where the rows in use begin, which the kernel fills."""

@@ -1,4 +1,4 @@
-"""Find the native CPU library and open it. Its sources are in csrc/cpu, the build in setup.py."""
+"""The native CPU library, found and opened. Its sources are in csrc/cpu, the build in setup.py."""
 
 from __future__ import annotations
 
@@ -234,5 +234,6 @@ def gemm_rate(dtype: torch.dtype = torch.float32) -> float:
         dtype: float32 or bfloat16.
     """
     library = need()
-    rate: float = library.handle.dk_cpu_gemm_rate(DTYPES[dtype], 20_000, library.variants[library.isa])
+    repeats = 20_000  # some milliseconds, of which reading the clock is nothing
+    rate: float = library.handle.dk_cpu_gemm_rate(DTYPES[dtype], repeats, library.variants[library.isa])
     return rate
