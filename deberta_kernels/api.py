@@ -271,12 +271,10 @@ def _fixed_problem(
     backend: str,
 ) -> AttentionProblem:
     dispatch.check_backend(backend)
-    check_qkv(q, k, v)
+    position = PositionSpec(position_buckets, max_relative_positions, 0, prefix_length)
+    check_call(q, k, v, pos_key, pos_query, _NO_MASKS, position, packed=False, full=True)
     batch, heads, nq, _ = q.shape
     nk = k.shape[2]
-    position = PositionSpec(position_buckets, max_relative_positions, 0, prefix_length)
-    check_position(position, nk)
-    check_tables(pos_key, pos_query, q, heads, 2 * attention_span(position_buckets, max_relative_positions))
     masks = _NO_MASKS
     if attention_mask is not None:
         masks = parse_attention_mask(attention_mask, batch=batch, heads=heads, nq=nq, nk=nk, device=q.device)

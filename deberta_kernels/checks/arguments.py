@@ -45,6 +45,7 @@ def check_call(
     masks: Masks,
     position: PositionSpec,
     packed: bool,
+    full: bool = False,
 ) -> None:
     """Check what every call has, for the functional interface and for the operators.
 
@@ -57,19 +58,24 @@ def check_call(
         masks: the parsed masks.
         position: how distances become rows.
         packed: sequences are packed; there can be no mask then.
+        full: tables must have all rows.
 
     Raises:
         TypeError: an argument has a wrong type or dtype.
         ValueError: an argument has a wrong shape, device or value.
     """
-    if is_ordinary(q, k, v, pos_key, pos_query, masks, position, packed):
+    table = pos_key if pos_key is not None else pos_query
+    buckets, most = position.position_buckets, position.max_relative_positions
+    if is_ordinary(q, k, v, pos_key, pos_query, masks, position, packed) and (
+        not full or table is None or table.shape[1] == 2 * attention_span(buckets, most)
+    ):
         return
     check_qkv(q, k, v)
     keys = k.shape[2]
     check_position(position, keys)
-    check_tables(pos_key, pos_query, q, q.shape[1], None)
+    check_tables(pos_key, pos_query, q, q.shape[1], 2 * attention_span(buckets, most) if full else None)
     check_masks(masks, q, keys, packed)
-    check_table_rows(pos_key if pos_key is not None else pos_query, position)
+    check_table_rows(table, position)
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor, packed: bool = False) -> None:

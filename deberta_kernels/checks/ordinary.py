@@ -40,7 +40,7 @@ def is_ordinary(
         position: as there.
         packed: as there.
     """
-    if type(q) is not Tensor or q.layout is not _STRIDED:
+    if type(q) is not Tensor or k is None or v is None or q.layout is not _STRIDED:
         return False
     dtype, device = q.dtype, None if q.is_cpu else q.device  # comparing devices takes longer
     if dtype not in DTYPES:

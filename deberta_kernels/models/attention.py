@@ -224,9 +224,7 @@ def _prepared(
     """Let the backend that will run the call lay out tables that are kept for later calls."""
     pos_key, pos_query = cast_for_matmul(tables.pos_key), cast_for_matmul(tables.pos_query)
     problem = AttentionProblem(q, k, v, pos_key, pos_query, Masks(), tables.position, scale, max_seqlen=q.shape[2])
-    name = dispatch.choose(problem, options.backend, strict=options.strict)
-    prepare = getattr(dispatch.load(name), "prepare", None)
-    return None if prepare is None else prepare(pos_key, pos_query, tables.position)
+    return dispatch.prepare(problem, options.backend, strict=options.strict)
 
 
 def _note(refused: tuple[str, str], strict: bool) -> None:

@@ -81,6 +81,9 @@ def test_what_it_takes_passes_the_checks(name, change, monkeypatch):
 @pytest.mark.parametrize(
     "changes",
     [
+        {"q": None},
+        {"k": None},
+        {"v": None},
         {"k": ones(B, H, 0, D), "v": ones(B, H, 0, D)},
         {"masks": Masks(key=mask(B, NQ))},
         {"masks": Masks(key=mask(B, NK, device="meta"))},
