@@ -202,13 +202,3 @@ def test_a_copy_of_an_expanded_mask_takes_no_more_memory():
     assert kept.data_ptr() != row.data_ptr()
     empty = torch.zeros(B, NQ, 0, dtype=torch.bool)[:, None].expand(B, H, NQ, 0)
     assert parse_attention_mask(empty, batch=B, heads=H, nq=NQ, nk=0, device=CPU).pair.shape == (B, H, NQ, 0)
-
-
-def test_masks_are_mapped_part_by_part_and_one_tensor_stays_one():
-    tokens, pair = torch.ones(2, 4, dtype=torch.bool), torch.ones(2, 1, 4, 4, dtype=torch.bool)
-    mapped = Masks(tokens, tokens, pair).map(torch.logical_not)
-    assert mapped.key is mapped.query
-    assert not mapped.key.any()
-    assert not mapped.pair.any()
-    assert Masks(query=tokens).map(torch.clone).key is None
-    assert Masks().map(torch.clone) == Masks()

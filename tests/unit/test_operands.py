@@ -1,6 +1,5 @@
 """The operators get whatever an exported program holds: they refuse by name what a kernel would trip over."""
 
-import dataclasses
 import re
 
 import numpy as np
@@ -387,16 +386,3 @@ def test_a_gradient_of_zeros_without_memory_is_zeros(backend):
     nothing = [torch._efficientzerotensor(result.shape) for result in results]
     for gradient in torch.autograd.grad(results, x, nothing):
         assert torch.equal(gradient, torch.zeros(SHAPE))
-
-
-def test_a_problem_is_the_same_after_it_was_the_arguments_of_an_operator():
-    """Every field has a value of its own, so that none can take another's place."""
-    x = [torch.ones(1) for _ in range(11)]
-    position = PositionSpec(8, 16, 3, 2)
-    problem = AttentionProblem(*x[:5], Masks(*x[5:8]), position, 0.2, 0.1, x[8], x[9], 7, x[10])
-    arguments = problem.arguments()
-    assert len(arguments) + 1 == len(NAMES)
-    again = AttentionProblem.of_arguments((*arguments, "torch"))
-    for field in dataclasses.fields(AttentionProblem):
-        before, after = getattr(problem, field.name), getattr(again, field.name)
-        assert before is after or before == after, field.name
