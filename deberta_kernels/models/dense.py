@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deberta_kernels import notices
+from deberta_kernels import dispatch
 from deberta_kernels.linear.hidden_dropout import drop_and_add
 from deberta_kernels.linear.layers import apply_linear, apply_linear_gelu
 from deberta_kernels.models.guards.known import ADAPTERHUB, ADAPTERHUB_ONE, MODELING, MODELING_ONE, Known
@@ -87,7 +87,7 @@ def _is_changed(module: Any) -> bool:
     """Tell whether somebody replaced the code that a module's own class had; note it, or raise where it is strict."""
     changed = _changed(module)
     if changed is not None and not torch.compiler.is_compiling():
-        notices.fallback(changed, "only the code of transformers and AdapterHub is fused", _chosen(module)[1])
+        dispatch.fallback(changed, "only the code of transformers and AdapterHub is fused", _chosen(module)[1])
     return changed is not None
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deberta_kernels import notices
+from deberta_kernels import dispatch
 from deberta_kernels.models.adapterhub import attend_with_adapters
 from deberta_kernels.models.anatomy import TALKING_HEADS, mixes_heads
 from deberta_kernels.models.attention import attend
@@ -214,7 +214,7 @@ def _options_of(module: nn.Module) -> AttentionOptions:
 
 def _note(changed: str, options: AttentionOptions) -> None:
     if not torch.compiler.is_compiling():
-        notices.fallback(changed, _REMEDY, options.strict)
+        dispatch.fallback(changed, _REMEDY, options.strict)
     elif options.strict:
         raise NotImplementedError(f"{changed}; {_REMEDY}.")
 
