@@ -141,7 +141,8 @@ def disentangled_attention_varlen(
     cu_seqlens, max_seqlen = check_cu_seqlens(cu_seqlens, q, tokens, max_seqlen)
     problem = AttentionProblem(
         _heads_first(q), _heads_first(k), _heads_first(v), pos_key, pos_query, _NO_MASKS, position,
-        _scale(scale, q, pos_key, pos_query), check_dropout(dropout_p), None, cu_seqlens, max_seqlen,
+        _default_scale(q, pos_key, pos_query) if scale is None else check_scale(scale), check_dropout(dropout_p), None,
+        cu_seqlens, max_seqlen,
     )  # fmt: skip
     out, lse = ops.attention(problem, backend)
     out = out.squeeze(0).transpose(0, 1)
@@ -249,8 +250,9 @@ def run_attention(
         check_max_seqlen(max_seqlen)
         cu_seqlens, max_seqlen = check_cu_seqlens(cu_seqlens, q, keys, max_seqlen or 0)
     problem = AttentionProblem(
-        q, k, v, pos_key, pos_query, masks, position, _scale(scale, q, pos_key, pos_query), check_dropout(dropout_p),
-        None, cu_seqlens, max_seqlen or 0, prepared,
+        q, k, v, pos_key, pos_query, masks, position,
+        _default_scale(q, pos_key, pos_query) if scale is None else check_scale(scale), check_dropout(dropout_p), None,
+        cu_seqlens, max_seqlen or 0, prepared,
     )  # fmt: skip
     out, lse = ops.attention(problem, backend, strict=strict)
     return (out, lse) if return_lse else out
@@ -279,8 +281,9 @@ def _fixed_problem(
     if attention_mask is not None:
         masks = parse_attention_mask(attention_mask, batch=batch, heads=heads, nq=nq, nk=nk, device=q.device)
     return AttentionProblem(
-        q, k, v, pos_key, pos_query, masks, position, _scale(scale, q, pos_key, pos_query), check_dropout(dropout_p),
-        None, None, max(nq, nk),
+        q, k, v, pos_key, pos_query, masks, position,
+        _default_scale(q, pos_key, pos_query) if scale is None else check_scale(scale), check_dropout(dropout_p), None,
+        None, max(nq, nk),
     )  # fmt: skip
 
 
@@ -288,7 +291,5 @@ def _heads_first(x: Tensor) -> Tensor:
     return x.transpose(0, 1).unsqueeze(0)  # (T, H, D) -> (1, H, T, D), a view
 
 
-def _scale(scale: float | None, q: Tensor, pos_key: Tensor | None, pos_query: Tensor | None) -> float:
-    if scale is not None:
-        return check_scale(scale)
+def _default_scale(q: Tensor, pos_key: Tensor | None, pos_query: Tensor | None) -> float:
     return 1.0 / math.sqrt(q.shape[-1] * (1 + (pos_key is not None) + (pos_query is not None)))

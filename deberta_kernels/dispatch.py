@@ -65,10 +65,12 @@ def load(name: str) -> ModuleType:
 
 def refusal(name: str, problem: AttentionProblem) -> str | None:
     """Return why backend `name` cannot run `problem`, or None when it can."""
-    try:
-        module = load(name)
-    except RuntimeError as error:
-        return str(error)
+    module = _loaded.get(name)
+    if module is None:
+        try:
+            module = load(name)
+        except RuntimeError as error:
+            return str(error)
     reason: str | None = module.refusal(problem)
     other = REGISTRY[name].gradients
     if reason is not None or other is None or not _differentiated(problem):
