@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .api import disentangled_attention, disentangled_attention_varlen, explain
-    from .dispatch import DebertaKernelsWarning, reset_stats, stats
     from .models.patching import PatchReport, patch, patch_all, unpatch, unpatch_all
     from .models.standalone.mask_decoder import EnhancedMaskDecoder
     from .models.standalone.self_attention import DisentangledSelfAttention
+    from .notices import DebertaKernelsWarning, reset_stats, stats
 
 __version__ = "0.1.0"
 
@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 _HOME = {
-    "DebertaKernelsWarning": ".dispatch",
+    "DebertaKernelsWarning": ".notices",
     "DisentangledSelfAttention": ".models.standalone.self_attention",
     "EnhancedMaskDecoder": ".models.standalone.mask_decoder",
     "PatchReport": ".models.patching",
@@ -45,8 +45,8 @@ _HOME = {
     "explain": ".api",
     "patch": ".models.patching",
     "patch_all": ".models.patching",
-    "reset_stats": ".dispatch",
-    "stats": ".dispatch",
+    "reset_stats": ".notices",
+    "stats": ".notices",
     "unpatch": ".models.patching",
     "unpatch_all": ".models.patching",
 }

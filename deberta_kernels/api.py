@@ -1,25 +1,21 @@
-"""Validate what a call means and run it: the one functional entry to disentangled attention."""
+"""The functional entry to disentangled attention: what a call means, checked before it runs."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from deberta_kernels import dispatch, ops
 from deberta_kernels.checks.arguments import (
+    check_call,
     check_dropout,
-    check_masks,
     check_position,
     check_qkv,
     check_scale,
-    check_table_rows,
     check_tables,
 )
 from deberta_kernels.checks.packed import check_cu_seqlens, check_max_seqlen, check_packed
-from deberta_kernels.dropout import draw_seed
 from deberta_kernels.masks import parse_attention_mask
 from deberta_kernels.position import attention_span
 from deberta_kernels.types import AttentionProblem, Masks, PositionSpec
@@ -86,7 +82,7 @@ def disentangled_attention(
         q, k, v, pos_key, pos_query, attention_mask, position_buckets, max_relative_positions, prefix_length, scale,
         dropout_p, backend,
     )  # fmt: skip
-    out, lse = _run(problem, backend)
+    out, lse = ops.attention(problem, backend)
     return (out, lse) if return_lse else out
 
 
@@ -145,9 +141,10 @@ def disentangled_attention_varlen(
     cu_seqlens, max_seqlen = check_cu_seqlens(cu_seqlens, q, tokens, max_seqlen)
     problem = AttentionProblem(
         _heads_first(q), _heads_first(k), _heads_first(v), pos_key, pos_query, _NO_MASKS, position,
-        _scale(scale, q, pos_key, pos_query), check_dropout(dropout_p), None, cu_seqlens, max_seqlen,
+        _default_scale(q, pos_key, pos_query) if scale is None else check_scale(scale), check_dropout(dropout_p), None,
+        cu_seqlens, max_seqlen,
     )  # fmt: skip
-    out, lse = _run(problem, backend)
+    out, lse = ops.attention(problem, backend)
     out = out.squeeze(0).transpose(0, 1)
     return (out, lse.squeeze(0)) if return_lse else out
 
@@ -244,14 +241,8 @@ def run_attention(
         ValueError: an argument has a wrong shape, device or value.
         NotImplementedError: the backend asked for cannot run this call.
     """
-    dispatch.check_backend(backend)
-    check_qkv(q, k, v)
+    check_call(q, k, v, pos_key, pos_query, masks, position, cu_seqlens is not None)
     keys = k.shape[2]
-    check_position(position, keys)
-    span = attention_span(position.position_buckets, position.max_relative_positions)
-    check_tables(pos_key, pos_query, q, q.shape[1], None)
-    check_masks(masks, q, keys, cu_seqlens is not None)
-    check_table_rows(pos_key if pos_key is not None else pos_query, position, span)
     if cu_seqlens is None:
         max_seqlen = max(q.shape[2], keys)
     else:
@@ -259,10 +250,11 @@ def run_attention(
         check_max_seqlen(max_seqlen)
         cu_seqlens, max_seqlen = check_cu_seqlens(cu_seqlens, q, keys, max_seqlen or 0)
     problem = AttentionProblem(
-        q, k, v, pos_key, pos_query, masks, position, _scale(scale, q, pos_key, pos_query), check_dropout(dropout_p),
-        None, cu_seqlens, max_seqlen or 0, prepared,
+        q, k, v, pos_key, pos_query, masks, position,
+        _default_scale(q, pos_key, pos_query) if scale is None else check_scale(scale), check_dropout(dropout_p), None,
+        cu_seqlens, max_seqlen or 0, prepared,
     )  # fmt: skip
-    out, lse = _run(problem, backend, strict)
+    out, lse = ops.attention(problem, backend, strict=strict)
     return (out, lse) if return_lse else out
 
 
@@ -281,18 +273,17 @@ def _fixed_problem(
     backend: str,
 ) -> AttentionProblem:
     dispatch.check_backend(backend)
-    check_qkv(q, k, v)
+    position = PositionSpec(position_buckets, max_relative_positions, 0, prefix_length)
+    check_call(q, k, v, pos_key, pos_query, _NO_MASKS, position, packed=False, full=True)
     batch, heads, nq, _ = q.shape
     nk = k.shape[2]
-    position = PositionSpec(position_buckets, max_relative_positions, 0, prefix_length)
-    check_position(position, nk)
-    check_tables(pos_key, pos_query, q, heads, 2 * attention_span(position_buckets, max_relative_positions))
     masks = _NO_MASKS
     if attention_mask is not None:
         masks = parse_attention_mask(attention_mask, batch=batch, heads=heads, nq=nq, nk=nk, device=q.device)
     return AttentionProblem(
-        q, k, v, pos_key, pos_query, masks, position, _scale(scale, q, pos_key, pos_query), check_dropout(dropout_p),
-        None, None, max(nq, nk),
+        q, k, v, pos_key, pos_query, masks, position,
+        _default_scale(q, pos_key, pos_query) if scale is None else check_scale(scale), check_dropout(dropout_p), None,
+        None, max(nq, nk),
     )  # fmt: skip
 
 
@@ -300,17 +291,5 @@ def _heads_first(x: Tensor) -> Tensor:
     return x.transpose(0, 1).unsqueeze(0)  # (T, H, D) -> (1, H, T, D), a view
 
 
-def _scale(scale: float | None, q: Tensor, pos_key: Tensor | None, pos_query: Tensor | None) -> float:
-    if scale is not None:
-        return check_scale(scale)
+def _default_scale(q: Tensor, pos_key: Tensor | None, pos_query: Tensor | None) -> float:
     return 1.0 / math.sqrt(q.shape[-1] * (1 + (pos_key is not None) + (pos_query is not None)))
-
-
-def _run(problem: AttentionProblem, backend: str, strict: bool = False) -> tuple[Tensor, Tensor]:
-    if not torch.compiler.is_compiling():
-        # Before the seed is drawn: a call that is refused leaves torch's generator as it was. Compiled code chooses
-        # when it runs, so that nothing of the choice is traced.
-        backend = dispatch.choose(problem, backend, strict=strict)
-    if problem.dropout_p > 0.0 and problem.q.numel() > 0:
-        problem = replace(problem, seed=draw_seed(problem.q.device))
-    return ops.attention(problem, backend)

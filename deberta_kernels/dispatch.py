@@ -1,20 +1,18 @@
-"""Choose the backend of a call: the ordered candidates per device, why each was refused, and what has run so far."""
+"""The choice of a backend for one call, and why each other one was refused."""
 
 from __future__ import annotations
 
 import importlib
-import os
-import re
-import sys
-import threading
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import torch
 
 from deberta_kernels import env
+from deberta_kernels.backends import BACKENDS, REGISTRY, order
+from deberta_kernels.notices import DebertaKernelsWarning, fallback, warn_once
 from deberta_kernels.types import AttentionProblem
 
 __all__ = [
@@ -24,60 +22,14 @@ __all__ = [
     "backward_of",
     "check_backend",
     "choose",
-    "count_call",
     "explain",
     "fallback",
     "load",
-    "record_fallback",
+    "prepare",
     "refusal",
-    "reset_stats",
-    "stats",
 ]
 
-# A new backend is one line here.
-_MODULES = {
-    "reference": "deberta_kernels.impl.reference",
-    "torch": "deberta_kernels.impl.torch_tiled",
-    "cpu": "deberta_kernels.impl.cpu",
-    "triton": "deberta_kernels.impl.triton",
-    "cuda": "deberta_kernels.impl.cuda",
-}
-BACKENDS = tuple(_MODULES)
-
-# A backend whose backward may refuse what its forward runs: whose gradients such calls get. Both keep to one meaning of
-# out and lse, all that a backward takes from a forward.
-_BACKWARD = {"cuda": "triton"}
-
-# What backend="auto" tries per device type, best first. The reference runs only when asked for by name.
-# The CUDA kernels join the order, before Triton's, where a committed measurement shows them right and ahead: on those
-# devices, dtypes and lengths. There is none yet, so they run when asked for by name.
-_ORDER = {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")}
-_ORDER_ELSEWHERE = ("torch",)
-
-
-class DebertaKernelsWarning(UserWarning):
-    """Warn about something the user can change: a slower path than the machine could run, with cause and remedy."""
-
-
 _loaded: dict[str, ModuleType] = {}
-_lock = threading.Lock()
-_calls: dict[str, int] = dict.fromkeys(BACKENDS, 0)
-_fallbacks: dict[str, int] = {}
-_warned: set[str] = set()
-
-
-def _renew_lock() -> None:
-    """Forget the lock in a forked child: a thread that does not exist there may have held it."""
-    global _lock
-    _lock = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(after_in_child=_renew_lock)
-
-_MAX_WARNED = 256
-# A warning points at the nearest caller outside these packages.
-_INSIDE = ("deberta_kernels", "torch", "transformers")
 
 
 def check_backend(backend: str) -> None:
@@ -96,7 +48,7 @@ def check_backend(backend: str) -> None:
 
 
 def load(name: str) -> ModuleType:
-    """Import the module of one backend (`forward`, `backward`, `refusal`, perhaps `backward_refusal` and `prepare`).
+    """Import the module of one backend, see `Backend`.
 
     Raises:
         RuntimeError: its module does not import.
@@ -104,7 +56,7 @@ def load(name: str) -> ModuleType:
     module = _loaded.get(name)
     if module is None:
         try:
-            module = importlib.import_module(_MODULES[name])
+            module = importlib.import_module(REGISTRY[name].module)
         except (ImportError, OSError) as error:
             raise RuntimeError(f"the module of backend {name!r} does not load ({error})") from error
         _loaded[name] = module
@@ -113,16 +65,21 @@ def load(name: str) -> ModuleType:
 
 def refusal(name: str, problem: AttentionProblem) -> str | None:
     """Return why backend `name` cannot run `problem`, or None when it can."""
-    try:
-        module = load(name)
-    except RuntimeError as error:
-        return str(error)
+    module = _loaded.get(name)
+    if module is None:
+        try:
+            module = load(name)
+        except RuntimeError as error:
+            return str(error)
     reason: str | None = module.refusal(problem)
-    if reason is None and _differentiated(problem) and (own := _backward_refusal(name, problem)) is not None:
-        other = _BACKWARD[name]
-        reason = refusal(other, problem)
-        return None if reason is None else _neither(own, other, reason)
-    return reason
+    other = REGISTRY[name].gradients
+    if reason is not None or other is None or not _differentiated(problem):
+        return reason
+    own = _backward_refusal(name, problem)
+    if own is None:
+        return None
+    reason = refusal(other, problem)
+    return None if reason is None else _neither(own, other, reason)
 
 
 def backward_of(name: str, problem: AttentionProblem) -> tuple[Any, AttentionProblem]:
@@ -134,16 +91,18 @@ def backward_of(name: str, problem: AttentionProblem) -> tuple[Any, AttentionPro
     own = _backward_refusal(name, problem)
     if own is None:
         return load(name).backward, problem
-    other = _BACKWARD[name]
+    other = str(REGISTRY[name].gradients)
     reason = refusal(other, problem)
     if reason is not None:
         raise NotImplementedError(f"backend {name!r}: {_neither(own, other, reason)}; pass backend='torch'.")
-    return load(other).backward, replace(problem, prepared=None)  # that layout is of the forward's own
+    return load(other).backward, problem.changed(prepared=None)  # that layout is of the forward's own
 
 
 def _backward_refusal(name: str, problem: AttentionProblem) -> str | None:
-    """Return why backend `name` leaves the gradients to that of `_BACKWARD`, or None when they are its own."""
-    found: str | None = load(name).backward_refusal(problem) if name in _BACKWARD else None
+    """Return why backend `name` leaves the gradients to another one, or None when they are its own."""
+    if REGISTRY[name].gradients is None:
+        return None
+    found: str | None = load(name).backward_refusal(problem)
     return found
 
 
@@ -157,7 +116,7 @@ def _differentiated(problem: AttentionProblem) -> bool:
 
 
 def choose(problem: AttentionProblem, backend: str = "auto", *, strict: bool = False) -> str:
-    """Return the name of the backend that runs `problem`.
+    """Return the name of the backend that runs `problem`: the one place where that is decided.
 
     Args:
         problem: the call; only shapes, dtypes and devices are looked at.
@@ -193,8 +152,8 @@ def choose(problem: AttentionProblem, backend: str = "auto", *, strict: bool = F
 
 def _automatic(problem: AttentionProblem, strict: bool) -> str:
     skipped = ""
-    device_type = problem.q.device.type
-    for name in _ORDER.get(device_type, _ORDER_ELSEWHERE):
+    device_type = "cpu" if problem.q.is_cpu else problem.q.device.type  # which takes longer to ask
+    for name in order(device_type):
         reason = refusal(name, problem)
         if reason is None:
             if skipped:
@@ -204,15 +163,37 @@ def _automatic(problem: AttentionProblem, strict: bool) -> str:
                 )
                 if strict:
                     raise NotImplementedError(message)
-                _warn_once(message)
+                warn_once(message)
             return name
         skipped += f"{', and ' if skipped else ''}backend {name!r}: {reason}"
     raise NotImplementedError(f"no backend can run this call on {device_type}: {skipped}.")
 
 
+def prepare(problem: AttentionProblem, backend: str = "auto", *, strict: bool = False) -> torch.Tensor | None:
+    """Lay the position tables of `problem` out as the backend that will run it reads them, for many calls like it.
+
+    Args:
+        problem: one such call.
+        backend: as in `choose`.
+        strict: as in `choose`.
+
+    Returns:
+        for `AttentionProblem.prepared`; None where the backend reads tables as they are.
+
+    Raises:
+        ValueError: as in `choose`.
+        NotImplementedError: as in `choose`.
+    """
+    name = choose(problem, backend, strict=strict)
+    if not REGISTRY[name].prepares:
+        return None
+    prepared: torch.Tensor | None = load(name).prepare(problem.pos_key, problem.pos_query, problem.position)
+    return prepared
+
+
 @dataclass(frozen=True)
 class Explanation:
-    """Say which backend would run a call, and why each other one would not.
+    """Which backend would run a call, and why each other one would not.
 
     Attributes:
         chosen: name of the backend that would run; None when the call would raise NotImplementedError.
@@ -243,7 +224,7 @@ def explain(problem: AttentionProblem, backend: str = "auto") -> Explanation:
     """
     refusals = {name: refusal(name, problem) for name in BACKENDS}
     device_type = problem.q.device.type
-    order = _ORDER.get(device_type, _ORDER_ELSEWHERE)
+    automatic = order(device_type)
     forced = env.forced_backend() if backend == "auto" else backend
     if forced is not None:
         with warnings.catch_warnings():
@@ -254,83 +235,16 @@ def explain(problem: AttentionProblem, backend: str = "auto") -> Explanation:
                 chosen = None
         other = f"can run it, but {env.BACKEND + '=' if backend == 'auto' else 'backend='}{forced!r} was asked for"
     else:
-        chosen = next((name for name in order if refusals[name] is None), None)
+        chosen = next((name for name in automatic if refusals[name] is None), None)
         other = f"can run it, but {chosen!r} comes first on {device_type}"
     reasons = {}
     for name in BACKENDS:
         if name != chosen:
-            idle = other if forced or name in order else f"runs on {device_type} only when asked for by name"
+            idle = other if forced or name in automatic else f"runs on {device_type} only when asked for by name"
             reasons[name] = refusals[name] or idle
     return Explanation(chosen, reasons, _gradients_elsewhere(chosen, problem))
 
 
 def _gradients_elsewhere(chosen: str | None, problem: AttentionProblem) -> str | None:
     own = _backward_refusal(chosen, problem) if chosen and _differentiated(problem) else None
-    return None if own is None else f"backend {_BACKWARD[str(chosen)]!r} would compute its gradients: {own}"
-
-
-def count_call(name: str) -> None:
-    """Count one forward call that backend `name` computed."""
-    with _lock:
-        _calls[name] += 1
-
-
-def record_fallback(reason: str) -> None:
-    """Count one call that ran the original code instead of a kernel, for `reason`."""
-    with _lock:
-        _fallbacks[reason] = _fallbacks.get(reason, 0) + 1
-
-
-def fallback(reason: str, remedy: str, strict: bool) -> None:
-    """Note that a call is about to run the original code: count it, and warn once per reason.
-
-    Args:
-        reason: why no kernel runs, a clause without a full stop.
-        remedy: what the user can change, a clause without a full stop.
-        strict: raise instead.
-
-    Raises:
-        NotImplementedError: strict is True; nothing is counted.
-    """
-    message = f"{reason}; {remedy}."
-    if strict:
-        raise NotImplementedError(message)
-    record_fallback(reason)
-    _warn_once(f"deberta_kernels runs the original attention code: {message}")
-
-
-def stats() -> dict[str, dict[str, int]]:
-    """Return what has run since import, or since `reset_stats`.
-
-    Returns:
-        {"calls": {backend: forward calls it computed}, "fallbacks": {reason: calls that ran the original code}}.
-        Calls are counted where they are computed: tracing a call counts nothing, recomputing one in a checkpoint does.
-    """
-    with _lock:
-        return {"calls": dict(_calls), "fallbacks": dict(_fallbacks)}
-
-
-def reset_stats() -> None:
-    """Set every count of `stats` back to zero; warnings already given stay given."""
-    with _lock:
-        for name in _calls:
-            _calls[name] = 0
-        _fallbacks.clear()
-
-
-def _warn_once(message: str) -> None:
-    """Warn once per kind of message: numbers do not count, since sizes vary without end; nor is the memory endless."""
-    kind = re.sub(r"\d+", "#", message)
-    with _lock:
-        if kind in _warned or len(_warned) >= _MAX_WARNED:
-            return
-        _warned.add(kind)
-    warnings.warn(message, DebertaKernelsWarning, stacklevel=_caller_level())
-
-
-def _caller_level() -> int:
-    """Return the stacklevel at which the caller of this function warns at the code that uses the package."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and str(frame.f_globals.get("__name__")).split(".")[0] in _INSIDE:
-        level, frame = level + 1, frame.f_back
-    return level
+    return None if own is None else f"backend {REGISTRY[str(chosen)].gradients!r} would compute its gradients: {own}"

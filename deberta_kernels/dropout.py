@@ -1,4 +1,4 @@
-"""State the counter-based dropout contract shared by every backend.
+"""The counter-based dropout contract shared by every backend.
 
 Whether the probability of query i and key j is kept is a pure function of (seed, batch, head, i, j), so the backward
 recomputes the mask of the forward and every tile shape, thread count and backend agrees on it:

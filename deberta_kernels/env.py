@@ -25,6 +25,10 @@ CACHE = "DEBERTA_KERNELS_CACHE"
 CPU_ISA = "DEBERTA_KERNELS_CPU_ISA"
 LIBRARY = "DEBERTA_KERNELS_LIBRARY"
 
+# What os.environ keeps its variables in. Looking for one there takes a twentieth of the time, and every call looks.
+_environ, _held = os.environ, getattr(os.environ, "_data", None)
+_held_key = os.fsencode(BACKEND) if os.name == "posix" else BACKEND
+
 # The variants of the native CPU library, fastest first, and the features of the processor that each uses beside the
 # baseline, as Linux names them. The build makes the compiler's flags of this, and what the library asks the processor.
 _AVX2 = ("avx2", "fma", "f16c")
@@ -43,6 +47,8 @@ VARIABLES = {
 
 def forced_backend() -> str | None:
     """Return the backend that `backend="auto"` must mean, or None when the choice is free."""
+    if _held is not None and os.environ is _environ and _held_key not in _held:
+        return None
     return os.environ.get(BACKEND) or None
 
 

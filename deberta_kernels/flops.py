@@ -1,4 +1,4 @@
-"""Tell PyTorch's FlopCounterMode what attention costs: the matrix products that eager attention would compute.
+"""What attention costs in PyTorch's FlopCounterMode: the matrix products that eager attention would compute.
 
 `torch.utils.flop_counter` imports triton, so it is left alone until somebody else has imported it. A counter copies the
 registry when it is made; one that is active already is told as well.

@@ -1,4 +1,4 @@
-"""Declare the operators: schemas, fake kernels, autograd, and the short way past the dispatcher in plain eager mode.
+"""The operators: schemas, fake kernels, autograd, and the short way past the dispatcher in plain eager mode.
 
 Two routes lead to the same backend. Whenever anything watches tensors (compile, fake tensors, dispatch modes,
 functorch, profilers, tensor subclasses) the call goes through `torch.ops.deberta_kernels.attention`. In plain eager
@@ -8,6 +8,7 @@ autograd costs about 100 microseconds a call, this one about 10.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -16,19 +17,18 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from deberta_kernels import dispatch, flops
+from deberta_kernels.backends import REGISTRY, Backend
 from deberta_kernels.checks.operands import check_gradients, check_problem, check_reachable_rows, check_storages
-from deberta_kernels.types import AttentionProblem, Gradients, Masks, PositionSpec
+from deberta_kernels.dropout import draw_seed
+from deberta_kernels.notices import count_call
+from deberta_kernels.types import ARGUMENTS, AttentionProblem, Gradients
 
 __all__ = ["attention"]
 
-_PROBLEM = (
-    "Tensor q, Tensor k, Tensor v, Tensor? pos_key, Tensor? pos_query, Tensor? key_mask, Tensor? query_mask, "
-    "Tensor? pair_mask, Tensor? cu_seqlens, Tensor? seed, Tensor? prepared, SymInt max_seqlen, int position_buckets, "
-    "int max_relative_positions, SymInt first_row, SymInt prefix_length, float scale, float dropout_p, str backend"
-)
-_TENSORS = 11  # leading arguments of _PROBLEM that are tensors
-_ARGUMENTS = 19
-_BOUNDS = 8  # cu_seqlens
+_PROBLEM = ", ".join([*(f"{kind} {name}" for name, kind in ARGUMENTS), "str backend"])
+_TENSORS = sum(kind.startswith("Tensor") for _, kind in ARGUMENTS)  # they come first
+_BOUNDS = [name for name, _ in ARGUMENTS].index("cu_seqlens")
+_problem = AttentionProblem.of_arguments
 _DIFFERENTIABLE = 5  # q, k, v, pos_key, pos_query
 _VIEW_TRACKING = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 _AUTOGRAD = _VIEW_TRACKING | torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradFunctionality)
@@ -46,6 +46,13 @@ _NO_VMAP = (
     "the batch, or pass backend='reference'."
 )
 
+# Asked at every call.
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_transforms = torch._C._functorch.peek_interpreter_stack
+_tracing_state = torch._C._get_tracing_state
+_profiled = torch._C._autograd._profiler_enabled
+
 torch.library.define(
     "deberta_kernels::attention", f"({_PROBLEM}) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,)
 )
@@ -57,93 +64,78 @@ torch.library.define(
 )
 
 
-def attention(problem: AttentionProblem, backend: str) -> tuple[Tensor, Tensor]:
-    """Compute disentangled attention with one backend, differentiably.
+def attention(problem: AttentionProblem, backend: str, *, strict: bool = False) -> tuple[Tensor, Tensor]:
+    """Compute disentangled attention, differentiably.
 
     Args:
-        problem: the call, validated.
-        backend: name of a backend that accepts it, or "auto" to leave the choice to the moment it runs.
+        problem: the call, validated; where probabilities are dropped, a seed is drawn unless it has one.
+        backend: as in `dispatch.choose`. Compiled code chooses when it runs, so that nothing of the choice is traced.
+        strict: as in `dispatch.choose`; compiled code only warns.
 
     Returns:
-        out: (B, H, Nq, D) view of memory laid out (B, Nq, H, D), dtype of q.
+        out: (B, H, Nq, D) over memory laid out (B, Nq, H, D), dtype of q.
         lse: (B, H, Nq), natural log of the sum of exp(score) over the keys allowed; float32, float64 for float64.
 
     Raises:
-        NotImplementedError: forward-mode differentiation or vmap with a backend other than "reference".
+        NotImplementedError: the backend cannot run this call; forward-mode differentiation or vmap with a backend other
+            than "reference".
     """
-    arguments = _flatten(problem, backend)
-    if torch.compiler.is_compiling():
-        return torch.ops.deberta_kernels.attention(*arguments)  # type: ignore[no-any-return]
-    if not _unwatched(arguments):
-        if torch._C._len_torch_dispatch_stack() > 0:
-            flops.register()
-        if backend == "reference" and not _traced() and not problem.q.is_meta:
-            return _run_forward(problem, backend)
-        _refuse_tangents(arguments)
-        arguments = _with_own_bounds(arguments)  # before the forward runs; in eager mode they are a copy already
-        if torch._C._functorch.peek_interpreter_stack() is not None and not _traced():
-            return _FunctionalAttention.apply(*arguments)  # type: ignore[no-any-return]
-        return torch.ops.deberta_kernels.attention(*arguments)  # type: ignore[no-any-return]
-    if backend == "reference":
+    compiling = torch.compiler.is_compiling()
+    if compiling:
+        dispatch.check_backend(backend)
+    else:
+        # Before the seed is drawn: a call that is refused leaves torch's generator as it was.
+        backend = dispatch.choose(problem, backend, strict=strict)
+    if problem.dropout_p > 0.0 and problem.seed is None and problem.q.numel() > 0:
+        problem = problem.changed(seed=draw_seed(problem.q.device))
+    if compiling:
+        return torch.ops.deberta_kernels.attention(*problem.arguments(), backend)  # type: ignore[no-any-return]
+    tensors = problem.tensors()
+    if not _unwatched(tensors):
+        return _watched(problem, backend)
+    if torch.is_grad_enabled() and not REGISTRY[backend].own_graph:
+        for x in tensors[:_DIFFERENTIABLE]:
+            if x is not None and x.requires_grad:
+                settings = (*problem.arguments()[_TENSORS:], backend)
+                return _EagerAttention.apply(*tensors, settings)  # type: ignore[no-any-return]
+    return _run_forward(problem, backend)
+
+
+def _watched(problem: AttentionProblem, backend: str) -> tuple[Tensor, Tensor]:
+    """Compute it where somebody may need to see an operator."""
+    if _dispatch_modes() > 0:
+        flops.register()
+    if REGISTRY[backend].own_graph and not _traced() and not problem.q.is_meta:
         return _run_forward(problem, backend)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments[:_DIFFERENTIABLE]):
-        return _EagerAttention.apply(*arguments)  # type: ignore[no-any-return]
-    return _below_autograd(problem, backend)
-
-
-def _flatten(problem: AttentionProblem, backend: str) -> tuple[Any, ...]:
-    masks, position = problem.masks, problem.position
-    return (
-        problem.q,
-        problem.k,
-        problem.v,
-        problem.pos_key,
-        problem.pos_query,
-        masks.key,
-        masks.query,
-        masks.pair,
-        problem.cu_seqlens,
-        problem.seed,
-        problem.prepared,
-        problem.max_seqlen,
-        position.position_buckets,
-        position.max_relative_positions,
-        position.first_row,
-        position.prefix_length,
-        problem.scale,
-        problem.dropout_p,
-        backend,
-    )
-
-
-def _unflatten(arguments: tuple[Any, ...]) -> AttentionProblem:
-    q, k, v, pos_key, pos_query, key, query, pair, cu_seqlens, seed, prepared = arguments[:_TENSORS]
-    max_seqlen, buckets, max_relative, first_row, prefix, scale, dropout_p, _ = arguments[_TENSORS:]
-    position = PositionSpec(buckets, max_relative, first_row, prefix)
-    return AttentionProblem(
-        q, k, v, pos_key, pos_query, Masks(key, query, pair), position, scale, dropout_p, seed, cu_seqlens, max_seqlen,
-        prepared,
-    )  # fmt: skip
+    arguments = (*problem.arguments(), backend)
+    _refuse_tangents(arguments)
+    arguments = _with_own_bounds(arguments)  # before the forward runs; in eager mode they are a copy already
+    if _transforms() is not None and not _traced():
+        return _FunctionalAttention.apply(*arguments)  # type: ignore[no-any-return]
+    return torch.ops.deberta_kernels.attention(*arguments)  # type: ignore[no-any-return]
 
 
 def _traced() -> bool:
     """Whether tensors hold no values or operators are being recorded; ordinary autograd code cannot run then."""
-    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None
+    return _dispatch_modes() > 0 or _tracing_state() is not None
 
 
-def _unwatched(arguments: tuple[Any, ...]) -> bool:
-    """Whether this is plain eager mode on plain tensors, where nobody needs to see an operator."""
+def _unwatched(tensors: tuple[Any, ...]) -> bool:
+    """Whether this is plain eager mode on plain tensors, of which the first is q: nobody needs to see an operator."""
     if (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
+        _dispatch_modes() > 0
+        or _function_modes() > 0
+        or _transforms() is not None
+        or _tracing_state() is not None
         or forward_ad._current_level >= 0
-        or torch._C._autograd._profiler_enabled()
-        or arguments[0].is_meta
+        or _profiled()
+        or tensors[0].is_meta
     ):
         return False
-    return all(x is None or type(x) in _PLAIN_TYPES for x in arguments[:_TENSORS])
+    for x in tensors:  # noqa: SIM110, a generator takes three times as long
+        if x is not None and type(x) not in _PLAIN_TYPES:
+            return False
+    return True
 
 
 def _refuse_tangents(arguments: tuple[Any, ...]) -> None:
@@ -157,32 +149,28 @@ def _refuse_tangents(arguments: tuple[Any, ...]) -> None:
 
 def _run_forward(problem: AttentionProblem, backend: str) -> tuple[Tensor, Tensor]:
     """Compute the forward with the backend itself, outside autocast: it owns its precision."""
-    q = problem.q
-    check_storages(problem)
-    if q.numel() == 0 and backend != "reference":  # whose results have a graph of their own, without values as well
-        return _empty_outputs(q)
-    if torch._C._is_any_autocast_enabled():
-        with torch.autocast(q.device.type, enabled=False):
-            return _call_forward(problem, backend)
-    return _call_forward(problem, backend)
-
-
-def _call_forward(problem: AttentionProblem, backend: str) -> tuple[Tensor, Tensor]:
-    check_reachable_rows(problem)
-    if backend == "auto":
-        backend = dispatch.choose(problem)
-    module = dispatch.load(backend)
-    compute = module.attention if backend == "reference" else module.forward
-    result: tuple[Tensor, Tensor] = compute(problem)
-    dispatch.count_call(backend)
+    row, module = REGISTRY[backend], dispatch.load(backend)
+    if row.direct and problem.q.numel() and not torch._C._is_any_autocast_enabled():
+        result: tuple[Tensor, Tensor] = module.forward(problem)
+    else:
+        check_storages(problem)
+        if problem.q.numel() == 0 and not row.own_graph:  # which there is without values as well
+            return _empty_outputs(problem.q)
+        check_reachable_rows(problem)
+        result = _run_apart(module.attention if row.own_graph else module.forward, problem, row)
+    count_call(backend)
     return result
 
 
-def _below_autograd(problem: AttentionProblem, backend: str) -> tuple[Tensor, Tensor]:
-    # Below autograd and view tracking: `out` is then a plain result that may be modified in place like that of any
-    # operator, not a view that autograd remembers as made in no_grad mode.
-    with torch._C._AutoDispatchBelowAutograd(), torch._C._ExcludeDispatchKeyGuard(_VIEW_TRACKING):
-        return _run_forward(problem, backend)
+def _run_apart(compute: Callable[[AttentionProblem], Any], problem: AttentionProblem, row: Backend) -> Any:
+    with ExitStack() as stack:
+        if torch._C._is_any_autocast_enabled():
+            stack.enter_context(torch.autocast(problem.q.device.type, enabled=False))
+        if not row.own_graph:
+            # Below autograd and view tracking: `out` is then a plain result that may be modified in place like that of
+            # any operator, not a view that autograd remembers as made in no_grad mode.
+            stack.enter_context(torch._C._AutoDispatchBelowADInplaceOrView())
+        return compute(problem)
 
 
 def _run_backward(
@@ -208,7 +196,7 @@ def _run_backward(
     with ExitStack() as stack:
         if torch._C._is_any_autocast_enabled():
             stack.enter_context(torch.autocast(problem.q.device.type, enabled=False))
-        if backend == "reference":
+        if REGISTRY[backend].own_graph:
             # Its backward is autograd's, and an operator runs with autograd taken out of the dispatch.
             excluded = torch._C._dispatch_tls_local_exclude_set() - _AUTOGRAD
             stack.enter_context(torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded))
@@ -224,7 +212,7 @@ def _empty_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
 
 def _op_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     # Compiled code comes here with the name the caller gave and with bounds nobody has read: what refuses, refuses now.
-    problem = check_problem(_unflatten(arguments), real=True)
+    problem = check_problem(_problem(arguments), real=True)
     with torch._C._ExcludeDispatchKeyGuard(_VIEW_TRACKING):
         out, lse = _run_forward(problem, dispatch.choose(problem, arguments[-1]))
         return _heads_inside(out), lse.contiguous()
@@ -232,13 +220,16 @@ def _op_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 def _op_backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     *arguments, needs = rest
-    gradients = _run_backward(_unflatten(tuple(arguments)), dout, dlse, out, lse, arguments[-1], tuple(needs))
+    gradients = _run_backward(_problem(tuple(arguments)), dout, dlse, out, lse, arguments[-1], tuple(needs))
     found = [None if g is None else _heads_inside(g) if i < 3 else g.contiguous() for i, g in enumerate(gradients)]
     return tuple(dout.new_empty(0) if g is None else g for g in found)
 
 
 def _heads_inside(x: Tensor) -> Tensor:
     """Return (B, H, N, D) values in (B, N, H, D) memory: the one layout that the fake kernels promise."""
+    _, heads, length, head_dim = x.shape
+    if x.stride() == (length * heads * head_dim, head_dim, heads * head_dim, 1):
+        return x
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
@@ -250,7 +241,7 @@ def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
 def _check_shapes(arguments: tuple[Any, ...], *results: Any) -> None:
     """Check what is known of tensors without values."""
     try:
-        problem = check_problem(_unflatten(arguments), real=False)
+        problem = check_problem(_problem(arguments), real=False)
         if results:
             check_gradients(problem, *results)
     except NotImplementedError:
@@ -293,23 +284,23 @@ def _with_own_bounds(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
     needs = [bool(need) for need in ctx.needs_input_grad[:_DIFFERENTIABLE]]
-    nothing = (None,) * (_ARGUMENTS - _DIFFERENTIABLE)
+    nothing = (None,) * (len(ctx.needs_input_grad) - _DIFFERENTIABLE)
     if not any(needs) or (dout is None and dlse is None):
-        return (None,) * _ARGUMENTS
+        return (*[None] * _DIFFERENTIABLE, *nothing)
     *tensors, out, lse = ctx.saved_tensors
     arguments = (*tensors, *ctx.settings)
     if dout is None or dout._is_zerotensor():
         dout = torch.zeros_like(out)
     dlse = None if dlse is None or dlse._is_zerotensor() else dlse
     # With create_graph the operator is needed: its own autograd refuses a second derivative by name.
-    watched = torch.compiler.is_compiling() or torch.is_grad_enabled() or not _unwatched(arguments)
+    watched = torch.compiler.is_compiling() or torch.is_grad_enabled() or not _unwatched(arguments[:_TENSORS])
     if watched or not _plain_gradient(dout) or not _plain_gradient(dlse):
-        functional = torch._C._functorch.peek_interpreter_stack() is not None and not _traced()
+        functional = _transforms() is not None and not _traced()
         compute = _FunctionalBackward.apply if functional else torch.ops.deberta_kernels.attention_backward
         gradients = compute(dout, dlse, out, lse, *arguments, needs)
         return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *nothing
     with torch._C._AutoDispatchBelowAutograd():
-        found = _run_backward(_unflatten(arguments), dout, dlse, out, lse, arguments[-1], tuple(needs))
+        found = _run_backward(_problem(arguments), dout, dlse, out, lse, arguments[-1], tuple(needs))
     return *found, *nothing
 
 
@@ -319,11 +310,12 @@ def _plain_gradient(x: Tensor | None) -> bool:
 
 
 class _EagerAttention(torch.autograd.Function):
-    """Differentiate plain eager calls: the operator's formulas without its dispatch."""
+    """A plain eager call that is differentiated: the operator's formulas without its dispatch."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        output = _below_autograd(_unflatten(arguments), arguments[-1])
+    def forward(ctx: Any, *given: Any) -> tuple[Tensor, Tensor]:
+        arguments = (*given[:_TENSORS], *given[_TENSORS])  # the latter in one, since each takes time of its own
+        output = _run_forward(_problem(arguments), arguments[-1])
         _save(ctx, arguments, output)
         return output
 
@@ -333,11 +325,11 @@ class _EagerAttention(torch.autograd.Function):
 
 
 class _FunctionalAttention(torch.autograd.Function):
-    """Differentiate calls inside torch.func transforms, which accept no operator with Python autograd."""
+    """A call inside torch.func transforms, which accept no operator with Python autograd."""
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-        return _below_autograd(_unflatten(arguments), arguments[-1])
+        return _run_forward(_problem(arguments), arguments[-1])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -357,7 +349,7 @@ class _FunctionalAttention(torch.autograd.Function):
 
 
 class _FunctionalBackward(torch.autograd.Function):
-    """Compute gradients inside torch.func transforms; refuses to be transformed again."""
+    """Its gradients there, which refuse to be transformed again."""
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""Turn distances between tokens into rows of the position tables, bit-equal to Hugging Face.
+"""The rows of the position tables that belong to distances between tokens, bit-equal to Hugging Face.
 
 The one place that knows the log bucket. A bucket is float32 arithmetic with a ceiling, so a last-bit difference moves
 a distance to the next row: everything here is computed on the CPU, in the order of operations of Hugging Face, and
@@ -21,6 +21,7 @@ from deberta_kernels.types import PositionSpec
 __all__ = [
     "PositionIndex",
     "attention_span",
+    "call_index",
     "delta",
     "log_bucket",
     "plain_tensors",
@@ -30,7 +31,7 @@ __all__ = [
 
 # A table always covers this many distances more than it must, so that a kernel may read a whole tile past the end.
 _MARGIN = 64
-_MIN_LENGTH = 512
+_MIN_LENGTH = 512  # shorter calls share its table, of 5 KB
 # Float32 counts exactly up to here, and every formula has reached its limit long before.
 _FAR = 1 << 24
 
@@ -154,6 +155,17 @@ def reachable_rows(nq: int, nk: int, spec: PositionSpec) -> tuple[int, int]:
     return _constant_rows(nq, nk, spec.position_buckets, spec.max_relative_positions)
 
 
+def call_index(nq: int, nk: int, spec: PositionSpec) -> tuple[PositionIndex, int, int]:
+    """Return `position_index` and `reachable_rows` of one call, which a backend would look up at every one.
+
+    Args:
+        nq: number of queries.
+        nk: number of keys, prefix keys included.
+        spec: see `PositionSpec`; first_row does not matter.
+    """
+    return _cached_call(nq, nk, spec.prefix_length, spec.position_buckets, spec.max_relative_positions)
+
+
 def _constant_rows(nq: int, nk: int, position_buckets: int, max_relative_positions: int) -> tuple[int, int]:
     """Look the rows up; torch.compile runs this while it traces, and keeps the two integers."""
     return _cached_rows(max(nq, 1), max(nk, 1), position_buckets, max_relative_positions)
@@ -170,6 +182,7 @@ def plain_tensors() -> Iterator[None]:
         yield
 
 
+# One entry for each power of two up to the longest text, and for each setting of the models in the process.
 @lru_cache(maxsize=128)
 def _cached_index(length: int, position_buckets: int, max_relative_positions: int) -> PositionIndex:
     spec = PositionSpec(position_buckets, max_relative_positions)
@@ -190,12 +203,21 @@ def _cached_index(length: int, position_buckets: int, max_relative_positions: in
         return PositionIndex(table.to(torch.int32).contiguous(), reach, low_end, high_start, smooth)
 
 
+@lru_cache(maxsize=4096)  # as _cached_rows
+def _cached_call(
+    nq: int, nk: int, prefix_length: int, position_buckets: int, max_relative_positions: int
+) -> tuple[PositionIndex, int, int]:
+    spec = PositionSpec(position_buckets, max_relative_positions)
+    return position_index(max(nq, nk), spec), *reachable_rows(nq, nk - prefix_length, spec)
+
+
 def _equal_run(values: Tensor) -> int:
     """Count the leading values that equal the first one."""
     differs = (values != values[0]).nonzero()
     return int(differs[0]) if differs.numel() else values.numel()
 
 
+# One for each length or pair of lengths; they take a few hundred bytes.
 @lru_cache(maxsize=4096)
 def _cached_rows(nq: int, nk: int, position_buckets: int, max_relative_positions: int) -> tuple[int, int]:
     index = position_index(max(nq, nk), PositionSpec(position_buckets, max_relative_positions))

@@ -1,18 +1,19 @@
-"""Frozen values that travel between the rooms of the package: masks, position settings, one attention problem."""
+"""The values that travel through the package: masks, position settings, one attention problem. Nobody changes one."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["AttentionProblem", "Gradients", "Masks", "PositionSpec"]
+__all__ = ["ARGUMENTS", "AttentionProblem", "Gradients", "Masks", "PositionSpec"]
 
 
 @dataclass(frozen=True)
 class PositionSpec:
-    """Say how a distance becomes a row of the position tables.
+    """How a distance becomes a row of the position tables.
 
     Attributes:
         position_buckets: > 0: log buckets, att_span = position_buckets; <= 0: linear, att_span =
@@ -30,7 +31,7 @@ class PositionSpec:
 
 @dataclass(frozen=True)
 class Masks:
-    """Hold every mask of one call; any part may be None, which masks nothing.
+    """Every mask of one call; any part may be None, which masks nothing.
 
     Attributes:
         key: (B, Nk) bool; False = nobody may attend to this key.
@@ -42,10 +43,18 @@ class Masks:
     query: torch.Tensor | None = None
     pair: torch.Tensor | None = None
 
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Masks:
+        """Return the masks that `function` makes of these; one tensor in two parts stays one."""
+        key = None if self.key is None else function(self.key)
+        query = key if self.query is self.key else None if self.query is None else function(self.query)
+        return Masks(key, query, None if self.pair is None else function(self.pair))
 
-@dataclass(frozen=True)
+
+@dataclass(eq=False, slots=True)
 class AttentionProblem:
-    """Hold one validated attention call, as every backend receives it.
+    """One validated attention call, as every backend receives it.
+
+    It is not frozen because one is made at every call, and a frozen one takes ten times as long to make.
 
     Attributes:
         q: (B, H, Nq, D), any strides; float32, float16, bfloat16 or float64.
@@ -80,13 +89,68 @@ class AttentionProblem:
 
     def changed(self, **fields: Any) -> AttentionProblem:
         """Return a copy with other values in some fields; `dataclasses.replace` takes several microseconds more."""
-        copy = object.__new__(AttentionProblem)
-        copy.__dict__.update(self.__dict__, **fields)
+        copy = AttentionProblem(
+            self.q, self.k, self.v, self.pos_key, self.pos_query, self.masks, self.position, self.scale, self.dropout_p,
+            self.seed, self.cu_seqlens, self.max_seqlen, self.prepared,
+        )  # fmt: skip
+        for name, value in fields.items():
+            setattr(copy, name, value)
         return copy
+
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        """Return the first values of `ARGUMENTS`, those that are tensors or None."""
+        masks = self.masks
+        return (
+            self.q, self.k, self.v, self.pos_key, self.pos_query, masks.key, masks.query, masks.pair, self.cu_seqlens,
+            self.seed, self.prepared,
+        )  # fmt: skip
+
+    def arguments(self) -> tuple[Any, ...]:
+        """Return the values of `ARGUMENTS`."""
+        position = self.position
+        return (
+            *self.tensors(), self.max_seqlen, position.position_buckets, position.max_relative_positions,
+            position.first_row, position.prefix_length, self.scale, self.dropout_p,
+        )  # fmt: skip
+
+    @staticmethod
+    def of_arguments(arguments: Sequence[Any]) -> AttentionProblem:
+        """Return the problem whose `arguments` these are; more may follow them."""
+        (
+            q, k, v, pos_key, pos_query, key, query, pair, cu_seqlens, seed, prepared, max_seqlen, buckets, most,
+            first_row, prefix, scale, dropout_p,
+        ) = arguments[: len(ARGUMENTS)]  # fmt: skip
+        masks, position = Masks(key, query, pair), PositionSpec(buckets, most, first_row, prefix)
+        return AttentionProblem(
+            q, k, v, pos_key, pos_query, masks, position, scale, dropout_p, seed, cu_seqlens, max_seqlen, prepared
+        )
+
+
+# The arguments of the operators in the order of their schema: name and type.
+ARGUMENTS = (
+    ("q", "Tensor"),
+    ("k", "Tensor"),
+    ("v", "Tensor"),
+    ("pos_key", "Tensor?"),
+    ("pos_query", "Tensor?"),
+    ("key_mask", "Tensor?"),
+    ("query_mask", "Tensor?"),
+    ("pair_mask", "Tensor?"),
+    ("cu_seqlens", "Tensor?"),
+    ("seed", "Tensor?"),
+    ("prepared", "Tensor?"),
+    ("max_seqlen", "SymInt"),
+    ("position_buckets", "int"),
+    ("max_relative_positions", "int"),
+    ("first_row", "SymInt"),
+    ("prefix_length", "SymInt"),
+    ("scale", "float"),
+    ("dropout_p", "float"),
+)
 
 
 class Gradients(NamedTuple):
-    """Hold the gradients of one backward call; None where none was asked for.
+    """The gradients of one backward call; None where none was asked for.
 
     Attributes:
         dq: shape and dtype of q.

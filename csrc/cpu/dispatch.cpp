@@ -6,6 +6,7 @@
 #include <cpuid.h>
 #endif
 
+#include "layout.h"
 #include "params.h"
 
 #define DK_DECLARE(name, runs) extern const Variant kVariant_##name;
@@ -62,7 +63,8 @@ const Variant* at(int64_t i) { return i >= 0 && i < kCount && runs_here()[i] ? k
 #define DK_EXPORT extern "C" __attribute__((visibility("default")))
 
 DK_EXPORT int64_t dk_abi_version() { return kAbiVersion; }
-DK_EXPORT int64_t dk_params_size() { return sizeof(AttentionParams); }
+// What the package compares with its own structs; see layout.h.
+DK_EXPORT const char* dk_layouts() { return layouts().c_str(); }
 
 // Compiled variants, fastest first; `dk_variant_runs` says whether this processor can run one.
 DK_EXPORT int64_t dk_variant_count() { return kCount; }

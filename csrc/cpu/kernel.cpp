@@ -45,6 +45,7 @@ int prepare(const AttentionParams& p, void* packed) {
 }
 
 int forward(const AttentionParams& p) {
+  if (p.prepared && p.prepared_bytes != prepared_bytes(p)) return kBadPrepared;
   const SlotIndex index(p);
   static thread_local ThreadBlock own;
   const float* packed = static_cast<const float*>(p.prepared);

@@ -1,11 +1,11 @@
-// The structs that cross the C ABI. deberta_kernels/native/__init__.py mirrors their layout; every field is 8 bytes wide so that
-// no compiler can pad it differently. All strides count elements.
+// The structs that cross the C ABI. deberta_kernels/native/params.py has the same fields, which both sides compare by
+// layout.h; every field is 8 bytes wide so that no compiler can pad it differently. All strides count elements.
 #pragma once
 #include <cstdint>
 
 namespace dk {
 
-constexpr int64_t kAbiVersion = 8;
+constexpr int64_t kAbiVersion = 9;
 constexpr int kMaxHeadDim = 256;
 constexpr int64_t kChecksumKeyBytes = 4176;
 
@@ -38,6 +38,7 @@ struct AttentionParams {
   const void* pos_query;
   int64_t pos_key_stride_h, pos_key_stride_r, pos_query_stride_h, pos_query_stride_r;
   const void* prepared;  // what dk_cpu_prepare wrote for these tables, or null
+  int64_t prepared_bytes;  // of its memory
   float* dpos_key;       // (heads, table_rows, head_dim) float32, rows contiguous, or null
   float* dpos_query;
   int64_t dpos_stride_h;
@@ -108,6 +109,6 @@ struct Variant {
 };
 
 // Status codes of forward and backward.
-enum Status : int { kOk = 0, kOutOfMemory = 1, kBadAbi = 2, kUnsupported = 3 };
+enum Status : int { kOk = 0, kOutOfMemory = 1, kBadAbi = 2, kUnsupported = 3, kBadPrepared = 4 };
 
 }  // namespace dk

@@ -1,4 +1,4 @@
-"""Check the arguments of one attention call; an error names the argument, what was expected, what came, what next."""
+"""Checks of the arguments of one attention call: an error names the argument, what it must be, what came, what next."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deberta_kernels.checks.ordinary import DTYPES, MOST_SPAN, is_ordinary
+from deberta_kernels.position import attention_span
 from deberta_kernels.types import Masks, PositionSpec
 
 __all__ = [
+    "check_call",
     "check_device",
     "check_dropout",
     "check_int",
@@ -27,12 +30,52 @@ __all__ = [
     "storage_fits",
 ]
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _DTYPE_NAMES = "float32, float16, bfloat16 or float64"
 _PLAIN = (Tensor, torch.nn.Parameter)
 _STRIDED = torch.strided
-_MOST_SPAN = 1 << 30  # of att_span: twice as many rows are counted in 32 bits
 _LEAST_SCALE, _MOST_SCALE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+
+
+def check_call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pos_key: Tensor | None,
+    pos_query: Tensor | None,
+    masks: Masks,
+    position: PositionSpec,
+    packed: bool,
+    full: bool = False,
+) -> None:
+    """Check what every call has, for the functional interface and for the operators.
+
+    Args:
+        q: (B, H, Nq, D).
+        k: (B, H, Nk, D).
+        v: shape of k.
+        pos_key: (H, rows, D) or None.
+        pos_query: (H, rows, D) or None.
+        masks: the parsed masks.
+        position: how distances become rows.
+        packed: sequences are packed; there can be no mask then.
+        full: tables must have all rows.
+
+    Raises:
+        TypeError: an argument has a wrong type or dtype.
+        ValueError: an argument has a wrong shape, device or value.
+    """
+    table = pos_key if pos_key is not None else pos_query
+    buckets, most = position.position_buckets, position.max_relative_positions
+    if is_ordinary(q, k, v, pos_key, pos_query, masks, position, packed) and (
+        not full or table is None or table.shape[1] == 2 * attention_span(buckets, most)
+    ):
+        return
+    check_qkv(q, k, v)
+    keys = k.shape[2]
+    check_position(position, keys)
+    check_tables(pos_key, pos_query, q, q.shape[1], 2 * attention_span(buckets, most) if full else None)
+    check_masks(masks, q, keys, packed)
+    check_table_rows(table, position)
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor, packed: bool = False) -> None:
@@ -48,12 +91,10 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, packed: bool = False) -> None:
         TypeError: one is not a tensor, has an unsupported dtype, or not the dtype of q.
         ValueError: the shapes or devices do not fit.
     """
-    if not packed and _fit_at_once(q, k, v):
-        return
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, x)
     layout, dims = ("(T, H, D)", 3) if packed else ("(B, H, N, D)", 4)
-    if q.dtype not in _DTYPES:
+    if q.dtype not in DTYPES:
         raise TypeError(f"q must have dtype {_DTYPE_NAMES}, got {_name(q.dtype)}; cast it, for example with q.float().")
     if q.dim() != dims:
         raise ValueError(f"q must have shape {layout}, got {_shape(q)}; add or remove dimensions.")
@@ -79,27 +120,6 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, packed: bool = False) -> None:
         raise ValueError(f"k must hold at least one key for {q.shape[2]} queries, got shape {_shape(k)}; pass keys.")
 
 
-def _fit_at_once(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Tell whether all that `check_qkv` asks of unpacked tensors holds; False may also mean that they are not plain."""
-    if type(q) is not Tensor or type(k) is not Tensor or type(v) is not Tensor:
-        return False
-    try:
-        dtype, device, queries, keys, values = q.dtype, q.device, q.shape, k.shape, v.shape
-    except RuntimeError:  # a nested tensor has no shape
-        return False
-    return (
-        len(queries) == 4
-        and (queries == keys or (len(keys) == 4 and queries[:2] == keys[:2] and queries[3] == keys[3]))
-        and keys == values
-        and keys[2] > 0 < keys[3]
-        and dtype in _DTYPES
-        and dtype is k.dtype is v.dtype
-        and q.layout is k.layout is v.layout is _STRIDED
-        and device == k.device
-        and device == v.device
-    )
-
-
 def check_position(position: PositionSpec, keys: int) -> None:
     """Check the numbers of a `PositionSpec` for a call with `keys` keys.
 
@@ -108,11 +128,10 @@ def check_position(position: PositionSpec, keys: int) -> None:
         ValueError: a number is out of its range.
     """
     buckets, max_relative, prefix = position.position_buckets, position.max_relative_positions, position.prefix_length
-    if not type(buckets) is type(max_relative) is type(prefix) is type(position.first_row) is int:
-        check_int("position_buckets", buckets)
-        check_int("max_relative_positions", max_relative)
-        check_int("prefix_length", prefix)
-        check_int("first_row", position.first_row)
+    check_int("position_buckets", buckets)
+    check_int("max_relative_positions", max_relative)
+    check_int("prefix_length", prefix)
+    check_int("first_row", position.first_row)
     if buckets <= 0 and max_relative <= 0:
         raise ValueError(
             "position_buckets or max_relative_positions must be positive, "
@@ -121,7 +140,7 @@ def check_position(position: PositionSpec, keys: int) -> None:
         )
     if buckets == 1:
         raise ValueError("position_buckets must be at least 2, or <= 0 for linear positions, got 1; check the config.")
-    if buckets > _MOST_SPAN or (buckets <= 0 and max_relative > _MOST_SPAN):
+    if buckets > MOST_SPAN or (buckets <= 0 and max_relative > MOST_SPAN):
         name, value = ("position_buckets", buckets) if buckets > 0 else ("max_relative_positions", max_relative)
         raise ValueError(f"{name} must be at most 2**30, got {value}; kernels count rows in 32 bits: check the config.")
     if prefix < 0 or prefix > keys:
@@ -157,9 +176,8 @@ def check_tables(pos_key: Tensor | None, pos_query: Tensor | None, q: Tensor, he
 
 
 def _check_table(name: str, x: Tensor, q: Tensor, heads: int, rows: int | None) -> None:
-    if type(x) is not Tensor or x.is_nested or x.layout is not _STRIDED or x.dtype is not q.dtype:
-        check_tensor(name, x)
-        _check_dtype(name, x, q)
+    check_tensor(name, x)
+    _check_dtype(name, x, q)
     check_device(name, x, q)
     shape = x.shape
     height = shape[1] if rows is None and len(shape) == 3 else rows
@@ -170,13 +188,16 @@ def _check_table(name: str, x: Tensor, q: Tensor, heads: int, rows: int | None) 
         )
 
 
-def check_table_rows(table: Tensor | None, position: PositionSpec, span: int) -> None:
-    """Check that the rows of sliced tables lie inside the full table of 2 * span rows.
+def check_table_rows(table: Tensor | None, position: PositionSpec) -> None:
+    """Check that the rows of sliced tables lie inside the full table of 2 * att_span rows.
 
     Raises:
         ValueError: they do not.
     """
-    if table is not None and (position.first_row < 0 or position.first_row + table.shape[1] > 2 * span):
+    if table is None:
+        return
+    span = attention_span(position.position_buckets, position.max_relative_positions)
+    if position.first_row < 0 or position.first_row + table.shape[1] > 2 * span:
         raise ValueError(
             f"first_row and the height of the tables must stay inside the full table of 2*att_span = {2 * span} rows, "
             f"got first_row={position.first_row} and {table.shape[1]} rows; check position_buckets."
@@ -224,6 +245,8 @@ def check_scale(scale: Any) -> float:
         TypeError: it is not a real number.
         ValueError: it is not positive, or not a normal number in float32, in which scores are multiplied.
     """
+    if type(scale) is float and _LEAST_SCALE <= scale <= _MOST_SCALE:
+        return scale
     if isinstance(scale, bool) or not isinstance(scale, (float, int, numbers.Real)):
         raise TypeError(f"scale must be a number or None, got {_kind(scale)}; pass a Python float.")
     try:
@@ -245,6 +268,8 @@ def check_dropout(dropout_p: Any) -> float:
         TypeError: it is not a real number.
         ValueError: it is outside [0, 1).
     """
+    if type(dropout_p) is float and 0.0 <= dropout_p < 1.0:
+        return dropout_p
     if isinstance(dropout_p, bool) or not isinstance(dropout_p, (float, int, numbers.Real)):
         raise TypeError(f"dropout_p must be a number, got {_kind(dropout_p)}; pass a Python float.")
     value: Any = dropout_p
@@ -329,7 +354,7 @@ def check_device(name: str, x: Tensor, q: Tensor) -> None:
     Raises:
         ValueError: it is elsewhere.
     """
-    if not (x.is_cpu and q.is_cpu) and x.device != q.device:  # comparing devices takes twice as long
+    if x.device != q.device:
         raise ValueError(f"{name} must be on the device of q, {q.device}, got {x.device}; move it there.")
 
 

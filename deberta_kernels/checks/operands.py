@@ -1,4 +1,4 @@
-"""Check what an operator was handed: a saved program holds its arguments as data, and kernels take them for right.
+"""Checks of what an operator was handed: a saved program has arguments as data, and kernels take them for right.
 
 The functional interface has checked its own calls already. The operators of `ops` check everything again, and so does
 every backward: what autograd saved may have changed since the forward.
@@ -12,15 +12,11 @@ import torch
 from torch import Tensor
 
 from deberta_kernels.checks.arguments import (
+    check_call,
     check_device,
     check_dropout,
-    check_masks,
-    check_position,
-    check_qkv,
     check_scale,
     check_storage,
-    check_table_rows,
-    check_tables,
     check_tensor,
     storage_fits,
 )
@@ -50,14 +46,8 @@ def check_problem(problem: AttentionProblem, *, real: bool) -> AttentionProblem:
         TypeError: an argument has a wrong type or dtype.
         ValueError: an argument has a wrong shape, device or value.
     """
-    q, pos_key, pos_query, position = problem.q, problem.pos_key, problem.pos_query, problem.position
-    check_qkv(q, problem.k, problem.v)
-    keys = problem.k.shape[2]
-    check_position(position, keys)
-    check_tables(pos_key, pos_query, q, q.shape[1], None)
-    span = attention_span(position.position_buckets, position.max_relative_positions)
-    check_table_rows(pos_key if pos_key is not None else pos_query, position, span)
-    check_masks(problem.masks, q, keys, problem.cu_seqlens is not None)
+    q, position, packed = problem.q, problem.position, problem.cu_seqlens is not None
+    check_call(q, problem.k, problem.v, problem.pos_key, problem.pos_query, problem.masks, position, packed)
     check_scale(problem.scale)
     check_dropout(problem.dropout_p)
     if problem.seed is not None or problem.dropout_p > 0:
@@ -67,6 +57,7 @@ def check_problem(problem: AttentionProblem, *, real: bool) -> AttentionProblem:
         check_device("prepared", problem.prepared, q)
     if problem.cu_seqlens is None:
         return problem
+    keys = problem.k.shape[2]
     check_packed(q, keys, position.prefix_length)
     check_max_seqlen(problem.max_seqlen)
     cu_seqlens, longest = check_cu_seqlens(problem.cu_seqlens, q, keys, problem.max_seqlen, real)
@@ -125,9 +116,9 @@ def check_storages(problem: AttentionProblem) -> None:
         problem.q, problem.k, problem.v, problem.pos_key, problem.pos_query, masks.key, query_mask, masks.pair,
         problem.seed, problem.prepared,
     )  # fmt: skip
-    for index, x in enumerate(tensors):
+    for x in tensors:
         if x is not None and not storage_fits(x):
-            check_storage(_NAMES[index], x)
+            check_storage(_NAMES[next(i for i, other in enumerate(tensors) if other is x)], x)
 
 
 def check_gradients(

@@ -1,4 +1,4 @@
-"""Check packed sequences: their bounds, which kernels use as addresses, and how long they may be."""
+"""Checks of packed sequences: their bounds, which kernels use as addresses, and how long they may be."""
 
 from __future__ import annotations
 

@@ -1,27 +1,28 @@
-"""Run attention in the native CPU library: hand it tensors. The kernels are in csrc/cpu."""
+"""Attention in the native CPU library: how tensors get there. The kernels are in csrc/cpu."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from deberta_kernels import dropout, native
-from deberta_kernels.checks.arguments import check_storage
-from deberta_kernels.native import Library
-from deberta_kernels.position import PositionIndex, position_index, reachable_rows
+from deberta_kernels.checks.arguments import check_storage, storage_fits
+from deberta_kernels.checks.operands import check_reachable_rows, check_storages
+from deberta_kernels.native import AttentionParams, Library
+from deberta_kernels.position import call_index
 from deberta_kernels.types import AttentionProblem, Gradients, Masks, PositionSpec
 
 __all__ = ["backward", "forward", "prepare", "refusal"]
 
 _MAX_HEAD_DIM = 256
+_CPU = torch.device("cpu")  # the name would be parsed at every call
+_NO_SIZE = -1  # of prepared tables that are not one row of bytes
 
 
 def refusal(problem: AttentionProblem) -> str | None:
     """Return why the native library cannot run `problem`, or None when it can."""
     q = problem.q
-    if q.device.type != "cpu":
+    if not q.is_cpu:
         return f"it runs on cpu tensors, not {q.device.type}"
     if q.dtype not in native.DTYPES:
         return f"it computes float32, bfloat16 and float16, not {str(q.dtype).removeprefix('torch.')}"
@@ -34,20 +35,28 @@ def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     """Compute attention; see `AttentionProblem`.
 
     Returns:
-        out: (B, H, Nq, D) view of memory laid out (B, Nq, H, D), dtype of q.
+        out: (B, H, Nq, D) over memory laid out (B, Nq, H, D), dtype of q.
         lse: (B, H, Nq) float32, natural log.
     """
     library = native.need()
-    problem = _reachable(problem)
-    q = problem.q
+    q, prepared = problem.q, problem.prepared
     batch, heads, nq, head_dim = q.shape
-    out = torch.empty(batch, nq, heads, head_dim, dtype=q.dtype, device="cpu").transpose(1, 2)
-    lse = torch.empty(batch, heads, nq, dtype=torch.float32, device="cpu")
-    if out.numel():
-        call = _Call(problem, library, out=out, lse=lse)
-        params = call.pack()
-        _check_prepared(problem.prepared, library, params)
-        library.call("dk_cpu_forward", params)
+    out = _empty_tokens(q)
+    lse = torch.empty_strided((batch, heads, nq), (heads * nq, nq, 1), dtype=torch.float32, device=_CPU)
+    if not q.numel():
+        return out, lse
+    call = _Call(problem, library, prepared)
+    p = call.params
+    p.out, p.out_stride_b, p.out_stride_h, p.out_stride_n = (
+        out.data_ptr(), nq * heads * head_dim, head_dim, heads * head_dim,
+    )  # fmt: skip
+    p.lse, p.lse_stride_b, p.lse_stride_h = lse.data_ptr(), heads * nq, nq
+    try:
+        library.call("dk_cpu_forward", p)
+    except ValueError:
+        if prepared is None:
+            raise
+        raise _wrong_prepared(prepared, library, p) from None
     return out, lse
 
 
@@ -66,21 +75,32 @@ def backward(
         needs: whether dq, dk, dv, dpos_key, dpos_query are wanted.
     """
     library = native.need()
-    whole = problem
-    problem = _reachable(problem.changed(prepared=None))
-    if not problem.q.numel():
-        tensors = (whole.q, whole.k, whole.v, whole.pos_key, whole.pos_query)
+    q, k, v = problem.q, problem.k, problem.v
+    if not q.numel():
+        tensors = (q, k, v, problem.pos_key, problem.pos_query)
         return Gradients(*(torch.zeros_like(x) if n and x is not None else None for n, x in zip(needs, tensors)))
-    tokens = []
-    for need, x in zip(needs, (problem.q, problem.k, problem.v)):
-        batch, heads, length, head_dim = x.shape
-        tokens.append(_empty(x.dtype, batch, length, heads, head_dim).transpose(1, 2) if need else None)
-    tables, windows = _table_gradients(whole, problem, needs[3:])
+    call = _Call(problem, library)
+    p = call.params
+    p.out, p.out_stride_b, p.out_stride_h, p.out_stride_n = call.tokens(out)
+    p.dout, p.dout_stride_b, p.dout_stride_h, p.dout_stride_n = call.tokens(dout)
     # The kernel takes both as rows of one layout, without gaps.
     lse, dlse = lse.resolve_neg().contiguous(), None if dlse is None else dlse.resolve_neg().contiguous()
-    call = _Call(problem, library, out=out, lse=lse, dout=dout, dlse=dlse, tokens=tokens, tables=windows)
-    library.call("dk_cpu_backward", call.pack())
-    return Gradients(*tokens, *(None if g is None else g.to(problem.q.dtype) for g in tables))
+    p.lse, (p.lse_stride_b, p.lse_stride_h, _) = call.values(lse)
+    if dlse is not None:
+        p.dlse = call.address(dlse)
+    dq, dk, dv = (_empty_tokens(x) if need else None for need, x in zip(needs, (q, k, v)))
+    if dq is not None:
+        p.dq, p.dq_stride_b, p.dq_stride_h, p.dq_stride_n = call.tokens(dq)
+    if dk is not None:
+        p.dk, p.dk_stride_b, p.dk_stride_h, p.dk_stride_n = call.tokens(dk)
+    if dv is not None:
+        p.dv, p.dv_stride_b, p.dv_stride_h, p.dv_stride_n = call.tokens(dv)
+    dpos_key, p.dpos_key = call.table_gradient(problem.pos_key if needs[3] else None)
+    dpos_query, p.dpos_query = call.table_gradient(problem.pos_query if needs[4] else None)
+    gradients = [x for x in (dpos_key, dpos_query) if x is not None]
+    p.dpos_stride_h = gradients[0].stride(0) if gradients else 0
+    library.call("dk_cpu_backward", p)
+    return Gradients(dq, dk, dv, *(None if g is None else g.to(q.dtype) for g in (dpos_key, dpos_query)))
 
 
 def prepare(pos_key: Tensor | None, pos_query: Tensor | None, position: PositionSpec) -> Tensor | None:
@@ -110,162 +130,150 @@ def prepare(pos_key: Tensor | None, pos_query: Tensor | None, position: Position
             check_storage(name, x)
     tokens = table.new_empty(1, table.shape[0], 0, table.shape[2])
     problem = AttentionProblem(tokens, tokens, tokens, pos_key, pos_query, Masks(), position, 1.0)
-    call = _Call(problem, library)
-    params = call.pack()
-    packed = torch.empty(
-        library.handle.dk_cpu_prepared_bytes(params, library.variants[library.isa]), dtype=torch.uint8, device="cpu"
-    )
-    library.call("dk_cpu_prepare", params, packed.data_ptr())
+    call = _Call(problem, library, whole=True)
+    packed = torch.empty(library.prepared_bytes(call.params), dtype=torch.uint8, device="cpu")
+    library.call("dk_cpu_prepare", call.params, packed.data_ptr())
     return packed
 
 
-def _empty(dtype: torch.dtype, *shape: int) -> Tensor:
-    """Return what the kernel writes gradients to: on the CPU, whatever torch's defaults are."""
-    return torch.empty(shape, dtype=dtype, device="cpu")
+def _empty_tokens(like: Tensor) -> Tensor:
+    """Return (B, H, N, D) over memory laid out (B, N, H, D): on the CPU, whatever torch's defaults are.
+
+    Made so and not by `transpose`, since a view takes longer to make, and autograd remembers where it was made.
+    """
+    _, heads, length, head_dim = like.shape
+    strides = (length * heads * head_dim, head_dim, heads * head_dim, 1)
+    return torch.empty_strided(like.shape, strides, dtype=like.dtype, device=_CPU)
 
 
-def _check_prepared(prepared: Tensor | None, library: Library, params: bytes) -> None:
-    """Check that prepared tables are as large as the kernel will read."""
-    if prepared is None:
-        return
-    size = library.handle.dk_cpu_prepared_bytes(params, library.variants[library.isa])
-    if prepared.dtype != torch.uint8 or prepared.shape != (size,) or not prepared.is_contiguous():
-        raise ValueError(
-            f"prepared must be what prepare returned for these tables, uint8 of {size} bytes, got {prepared.dtype} of "
-            f"shape {tuple(prepared.shape)} and strides {prepared.stride()}; prepare the tables again."
-        )
-
-
-def _reachable(problem: AttentionProblem) -> AttentionProblem:
-    """Cut the tables to the rows that this length can reach; packing the others would be wasted."""
-    table = problem.pos_key if problem.pos_key is not None else problem.pos_query
-    if table is None or problem.prepared is not None:
-        return problem
-    position = problem.position
-    if problem.cu_seqlens is None:
-        nq, nk = problem.q.shape[2], problem.k.shape[2] - position.prefix_length
-    else:
-        nq = nk = problem.max_seqlen
-    start, stop = reachable_rows(nq, nk, position)
-    if stop - start >= table.shape[1]:
-        return problem
-    rows = slice(start - position.first_row, stop - position.first_row)
-    cut = [None if x is None else x[:, rows] for x in (problem.pos_key, problem.pos_query)]
-    rest = PositionSpec(position.position_buckets, position.max_relative_positions, start, position.prefix_length)
-    return problem.changed(pos_key=cut[0], pos_query=cut[1], position=rest)
-
-
-def _table_gradients(
-    whole: AttentionProblem, problem: AttentionProblem, needs: tuple[bool, ...]
-) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """Make the gradients of the whole tables, and views of the rows in use, which the kernel fills."""
-    start = problem.position.first_row - whole.position.first_row
-    gradients: list[Tensor | None] = []
-    windows: list[Tensor | None] = []
-    tables = ((whole.pos_key, problem.pos_key), (whole.pos_query, problem.pos_query))
-    for need, (table, used) in zip(needs, tables):
-        gradient = _empty(torch.float32, *table.shape) if need and table is not None else None
-        window = None
-        if gradient is not None and used is not None:
-            stop = start + used.shape[1]
-            window = gradient[:, start:stop]
-            for unreached in (gradient[:, :start], gradient[:, stop:]):
-                unreached.zero_()
-        gradients.append(gradient)
-        windows.append(window)
-    return gradients, windows
-
-
-def _plain(x: Tensor) -> Tensor:
-    """Return x with a contiguous last dimension and its values in memory (a negation may be pending)."""
-    return x if x.stride(-1) == 1 and not x.is_neg() else x.resolve_neg().contiguous()
+def _wrong_prepared(prepared: Tensor, library: Library, params: AttentionParams) -> ValueError:
+    return ValueError(
+        f"prepared must be what prepare returned for these tables, uint8 of {library.prepared_bytes(params)} bytes, "
+        f"got {prepared.dtype} of shape {tuple(prepared.shape)} and strides {prepared.stride()}; prepare the tables "
+        "again."
+    )
 
 
 class _Call:
-    """The arguments of one call; keeps every tensor alive whose address it holds."""
+    """The arguments of one native call, and the copies that live as long as it does.
+
+    Each tensor is checked where its address is taken: the kernel reads and writes there whatever is there.
+    """
 
     def __init__(
-        self, problem: AttentionProblem, library: Library, *, out: Tensor | None = None, lse: Tensor | None = None,
-        dout: Tensor | None = None, dlse: Tensor | None = None, tokens: list[Tensor | None] | None = None,
-        tables: list[Tensor | None] | None = None,
-    ) -> None:  # fmt: skip
-        self.problem, self.library = problem, library
-        self.out, self.lse, self.dout, self.dlse = out, lse, dout, dlse
-        self.tokens = tokens or [None, None, None]
-        self.tables = tables or [None, None]
-        self.alive: list[Any] = []
+        self, problem: AttentionProblem, library: Library, prepared: Tensor | None = None, *, whole: bool = False
+    ) -> None:
+        """Take what forward and backward have in common.
 
-    def pack(self) -> bytes:
-        p = self.problem
-        batch, heads, nq, head_dim = p.q.shape
-        nk = p.k.shape[2]
-        if p.cu_seqlens is not None:
-            batch, nq, nk = p.cu_seqlens.numel() - 1, p.max_seqlen, p.max_seqlen
-        dropping = p.dropout_p > 0 and p.seed is not None
-        return native.ATTENTION_PARAMS.pack(
-            native.ABI_VERSION, batch, heads, nq, nk, head_dim, native.DTYPES[p.q.dtype], self.library.threads(),
-            *self._tokens(p.q), *self._tokens(p.k), *self._tokens(p.v), *self._tokens(self.out),
-            *self._tokens(self.dout), *self._tokens(self.tokens[0]), *self._tokens(self.tokens[1]),
-            *self._tokens(self.tokens[2]),
-            *self._statistics(),
-            *self._position(nq, nk),
-            *self._masks(),
-            p.scale,
-            dropout.threshold(p.dropout_p) if dropping else 0,
-            dropout.keep_scale(p.dropout_p) if dropping else 1.0,
-            int(p.seed) if dropping and p.seed is not None else 0,
-        )  # fmt: skip
+        Args:
+            problem: the call.
+            library: which will compute it.
+            prepared: the tables as `prepare` laid them out; then they are read there.
+            whole: take all rows of the tables, not only those that the call can reach.
+        """
+        self.problem = problem
+        self.copies: list[Tensor] = []
+        self.params = p = AttentionParams()
+        q, masks, cu_seqlens = problem.q, problem.masks, problem.cu_seqlens
+        p.abi_version, p.dtype, p.threads = native.ABI_VERSION, native.DTYPES[q.dtype], library.threads()
+        batch, heads, nq, head_dim = q.shape
+        nk = problem.k.shape[2]
+        if cu_seqlens is not None:
+            batch, nq, nk = cu_seqlens.shape[0] - 1, problem.max_seqlen, problem.max_seqlen
+            p.cu_seqlens, _ = self.values(cu_seqlens)
+        p.batch, p.heads, p.nq, p.nk, p.head_dim = batch, heads, nq, nk, head_dim
+        p.q, p.q_stride_b, p.q_stride_h, p.q_stride_n = self.tokens(q)
+        p.k, p.k_stride_b, p.k_stride_h, p.k_stride_n = self.tokens(problem.k)
+        p.v, p.v_stride_b, p.v_stride_h, p.v_stride_n = self.tokens(problem.v)
+        p.scale, p.prefix_length, p.smooth = problem.scale, problem.position.prefix_length, 1
+        if problem.pos_key is not None or problem.pos_query is not None or prepared is not None:
+            self._add_tables(nq, nk, prepared, whole)
+        if masks.key is not None:
+            address, (stride, _) = self.values(masks.key)
+            p.key_mask, p.key_mask_stride_b = address, stride
+            if masks.query is masks.key:
+                p.query_mask, p.query_mask_stride_b = address, stride
+        if masks.query is not None and masks.query is not masks.key:
+            p.query_mask, (p.query_mask_stride_b, _) = self.values(masks.query)
+        if masks.pair is not None:
+            p.pair_mask, (p.pair_mask_stride_b, head, p.pair_mask_stride_q, _) = self.values(masks.pair)
+            p.pair_mask_stride_h = head if masks.pair.shape[1] > 1 else 0
+        p.dropout_scale = 1.0
+        if problem.dropout_p > 0 and problem.seed is not None:
+            self.values(problem.seed)
+            p.dropout_threshold = dropout.threshold(problem.dropout_p)
+            p.dropout_scale, p.seed = dropout.keep_scale(problem.dropout_p), int(problem.seed)
 
-    def _address(self, x: Tensor | None) -> int:
-        if x is None:
-            return 0
-        self.alive.append(x)
+    def _add_tables(self, nq: int, nk: int, prepared: Tensor | None, whole: bool) -> None:
+        """Take the rows that the call can reach; packing the others would be wasted."""
+        p, problem = self.params, self.problem
+        pos_key, pos_query, first = problem.pos_key, problem.pos_query, problem.position.first_row
+        table = pos_key if pos_key is not None else pos_query
+        end = first if table is None else first + table.shape[1]
+        index, start, stop = call_index(nq, nk, problem.position)
+        if start < first or stop > end:
+            check_reachable_rows(problem)  # which goes on where no key has a position
+            whole = True
+        if whole or prepared is not None:
+            start, stop = first, end
+        self.skipped, p.table_rows, p.first_row = start - first, stop - start, start
+        p.has_pos_key, p.has_pos_query = pos_key is not None, pos_query is not None
+        if prepared is not None:
+            for x in (pos_key, pos_query):
+                if x is not None and not storage_fits(x):
+                    check_storages(problem)
+            laid_out = prepared.dtype is torch.uint8 and prepared.dim() == 1 and prepared.is_contiguous()
+            p.prepared, _ = self.values(prepared)
+            p.prepared_bytes = prepared.nbytes if laid_out else _NO_SIZE
+        else:
+            if pos_key is not None:
+                address, (p.pos_key_stride_h, row, _) = self.values(pos_key)
+                p.pos_key, p.pos_key_stride_r = address + self.skipped * row * pos_key.itemsize, row
+            if pos_query is not None:
+                address, (p.pos_query_stride_h, row, _) = self.values(pos_query)
+                p.pos_query, p.pos_query_stride_r = address + self.skipped * row * pos_query.itemsize, row
+        p.delta, p.reach = index.delta.data_ptr(), index.reach
+        p.low_end, p.high_start, p.smooth = index.low_end, index.high_start, index.smooth
+        self.index = index  # whose table p.delta points into
+
+    def table_gradient(self, table: Tensor | None) -> tuple[Tensor | None, int]:
+        """Make the gradient of a whole table, and return where the rows in use begin, which the kernel fills."""
+        if table is None:
+            return None, 0
+        gradient = torch.empty(table.shape, dtype=torch.float32, device=_CPU)
+        start, stop = self.skipped, self.skipped + self.params.table_rows
+        for unreached in (gradient[:, :start], gradient[:, stop:]):
+            unreached.zero_()
+        return gradient, gradient[:, start:].data_ptr()
+
+    def tokens(self, x: Tensor) -> tuple[int, int, int, int]:
+        """Return the address of (B, H, N, D) and the strides of all but D, as `values`."""
+        batch, heads, length, head_dim = x.shape
+        b, h, n, d = x.stride()
+        last = x.storage_offset() + (batch - 1) * b + (heads - 1) * h + (length - 1) * n + (head_dim - 1) * d
+        if (last + 1) * x.itemsize > x.untyped_storage().nbytes():
+            check_storages(self.problem)  # which goes on where there are no values
+        if d != 1 or x.is_neg():
+            x = x.resolve_neg().contiguous()
+            self.copies.append(x)
+            b, h, n, _ = x.stride()
+        return x.data_ptr() or self.address(x), b, h, n
+
+    def values(self, x: Tensor) -> tuple[int, tuple[int, ...]]:
+        """Return the address and strides of x with a contiguous last dimension and no pending negation."""
+        strides, ordinary = x.stride(), x.is_contiguous() and not x.storage_offset()
+        if not (x.nbytes <= x.untyped_storage().nbytes() if ordinary else storage_fits(x)):
+            check_storages(self.problem)
+        if (not ordinary and strides[-1] != 1) or x.is_neg():
+            x = x.resolve_neg().contiguous()
+            self.copies.append(x)
+            strides = x.stride()
+        return x.data_ptr() or self.address(x), strides
+
+    def address(self, x: Tensor) -> int:
+        """Return where x is, or 0 if there is nothing of it."""
         address = x.data_ptr()
         if not address and x.numel():
+            check_storages(self.problem)
             raise ValueError(f"a tensor of shape {tuple(x.shape)} must have memory, got none; pass a copy of it.")
         return address
-
-    def _tokens(self, x: Tensor | None) -> tuple[int, int, int, int]:
-        if x is None:
-            return 0, 0, 0, 0
-        x = _plain(x)
-        b, h, n, _ = x.stride()
-        return self._address(x), b, h, n
-
-    def _statistics(self) -> tuple[int, int, int, int]:
-        if self.lse is None:
-            return 0, 0, 0, 0
-        b, h, _ = self.lse.stride()
-        return self._address(self.lse), self._address(self.dlse), b, h
-
-    def _position(self, nq: int, nk: int) -> tuple[int, ...]:
-        p, spec = self.problem, self.problem.position
-        pos_key, pos_query = (x if x is None else _plain(x) for x in (p.pos_key, p.pos_query))
-        table = pos_key if pos_key is not None else pos_query
-        gradient = next((x for x in self.tables if x is not None), None)
-        index: PositionIndex | None = position_index(max(nq, nk), spec) if table is not None else None
-        return (
-            self._address(pos_key), self._address(pos_query),
-            *(pos_key.stride()[:2] if pos_key is not None else (0, 0)),
-            *(pos_query.stride()[:2] if pos_query is not None else (0, 0)),
-            self._address(p.prepared), self._address(self.tables[0]), self._address(self.tables[1]),
-            gradient.stride(0) if gradient is not None else 0,
-            int(pos_key is not None), int(pos_query is not None), table.shape[1] if table is not None else 0,
-            spec.first_row, spec.prefix_length,
-            *((self._address(index.delta), index.reach, index.low_end, index.high_start, int(index.smooth))
-              if index is not None else (0, 0, 0, 0, 1)),
-        )  # fmt: skip
-
-    def _masks(self) -> tuple[int, ...]:
-        masks = self.problem.masks
-        key, query, pair = (x if x is None or x.stride(-1) == 1 else x.contiguous()
-                            for x in (masks.key, masks.query, masks.pair))  # fmt: skip
-        pair_strides = (0, 0, 0)
-        if pair is not None:
-            pair_strides = pair.stride(0), pair.stride(1) if pair.shape[1] > 1 else 0, pair.stride(2)
-        cu_seqlens = self.problem.cu_seqlens
-        return (
-            self._address(key), self._address(query), self._address(pair),
-            key.stride(0) if key is not None else 0, query.stride(0) if query is not None else 0, *pair_strides,
-            self._address(cu_seqlens.contiguous() if cu_seqlens is not None else None),
-        )  # fmt: skip

@@ -107,10 +107,11 @@ def _drop(x: Tensor, residual: Tensor | None, p: float, seed: int, dtype: torch.
     if residual is not None:
         residual = _plain(residual)
     out = torch.empty(x.shape, dtype=dtype, device="cpu")
-    params = native.DROPOUT_PARAMS.pack(
-        native.ABI_VERSION, x.numel(), library.threads(), native.DTYPES[x.dtype],
-        native.DTYPES[x.dtype if residual is None else residual.dtype], native.DTYPES[dtype],
-        x.data_ptr(), 0 if residual is None else residual.data_ptr(), out.data_ptr(), threshold(p), seed, keep_scale(p),
+    params = native.DropoutParams(
+        abi_version=native.ABI_VERSION, count=x.numel(), threads=library.threads(), x_dtype=native.DTYPES[x.dtype],
+        residual_dtype=native.DTYPES[x.dtype if residual is None else residual.dtype], out_dtype=native.DTYPES[dtype],
+        x=x.data_ptr(), residual=0 if residual is None else residual.data_ptr(), out=out.data_ptr(),
+        threshold=threshold(p), seed=seed, scale=keep_scale(p),
     )  # fmt: skip
     library.call("dk_cpu_dropout", params)
     return out

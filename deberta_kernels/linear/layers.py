@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._device import DeviceContext
 
-from deberta_kernels import dispatch
+from deberta_kernels import notices
 from deberta_kernels.checks.arguments import storage_fits
 from deberta_kernels.linear import products
 from deberta_kernels.torch_state.originals import Originals, Place, called, is_own
@@ -154,7 +154,7 @@ def is_replaced(originals: Originals, what: str, strict: bool) -> bool:
     reason = originals.replaced()
     if reason is None:
         return False
-    dispatch.fallback(f"{what} is called as a module: {reason}", "undo that, or pass fast_linears=False", strict)
+    notices.fallback(f"{what} is called as a module: {reason}", "undo that, or pass fast_linears=False", strict)
     return True
 
 

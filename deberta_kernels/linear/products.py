@@ -117,10 +117,11 @@ def _multiply(
     library = native.need()
     outputs = out.shape[-1]
     tokens = out.numel() // outputs
-    params = native.LINEAR_PARAMS.pack(
-        native.ABI_VERSION, tokens, x.numel() // tokens, outputs, native.DTYPES[x.dtype], gelu, library.threads(),
-        "x" in transposed, "weight" in transposed,
-        x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr(),
+    params = native.LinearParams(
+        abi_version=native.ABI_VERSION, tokens=tokens, in_features=x.numel() // tokens, out_features=outputs,
+        dtype=native.DTYPES[x.dtype], gelu=gelu, threads=library.threads(),
+        x_transposed="x" in transposed, weight_transposed="weight" in transposed,
+        x=x.data_ptr(), weight=weight.data_ptr(), bias=0 if bias is None else bias.data_ptr(), out=out.data_ptr(),
     )  # fmt: skip
     library.call("dk_cpu_linear", params)
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deberta_kernels import dispatch
+from deberta_kernels import dispatch, notices
 from deberta_kernels.api import run_attention
 from deberta_kernels.masks import parse_huggingface_mask
 from deberta_kernels.models.anatomy import AttentionModule, anatomy_of
@@ -224,13 +224,11 @@ def _prepared(
     """Let the backend that will run the call lay out tables that are kept for later calls."""
     pos_key, pos_query = cast_for_matmul(tables.pos_key), cast_for_matmul(tables.pos_query)
     problem = AttentionProblem(q, k, v, pos_key, pos_query, Masks(), tables.position, scale, max_seqlen=q.shape[2])
-    name = dispatch.choose(problem, options.backend, strict=options.strict)
-    prepare = getattr(dispatch.load(name), "prepare", None)
-    return None if prepare is None else prepare(pos_key, pos_query, tables.position)
+    return dispatch.prepare(problem, options.backend, strict=options.strict)
 
 
 def _note(refused: tuple[str, str], strict: bool) -> None:
     if not torch.compiler.is_compiling():
-        dispatch.fallback(*refused, strict)
+        notices.fallback(*refused, strict)
     elif strict:
         raise NotImplementedError(f"{refused[0]}; {refused[1]}.")

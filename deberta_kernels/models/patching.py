@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from deberta_kernels import dispatch, native
+from deberta_kernels import dispatch, native, notices
 from deberta_kernels.linear import products
 from deberta_kernels.models.dense import fuse_dense
 from deberta_kernels.models.guards.running import paused
@@ -101,7 +101,7 @@ def patch(
     for name, reason in left_alone.items():
         first.setdefault(reason, name or type(model).__name__)
     for reason, name in first.items():
-        dispatch.fallback(
+        notices.fallback(
             f"{name} was left alone: {reason}",
             "only models that run the code of transformers or AdapterHub are fused",
             strict,

@@ -1,10 +1,9 @@
-"""Find the native CPU library and open it. Its sources are in csrc/cpu, the build in setup.py."""
+"""The native CPU library, found and opened. Its sources are in csrc/cpu, the build in setup.py."""
 
 from __future__ import annotations
 
 import ctypes
 import os
-import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,14 +14,15 @@ import torch
 
 from deberta_kernels import env
 from deberta_kernels.native import library_file
+from deberta_kernels.native.params import ABI_VERSION, AttentionParams, DropoutParams, LinearParams, layouts
 
 __all__ = [
     "ABI_VERSION",
-    "ATTENTION_PARAMS",
-    "DROPOUT_PARAMS",
     "DTYPES",
-    "LINEAR_PARAMS",
+    "AttentionParams",
+    "DropoutParams",
     "Library",
+    "LinearParams",
     "gemm_rate",
     "library_status",
     "need",
@@ -31,13 +31,22 @@ __all__ = [
     "use_isa",
 ]
 
-# csrc/cpu/params.h: the structs in their order, q = 8-byte integer or address, d = double.
-ABI_VERSION = 8
-ATTENTION_PARAMS = struct.Struct("=73q d q d q")
-LINEAR_PARAMS = struct.Struct("=13q")
-DROPOUT_PARAMS = struct.Struct("=11q d")
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_STATUS = {1: "out of memory", 2: "library and package do not match", 3: "not in this instruction set"}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DataType of csrc/cpu/params.h
+# Status of csrc/cpu/params.h: the error, and what it says.
+_STATUS: dict[int, tuple[type[Exception], str]] = {
+    1: (MemoryError, "out of memory"),
+    2: (RuntimeError, "library and package do not match"),
+    3: (RuntimeError, "not in this instruction set"),
+    4: (ValueError, "prepared tables of another size"),
+}
+_TAKES = {
+    "dk_cpu_forward": AttentionParams,
+    "dk_cpu_backward": AttentionParams,
+    "dk_cpu_prepared_bytes": AttentionParams,
+    "dk_cpu_prepare": AttentionParams,
+    "dk_cpu_linear": LinearParams,
+    "dk_cpu_dropout": DropoutParams,
+}
 
 _INSTALLED = Path(__file__).resolve().parents[1] / "lib" / "libdeberta_kernels_cpu.so"
 
@@ -48,16 +57,19 @@ class Library:
     def __init__(self, path: str) -> None:
         self.path = path
         handle = ctypes.CDLL(path)
-        for name in ("dk_abi_version", "dk_params_size", "dk_variant_count"):
+        for name in ("dk_abi_version", "dk_variant_count"):
             getattr(handle, name).restype = ctypes.c_int64
-        if handle.dk_abi_version() != ABI_VERSION or handle.dk_params_size() != ATTENTION_PARAMS.size:
+        if handle.dk_abi_version() != ABI_VERSION:
             raise OSError("it was built from another version of the package; rebuild it")
+        handle.dk_layouts.restype = ctypes.c_char_p
+        if handle.dk_layouts() != layouts().encode():
+            raise OSError("its structs are not those of the package; rebuild it")
         handle.dk_variant_name.restype = ctypes.c_char_p
         handle.dk_variant_name.argtypes = handle.dk_variant_runs.argtypes = [ctypes.c_int64]
-        for name in ("dk_cpu_forward", "dk_cpu_backward", "dk_cpu_linear", "dk_cpu_dropout", "dk_cpu_prepared_bytes"):
-            getattr(handle, name).argtypes = [ctypes.c_char_p, ctypes.c_int64]
+        for name, params in _TAKES.items():
+            getattr(handle, name).argtypes = [ctypes.POINTER(params), ctypes.c_int64]
         handle.dk_cpu_prepared_bytes.restype = ctypes.c_int64
-        handle.dk_cpu_prepare.argtypes = [ctypes.c_char_p, ctypes.c_int64, ctypes.c_void_p]
+        handle.dk_cpu_prepare.argtypes = [*handle.dk_cpu_prepare.argtypes, ctypes.c_void_p]
         handle.dk_checksum_key_bytes.restype = ctypes.c_int64
         handle.dk_cpu_checksum.restype = None
         handle.dk_cpu_checksum.argtypes = [
@@ -66,7 +78,7 @@ class Library:
         handle.dk_cpu_gemm_rate.restype = ctypes.c_double
         handle.dk_cpu_gemm_rate.argtypes = [ctypes.c_int64] * 3
         self.handle = handle
-        self.process = os.getpid()
+        self.forked = False  # it was opened by the parent of this process
         self.checksum_key = _aligned(os.urandom(handle.dk_checksum_key_bytes()))
         compiled = [handle.dk_variant_name(i).decode() for i in range(handle.dk_variant_count())]
         self.compiled = compiled
@@ -78,7 +90,7 @@ class Library:
 
     def threads(self) -> int:
         """Return how many threads may compute: one in a forked child, where OpenMP's own threads do not exist."""
-        return torch.get_num_threads() if os.getpid() == self.process else 1
+        return 1 if self.forked else torch.get_num_threads()
 
     def checksum(self, tensor: torch.Tensor) -> bytes:
         """Return 16 bytes that follow the content of a contiguous CPU tensor, under a key of this process.
@@ -90,11 +102,23 @@ class Library:
         self.handle.dk_cpu_checksum(tensor.data_ptr(), tensor.nbytes, key, result, variant)
         return bytes(result)
 
-    def call(self, name: str, params: bytes, *more: Any) -> None:
-        """Call an exported function; raise MemoryError or RuntimeError unless it returns 0."""
+    def prepared_bytes(self, params: AttentionParams) -> int:
+        """Return how large `prepared` is for the tables of a call, in bytes."""
+        size: int = self.handle.dk_cpu_prepared_bytes(params, self.variants[self.isa])
+        return size
+
+    def call(self, name: str, params: ctypes.Structure, *more: Any) -> None:
+        """Call an exported function.
+
+        Raises:
+            MemoryError: there is not enough for its scratch.
+            ValueError: prepared tables have not the size that it would read.
+            RuntimeError: it cannot run, whatever the tensors are.
+        """
         status = getattr(self.handle, name)(params, self.variants[self.isa], *more)
         if status:
-            raise (MemoryError if status == 1 else RuntimeError)(f"{name}: {_STATUS.get(status, status)}")
+            error, reason = _STATUS.get(status, (RuntimeError, str(status)))
+            raise error(f"{name}: {reason}")
 
 
 def _aligned(content: bytes) -> ctypes.Array[ctypes.c_char]:
@@ -108,14 +132,16 @@ def _aligned(content: bytes) -> ctypes.Array[ctypes.c_char]:
 _lock = threading.Lock()
 
 
-def _renew_lock() -> None:
-    """Forget the lock in a forked child: a thread that does not exist there may have held it."""
+def _start_child() -> None:
+    """Forget the threads that a forked child does not have: one may have held the lock, others computed."""
     global _lock
     _lock = threading.Lock()
+    if _library is not None:
+        _library.forked = True
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(after_in_child=_renew_lock)
+    os.register_at_fork(after_in_child=_start_child)
 
 _library: Library | None = None
 _problem: str | None = None  # why there is no library
@@ -150,7 +176,7 @@ def _damage(path: str) -> str | None:
 
 def unavailable() -> str | None:
     """Return why there is no library, or None when there is one."""
-    return None if opened() is not None else _problem
+    return None if (_library or opened()) is not None else _problem
 
 
 def need() -> Library:
@@ -159,7 +185,7 @@ def need() -> Library:
     Raises:
         RuntimeError: there is none.
     """
-    library = opened()
+    library = _library or opened()
     if library is None:
         raise RuntimeError(_problem)
     return library
@@ -208,5 +234,6 @@ def gemm_rate(dtype: torch.dtype = torch.float32) -> float:
         dtype: float32 or bfloat16.
     """
     library = need()
-    rate: float = library.handle.dk_cpu_gemm_rate(DTYPES[dtype], 20_000, library.variants[library.isa])
+    repeats = 20_000  # some milliseconds, of which reading the clock is nothing
+    rate: float = library.handle.dk_cpu_gemm_rate(DTYPES[dtype], repeats, library.variants[library.isa])
     return rate

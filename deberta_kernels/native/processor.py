@@ -1,4 +1,4 @@
-"""Read what the operating system says about the processor."""
+"""What the operating system says about the processor."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 import deberta_kernels as dk
-from deberta_kernels import dispatch
+from deberta_kernels import notices
 from deberta_kernels.models import encoder
 from tools.ecosystem_table import EcosystemTables
 
@@ -53,19 +53,19 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 
     The original code gives the original's results: such a test would pass with a patch that does nothing.
     """
-    tallies = [Tally(dispatch._calls), Tally(dispatch._fallbacks)]
+    tallies = [Tally(notices._calls), Tally(notices._fallbacks)]
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(dispatch, "_calls", tallies[0])
-        patched.setattr(dispatch, "_fallbacks", tallies[1])
+        patched.setattr(notices, "_calls", tallies[0])
+        patched.setattr(notices, "_fallbacks", tallies[1])
         yield
-    seen = any(tally.rose for tally in tallies) or dispatch._warned
+    seen = any(tally.rose for tally in tallies) or notices._warned
     if "batch" in item.fixturenames and not seen and item.get_closest_marker("no_kernels") is None:
         pytest.fail("no kernel ran in this test; mark it no_kernels if none is meant to", pytrace=False)
 
 
 @pytest.fixture(autouse=True)
 def clean_slate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(dispatch, "_warned", set())
+    monkeypatch.setattr(notices, "_warned", set())
     dk.reset_stats()
     yield
     dk.unpatch_all()

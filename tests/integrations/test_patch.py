@@ -19,6 +19,7 @@ from transformers.models.deberta_v2 import modeling_deberta_v2 as hf
 
 import deberta_kernels as dk
 from deberta_kernels import dispatch
+from deberta_kernels.backends import Backend
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -351,7 +352,7 @@ def test_patching_does_not_import_transformers_for_a_model_without_it():
 def test_a_backend_that_does_not_load_is_refused_at_once(build, monkeypatch):
     backend = "triton"
     monkeypatch.setattr(dispatch, "_loaded", {})
-    monkeypatch.setitem(dispatch._MODULES, backend, "deberta_kernels.impl.missing")
+    monkeypatch.setitem(dispatch.REGISTRY, backend, Backend("deberta_kernels.impl.missing"))
     model = build()
     classes = [type(module) for module in model.modules()]
     with pytest.raises(RuntimeError, match=f"the module of backend '{backend}' does not load"):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import deberta_kernels as dk
-from deberta_kernels import api, dispatch, native
+from deberta_kernels import api, dispatch, native, notices
 from deberta_kernels.impl import cpu
 from deberta_kernels.testing import inputs
 from deberta_kernels.testing.inputs import Case
@@ -103,6 +103,20 @@ def test_prepared_tables_give_the_same_bits(dtype, terms):
     assert packed.dtype == torch.uint8
     for bare, prepared in zip(cpu.forward(given), cpu.forward(replace(given, prepared=packed)), strict=True):
         assert torch.equal(bare, prepared)
+
+
+@needs_library
+@pytest.mark.parametrize("name", ["q", "v", "pos_key", "pos_query", "key_mask", "prepared"])
+def test_a_freed_tensor_is_named_before_its_memory_is_read(name):
+    given = problem(nq=40)
+    key = torch.ones(given.q.shape[0], 40, dtype=torch.bool)
+    prepared = cpu.prepare(given.pos_key, given.pos_query, given.position)
+    given = given.changed(masks=Masks(key=key, query=key.clone()), prepared=prepared)
+    cpu.forward(given)
+    freed = key if name == "key_mask" else getattr(given, name)
+    freed.untyped_storage().resize_(freed.nbytes - 1)
+    with pytest.raises(ValueError, match=f"^{'masks.key' if name == 'key_mask' else name} must have a storage of at"):
+        cpu.forward(given)
 
 
 @needs_library
@@ -214,7 +228,7 @@ def test_masks_of_any_strides_are_read_as_their_values(part):
 
 @needs_library
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-@pytest.mark.parametrize("module", [native, dispatch], ids=["native", "dispatch"])
+@pytest.mark.parametrize("module", [native, notices], ids=["native", "notices"])
 def test_a_lock_held_while_another_thread_forks_does_not_stop_the_child(module, monkeypatch):
     x = torch.randn(1, 2, 9, 16)
     expected = dk.disentangled_attention(x, x, x, backend="cpu")

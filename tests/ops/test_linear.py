@@ -378,9 +378,12 @@ def test_layers_without_inputs_or_outputs_are_left_to_pytorch(shape):
 def test_no_tokens_are_no_work_for_the_library(dtype):
     layer = layer_of(32, 16, dtype)
     assert natively(layer, torch.ones(0, 32, dtype=dtype)).shape == (0, 16)
-    numbers = [native.ABI_VERSION, 0, 32, 16, native.DTYPES[dtype], 0, 1, 0, 0]
-    addresses = [layer.weight.data_ptr()] * 2 + [0, layer.weight.data_ptr()]
-    native.need().call("dk_cpu_linear", native.LINEAR_PARAMS.pack(*numbers, *addresses))
+    anything = layer.weight.data_ptr()
+    params = native.LinearParams(
+        abi_version=native.ABI_VERSION, tokens=0, in_features=32, out_features=16, dtype=native.DTYPES[dtype],
+        threads=1, x=anything, weight=anything, out=anything,
+    )  # fmt: skip
+    native.need().call("dk_cpu_linear", params)
 
 
 def test_zeros_without_memory_are_left_to_pytorch():

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from deberta_kernels import dispatch, dropout, env
+from deberta_kernels import dispatch, dropout, env, notices
 from deberta_kernels.impl import torch_tiled
 from deberta_kernels.impl import triton as backend
 from deberta_kernels.position import delta
@@ -353,11 +353,11 @@ def test_memory_for_the_tiles_is_looked_at_when_the_backend_is_chosen(monkeypatc
 
 
 def test_failed_compilation_is_one_warning_and_the_next_backend(monkeypatch):
-    monkeypatch.setitem(dispatch._ORDER, "cpu", ("triton", "torch"))
+    monkeypatch.setattr(dispatch, "order", lambda device_type: ("triton", "torch"))
     monkeypatch.setattr(
         backend, "_compile_refusal", lambda problem: "its kernels do not compile for sm_90 (ptxas died)"
     )
-    monkeypatch.setattr(dispatch, "_warned", set())
+    monkeypatch.setattr(notices, "_warned", set())
     problem = inputs.problem(Case(batch=1, heads=1, nq=8, head_dim=16))
     with pytest.warns(dispatch.DebertaKernelsWarning, match=r"runs backend 'torch'.*do not compile for sm_90"):
         assert dispatch.choose(problem) == "torch"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import deberta_kernels as dk
-from deberta_kernels import api, dispatch
+from deberta_kernels import api, notices
 from deberta_kernels.types import Masks, PositionSpec
 
 B, H, NQ, NK, D, SPAN = 2, 3, 5, 7, 8, 8
@@ -294,4 +294,4 @@ def test_numbers_of_other_types_are_taken():
 def test_values_of_device_tensors_are_not_read():
     call = {name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in packed().items()}
     assert dk.disentangled_attention_varlen(**call).shape == (12, H, D)
-    assert dispatch.stats()["calls"]["torch"] == 0
+    assert notices.stats()["calls"]["torch"] == 0

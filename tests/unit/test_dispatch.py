@@ -1,9 +1,7 @@
-"""Dispatch: the automatic order, explicit backends that never fall back, explain, counts and warnings."""
+"""Dispatch: the automatic order, explicit backends that never fall back, explain, and what is warned of."""
 
 import dataclasses
-import itertools
 import sys
-import threading
 import types
 import warnings
 
@@ -11,7 +9,7 @@ import pytest
 import torch
 
 import deberta_kernels as dk
-from deberta_kernels import dispatch, env
+from deberta_kernels import backends, dispatch, env, notices
 from deberta_kernels.types import AttentionProblem, Masks, PositionSpec
 
 
@@ -22,12 +20,12 @@ def stand_in(reason=None):
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
-    monkeypatch.setattr(dispatch, "_warned", set())
+    monkeypatch.setattr(notices, "_warned", set())
     monkeypatch.setattr(dispatch, "_loaded", {name: stand_in() for name in ("reference", "torch", "cpu")})
     monkeypatch.delenv(env.BACKEND, raising=False)
-    dispatch.reset_stats()
+    notices.reset_stats()
     yield
-    dispatch.reset_stats()
+    notices.reset_stats()
 
 
 def problem(device="cpu"):
@@ -65,7 +63,7 @@ def test_strict_raises_where_a_faster_backend_was_refused(monkeypatch):
 
 
 def test_auto_on_a_gpu_names_what_triton_lacks(monkeypatch):
-    monkeypatch.setitem(dispatch._ORDER, "meta", dispatch._ORDER["cuda"])
+    monkeypatch.setattr(dispatch, "order", lambda device_type: backends.order("cuda"))
     monkeypatch.setitem(dispatch._loaded, "triton", stand_in(None))
     assert dispatch.choose(problem("meta")) == "triton"
     monkeypatch.setitem(dispatch._loaded, "triton", stand_in("triton is not installed (pip install 'triton>=3.6')"))
@@ -155,7 +153,7 @@ def test_explain_says_whose_gradients_a_call_gets_and_why(monkeypatch):
 
 def test_the_cuda_kernels_are_not_chosen_without_being_named():
     """Until a committed measurement shows them ahead."""
-    assert dispatch._ORDER["cuda"] == ("triton", "torch")
+    assert backends.order("cuda") == ("triton", "torch")
 
 
 def test_unknown_backend_is_named():
@@ -169,7 +167,7 @@ def test_unknown_backend_is_named():
 
 def test_module_that_does_not_import_is_a_reason(monkeypatch):
     monkeypatch.setattr(dispatch, "_loaded", {})
-    monkeypatch.setitem(dispatch._MODULES, "cpu", "deberta_kernels.impl.missing")
+    monkeypatch.setitem(dispatch.REGISTRY, "cpu", backends.Backend("deberta_kernels.impl.missing"))
     assert "the module of backend 'cpu' does not load (No module named" in dispatch.refusal("cpu", problem())
     with pytest.raises(RuntimeError, match=r"does not load"):
         dispatch.load("cpu")
@@ -214,7 +212,7 @@ def test_explain_agrees_with_choose_and_neither_warns_nor_counts(monkeypatch):
         explanation = dispatch.explain(problem())
     assert explanation.chosen == "torch"
     assert explanation.reasons["cpu"] == "the library is missing"
-    assert not any(dispatch.stats()["calls"].values())
+    assert not any(notices.stats()["calls"].values())
     with pytest.warns(dk.DebertaKernelsWarning):
         assert dispatch.choose(problem()) == "torch"
 
@@ -228,48 +226,6 @@ def test_explain_of_an_explicit_backend():
         dispatch.explain(problem(), "gpu")
 
 
-def test_counts_are_exact_from_many_threads():
-    def work():
-        for _ in range(2000):
-            dispatch.count_call("torch")
-            dispatch.record_fallback("a reason")
-
-    threads = [threading.Thread(target=work) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert dispatch.stats()["calls"]["torch"] == 16000
-    assert dispatch.stats()["fallbacks"] == {"a reason": 16000}
-    dispatch.reset_stats()
-    assert dispatch.stats() == {"calls": dict.fromkeys(dispatch.BACKENDS, 0), "fallbacks": {}}
-
-
-def test_stats_is_a_copy():
-    dispatch.stats()["calls"]["cpu"] = 7
-    assert dispatch.stats()["calls"]["cpu"] == 0
-
-
-def test_fallback_counts_each_call_and_warns_once_per_reason():
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for _ in range(3):
-            dispatch.fallback("output_attentions=True needs the probabilities", "pass output_attentions=False", False)
-        dispatch.fallback("another reason", "another remedy", False)
-    assert [warning.category for warning in caught] == [dk.DebertaKernelsWarning] * 2
-    assert "original attention code: output_attentions=True needs the probabilities; pass" in str(caught[0].message)
-    assert dispatch.stats()["fallbacks"] == {
-        "output_attentions=True needs the probabilities": 3,
-        "another reason": 1,
-    }
-
-
-def test_strict_fallback_raises_the_same_text():
-    with pytest.raises(NotImplementedError, match=r"^a reason; a remedy\.$"):
-        dispatch.fallback("a reason", "a remedy", True)
-    assert dispatch.stats()["fallbacks"] == {}
-
-
 def test_sizes_do_not_make_new_warnings(monkeypatch):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -277,22 +233,14 @@ def test_sizes_do_not_make_new_warnings(monkeypatch):
             monkeypatch.setitem(dispatch._loaded, "cpu", stand_in(f"head_dim {head_dim} is more than 256"))
             dispatch.choose(problem())
     assert len(caught) == 1
-    assert len(dispatch._warned) == 1
-
-
-def test_the_memory_of_warnings_is_bounded():
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for letters in itertools.product("abcdefgh", repeat=3):
-            dispatch.fallback("".join(letters), "nothing to change", False)
-    assert len(caught) == len(dispatch._warned) == dispatch._MAX_WARNED
+    assert len(notices._warned) == 1
 
 
 def test_warnings_point_at_the_code_that_uses_the_package(monkeypatch):
     monkeypatch.setitem(dispatch._loaded, "cpu", stand_in("no"))
     calls = {
         "user_code": lambda: dispatch.choose(problem()),
-        "transformers.user": lambda: dispatch.fallback("one", "remedy", False),
+        "transformers.user": lambda: notices.fallback("one", "remedy", False),
     }
     for name, call in calls.items():
         inner = types.FunctionType(call.__code__, {**globals(), "__name__": name}, closure=call.__closure__)

@@ -1,5 +1,6 @@
 """Environment variables: what is read, where, and what an empty or wrong value does."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,13 @@ def test_values_are_returned_and_listed(monkeypatch):
     assert (env.forced_backend(), env.cpu_isa(), env.library_path()) == ("torch", "avx2", "/somewhere/lib.so")
     assert env.cache_folder() == "/somewhere/cache"
     assert set(env.variables_set()) == set(env.VARIABLES)
+
+
+def test_a_backend_is_found_where_os_environ_was_replaced(monkeypatch):
+    monkeypatch.delenv(env.BACKEND, raising=False)
+    assert env.forced_backend() is None
+    monkeypatch.setattr(os, "environ", {env.BACKEND: "torch"})
+    assert env.forced_backend() == "torch"
 
 
 def test_empty_value_means_unset(monkeypatch):

@@ -1,5 +1,9 @@
-"""The native library is there, with every variant that this machine compiles and runs; other tests go by those."""
+"""The native library is there, with every variant that this machine compiles and runs; other tests go by those.
 
+It is used only if its structs are the package's.
+"""
+
+import ctypes
 import json
 import platform
 from pathlib import Path
@@ -7,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from deberta_kernels import env, native
+from deberta_kernels.native import params
 from tests import needs
 
 
@@ -28,3 +33,37 @@ def test_it_has_every_variant_that_was_compiled_and_that_the_processor_runs():
     expected = [name for name in record["variants"] if processor.issuperset(env.ISA_FEATURES[name])]
     assert sorted(status["variants"]) == sorted(expected)
     assert set(record["variants"]) | set(record.get("left_out", {})) == set(env.CPU_ISAS)
+
+
+def test_a_library_with_other_structs_is_refused(monkeypatch):
+    needs.native_library()
+    path = native.need().path
+    first, second = params.AttentionParams._fields_[1:3]
+    swapped = type(
+        "AttentionParams", (ctypes.Structure,), {"_fields_": [("abi_version", ctypes.c_int64), second, first]}
+    )
+    monkeypatch.setattr(params, "_STRUCTS", (swapped, *params._STRUCTS[1:]))
+    with pytest.raises(OSError, match="its structs are not those of the package; rebuild it"):
+        native.Library(path)
+
+
+def test_a_library_of_another_version_is_refused(monkeypatch):
+    needs.native_library()
+    path = native.need().path
+    monkeypatch.setattr(native, "ABI_VERSION", native.ABI_VERSION + 1)
+    with pytest.raises(OSError, match="it was built from another version of the package; rebuild it"):
+        native.Library(path)
+
+
+def test_every_field_of_a_struct_is_compared():
+    described = params.layouts().splitlines()
+    assert [line.split()[0] for line in described] == ["AttentionParams", "LinearParams", "DropoutParams"]
+    assert all(len(line.split()) - 2 == len(struct._fields_) for line, struct in zip(described, params._STRUCTS))
+    assert " q_stride_b@72 " in described[0]
+    assert described[2].endswith(" scale@88'")
+
+
+def test_a_struct_of_another_call_is_refused():
+    needs.native_library()
+    with pytest.raises(ctypes.ArgumentError):
+        native.need().call("dk_cpu_forward", native.LinearParams())

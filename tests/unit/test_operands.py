@@ -8,7 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import deberta_kernels as dk
-from deberta_kernels import api, ops
+from deberta_kernels import api
 from deberta_kernels.checks import packed as packed_checks
 from deberta_kernels.checks.arguments import storage_fits
 from deberta_kernels.checks.operands import check_storages
@@ -368,8 +368,13 @@ def test_tensors_without_memory_are_refused_by_native_code():
     for backend in ("torch", "cpu", "reference"):
         with pytest.raises(ValueError, match=r"^v must have memory, got a ZeroTensor, .*; pass v.clone\(\)\.$"):
             dk.disentangled_attention(x, x, zeros, backend=backend)
+    problem = AttentionProblem(zeros, x, x, None, None, Masks(), PositionSpec(8, 16), 0.2, max_seqlen=N)
+    with pytest.raises(ValueError, match=r"^q must have memory, got a ZeroTensor"):
+        cpu.forward(problem)
+    problem = problem.changed(q=x)
+    out, lse = cpu.forward(problem)
     with pytest.raises(ValueError, match="must have memory, got none"):
-        cpu.forward(AttentionProblem(zeros, x, x, None, None, Masks(), PositionSpec(8, 16), 0.2, max_seqlen=N))
+        cpu.backward(problem, zeros, None, out, lse, (True,) * 5)
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpu", "reference"])
@@ -381,8 +386,3 @@ def test_a_gradient_of_zeros_without_memory_is_zeros(backend):
     nothing = [torch._efficientzerotensor(result.shape) for result in results]
     for gradient in torch.autograd.grad(results, x, nothing):
         assert torch.equal(gradient, torch.zeros(SHAPE))
-
-
-def test_the_operators_are_the_ones_that_ops_flattens():
-    problem = AttentionProblem(*(torch.ones(SHAPE),) * 3, None, None, Masks(), PositionSpec(8, 16), 0.2)
-    assert len(ops._flatten(problem, "torch")) == len(NAMES)

@@ -88,7 +88,7 @@ OP_CASES = [
 
 @pytest.mark.parametrize("name", OP_CASES)
 def test_opcheck(name, backend, tensors):
-    arguments = ops._flatten(op_case(name, tensors), backend)
+    arguments = (*op_case(name, tensors).arguments(), backend)
     torch.library.opcheck(torch.ops.deberta_kernels.attention.default, arguments)
 
 
@@ -96,7 +96,7 @@ def test_opcheck(name, backend, tensors):
 @pytest.mark.parametrize("needs", [[True] * 5, [False, True, False, True, False]], ids=["all", "some"])
 def test_opcheck_backward(name, needs, backend, tensors):
     problem = op_case(name, tensors)
-    arguments = [x.detach() if isinstance(x, torch.Tensor) else x for x in ops._flatten(problem, backend)]
+    arguments = [x.detach() if isinstance(x, torch.Tensor) else x for x in (*problem.arguments(), backend)]
     out, lse = torch.ops.deberta_kernels.attention(*arguments)
     needs = [need and x is not None for need, x in zip(needs, arguments)]
     more = (torch.randn_like(out), torch.randn_like(lse) if name == "both" else None, out, lse, *arguments, needs)
