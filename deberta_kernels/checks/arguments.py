@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deberta_kernels.checks.ordinary import DTYPES, MOST_SPAN, is_ordinary
+from deberta_kernels import dtypes
+from deberta_kernels.checks.ordinary import MOST_SPAN, is_ordinary
 from deberta_kernels.position import attention_span
 from deberta_kernels.types import Masks, PositionSpec
 
@@ -94,8 +95,10 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, packed: bool = False) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, x)
     layout, dims = ("(T, H, D)", 3) if packed else ("(B, H, N, D)", 4)
-    if q.dtype not in DTYPES:
-        raise TypeError(f"q must have dtype {_DTYPE_NAMES}, got {_name(q.dtype)}; cast it, for example with q.float().")
+    if q.dtype not in dtypes.FLOATS:
+        raise TypeError(
+            f"q must have dtype {_DTYPE_NAMES}, got {dtypes.name(q.dtype)}; cast it, for example with q.float()."
+        )
     if q.dim() != dims:
         raise ValueError(f"q must have shape {layout}, got {_shape(q)}; add or remove dimensions.")
     if q.shape[-1] < 1:
@@ -231,7 +234,7 @@ def _check_mask(name: str, x: Tensor, q: Tensor, packed: bool, *shapes: tuple[in
     if packed:
         raise ValueError(f"{name} must be None with cu_seqlens, got shape {_shape(x)}; pack only real tokens.")
     if x.dtype != torch.bool:
-        raise TypeError(f"{name} must have dtype bool, got {_name(x.dtype)}; parse masks with masks.py.")
+        raise TypeError(f"{name} must have dtype bool, got {dtypes.name(x.dtype)}; parse masks with masks.py.")
     if x.shape not in shapes:
         expected = " or ".join(map(str, shapes))
         raise ValueError(f"{name} must have shape {expected}, got {_shape(x)}; check that it belongs to this batch.")
@@ -345,7 +348,7 @@ def check_tensor(name: str, x: Any) -> None:
             "its sequences for disentangled_attention_varlen."
         )
     if x.layout is not _STRIDED:
-        raise TypeError(f"{name} must be a dense tensor, got layout {_name(x.layout)}; pass {name}.to_dense().")
+        raise TypeError(f"{name} must be a dense tensor, got layout {dtypes.name(x.layout)}; pass {name}.to_dense().")
 
 
 def check_device(name: str, x: Tensor, q: Tensor) -> None:
@@ -361,7 +364,8 @@ def check_device(name: str, x: Tensor, q: Tensor) -> None:
 def _check_dtype(name: str, x: Tensor, q: Tensor) -> None:
     if x.dtype != q.dtype:
         raise TypeError(
-            f"{name} must have the dtype of q, {_name(q.dtype)}, got {_name(x.dtype)}; cast it with {name}.to(q.dtype)."
+            f"{name} must have the dtype of q, {dtypes.name(q.dtype)}, got {dtypes.name(x.dtype)}; cast it with "
+            f"{name}.to(q.dtype)."
         )
 
 
@@ -373,10 +377,6 @@ def check_int(name: str, value: Any) -> None:
     """
     if type(value) is not int and (isinstance(value, bool) or not isinstance(value, (int, torch.SymInt))):
         raise TypeError(f"{name} must be an int, got {_kind(value)}; pass a Python int.")
-
-
-def _name(dtype: torch.dtype | torch.layout) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _shape(x: Tensor) -> str:

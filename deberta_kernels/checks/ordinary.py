@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from deberta_kernels.dtypes import FLOATS
 from deberta_kernels.types import Masks, PositionSpec
 
-__all__ = ["DTYPES", "MOST_SPAN", "is_ordinary"]
+__all__ = ["MOST_SPAN", "is_ordinary"]
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MOST_SPAN = 1 << 30  # of att_span: twice as many rows are counted in 32 bits
 _STRIDED = torch.strided
 
@@ -43,7 +43,7 @@ def is_ordinary(
     if type(q) is not Tensor or k is None or v is None or q.layout is not _STRIDED:
         return False
     dtype, device = q.dtype, None if q.is_cpu else q.device  # comparing devices takes longer
-    if dtype not in DTYPES:
+    if dtype not in FLOATS:
         return False
     for x in (k, v, pos_key, pos_query):
         if x is not None and (

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deberta_kernels import dtypes
 from deberta_kernels.checks.arguments import check_device, check_int, check_storage, check_tensor, holds_values
 
 __all__ = ["check_cu_seqlens", "check_max_seqlen", "check_packed"]
@@ -65,10 +66,7 @@ def check_cu_seqlens(
     """
     check_tensor("cu_seqlens", cu_seqlens)
     if cu_seqlens.dtype != torch.int32:
-        raise TypeError(
-            f"cu_seqlens must have dtype int32, got {str(cu_seqlens.dtype).removeprefix('torch.')}; "
-            "cast it with .int()."
-        )
+        raise TypeError(f"cu_seqlens must have dtype int32, got {dtypes.name(cu_seqlens.dtype)}; cast it with .int().")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(
             f"cu_seqlens must have shape (S + 1,) for S sequences, got {tuple(cu_seqlens.shape)}; "

@@ -8,6 +8,15 @@ from torch import Tensor
 from deberta_kernels import dropout, native
 from deberta_kernels.checks.arguments import check_storage, storage_fits
 from deberta_kernels.checks.operands import check_reachable_rows, check_storages
+from deberta_kernels.dtypes import KERNEL_FLOATS
+from deberta_kernels.impl.common import (
+    Needs,
+    device_refusal,
+    dtype_refusal,
+    empty_tokens,
+    head_dim_refusal,
+    zero_gradients,
+)
 from deberta_kernels.native import AttentionParams, Library
 from deberta_kernels.position import call_index
 from deberta_kernels.types import AttentionProblem, Gradients, Masks, PositionSpec
@@ -22,13 +31,13 @@ _NO_SIZE = -1  # of prepared tables that are not one row of bytes
 def refusal(problem: AttentionProblem) -> str | None:
     """Return why the native library cannot run `problem`, or None when it can."""
     q = problem.q
-    if not q.is_cpu:
-        return f"it runs on cpu tensors, not {q.device.type}"
-    if q.dtype not in native.DTYPES:
-        return f"it computes float32, bfloat16 and float16, not {str(q.dtype).removeprefix('torch.')}"
-    if q.shape[-1] > _MAX_HEAD_DIM:
-        return f"head_dim {q.shape[-1]} is more than {_MAX_HEAD_DIM}"
-    return native.unavailable()
+    if q.is_cpu and q.dtype in KERNEL_FLOATS and q.shape[-1] <= _MAX_HEAD_DIM:
+        return native.unavailable()
+    return (
+        device_refusal(q.device, "cpu")
+        or dtype_refusal(q.dtype, KERNEL_FLOATS)
+        or head_dim_refusal(q.shape[-1], _MAX_HEAD_DIM)
+    )
 
 
 def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
@@ -41,7 +50,7 @@ def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     library = native.need()
     q, prepared = problem.q, problem.prepared
     batch, heads, nq, head_dim = q.shape
-    out = _empty_tokens(q)
+    out = empty_tokens(q)
     lse = torch.empty_strided((batch, heads, nq), (heads * nq, nq, 1), dtype=torch.float32, device=_CPU)
     if not q.numel():
         return out, lse
@@ -61,9 +70,8 @@ def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
 
 
 def backward(
-    problem: AttentionProblem, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor,
-    needs: tuple[bool, bool, bool, bool, bool],
-) -> Gradients:  # fmt: skip
+    problem: AttentionProblem, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, needs: Needs
+) -> Gradients:
     """Compute the gradients asked for.
 
     Args:
@@ -77,8 +85,7 @@ def backward(
     library = native.need()
     q, k, v = problem.q, problem.k, problem.v
     if not q.numel():
-        tensors = (q, k, v, problem.pos_key, problem.pos_query)
-        return Gradients(*(torch.zeros_like(x) if n and x is not None else None for n, x in zip(needs, tensors)))
+        return zero_gradients(problem, needs)
     call = _Call(problem, library)
     p = call.params
     p.out, p.out_stride_b, p.out_stride_h, p.out_stride_n = call.tokens(out)
@@ -88,7 +95,7 @@ def backward(
     p.lse, (p.lse_stride_b, p.lse_stride_h, _) = call.values(lse)
     if dlse is not None:
         p.dlse = call.address(dlse)
-    dq, dk, dv = (_empty_tokens(x) if need else None for need, x in zip(needs, (q, k, v)))
+    dq, dk, dv = (empty_tokens(x) if need else None for need, x in zip(needs, (q, k, v)))
     if dq is not None:
         p.dq, p.dq_stride_b, p.dq_stride_h, p.dq_stride_n = call.tokens(dq)
     if dk is not None:
@@ -134,16 +141,6 @@ def prepare(pos_key: Tensor | None, pos_query: Tensor | None, position: Position
     packed = torch.empty(library.prepared_bytes(call.params), dtype=torch.uint8, device="cpu")
     library.call("dk_cpu_prepare", call.params, packed.data_ptr())
     return packed
-
-
-def _empty_tokens(like: Tensor) -> Tensor:
-    """Return (B, H, N, D) over memory laid out (B, N, H, D): on the CPU, whatever torch's defaults are.
-
-    Made so and not by `transpose`, since a view takes longer to make, and autograd remembers where it was made.
-    """
-    _, heads, length, head_dim = like.shape
-    strides = (length * heads * head_dim, head_dim, heads * head_dim, 1)
-    return torch.empty_strided(like.shape, strides, dtype=like.dtype, device=_CPU)
 
 
 def _wrong_prepared(prepared: Tensor, library: Library, params: AttentionParams) -> ValueError:
