@@ -1,10 +1,11 @@
 """Time what a patched model does beside its kernels: CPU time of a forward of 12 narrow layers, full and ragged.
 
-To compare two checkouts, run it in each of them in turns: PYTHONPATH=CHECKOUT python benchmarks/bench_host.py
+To compare two checkouts, run it in each of them in turns: cd CHECKOUT && python -m benchmarks host
 """
 
 from __future__ import annotations
 
+import argparse
 import time
 
 import torch
@@ -25,7 +26,7 @@ def build() -> DebertaV2Model:
 
 
 @torch.no_grad()
-def least(model: DebertaV2Model, mask: torch.Tensor) -> float:
+def forward_time(model: DebertaV2Model, mask: torch.Tensor) -> float:
     """Return the least CPU time of a forward, in milliseconds."""
     ids, times = torch.full(mask.shape, 7), []
     for _ in range(_REPEATS):
@@ -35,7 +36,8 @@ def least(model: DebertaV2Model, mask: torch.Tensor) -> float:
     return min(times) * 1e3
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> int:
+    argparse.ArgumentParser(prog="python -m benchmarks host", description=__doc__).parse_args(arguments)
     torch.set_num_threads(1)
     model = build()
     dk.patch(model)
@@ -43,9 +45,6 @@ def main() -> None:
     ragged = full.clone()
     ragged[1:, 8:] = 0
     for name, mask in (("full", full), ("ragged", ragged)):
-        least(model, mask)
-        print(f"{name} batch of 4 x 16: {least(model, mask):.2f} ms")
-
-
-if __name__ == "__main__":
-    main()
+        forward_time(model, mask)
+        print(f"{name} batch of 4 x 16: {forward_time(model, mask):.2f} ms")
+    return 0
