@@ -1,8 +1,8 @@
 """Turn a result into a table, a README section and a picture, so that no number is typed by hand.
 
-    python benchmarks/report.py                                newest result of bench_cpu.py, as markdown
-    python benchmarks/report.py RESULT.json --plot docs/images/cpu.png --update README.md
-    python benchmarks/report.py --kind model --plot docs/images/model.png
+    python -m benchmarks report                                newest result of bench_cpu.py, as markdown
+    python -m benchmarks report RESULT.json --plot docs/images/cpu.png --update README.md
+    python -m benchmarks report --kind model --plot docs/images/model.png
 
 `--update` replaces what stands between the lines `<!-- bench-KIND:begin -->` and `<!-- bench-KIND:end -->`.
 """
@@ -15,9 +15,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness.record import RESULTS
+
 __all__ = ["conditions", "figures_markdown", "kind_of", "markdown", "side_by_side", "table", "wrapped"]
 
-RESULTS = Path(__file__).resolve().parent / "results"
 SKIPPED = ("not in --quick", "not in this run")
 # Colours: this package, the line of eager, what has no position terms.
 OURS, EAGER, PLAIN = "#0f766e", "#b45309", "#64748b"
@@ -220,7 +221,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--update", type=Path, help="put the tables into this markdown file")
     parser.add_argument("--text", action="store_true", help="print the aligned table instead of markdown")
     options = parser.parse_args(arguments)
-    import model_report
+    from benchmarks.model import report as model_report
 
     path = options.result or max(RESULTS.glob(f"*/{options.kind}-*.json"), key=lambda p: p.name, default=None)
     if path is None:
@@ -236,7 +237,3 @@ def main(arguments: list[str] | None = None) -> int:
     if options.update:
         update(options.update, text, kind)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 import torch
-from baselines import candidates
-from checking import Check, check_candidates
-from shapes import Shape
 
+from benchmarks.core.candidates import candidates
+from benchmarks.core.checking import Check, check_candidates
+from benchmarks.registry import Shape
 from tests import needs
 
 SHAPES = (

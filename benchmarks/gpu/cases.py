@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import torch
 
+from benchmarks.gpu.plan import Plan
 from deberta_kernels.testing.inputs import DOUTS, LAYOUTS, MASKS, TERMS, Case
-from gpu.plan import Plan
 
 __all__ = ["cases", "long_cases"]
 

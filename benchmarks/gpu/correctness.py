@@ -10,18 +10,18 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from baselines import Inputs, draw, ours
-from shapes import GEOMETRY, Shape
 from torch import Tensor
 
+from benchmarks.core.candidates import Inputs, draw, ours
+from benchmarks.gpu.cases import cases, long_cases
+from benchmarks.gpu.items import Item
+from benchmarks.gpu.plan import Plan
+from benchmarks.registry import GEOMETRY, Shape
 from deberta_kernels import dispatch
 from deberta_kernels.testing import budget, inputs
 from deberta_kernels.testing.backends import Target
 from deberta_kernels.testing.inputs import Case
 from deberta_kernels.types import AttentionProblem, Masks, PositionSpec
-from gpu.cases import cases, long_cases
-from gpu.items import Item
-from gpu.plan import Plan
 
 __all__ = ["items"]
 

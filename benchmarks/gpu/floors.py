@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from shapes import GEOMETRY, Shape, needed_flops
+from benchmarks.registry import GEOMETRY, Shape, needed_flops
 
 __all__ = ["floor", "plain_flops"]
 

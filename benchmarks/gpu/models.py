@@ -7,13 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from baselines import model_settings
-from timing import Pace, interleave
 from torch import Tensor, nn
 
-from gpu.device import Clock, peak_memory
-from gpu.items import Item
-from gpu.plan import Plan
+from benchmarks.core.candidates import model_settings
+from benchmarks.gpu.device import Clock, peak_memory
+from benchmarks.gpu.items import Item
+from benchmarks.gpu.plan import Plan
+from benchmarks.harness.clock import Pace, interleave
 
 __all__ = ["items"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 
-from shapes import Shape
+from benchmarks.registry import Shape
 
 __all__ = ["LENGTHS", "Plan"]
 

@@ -17,9 +17,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from baselines import CORES, Inputs, model_settings
-from shapes import GEOMETRY
 from torch import Tensor
+
+from benchmarks.core.candidates import CORES, Inputs, model_settings
+from benchmarks.registry import GEOMETRY
 
 __all__ = ["RIVALS", "available", "disentangled_flash", "flashdeberta", "register"]
 

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpu.items import KEPT_TEXT, note, read
-from gpu.plan import Plan
+from benchmarks.gpu.items import KEPT_TEXT, note, read
+from benchmarks.gpu.plan import Plan
+from benchmarks.harness.process import environment, program
 
 __all__ = ["Stage", "supervise"]
 
-WORKER = Path(__file__).resolve().parent.parent / "bench_gpu.py"
+WORKER = program("gpu")
 POLL = 0.5
 # A process that broke this often is broken itself, not its items.
 MOST_STARTS = 6
@@ -95,12 +96,12 @@ def _watch(
 ) -> int | str:
     """Return the exit status, "limit" when the stage ran out of time, or "time" when one item did."""
     skip, _ = read(lines)
-    command = [sys.executable, str(WORKER), "--worker", stage.name, "--plan", plan.as_text(), "--lines", str(lines)]
+    command = [*WORKER, "--worker", stage.name, "--plan", plan.as_text(), "--lines", str(lines)]
     for name in skip:
         command += ["--skip", name]
     seen, last = len(skip), time.monotonic()
     with log.open("ab") as stream:
-        process = subprocess.Popen(command, stdout=stream, stderr=stream, start_new_session=True)
+        process = subprocess.Popen(command, stdout=stream, stderr=stream, start_new_session=True, env=environment())
         shown = log.stat().st_size if log.exists() else 0
         try:
             while process.poll() is None:

@@ -8,18 +8,18 @@ from functools import partial
 from typing import Any
 
 import torch
-from baselines import CORES, Inputs, candidates, hugging_face_core, ours
-from checking import check_candidates
-from shapes import Shape
-from timing import Pace, interleave
 
+from benchmarks.core.candidates import CORES, Inputs, candidates, hugging_face_core, ours
+from benchmarks.core.checking import check_candidates
+from benchmarks.gpu import rivals
+from benchmarks.gpu.device import Clock, peak_memory
+from benchmarks.gpu.floors import floor
+from benchmarks.gpu.items import Item
+from benchmarks.gpu.plan import Plan
+from benchmarks.harness.clock import Pace, interleave
+from benchmarks.registry import Shape
 from deberta_kernels import dispatch
 from deberta_kernels.types import AttentionProblem, Masks, PositionSpec
-from gpu import rivals
-from gpu.device import Clock, peak_memory
-from gpu.floors import floor
-from gpu.items import Item
-from gpu.plan import Plan
 
 __all__ = ["compiled_items", "core_items", "register_compiled", "rival_items"]
 

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
-from baselines import draw, ours
-from shapes import Shape
 
+from benchmarks.core.candidates import draw, ours
+from benchmarks.gpu.items import KEPT_TEXT, Item
+from benchmarks.gpu.plan import Plan
+from benchmarks.harness.process import environment, program
+from benchmarks.registry import Shape
 from deberta_kernels import dispatch
 from deberta_kernels.testing import budget, inputs
 from deberta_kernels.testing.backends import Target
 from deberta_kernels.testing.inputs import Case
-from gpu.items import KEPT_TEXT, Item
-from gpu.plan import Plan
 
 __all__ = ["KERNELS", "counter_items", "run_profiled", "run_small", "sanitizer_items"]
 
-WORKER = Path(__file__).resolve().parent.parent / "bench_gpu.py"
 # Parts of the names of this package's kernels: torch's own are not watched, which would take minutes.
 KERNELS = ("disentangled",)
 TOOLS = ("memcheck", "racecheck")
@@ -85,16 +82,16 @@ def _profiled(plan: Plan, batch: int, length: int) -> dict[str, Any]:
 
 
 def _this(flag: str, plan: Plan, value: str = "") -> list[str]:
-    return [sys.executable, str(WORKER), "--plan", plan.as_text(), flag, *([value] if value else [])]
+    return [*program("gpu"), "--plan", plan.as_text(), flag, *([value] if value else [])]
 
 
-def _run(command: list[str], **environment: str) -> tuple[int, str]:
+def _run(command: list[str], **values: str) -> tuple[int, str]:
     done = subprocess.run(
         command,
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
-        env={**os.environ, **environment},
+        env=environment(**values),
         check=False,
     )
     return done.returncode, done.stdout + done.stderr
