@@ -12,16 +12,15 @@ import torch
 from transformers import DebertaV2Config, DebertaV2Model
 
 import deberta_kernels as dk
+from deberta_kernels.testing.geometries import settings
 
 _REPEATS = 40
 
 
 def build() -> DebertaV2Model:
     config = DebertaV2Config(
-        vocab_size=128, hidden_size=64, num_hidden_layers=12, num_attention_heads=4, intermediate_size=64,
-        relative_attention=True, position_buckets=256, pos_att_type=["c2p", "p2c"], share_att_key=True,
-        norm_rel_ebd="layer_norm", max_position_embeddings=512, position_biased_input=False, type_vocab_size=0,
-    )  # fmt: skip
+        **settings("v3-base", vocab_size=128, hidden_size=64, num_attention_heads=4, intermediate_size=64)
+    )
     return DebertaV2Model(config).eval()
 
 
@@ -37,8 +36,9 @@ def forward_time(model: DebertaV2Model, mask: torch.Tensor) -> float:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    argparse.ArgumentParser(prog="python -m benchmarks host", description=__doc__).parse_args(arguments)
-    torch.set_num_threads(1)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks host", description=__doc__)
+    parser.add_argument("--threads", type=int, default=1)
+    torch.set_num_threads(parser.parse_args(arguments).threads)
     model = build()
     dk.patch(model)
     full = torch.ones(4, 16, dtype=torch.long)

@@ -1,51 +1,25 @@
-"""Say what is measured: the shapes, and every figure with what it must reach and what it aims at."""
+"""Every shape, candidate and figure of the measurements: the one place to add one.
+
+A candidate needs a row here and the code that runs it: `core/candidates.py`, `model/rivals.py` or `gpu/rivals.py`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
+
+from benchmarks.harness.figures import Figure
 
 __all__ = [
-    "FIGURES",
-    "GEOMETRY",
-    "MODEL_LENGTHS",
-    "Figure",
-    "Geometry",
-    "Shape",
-    "find",
-    "needed_flops",
-    "needed_flops_of_model",
-]
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """Hold the sizes of DeBERTa-v3-base, the model most people run.
-
-    Attributes:
-        heads: attention heads.
-        dim: size of one head.
-        position_buckets: log buckets on each side; the tables have 2 * position_buckets rows.
-        max_relative_positions: distance, in tokens, at which the buckets saturate.
-        layers: encoder layers.
-        hidden: width of the hidden states.
-        intermediate: width of the feed-forward layer.
-    """
-
-    heads: int = 12
-    dim: int = 64
-    position_buckets: int = 256
-    max_relative_positions: int = 512
-    layers: int = 12
-    hidden: int = 768
-    intermediate: int = 3072
-
-
-GEOMETRY = Geometry()
+    "ADAPTERS", "CANDIDATES", "CORE_FIGURES", "CORE_GROUPS", "CORE_MODEL_FIGURES", "GPU_FIGURES", "GPU_LENGTHS",
+    "GROUPS", "LARGE", "LINEAR_FIGURES", "LINEAR_TOKENS", "MODEL_FIGURES", "MODEL_SHAPES", "PEERS", "RUNTIMES",
+    "TRAIN_FIGURES", "TRAIN_SHAPES", "Candidate", "Large", "ModelShape", "Shape", "Workload",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Name one timed problem; heads and head size are those of `GEOMETRY`.
+    """One timed problem; heads and head size are those of v3-base.
 
     Attributes:
         batch: sequences.
@@ -66,125 +40,337 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Figure:
-    """Hold one figure: two candidates of one shape, and the ratio of their times that is wanted.
+class ModelShape(Shape):
+    """One timed batch of a whole model.
 
     Attributes:
-        group: name for `--only`.
-        title: what is compared with what.
-        shape: where.
-        ours: candidate of ours, as `baselines` names it.
-        other: candidate compared with; "" for a figure that compares with no candidate.
-        must: bound that has to hold; None for a figure that is only shown.
-        aim: bound worth reaching, or None.
-        sense: "time" (ours / other, lower is better), "speed" (other / ours, higher is better) or
-            "fraction" (needed FLOP/s over the kernel's own peak, higher is better).
+        fill: real tokens over batch * length; the rest is padding on the right.
     """
 
-    group: str
-    title: str
-    shape: Shape
-    ours: str
-    other: str
-    must: float | None
-    aim: float | None
-    sense: str
+    fill: float = 1.0
 
-    def value(self, ours: float, other: float) -> float:
-        """Turn two times, in the same unit, into the figure."""
-        return ours / other if self.sense == "time" else other / ours
+    @property
+    def label(self) -> str:
+        """Return batch x length, and the fill where there is padding."""
+        full = f"{self.batch}x{self.length}"
+        return full if self.fill == 1.0 else f"{full} {self.fill:.0%} full"
 
 
-SDPA_SHAPES = ((1, 128), (8, 128), (1, 512), (8, 512), (1, 2048))
-EAGER = {(1, 128): (8.0, 12.0), (8, 128): (6.0, 10.0), (1, 512): (5.0, 10.0), (1, 2048): (12.0, 16.0)}
-BACKWARD = {(1, 512): (3.0, 5.0), (8, 128): (4.0, 6.0), (4, 512): (6.0, 8.0)}
-MODEL_LENGTHS = {128: 1.9, 512: 1.6, 2048: 4.5}
-PEAK = {"float32": (0.60, 0.75), "bfloat16": (0.50, 0.75)}
+@dataclass(frozen=True)
+class Candidate:
+    """Something that is timed.
+
+    Attributes:
+        heading: of its column.
+        needs: packages beside torch and transformers, as they are imported.
+        dtypes: in which it computes; () for all.
+        ragged: takes part on batches with padding alone.
+        colour: in pictures; "" where it is not drawn.
+        release: the one whose code was read, where no other may be called.
+    """
+
+    heading: str
+    needs: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ()
+    ragged: bool = False
+    colour: str = ""
+    release: str = ""
 
 
-def _against_sdpa(batch: int, length: int) -> list[Figure]:
-    short = length <= 128
-    figures = []
-    for ours in ("prepared", "bare"):
-        if short:
-            must, aim = (1.0, 0.85) if ours == "prepared" else (1.3, None)
-        else:
-            must, aim = 0.85, 0.65
-        title = "core forward float32 / SDPA without bias"
-        figures.append(Figure("sdpa32", title, Shape(batch, length), ours, "sdpa", must, aim, "time"))
-        must = 0.65 if short and ours == "bare" else 0.5
-        title = "core forward bfloat16 / SDPA bfloat16 without bias"
-        figures.append(Figure("sdpa16", title, Shape(batch, length, "bfloat16"), ours, "sdpa", must, 0.37, "time"))
-    return figures
+# Colours: this package, the line of eager, what has no position terms.
+OURS, EAGER, PLAIN = "#0f766e", "#b45309", "#64748b"
+CANDIDATES: dict[str, dict[str, Candidate]] = {
+    "core": {
+        "huggingface": Candidate("Hugging Face eager"),
+        "eager": Candidate("the budget's eager"),
+        "sdpa": Candidate("SDPA without bias"),
+        "bare": Candidate("this"),
+        "prepared": Candidate("this, prepared tables"),
+    },
+    "model": {
+        "eager": Candidate("eager"),
+        "patched": Candidate("patched", colour=OURS),
+        "padded": Candidate("unpad=False", ragged=True),
+        # Its CPU kernels do not compute in bfloat16.
+        "onnxruntime": Candidate("ONNX Runtime", ("onnx", "onnxruntime"), ("float32",), colour="#2563eb"),
+        "openvino": Candidate("OpenVINO", ("onnx", "openvino"), colour="#7c3aed"),
+        "bert": Candidate("BERT, SDPA", colour=PLAIN),
+    },
+    "train": {
+        "eager": Candidate("eager"),
+        "patched": Candidate("patched"),
+        "native": Candidate("native linears", dtypes=("float32",)),
+    },
+    "linear": {"pytorch": Candidate("pytorch"), "onednn": Candidate("onednn"), "native": Candidate("native")},
+    "adapters": {"eager": Candidate("eager"), "patched": Candidate("patched")},
+    "gpu": {
+        "bare": Candidate("ours"),
+        "prepared": Candidate("prepared"),
+        "triton": Candidate("triton"),
+        "cuda": Candidate("cuda"),
+        "sdpa": Candidate("SDPA flash"),
+        "huggingface": Candidate("HF eager"),
+        "compiled": Candidate("HF compiled"),
+        "flashdeberta": Candidate("flashdeberta", ("flashdeberta",), release="0.0.8"),
+        "disentangled-flash": Candidate("disent.-flash", ("disentangled_flash",), release="1.1.1"),
+    },
+}
+# The better one of a shape is compared with, medians and minima chosen apart.
+RUNTIMES = ("onnxruntime", "openvino")
+NO_BOUND = (None, None)
+
+# The attention core. Bars are (must, aim). A ratio to code of others has one only where every processor measured so far
+# could reach it at its own peak; elsewhere the share of that peak is held to a bar in its place.
+CORE_SIZES = ((1, 128), (8, 128), (1, 512), (8, 512), (1, 2048))
+CORE_BACKWARD_SIZES = {(1, 512): (3.0, 5.0), (8, 128): (4.0, 6.0), (4, 512): (6.0, 8.0)}
+CORE_EAGER = {(1, 128): NO_BOUND, (8, 128): (6.0, 10.0), (1, 512): NO_BOUND, (1, 2048): NO_BOUND}
+CORE_SHARE = {"float32": (60.0, 75.0), "bfloat16": (50.0, 75.0)}
+CORE_SDPA: dict[tuple[str, str], dict[tuple[int, int], tuple[float | None, float | None]]] = {
+    ("float32", "prepared"): {},
+    ("float32", "bare"): {(1, 128): (1.3, None), (8, 128): (1.3, None)},
+    ("bfloat16", "prepared"): {(1, 128): (0.5, 0.37), (8, 128): (0.5, 0.37), (1, 2048): (0.5, 0.37)},
+    ("bfloat16", "bare"): {(1, 128): (0.65, 0.37), (8, 128): (0.65, 0.37), (1, 2048): (0.5, 0.37)},
+}
+CORE_GROUPS = ("sdpa32", "sdpa16", "eager", "backward", "peak")
+GROUPS = (*CORE_GROUPS, "model", "memory")
 
 
-def _against_eager() -> list[Figure]:
-    figures = []
-    for (batch, length), (must, aim) in EAGER.items():
+def _core() -> tuple[Figure, ...]:
+    found = []
+    for (dtype, ours), bars in CORE_SDPA.items():
+        short = dtype == "float32"
+        title = f"core forward {dtype} / SDPA {'' if short else 'bfloat16 '}without bias"
+        for size in CORE_SIZES:
+            shape, bar = Shape(*size, dtype), bars.get(size, NO_BOUND)
+            case = f"{shape.label}, {ours}"
+            found.append(Figure("sdpa32" if short else "sdpa16", title, shape, ours, ("sdpa",), *bar, "time", case))
+    for size, bar in CORE_EAGER.items():
         for ours in ("prepared", "bare"):
-            title = "core forward float32, times faster than eager"
-            figures.append(Figure("eager", title, Shape(batch, length), ours, "huggingface", must, aim, "speed"))
-    for (batch, length), (must, aim) in BACKWARD.items():
-        title = "core forward + backward float32, times faster than eager"
-        shape = Shape(batch, length, backward=True)
-        figures.append(Figure("backward", title, shape, "bare", "huggingface", must, aim, "speed"))
-    for batch, length in BACKWARD:
-        title = "core forward + backward bfloat16, times faster than eager bfloat16"
-        shape = Shape(batch, length, "bfloat16", backward=True)
-        figures.append(Figure("backward", title, shape, "bare", "huggingface", None, None, "speed"))
-    return figures
-
-
-def _against_peak() -> list[Figure]:
-    figures = []
-    for dtype, (must, aim) in PEAK.items():
+            title, shape = "core forward float32, times faster than eager", Shape(*size)
+            case = f"{shape.label}, {ours}"
+            found.append(Figure("eager", title, shape, ours, ("huggingface",), *bar, "speed", case))
+    for dtype, suffix in (("float32", ""), ("bfloat16", " bfloat16")):
+        title = f"core forward + backward {dtype}, times faster than eager{suffix}"
+        for size, bar in CORE_BACKWARD_SIZES.items():
+            shape, bar = Shape(*size, dtype, backward=True), bar if dtype == "float32" else NO_BOUND
+            found.append(Figure("backward", title, shape, "bare", ("huggingface",), *bar, "speed"))
+    for dtype, bar in CORE_SHARE.items():
         title = f"needed FLOPs / own GEMM peak, {dtype}"
-        for batch, length in SDPA_SHAPES:
-            shape = Shape(batch, length, dtype)
-            figures.append(Figure("peak", title, shape, "prepared", "", must, aim, "fraction"))
-    return figures
+        for size in CORE_SIZES:
+            shape = Shape(*size, dtype)
+            found.append(Figure("peak", title, shape, "prepared", (), *bar, "share", f"{shape.label}, prepared"))
+    for dtype in CORE_SHARE:
+        title = f"needed FLOPs / own GEMM peak, forward + backward, {dtype}"
+        for size in CORE_BACKWARD_SIZES:
+            found.append(Figure("peak", title, Shape(*size, dtype, True), "bare", (), *NO_BOUND, "share"))
+    return tuple(found)
 
 
-def _all_against_sdpa() -> list[Figure]:
-    found = [figure for shape in SDPA_SHAPES for figure in _against_sdpa(*shape)]
-    return sorted(found, key=lambda figure: (figure.group != "sdpa32", figure.ours != "prepared"))
+CORE_FIGURES = _core()
+
+# Whole models. A size without an entry is measured all the same and has no bound.
+MODEL_SIZES, RAGGED, RAGGED_FILL = ((1, 32), (1, 128), (1, 512), (1, 2048), (8, 128), (8, 512)), (8, 128), 0.6
+MODEL_EAGER: dict[str, dict[tuple[int, int], tuple[float | None, float | None]]] = {
+    "float32": {(1, 128): (1.9, None), (1, 512): (1.6, None), (1, 2048): (4.5, None)},
+    "bfloat16": {(1, 128): (2.0, 3.0)},
+}
+MODEL_RUNTIME, MODEL_RUNTIME_RAGGED, MODEL_BERT = (1.0, 1.3), (1.5, 2.0), (1.0, 0.7)
+MODEL_SHARE = {"float32": (80.0, 90.0), "bfloat16": (70.0, 85.0)}
+# The core's short look at whole models, against the same bars.
+MODEL_LENGTHS = (128, 512, 2048)
 
 
-FIGURES: tuple[Figure, ...] = (*_all_against_sdpa(), *_against_eager(), *_against_peak())
+def _model_shapes() -> tuple[ModelShape, ...]:
+    found = []
+    for dtype in MODEL_EAGER:
+        found += [ModelShape(*size, dtype) for size in MODEL_SIZES]
+        found.append(ModelShape(*RAGGED, dtype, fill=RAGGED_FILL))
+    return tuple(found)
 
 
-def find(shape: Shape, groups: frozenset[str]) -> list[Figure]:
-    """Return the figures of one shape that belong to the groups given, in table order."""
-    return [figure for figure in FIGURES if figure.shape == shape and figure.group in groups]
+MODEL_SHAPES = _model_shapes()
 
 
-def needed_flops(shape: Shape) -> float:
-    """Count the floating-point operations no forward can avoid; a multiply-add counts as two.
+def _model() -> tuple[Figure, ...]:
+    found = []
+    for shape in MODEL_SHAPES:
+        ragged, size, dtype = shape.fill < 1.0, (shape.batch, shape.length), shape.dtype
+        eager = NO_BOUND if ragged else MODEL_EAGER[dtype].get(size, NO_BOUND)
+        # The bounds against the runtimes are for float32; only one of them computes in bfloat16.
+        runtime = (MODEL_RUNTIME_RAGGED if ragged else MODEL_RUNTIME) if dtype == "float32" else NO_BOUND
+        # A text of 32 tokens is mostly the model's other layers.
+        share = NO_BOUND if shape.length < 128 else MODEL_SHARE[dtype]
+        better = "times faster than the better of ONNX Runtime and OpenVINO"
+        rows: list[tuple[str, tuple[str, ...], tuple[float | None, float | None], str]] = [
+            ("times faster than eager", ("eager",), eager, "speed"),
+            (better, RUNTIMES, runtime, "speed"),
+            ("time / time of BERT with SDPA", ("bert",), MODEL_BERT, "time"),
+            ("needed FLOPs / highest rate of a product", (), share, "share"),
+        ]
+        if ragged:
+            rows.append(("times faster than with unpad=False", ("padded",), NO_BOUND, "speed"))
+        for title, others, bar, sense in rows:
+            foreign = others == RUNTIMES
+            found.append(Figure(dtype, f"{title}, {dtype}", shape, "patched", others, *bar, sense, foreign=foreign))
+    titles = list(dict.fromkeys(figure.title for figure in found))
+    return tuple(sorted(found, key=lambda figure: titles.index(figure.title)))
 
-    2 * D * (Nq*Nk for q.k + Nq*Nk for p.v + the distinct (query, row) pairs c2p reaches + the distinct
-    (key, row) pairs p2c reaches), per head. Repeated distances of one query to one row count once.
+
+MODEL_FIGURES = _model()
+
+CORE_MODEL_FIGURES = tuple(
+    Figure("model", "whole v3-base, eval, float32, times faster than unpatched", ModelShape(1, length), "patched",
+           ("unpatched",), *MODEL_EAGER["float32"][1, length], "speed")
+    for length in MODEL_LENGTHS
+)  # fmt: skip
+
+# Training steps: (must, aim) against eager.
+TRAIN_EAGER = {
+    "float32": {(8, 128): (1.25, 2.2), (4, 512): (1.6, 2.8)},
+    "bfloat16": {(8, 128): (1.3, 2.0), (4, 512): (1.6, 2.5)},
+}
+TRAIN_SHARE = {"float32": (75.0, 90.0), "bfloat16": (70.0, 85.0)}
+TRAIN_SHAPES = tuple(ModelShape(*size, dtype) for dtype, sizes in TRAIN_EAGER.items() for size in sizes)
+
+
+def _train() -> tuple[Figure, ...]:
+    found = []
+    for name, title in (("patched", "PyTorch's linears"), ("native", "native linears")):
+        for shape in TRAIN_SHAPES:
+            dtype = shape.dtype
+            if (dtypes := CANDIDATES["train"][name].dtypes) and dtype not in dtypes:
+                continue
+            must, aim = TRAIN_EAGER[dtype][shape.batch, shape.length]
+            # In float32 the aims are for native ones.
+            aims = name == "native" or dtype == "bfloat16"
+            speed = f"training step, times faster than eager, {dtype}, {title}"
+            found.append(Figure(dtype, speed, shape, name, ("eager",), must, aim if aims else None, "speed"))
+            share = f"training step, needed FLOPs / highest rate of a product, {dtype}, {title}"
+            found.append(Figure(dtype, share, shape, name, (), *(TRAIN_SHARE[dtype] if aims else NO_BOUND), "share"))
+    return tuple(sorted(found, key=lambda figure: (figure.sense, figure.ours == "native")))
+
+
+TRAIN_FIGURES = _train()
+
+# Linear layers: the tokens at which those of one encoder layer are timed.
+LINEAR_TOKENS = (4, 8, 16, 32, 64, 128, 192, 256, 512, 1024, 2048)
+LINEAR_FIGURES = tuple(
+    Figure(dtype, title, Shape(1, tokens, dtype), "native", others, *NO_BOUND, sense, f"{tokens} tokens")
+    for dtype in ("float32", "bfloat16")
+    for title, others, sense in (
+        (f"linear layers, times faster than PyTorch, {dtype}", ("pytorch",), "speed"),
+        (f"linear layers, needed FLOPs / highest rate of a product, {dtype}", (), "share"),
+    )
+    for tokens in LINEAR_TOKENS
+)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is timed of an adapter.
+
+    Attributes:
+        method: name of an adapter of the model.
+        title: what the table says of it.
+        batch: samples.
+        length: tokens of each, all of them real.
+        train: forward, backward and an optimizer's step of the adapter; False: a forward under inference_mode.
+        must: speed-up that has to be reached, or None.
     """
-    import torch
 
-    from deberta_kernels.position import delta
-    from deberta_kernels.types import PositionSpec
+    method: str
+    title: str
+    batch: int
+    length: int
+    train: bool
+    must: float | None = None
 
-    n = shape.length
-    spec = PositionSpec(GEOMETRY.position_buckets, GEOMETRY.max_relative_positions)
-    rows = delta(torch.arange(-(n - 1), n), spec)
-    # Query i sees the window of distances [i - (n - 1), i]; key j sees [-j, n - 1 - j], the same windows.
-    pairs = sum(int(rows[start : start + n].unique().numel()) for start in range(n))
-    return 2.0 * GEOMETRY.dim * (2 * n * n + 2 * pairs) * GEOMETRY.heads * shape.batch
+    @property
+    def label(self) -> str:
+        """Return the shape and what is done."""
+        return f"{self.batch}x{self.length} float32, {'training step' if self.train else 'eval'}"
+
+    @property
+    def figure(self) -> Figure:
+        """Return how the patched model stands against eager."""
+        return Figure("adapters", self.title, self, "patched", ("eager",), self.must, None, "speed")
 
 
-def needed_flops_of_model(lengths: list[int]) -> float:
-    """Count the floating-point operations of a whole model on the real tokens of a batch, as `needed_flops` does.
+LORA, PREFIX = "LoRA on q, k, v, rank 8", "prefix tuning, 30 tokens"
+ADAPTERS = {
+    "adapters": (
+        Workload("prefix", PREFIX, 1, 512, False, 1.5),
+        Workload("lora", LORA, 4, 512, True, 1.5),
+        Workload("lora", LORA, 1, 512, False),
+        Workload("prompt", "prompt tuning, 30 tokens", 1, 512, False),
+        Workload("bottleneck", "seq_bn", 1, 128, False),
+    ),
+    "peft": (Workload("lora", LORA, 4, 512, True, 1.5), Workload("lora", LORA, 1, 512, False)),
+}
 
-    Linear layers and attention; the position tables count as cached, and everything that is no product as free.
 
-    Args:
-        lengths: real tokens of each sample.
+@dataclass(frozen=True)
+class Large:
+    """A model and a batch whose memory alone matters.
+
+    Attributes:
+        title: what is measured.
+        batch: sequences.
+        length: tokens of each.
+        dtype: of the weights.
+        must: bound for the peak above the weights, in bytes, or None.
+        needs: free memory, in bytes, below which it is not tried.
+        model: its sizes, a name of `deberta_kernels.testing.geometries`.
+        settings: what differs from them.
+        eager: also run the unpatched model, and compare.
     """
-    weights = 4 * GEOMETRY.hidden**2 + 2 * GEOMETRY.hidden * GEOMETRY.intermediate
-    attention = sum(lengths.count(n) * needed_flops(Shape(1, n)) for n in set(lengths))
-    return GEOMETRY.layers * (2.0 * weights * sum(lengths) + attention)
+
+    title: str
+    batch: int
+    length: int
+    dtype: str
+    must: float | None
+    needs: float
+    model: str = "v3-base"
+    settings: dict[str, Any] = field(default_factory=dict)
+    eager: bool = False
+
+
+ONE_LAYER, SMALL_VOCABULARY = {"num_hidden_layers": 1, "vocab_size": 1024}, {"vocab_size": 1024}
+LARGE = {
+    "document": Large("v3-base, one document", 1, 16384, "float32", 3e9, 6e9, settings=SMALL_VOCABULARY),
+    "layer-16384": Large("one layer of v3-base", 1, 16384, "float32", None, 3e9, settings=ONE_LAYER),
+    "layer-32768": Large("one layer of v3-base", 1, 32768, "float32", None, 4e9, settings=ONE_LAYER),
+    "v2-xxlarge": Large("v2-xxlarge, weights included", 4, 128, "bfloat16", 24e9, 12e9, "v2-xxlarge", eager=True),
+}
+
+# GPU: every length with 16,384 tokens. (must, aim) by length.
+GPU_LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
+PEERS = tuple(name for name, candidate in CANDIDATES["gpu"].items() if candidate.release)
+_FLASH = {512: (0.30, 0.45), 2048: (0.50, 0.65), 8192: (0.75, 0.90)}
+_EAGER = {512: (4.0, 8.0), 2048: (10.0, 20.0)}
+
+
+def _gpu() -> tuple[Figure, ...]:
+    rows: list[tuple[str, bool, tuple[str, ...], dict[int, tuple[float, float]], str]] = [
+        ("forward, of SDPA flash's speed", False, ("sdpa",), _FLASH, "fraction"),
+        ("forward, times the best peer", False, PEERS, dict.fromkeys(_FLASH, (3, 5)), "speed"),
+        ("forward + backward, times the best peer", True, PEERS, dict.fromkeys(_FLASH, (2.5, 4)), "speed"),
+        (
+            "forward + backward, times Hugging Face eager",
+            True,
+            ("huggingface",),
+            {512: (4, 8), 2048: (10, 20)},
+            "speed",
+        ),
+        ("extra memory, forward", False, (), {8192: (20.0, 12.0)}, "memory"),
+        ("extra memory, forward + backward", True, (), {8192: (60.0, 30.0)}, "memory"),
+    ]
+    return tuple(
+        Figure("gpu", title, Shape(16384 // n, n, "bfloat16", backward), "bare", others, *bar, sense, f"N {n}")
+        for title, backward, others, bars, sense in rows
+        for n, bar in bars.items()
+    )
+
+
+GPU_FIGURES = _gpu()

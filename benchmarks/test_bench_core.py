@@ -1,9 +1,9 @@
 """Time the attention core with pytest-benchmark, for people who compare runs with that plugin.
 
-    pytest benchmarks/test_bench_core.py --benchmark-group-by=group --benchmark-timer=time.process_time
+    pytest benchmarks --benchmark-group-by=group --benchmark-timer=time.process_time
 
-One group per shape. The figures come from `bench_cpu.py`, which interleaves; here candidates run one after the other.
-In a run of all tests nothing is timed: every candidate is held to the error budget, and called once.
+One group per shape. The figures come from `python -m benchmarks core`, which interleaves; here candidates run one after
+the other. In a run of all tests nothing is timed: every candidate is held to the error budget, and called once.
 """
 
 from __future__ import annotations
@@ -18,16 +18,15 @@ import torch
 
 from benchmarks.core.candidates import candidates
 from benchmarks.core.checking import Check, check_candidates
-from benchmarks.registry import Shape
+from benchmarks.registry import CORE_FIGURES, Shape
 from tests import needs
 
-SHAPES = (
-    Shape(1, 128),
-    Shape(8, 128),
-    Shape(1, 512),
-    Shape(1, 128, "bfloat16"),
-    Shape(1, 512, "bfloat16"),
-    Shape(1, 512, backward=True),
+# Longer ones take minutes here, where candidates do not take turns.
+MOST_TOKENS = 512
+SHAPES = tuple(
+    shape
+    for shape in dict.fromkeys(figure.shape for figure in CORE_FIGURES)
+    if shape.batch * shape.length <= MOST_TOKENS
 )
 BACKENDS = ("cpu", "torch")
 

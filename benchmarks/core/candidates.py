@@ -1,9 +1,7 @@
-"""Build what is timed: inputs, our own calls, SDPA, Hugging Face's eager attention, whole models."""
+"""What is timed of the attention core: inputs, our own calls, SDPA, Hugging Face's eager attention."""
 
 from __future__ import annotations
 
-import copy
-import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.registry import GEOMETRY, Shape
+from benchmarks.harness.work import GEOMETRY
+from benchmarks.registry import Shape
 from deberta_kernels import dispatch
+from deberta_kernels.testing.geometries import settings
 from deberta_kernels.types import AttentionProblem, Masks, PositionSpec
 
 __all__ = [
@@ -22,7 +22,6 @@ __all__ = [
     "candidates",
     "draw",
     "hugging_face_core",
-    "models",
     "ours",
     "problem",
     "rotation",
@@ -34,7 +33,7 @@ ROTATED_BYTES = 48 << 20
 
 @dataclass(frozen=True)
 class Inputs:
-    """Hold one set of inputs in the layout of a model: (B, N, H * D) and (2 * span, H * D) memory.
+    """One set of inputs in the layout of a model: (B, N, H * D) and (2 * span, H * D) memory.
 
     Attributes:
         q: (B, H, N, D) view.
@@ -136,7 +135,7 @@ def _prepare(backend: str, pos_key: Tensor, pos_query: Tensor, spec: PositionSpe
 
 
 class _Given(nn.Module):
-    """Stand in for a projection and return what was projected already."""
+    """A projection that returns what was projected already."""
 
     value: Tensor
 
@@ -154,7 +153,8 @@ def hugging_face_core(sets: list[Inputs], *, compiled: bool = False) -> Callable
     from transformers import DebertaV2Config
     from transformers.models.deberta_v2 import modeling_deberta_v2 as hub
 
-    module = hub.DisentangledSelfAttention(DebertaV2Config(**{**model_settings(), "share_att_key": False})).eval()
+    config = DebertaV2Config(**settings("v3-base", vocab_size=1024, share_att_key=False))
+    module = hub.DisentangledSelfAttention(config).eval()
     names = ("query_proj", "key_proj", "value_proj", "pos_key_proj", "pos_query_proj")
     given = [_Given() for _ in names]
     for name, projection in zip(names, given, strict=True):
@@ -247,41 +247,3 @@ def _with_backward(call: Callable[[int], Any], sets: list[Inputs], count: int) -
         return torch.autograd.grad(call(index), inputs.leaves[:count], inputs.dout)
 
     return run
-
-
-def model_settings() -> dict[str, Any]:
-    """Return the configuration of v3-base, with a small vocabulary: its look-up costs the same."""
-    return {
-        "hidden_size": GEOMETRY.hidden,
-        "num_hidden_layers": GEOMETRY.layers,
-        "num_attention_heads": GEOMETRY.heads,
-        "intermediate_size": GEOMETRY.intermediate,
-        "vocab_size": 1024,
-        "max_position_embeddings": GEOMETRY.max_relative_positions,
-        "relative_attention": True,
-        "position_buckets": GEOMETRY.position_buckets,
-        "max_relative_positions": -1,
-        "pos_att_type": ["p2c", "c2p"],
-        "share_att_key": True,
-        "norm_rel_ebd": "layer_norm",
-        "position_biased_input": False,
-        "type_vocab_size": 0,
-        "layer_norm_eps": 1e-7,
-        "pad_token_id": 0,
-    }
-
-
-def models(backend: str) -> tuple[nn.Module, nn.Module]:
-    """Return two models in v3-base geometry with the same random weights: as transformers made it, and patched."""
-    from transformers import DebertaV2Config, DebertaV2Model
-
-    import deberta_kernels
-
-    torch.manual_seed(0)
-    plain = DebertaV2Model(DebertaV2Config(**model_settings())).eval()
-    patched = copy.deepcopy(plain)
-    deberta_kernels.patch(patched, backend=backend, strict=True)
-    for ours_, theirs in itertools.zip_longest(patched.parameters(), plain.parameters()):
-        if not torch.equal(ours_, theirs):
-            raise RuntimeError("the patched model has other weights than the plain one")
-    return plain, patched

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.core.candidates import CORES, Inputs, draw, ours, problem
-from benchmarks.registry import GEOMETRY, Shape
+from benchmarks.harness.work import GEOMETRY
+from benchmarks.registry import Shape
 from deberta_kernels.testing import budget, eager
 
-__all__ = ["Check", "check_candidates", "check_models"]
+__all__ = ["Check", "check_candidates", "worst"]
 
 # Scores, in elements, the float64 oracle may have; longer shapes are checked on fewer heads.
 ORACLE_SCORES = 16 << 20
@@ -22,7 +22,7 @@ ORACLE_SCORES = 16 << 20
 
 @dataclass(frozen=True)
 class Check:
-    """Hold the outcome for one candidate.
+    """The outcome for one candidate.
 
     Attributes:
         ok: every tensor is within the budget.
@@ -66,11 +66,15 @@ def _check(name: str, inputs: Inputs, heads: Tensor, truth: budget.Truth, backen
     if "lse" not in results:  # the cores of others return none
         truth = replace(truth, oracle={key: x for key, x in truth.oracle.items() if key != "lse"})
     report = budget.measure(per_head, truth, name)
-    worst = max(
+    return Check(report.ok, str(report), worst(report))
+
+
+def worst(report: budget.Report) -> float:
+    """Return the largest error over what is allowed, over all tensors of a report."""
+    return max(
         max(row.max_error / max(row.max_allowed, 1e-30), row.mean_error / max(row.mean_allowed, 1e-30))
         for row in report.rows
     )
-    return Check(report.ok, str(report), worst)
 
 
 def _results(name: str, inputs: Inputs, backend: str, *, backward: bool) -> dict[str, Tensor]:
@@ -87,49 +91,3 @@ def _results(name: str, inputs: Inputs, backend: str, *, backward: bool) -> dict
         gradients = torch.autograd.grad(results["out"], leaves.leaves, leaves.dout)
         results |= dict(zip(("dq", "dk", "dv", "dpos_key", "dpos_query"), gradients, strict=True))
     return {key: x.detach() for key, x in results.items()}
-
-
-def check_models(plain: nn.Module, patched: nn.Module, length: int, allowed: float | None) -> tuple[Check, float]:
-    """Check the last hidden state of the patched model.
-
-    Against the model in float64 with the budget's float32 rule. Where that takes too long, a bound found at a shorter
-    length is passed in, and the difference between both models must stay within it.
-
-    Args:
-        plain: float32, eval.
-        patched: the same weights.
-        length: tokens.
-        allowed: None for the float64 check, else the largest difference.
-
-    Returns:
-        the check, and the bound it suggests for the difference at longer lengths.
-    """
-    ids = torch.randint(1, 1024, (1, length), generator=torch.Generator().manual_seed(0))
-    mask = torch.ones_like(ids)
-
-    def run(model: nn.Module) -> Tensor:
-        with torch.no_grad():
-            hidden: Tensor = model(input_ids=ids, attention_mask=mask)[0]
-        return hidden
-
-    expected, got = run(plain), run(patched)
-    if allowed is not None:
-        return _difference(got.double(), expected.double(), allowed), allowed
-    truth = _in_float64(plain, run)
-    factor, relative = budget.LIMITS[torch.float32]
-    bound = factor * (float((expected - truth).abs().max()) + relative * max(1.0, float(truth.abs().max())))
-    # The patched model may be `bound` away from the truth, and the plain one a third of that on the other side.
-    return _difference(got.double(), truth, bound), bound * (factor + 1) / factor
-
-
-def _difference(got: Tensor, expected: Tensor, allowed: float) -> Check:
-    error = float((got - expected).abs().max())
-    ok = error <= allowed  # False for NaN
-    return Check(ok, f"last_hidden_state: largest error {error:.3e}, allowed {allowed:.3e}", error / allowed)
-
-
-def _in_float64(plain: nn.Module, run: Callable[[nn.Module], Tensor]) -> Tensor:
-    try:
-        return run(plain.double())
-    finally:
-        plain.float()  # float32 -> float64 -> float32 changes no bit

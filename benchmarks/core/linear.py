@@ -11,59 +11,63 @@ bfloat16 it is PyTorch's own product without the operators around it.
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from benchmarks.harness import record, tables
+from benchmarks.harness.clock import Pace, interleave
+from benchmarks.harness.figures import Line
+from benchmarks.harness.process import note
+from benchmarks.harness.record import Progress, Run
+from benchmarks.harness.work import GEOMETRY, needed_flops
+from benchmarks.registry import LINEAR_FIGURES, LINEAR_TOKENS
+from deberta_kernels import native
+from deberta_kernels.linear import products
+from deberta_kernels.testing.budget import MEAN_FACTOR, allowance
+
 # (in, out, GELU, how many in an encoder layer)
-LAYERS = ((768, 768, False, 4), (768, 3072, True, 1), (3072, 768, False, 1))
-TOKENS = (4, 8, 16, 32, 64, 128, 192, 256, 512, 1024, 2048)
+_WIDE, _WIDER = GEOMETRY.hidden, GEOMETRY.intermediate
+LAYERS = ((_WIDE, _WIDE, False, 4), (_WIDE, _WIDER, True, 1), (_WIDER, _WIDE, False, 1))
 ROTATION_BYTES = 48e6
+PACE, QUICK_PACE = Pace(rounds=15, seconds=4.0), Pace(rounds=5, least=3, seconds=1.0)
+QUICK_TOKENS = (4, 128)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", default=",".join(map(str, TOKENS)), help="numbers of tokens, comma-separated")
-    parser.add_argument("--json", default="", help="write here, not to benchmarks/results/<device>/; '-': nowhere")
+    parser = record.options("linear", __doc__, backend=False)
+    parser.add_argument("--tokens", default="", help="numbers of tokens, comma-separated")
     return parser.parse_args(arguments)
 
 
-def candidates(dtype: Any) -> dict[str, Callable[..., Any]]:
+def candidates(dtype: torch.dtype) -> dict[str, Callable[..., Tensor]]:
     """Return name -> function of x, weight, bias and whether the GELU follows."""
-    import torch
-    from torch.nn import functional
 
-    from deberta_kernels import native
-    from deberta_kernels.linear import products
-
-    def pytorch(x: Any, weight: Any, bias: Any, gelu: bool) -> Any:
+    def pytorch(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool) -> Tensor:
         y = functional.linear(x, weight, bias)
         return torch.ops.aten.gelu_.default(y) if gelu else y
 
-    def onednn(x: Any, weight: Any, bias: Any, gelu: bool) -> Any:
+    def onednn(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool) -> Tensor:
         operator = torch.ops.mkldnn._linear_pointwise.default
         return operator(x, weight, bias, "gelu" if gelu else "none", [], "none" if gelu else "")
 
-    found: dict[str, Callable[..., Any]] = {"pytorch": pytorch}
+    found: dict[str, Callable[..., Tensor]] = {"pytorch": pytorch}
     if torch.backends.mkldnn.is_available():
         found["onednn"] = onednn
-    isa = native.library_status()["isa"]
-    if dtype == torch.float32 or isa == "avx512_bf16":
+    if dtype == torch.float32 or native.library_status()["isa"] == "avx512_bf16":
         found["native"] = products.natively
     return found
 
 
-def measure(dtype: Any, tokens: int) -> dict[str, Any]:
+def measure(dtype: torch.dtype, tokens: int, run: Run) -> dict[str, Any]:
     """Check and time the linear layers of an encoder layer for one number of tokens."""
-    import torch
-    from torch.nn import functional
-
-    from benchmarks.harness.clock import Pace, interleave
-    from deberta_kernels.testing.budget import LIMITS, MEAN_FACTOR
-
-    record: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), "tokens": tokens, "red": []}
-    record |= {"errors": [], "seconds": {}}
+    found: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), "tokens": tokens, "red": []}
+    found |= {"errors": [], "seconds": {}}
+    minima: dict[str, float] = {}
     for inputs, outputs, gelu, count in LAYERS:
         x, bias = torch.randn(tokens, inputs).to(dtype), torch.randn(outputs).to(dtype)
         copies = max(2, round(ROTATION_BYTES / (inputs * outputs * dtype.itemsize)))
@@ -72,47 +76,58 @@ def measure(dtype: Any, tokens: int) -> dict[str, Any]:
         truth = functional.gelu(truth) if gelu else truth
         calls = candidates(dtype)
         errors = {name: (call(x, weights[0], bias, gelu) - truth).abs() for name, call in calls.items()}
-        record["errors"].append(
+        found["errors"].append(
             {name: round(float(e.mean() / errors["pytorch"].mean()), 3) for name, e in errors.items()}
         )
-        factor, floor = LIMITS[dtype]
-        allowed = factor * float(errors["pytorch"].max() + floor * max(1.0, float(truth.abs().max())))
-        worst, mean = float(errors.get("native", errors["pytorch"]).max()), record["errors"][-1].get("native", 1.0)
+        allowed = allowance(dtype, float(errors["pytorch"].max()), float(truth.abs().max()))
+        worst, mean = float(errors.get("native", errors["pytorch"]).max()), found["errors"][-1].get("native", 1.0)
         if worst > allowed or mean > MEAN_FACTOR:
-            record["red"].append(f"{inputs} to {outputs}")
+            found["red"].append(f"{inputs} to {outputs}")
 
         def timed(call: Callable[..., Any], weights: Any = weights, rest: Any = (bias, gelu), x: Any = x) -> Any:
             return lambda index: call(x, weights[index % len(weights)], *rest)
 
-        samples = interleave({name: timed(call) for name, call in calls.items()}, Pace(rounds=15, seconds=4.0))
+        samples = interleave({k: timed(call) for k, call in calls.items()}, QUICK_PACE if run.quick else PACE)
         for name, sample in samples.items():
-            record["seconds"][name] = record["seconds"].get(name, 0.0) + count * sample.median
-    return record
+            median, minimum = run.pick(sample.as_json())
+            found["seconds"][name] = found["seconds"].get(name, 0.0) + count * median
+            minima[name] = minima.get(name, 0.0) + count * minimum
+    found["minima"] = minima
+    return found
+
+
+def judged(run: Run, records: list[dict[str, Any]]) -> list[Line]:
+    """Return how the native library stands against PyTorch and the highest rate."""
+    by_case = {}
+    for found in records:
+        both = {k: (found["seconds"][k], found["minima"][k]) for k in found["seconds"]}
+        samples = {k: {"median": a, "minimum": b, "wall_median": a, "wall_minimum": b} for k, (a, b) in both.items()}
+        red = {"ok": not found["red"], "text": ", ".join(found["red"])}
+        by_case[found["dtype"], found["tokens"]] = {"checks": {"native": red}, "samples": samples}
+    return [
+        run.judge(x, by_case.get((x.shape.dtype, x.shape.length)), needed_flops([x.shape.length], "linear"))
+        for x in LINEAR_FIGURES
+    ]
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run; return the exit status: 1 where a product is over the error budget."""
     options = parse(arguments)
-    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
-    import torch
-
-    torch.set_num_threads(1)
     torch.set_grad_enabled(False)
-    from benchmarks.harness.record import preamble, store
-    from deberta_kernels.linear import products
-
-    result = preamble("linear", 1, "cpu", quick=False)
-    result["records"] = []
-    print(f"{'ms per encoder layer':<22}{'pytorch':>9}{'onednn':>9}{'native':>9}")
-    for dtype in (torch.float32, torch.bfloat16):
-        if products.lacks_products(dtype):
-            continue
-        for tokens in map(int, options.tokens.split(",")):
-            record = measure(dtype, tokens)
-            result["records"].append(record)
-            times = (record["seconds"].get(name) for name in ("pytorch", "onednn", "native"))
-            cells = "".join(f"{'-' if x is None else format(1e3 * x, '.2f'):>9}" for x in times)
-            wrong = f" RED: {', '.join(record['red'])}" if record["red"] else ""
-            print(f"{record['dtype']:<10}{tokens:>4} tokens {cells}{wrong}")
-    store(result, options.json)
-    return int(any(record["red"] for record in result["records"]))
+    run = Run("linear", options)
+    run.measure_rates()
+    chosen = options.tokens.split(",") if options.tokens else QUICK_TOKENS if options.quick else LINEAR_TOKENS
+    dtypes = [dtype for dtype in (torch.float32, torch.bfloat16) if not products.lacks_products(dtype)]
+    shapes = [(dtype, int(tokens)) for dtype in dtypes for tokens in chosen]
+    progress = Progress(100 + tokens for _, tokens in shapes)
+    records: list[dict[str, Any]] = []
+    for dtype, tokens in shapes:
+        found = measure(dtype, tokens, run)
+        records.append(found)
+        times = ", ".join(f"{name} {1e3 * x:.2f} ms" for name, x in found["seconds"].items())
+        progress.step(f"{tokens} tokens {found['dtype']}: {times}")
+        if found["red"]:
+            note(f"RED: {', '.join(found['red'])}")
+    run.keep(judged(run, records), records=records)
+    print(tables.text(run.result))
+    return run.status

@@ -1,9 +1,9 @@
 """Measure every figure of the CPU kernel and print what it must reach and aims at beside what it reaches.
 
-python -m benchmarks core                  everything, about 8 minutes
-python -m benchmarks core --quick          small shapes, under a minute
+python -m benchmarks core                   everything, about 8 minutes for each number of threads
+python -m benchmarks core --quick           small shapes, under a minute
 python -m benchmarks core --only sdpa32,peak
-python -m benchmarks core --isa all        each instruction set of the library in turn
+python -m benchmarks core --isa all         each instruction set of the library in turn
 """
 
 from __future__ import annotations
@@ -13,67 +13,114 @@ import json
 import os
 import subprocess
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.core.candidates import candidates
+from benchmarks.core.checking import check_candidates
+from benchmarks.core.memory import extra_bytes
+from benchmarks.harness import record, tables
+from benchmarks.harness.clock import interleave
+from benchmarks.harness.figures import Line
+from benchmarks.harness.process import environment, note, program
+from benchmarks.harness.record import Progress, Run
+from benchmarks.harness.work import needed_flops
+from benchmarks.registry import CORE_FIGURES, CORE_GROUPS, GROUPS, Shape
+
 ISAS = ("avx512_bf16", "avx512", "avx2", "generic")
+QUICK_SIZES = ((1, 128), (1, 512))
+MEMORY_MUST, MEMORY_AIM, GROWTH_MUST = 100.0, 60.0, 2.2
+# Pages of the allocator and of Python's own objects, in bytes: growth below this is not growth.
+MEMORY_NOISE = 4 << 20
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small shapes and few rounds")
-    groups = "sdpa32, sdpa16, eager, backward, peak, model, memory"
-    parser.add_argument("--only", default="", help=f"groups, comma-separated: {groups}")
-    parser.add_argument("--json", default="", help="write here, not to benchmarks/results/<device>/; '-': nowhere")
-    parser.add_argument("--threads", type=int, default=1, help="above 1, the wall clock counts instead of CPU time")
+    parser = record.options("core", __doc__)
+    parser.add_argument("--only", default="", help=f"groups, comma-separated: {', '.join(GROUPS)}")
     parser.add_argument("--isa", default="", choices=("", "all", *ISAS), help="instruction set of the native library")
-    parser.add_argument("--backend", default="cpu", help="which backend is ours: cpu, torch or reference")
-    parser.add_argument("--strict", action="store_true", help="exit with 1 when a figure misses its must")
     return parser.parse_args(arguments)
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Run the groups wanted and return what the JSON file holds."""
-    import torch
-
-    torch.set_num_threads(options.threads)
-    torch.set_num_interop_threads(1)
-    from benchmarks.core import measure as measuring
-    from benchmarks.harness import machine
-    from benchmarks.harness import record as recording
-
-    groups = frozenset(filter(None, options.only.split(","))) or frozenset(measuring.GROUPS)
-    if unknown := groups - set(measuring.GROUPS):
-        raise SystemExit(f"--only: unknown {', '.join(sorted(unknown))}; there are {', '.join(measuring.GROUPS)}")
-    plan = measuring.Plan(groups, options.backend, options.threads, options.quick, recording.note)
-    started = time.perf_counter()
-    result = recording.preamble("cpu", options.threads, options.backend, quick=options.quick)
-    result["rates_gflops"] = machine.rates(plan.pace)
-    recording.note(f"rates: {result['rates_gflops']}")
+def measure_core(run: Run, groups: frozenset[str]) -> list[Line]:
+    """Check and time every shape of the attention core that the groups want."""
+    figures = [figure for figure in CORE_FIGURES if figure.group in groups]
+    wanted: dict[Shape, set[str]] = {}
+    for figure in figures:
+        if not run.quick or (figure.shape.batch, figure.shape.length) in QUICK_SIZES:
+            wanted.setdefault(figure.shape, set()).update((figure.ours, *figure.others))
+    shapes = sorted(wanted, key=lambda shape: (shape.backward, shape.dtype != "float32"))
+    progress = Progress(shape.batch * shape.length**0.5 for shape in shapes)
+    records = {}
+    for shape in shapes:
+        if "huggingface" in wanted[shape] and shape.length <= 512 and shape.batch == 1:
+            wanted[shape].add("eager")  # the budget's own eager beside the original: they should agree
+        records[shape] = _measure(run, shape, frozenset(wanted[shape]), progress)
+    run.keep(core=list(records.values()))
     lines = []
-    for name, wanted, run in (
-        ("core", measuring.CORE_GROUPS, measuring.measure_core),
-        ("models", ("model",), measuring.measure_models),
-        ("memory", ("memory",), measuring.measure_memory),
-    ):
-        if groups & set(wanted):
-            result[name], new = run(plan)
-            lines += new
-    lines.sort(key=lambda line: measuring.GROUPS.index(line.group))
-    result["figures"] = [line.as_json() for line in lines]
-    result["load_average_after"] = [round(x, 2) for x in os.getloadavg()]
-    result["seconds"] = round(time.perf_counter() - started, 1)
-    return result
+    for figure in figures:
+        shape = figure.shape
+        flops = needed_flops([shape.length] * shape.batch, "core backward" if shape.backward else "core")
+        lines.append(run.judge(figure, records.get(shape), flops, "not in --quick"))
+    return lines
+
+
+def _measure(run: Run, shape: Shape, wanted: frozenset[str], progress: Progress) -> dict[str, Any]:
+    title = f"{shape.label} {shape.dtype}" + (" forward + backward" if shape.backward else " forward")
+    found: dict[str, Any] = {**shape.__dict__, "label": shape.label, "checks": {}, "samples": {}, "own_peak_gflops": []}
+    try:
+        checks = check_candidates(shape, sorted(wanted), run.backend)
+    except (ImportError, MemoryError, RuntimeError) as error:
+        found["reason"] = f"RED: the check itself failed: {type(error).__name__}: {error}"
+        progress.step(f"{title}: {found['reason']}")
+        return found
+    found["checks"] = {name: check.as_json() for name, check in checks.items()}
+    red = [name for name, check in checks.items() if not check.ok]
+    for name in red:
+        note(f"{title}: RED, not timed\n{checks[name].text}")
+    peaks = [run.own_peak(shape.dtype)]
+    samples = interleave(candidates(shape, wanted - set(red), run.backend), run.pace)
+    peaks.append(run.own_peak(shape.dtype))
+    found["samples"] = {name: sample.as_json() for name, sample in samples.items()}
+    found["own_peak_gflops"] = [round(peak, 2) for peak in peaks if peak is not None]
+    progress.step(f"{title}: {run.times(found['samples'])}")
+    return found
+
+
+def measure_memory(run: Run) -> list[Line]:
+    """Measure the extra memory of one call at two lengths, and that it grows no faster than the length."""
+    largest, top_backward = (4096, 2048) if run.quick else (16384, 4096)
+    runs = [("float32", False, largest)]
+    if not run.quick:
+        runs += [("bfloat16", False, largest), ("float32", True, top_backward)]
+    records: list[dict[str, Any]] = []
+    lines: list[Line] = []
+    for dtype, backward, length in runs:
+        direction = "forward + backward" if backward else "forward"
+        found = {}
+        for n in (length // 2, length):
+            found[n] = extra_bytes(n, dtype, run.backend, run.threads, backward=backward)
+            records.append({"dtype": dtype, "length": n, "backward": backward, **found[n]})
+            note(f"memory {n} {dtype} {direction}: {found[n]}")
+        main = dtype == "float32" and not backward and not run.quick
+        must, aim = (MEMORY_MUST, MEMORY_AIM) if main else (None, None)
+        title, case = f"extra memory of one layer, {direction}", f"1x{length} {dtype}"
+        growth = "the same, twice the length over the length (N^2 would be 4)"
+        failed = [x["error"] for x in found.values() if "error" in x]
+        if failed:
+            values: list[dict[str, Any]] = [{"reason": f"not available: {failed[0]}"}] * 2
+        else:
+            small, large = found[length // 2]["bytes"], found[length]["bytes"]
+            grown = max(large - MEMORY_NOISE, 0) / max(small, MEMORY_NOISE)
+            values = [{"median": x, "best": x} for x in (max(large, 0) / tables.MEGABYTE, grown)]
+        lines.append(Line("memory", title, case, must, aim, False, "MB", **values[0]))
+        lines.append(Line("memory", growth, case, GROWTH_MUST, None, False, "", **values[1]))
+    run.keep(memory=records)
+    return lines
 
 
 def every_isa(options: argparse.Namespace) -> int:
     """Measure each instruction set in a process of its own, since the library chooses once; print them side by side."""
-    from benchmarks.harness.process import environment, program
-    from benchmarks.harness.record import note, store
-    from benchmarks.report import side_by_side
-
     results, status = {}, 0
     for isa in ISAS:
         with tempfile.TemporaryDirectory() as folder:
@@ -81,7 +128,7 @@ def every_isa(options: argparse.Namespace) -> int:
             path = path / f"{isa}.json" if path.suffix != ".json" else path.with_name(f"{path.stem}-{isa}.json")
             command = program("core", "--isa", isa, "--json", str(path), "--threads", str(options.threads))
             command += ["--only", options.only or "sdpa32,sdpa16,peak", *(["--quick"] if options.quick else [])]
-            note(f"instruction set {isa}")
+            note(f"instruction set {isa}, {ISAS.index(isa) + 1} of {len(ISAS)}")
             done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False, env=environment())
             if done.returncode or not path.exists():
                 note(f"{isa}: exit status {done.returncode}; left out")
@@ -89,30 +136,36 @@ def every_isa(options: argparse.Namespace) -> int:
                 continue
             results[isa] = json.loads(path.read_text(encoding="utf-8"))
             if not options.json:
-                store(results[isa], "")
-    print(side_by_side(results))
+                record.store(results[isa], "")
+    print(tables.side_by_side(results))
     return status
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run; return the exit status: 1 for a wrong answer, or with --strict for a missed figure."""
     options = parse(arguments)
-    # Before torch starts its threads: an idle one that spins would count as CPU time.
-    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(options.threads)
+    groups = frozenset(filter(None, options.only.split(","))) or frozenset(GROUPS)
+    if unknown := groups - set(GROUPS):
+        raise SystemExit(f"--only: unknown {', '.join(sorted(unknown))}; there are {', '.join(GROUPS)}")
     if options.isa == "all":
         return every_isa(options)
     if options.isa:
         os.environ["DEBERTA_KERNELS_CPU_ISA"] = options.isa
-    from benchmarks.harness.record import note, store
-    from benchmarks.report import table
+    run = Run("cpu", options, **({"isa": options.isa} if options.isa else {}))
+    if options.isa and run.result["library"].get("isa") != options.isa:
+        note(f"--isa {options.isa}: this machine or library runs {run.result['library'].get('isa')}")
+        return 1
+    run.measure_rates()
+    lines: list[Line] = []
+    if groups & set(CORE_GROUPS):
+        lines += measure_core(run, groups)
+    if "model" in groups:
+        from benchmarks.model.run import measure_lengths
 
-    result = measure(options)
-    if options.isa:
-        result["settings"]["isa"] = options.isa
-        if result["library"].get("isa") != options.isa:
-            note(f"--isa {options.isa}: this machine or library runs {result['library'].get('isa')}")
-            return 1
-    print(table(result))
-    store(result, options.json)
-    verdicts = {figure["verdict"] for figure in result["figures"]}
-    return int("RED" in verdicts or (options.strict and "MISSED" in verdicts))
+        lines += measure_lengths(run)
+    if "memory" in groups:
+        lines += measure_memory(run)
+    lines.sort(key=lambda line: GROUPS.index(line.group))
+    run.keep(lines)
+    print(tables.text(run.result))
+    return run.status

@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.core.candidates import Inputs, draw, ours
+from benchmarks.core.candidates import problem as problem_of
+from benchmarks.core.checking import worst
 from benchmarks.gpu.cases import cases, long_cases
-from benchmarks.gpu.items import Item
 from benchmarks.gpu.plan import Plan
-from benchmarks.registry import GEOMETRY, Shape
+from benchmarks.gpu.stages import Item
+from benchmarks.harness.work import GEOMETRY
+from benchmarks.registry import Shape
 from deberta_kernels import dispatch
 from deberta_kernels.testing import budget, inputs
 from deberta_kernels.testing.backends import Target
@@ -86,13 +89,10 @@ def _where_it_runs(plan: Plan, check: Callable[[], dict[str, Any]]) -> dict[str,
 
 
 def _kept(report: budget.Report) -> dict[str, Any]:
-    worst = max(
-        max(row.max_error / max(row.max_allowed, 1e-30), row.mean_error / max(row.mean_allowed, 1e-30))
-        for row in report.rows
-    )
+    largest = worst(report)
     return {
         "ok": report.ok,
-        "worst_of_allowed": round(worst, 4) if math.isfinite(worst) else None,
+        "worst_of_allowed": round(largest, 4) if math.isfinite(largest) else None,
         "second_look": report.second_look,
         "text": "" if report.ok else str(report),
     }
@@ -230,7 +230,7 @@ def _many_scores(plan: Plan) -> dict[str, Any]:
         part = Inputs(
             *(x[:, head : head + 1] for x in (whole.q, whole.k, whole.v)), *_tables(whole, head), _one(whole, head)
         )
-        against = budget.truth(_problem(part), part.dout)
+        against = budget.truth(problem_of(part), part.dout)
         results = {name: _head(name, x, head) for name, x in found.items()}
         reports.append(_kept(budget.measure(results, against, f"{plan.backend} head {head}")))
         del against
@@ -251,12 +251,6 @@ def _tables(whole: Inputs, head: int) -> tuple[Tensor, Tensor]:
 
 def _head(name: str, x: Tensor, head: int) -> Tensor:
     return x[head : head + 1] if name in ("dpos_key", "dpos_query") else x[:, head : head + 1]
-
-
-def _problem(part: Inputs) -> AttentionProblem:
-    spec = PositionSpec(GEOMETRY.position_buckets, GEOMETRY.max_relative_positions)
-    scale = 1.0 / math.sqrt(3 * GEOMETRY.dim)
-    return AttentionProblem(*part.leaves, Masks(), spec, scale, max_seqlen=part.q.shape[2])
 
 
 def _worst(reports: list[dict[str, Any]]) -> dict[str, Any]:
@@ -282,7 +276,7 @@ def _large_offsets(plan: Plan) -> dict[str, Any]:
         part = Inputs(
             *(x[samples] for x in (whole.q, whole.k, whole.v)), whole.pos_key, whole.pos_query, whole.dout[samples]
         )
-        against = budget.truth(_problem(part), part.dout)
+        against = budget.truth(problem_of(part), part.dout)
         for name in ("dpos_key", "dpos_query"):  # sums over all samples, which the slice does not have
             del against.oracle[name]
         reports.append(_kept(budget.measure({name: x[samples] for name, x in found.items()}, against, str(samples))))

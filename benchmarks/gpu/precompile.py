@@ -11,10 +11,10 @@ import torch
 from benchmarks.core.candidates import candidates
 from benchmarks.gpu import rivals, timings
 from benchmarks.gpu.cases import cases, long_cases
-from benchmarks.gpu.items import Item
 from benchmarks.gpu.plan import Plan
+from benchmarks.gpu.stages import Item
 from benchmarks.harness.process import environment, program
-from benchmarks.registry import Shape
+from benchmarks.registry import PEERS, Shape
 from deberta_kernels import dispatch
 from deberta_kernels.testing import budget, inputs
 from deberta_kernels.testing.backends import Target
@@ -50,7 +50,7 @@ def foreign(plan: Plan) -> list[tuple[str, Shape]]:
     """
     if plan.small or plan.smoke:
         return []
-    names = ["compiled", *(name for name in rivals.RIVALS if not rivals.available(name))]
+    names = ["compiled", *(name for name in PEERS if not rivals.available(name))]
     return [(name, s) for s in plan.shapes() for name in names if name != "compiled" or s.length <= MOST_COMPILED]
 
 

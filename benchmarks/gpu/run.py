@@ -21,8 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.process import ROOT
-from benchmarks.harness.record import RESULTS
+from benchmarks.harness.process import RESULTS, ROOT, note
 
 SCHEMA = 1
 # Stage: (limit in seconds, limit of one item in seconds), whole run and smoke; in this order.
@@ -68,11 +67,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def plan_of(options: argparse.Namespace) -> Any:
     """Return the settings that the options ask for."""
-    from benchmarks.gpu.plan import LENGTHS, Plan
+    from benchmarks.gpu.plan import Plan
+    from benchmarks.registry import GPU_LENGTHS
 
     lengths = tuple(int(n) for n in options.lengths.split(",") if n)
     small, smoke = options.device == "cpu", options.smoke
-    default = (32, 64) if small else (512, 2048) if smoke else LENGTHS
+    default = (32, 64) if small else (512, 2048) if smoke else GPU_LENGTHS
     return Plan(
         device=options.device,
         backend=options.backend,
@@ -88,8 +88,8 @@ def plan_of(options: argparse.Namespace) -> Any:
 def worker(options: argparse.Namespace) -> int:
     """Run the items of one stage; the process that `supervise` starts."""
     from benchmarks.gpu.device import healthy
-    from benchmarks.gpu.items import work
     from benchmarks.gpu.plan import Plan
+    from benchmarks.gpu.stages import work
 
     plan = Plan.from_text(options.plan)
     # cuBLAS repeats its bits only with a workspace of a fixed size, which must be asked for before it starts.
@@ -113,14 +113,14 @@ def child(options: argparse.Namespace) -> int:
         from benchmarks.gpu.precompile import run_share
 
         return run_share(plan, options.share)
-    from benchmarks.gpu import watching
+    from benchmarks.gpu import profilers
 
-    return watching.run_small(plan) if options.small else watching.run_profiled(plan, options.profiled)
+    return profilers.run_small(plan) if options.small else profilers.run_profiled(plan, options.profiled)
 
 
 def stage_items(stage: str, plan: Any, rates: dict[str, Any]) -> list[Any]:
     """Return the items of a stage."""
-    from benchmarks.gpu.items import Item
+    from benchmarks.gpu.stages import Item
 
     if stage == "ceilings":
         from benchmarks.gpu.device import ceilings, describe
@@ -139,9 +139,9 @@ def stage_items(stage: str, plan: Any, rates: dict[str, Any]) -> list[Any]:
 
         return models(plan)
     if stage in ("sanitizer", "counters"):
-        from benchmarks.gpu import watching
+        from benchmarks.gpu import profilers
 
-        return watching.sanitizer_items(plan) if stage == "sanitizer" else watching.counter_items(plan)
+        return profilers.sanitizer_items(plan) if stage == "sanitizer" else profilers.counter_items(plan)
     from benchmarks.gpu import timings
 
     makers = {"core": timings.core_items, "rivals": timings.rival_items, "compiled": timings.compiled_items}
@@ -208,8 +208,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     if options.plan:
         return child(options)
-    from benchmarks.gpu.items import note
-    from benchmarks.gpu.supervisor import Stage, supervise
+    from benchmarks.gpu.stages import Stage, supervise
     from benchmarks.gpu.table import table
 
     if options.device == "cuda" and (missing := _missing()):
@@ -232,7 +231,7 @@ def main(arguments: list[str] | None = None) -> int:
             run.update(name, {"items": {}, "seconds": 0.0, "complete": False, "broken": "no time left"})
             continue
         stage = Stage(name, *((seconds, item_seconds) if seconds else whole if whole[0] else ASKED_FOR))
-        note(f"stage {name}, at most {min(stage.seconds, left):.0f} s")
+        note(f"stage {name}, at most {min(stage.seconds, left):.0f} s; at most {left:.0f} s left of the run")
         record = supervise(stage, plan, min(stage.seconds, left), lambda so_far, name=name: run.update(name, so_far))
         run.update(name, record)
     print(table(run.result))

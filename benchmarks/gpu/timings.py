@@ -13,11 +13,11 @@ from benchmarks.core.candidates import CORES, Inputs, candidates, hugging_face_c
 from benchmarks.core.checking import check_candidates
 from benchmarks.gpu import rivals
 from benchmarks.gpu.device import Clock, peak_memory
-from benchmarks.gpu.floors import floor
-from benchmarks.gpu.items import Item
 from benchmarks.gpu.plan import Plan
+from benchmarks.gpu.stages import Item
 from benchmarks.harness.clock import Pace, interleave
-from benchmarks.registry import Shape
+from benchmarks.harness.work import floor
+from benchmarks.registry import PEERS, Shape
 from deberta_kernels import dispatch
 from deberta_kernels.types import AttentionProblem, Masks, PositionSpec
 
@@ -41,9 +41,9 @@ def core_items(plan: Plan, rates: dict[str, Any]) -> list[Item]:
 def rival_items(plan: Plan, rates: dict[str, Any]) -> list[Item]:
     """Return one item per shape: the rivals, with ours beside them; and for an absent one an item that says why."""
     rivals.register()
-    absent = {name: reason for name in rivals.RIVALS if (reason := rivals.available(name))}
+    absent = {name: reason for name in PEERS if (reason := rivals.available(name))}
     found = [Item(name, lambda reason=reason: {"ok": True, "skipped": reason}) for name, reason in absent.items()]
-    present = rivals.RIVALS.keys() - absent.keys()
+    present = set(PEERS) - absent.keys()
     if present:
         found += [_item(plan, shape, {*present, "bare"}, rates) for shape in plan.shapes()]
     return found

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.process import ROOT, environment, program
+from benchmarks.harness.process import ROOT, environment, note, program
 
 DTYPES = ("bfloat16", "float16", "float32")
 DIMS = (64, 32, 128, 256)
@@ -226,8 +226,8 @@ def main(arguments: list[str] | None = None) -> int:
         print("tune.py: torch sees no GPU; TRITON_INTERPRET=1 with --device cpu tries the program", file=sys.stderr)
         return 2
     from benchmarks.gpu.device import describe
-    from benchmarks.gpu.items import note
     from benchmarks.harness import machine
+    from benchmarks.harness.record import Progress
     from deberta_kernels.impl.triton import tuning
 
     key = tuning.device_key(torch.device(options.device))
@@ -247,18 +247,20 @@ def main(arguments: list[str] | None = None) -> int:
         "device": describe(options.device),
         "shapes": TINY_SHAPES if small else SHAPES,
     }
-    without = 0
-    for entry in entries(options):
+    without, wanted = 0, entries(options)
+    progress = Progress(1.0 for _ in wanted)
+    for entry in wanted:
         if options.seconds and time.monotonic() - started > options.seconds:
             note(f"no time left for {entry}")
             continue
         found = measure(options, entry, key)
         if "tile" not in found:
-            note(f"{entry}: no candidate works: {found['refused']}")
+            progress.step(f"{entry}: no candidate works: {found['refused']}")
             without += 1
             continue
         store(path, found, about)
         times = ", ".join(f"{name}: {x}" for name, x in found["milliseconds"].items())
-        note(f"{entry}: tile {found['tile']}, {found['num_warps']} warps, {found['num_stages']} stages of {times} ms")
+        best = f"tile {found['tile']}, {found['num_warps']} warps, {found['num_stages']} stages"
+        progress.step(f"{entry}: {best} of {times} ms")
     print(f"written: {path}")
     return int(without > 0)

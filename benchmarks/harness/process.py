@@ -6,12 +6,19 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ROOT", "environment", "program", "run_alone"]
+__all__ = ["RESULTS", "ROOT", "environment", "note", "program", "run_alone"]
 
 ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def note(text: str) -> None:
+    """Show progress, apart from the results on stdout."""
+    print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
 
 
 def program(*arguments: str) -> list[str]:

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.core.checking import Check
-from benchmarks.model.batches import Batch, ModelShape
+from benchmarks.model.batches import Batch
 from benchmarks.model.rivals import Call
+from benchmarks.registry import ModelShape
 from deberta_kernels.testing import budget
 
 __all__ = ["Tolerance", "Truth", "check", "check_call", "largest_difference", "tolerance", "truths"]
@@ -33,7 +34,7 @@ MOST_SAMPLES = 4
 
 @dataclass(frozen=True)
 class Truth:
-    """Hold the float64 result of the first samples of a batch.
+    """The float64 result of the first samples of a batch.
 
     Attributes:
         hidden: (samples, N, C) float64.
@@ -44,7 +45,7 @@ class Truth:
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Hold what one shape allows.
+    """What one shape allows.
 
     Attributes:
         eager_error: largest error of eager against float64.
@@ -96,7 +97,7 @@ def tolerance(
     Raises:
         ValueError: neither a truth nor a shorter shape.
     """
-    factor, relative = budget.LIMITS[getattr(torch, shape.dtype)]
+    dtype = getattr(torch, shape.dtype)
     if truth is None:
         measured = [x for x in shorter if x.measured]
         if not measured:
@@ -104,7 +105,9 @@ def tolerance(
         widest = max(measured, key=lambda x: x.bound)
         return Tolerance(widest.eager_error, widest.bound, widest.between, measured=False)
     error = largest_difference(eager, truth.hidden, batch.attention_mask)
-    bound = factor * (error + relative * max(1.0, float(truth.hidden.abs().max())))
+    bound = budget.allowance(dtype, error, float(truth.hidden.abs().max()))
+    # A candidate may be `bound` from the truth, and eager that over the factor, on the other side.
+    factor = budget.LIMITS[dtype][0]
     return Tolerance(error, bound, bound * (factor + 1) / factor)
 
 

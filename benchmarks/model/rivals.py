@@ -19,15 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.core.candidates import model_settings
 from benchmarks.harness.process import ROOT
-from benchmarks.model.batches import Batch, ModelShape
+from benchmarks.model.batches import Batch
+from benchmarks.registry import CANDIDATES, ModelShape
+from deberta_kernels.testing.geometries import settings
 
-__all__ = ["Call", "build", "candidate_names", "export", "load_plain", "missing_packages"]
+__all__ = ["Call", "build", "candidate_names", "export", "forward", "load_plain", "missing_packages", "patched"]
 
 EXPORTS = ROOT / "build" / "benchmarks"
-# candidate: packages it needs; torch and transformers are needed by all.
-NEEDS: dict[str, tuple[str, ...]] = {"onnxruntime": ("onnx", "onnxruntime"), "openvino": ("onnx", "openvino")}
 INPUTS = ("input_ids", "attention_mask")
 # The last one that all supported versions of torch write without converting.
 OPSET = 17
@@ -36,17 +35,17 @@ Call = Callable[[Batch], Tensor]
 
 def candidate_names(shape: ModelShape) -> list[str]:
     """Return the candidates of a shape, installed or not."""
-    names = ["eager", "patched"]
-    if shape.fill < 1.0:
-        names.append("padded")
-    if shape.dtype == "float32":
-        names.append("onnxruntime")  # its CPU kernels do not compute in bfloat16
-    return [*names, "openvino", "bert"]
+    return [
+        name
+        for name, candidate in CANDIDATES["model"].items()
+        if (not candidate.dtypes or shape.dtype in candidate.dtypes) and (shape.fill < 1.0 or not candidate.ragged)
+    ]
 
 
 def missing_packages(name: str) -> list[str]:
     """Return the packages that a candidate lacks here."""
-    return [package for package in NEEDS.get(name, ()) if importlib.util.find_spec(package) is None]
+    needs = CANDIDATES["model"][name].needs
+    return [package for package in needs if importlib.util.find_spec(package) is None]
 
 
 def load_plain(source: str) -> Any:
@@ -61,11 +60,11 @@ def load_plain(source: str) -> Any:
     if source:
         return transformers.AutoModel.from_pretrained(source, dtype=torch.float32, local_files_only=True).eval()
     torch.manual_seed(0)
-    return transformers.DebertaV2Model(transformers.DebertaV2Config(**model_settings())).eval()
+    return transformers.DebertaV2Model(transformers.DebertaV2Config(**settings("v3-base", vocab_size=1024))).eval()
 
 
 class _HiddenStates(nn.Module):
-    """Return the last hidden state alone, so that the exported graph has one output."""
+    """A model that returns the last hidden state alone, so that the exported graph has one output."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -113,7 +112,7 @@ def export(plain: Any, source: str) -> Path:
 
 
 def build(name: str, shape: ModelShape, plain: Any, exported: Path | None, backend: str) -> Call:
-    """Return the forward of a candidate: batch -> last hidden state (B, N, C), without gradients, on one thread.
+    """Return the forward of a candidate: batch -> last hidden state (B, N, C), without gradients.
 
     Args:
         name: one of `candidate_names(shape)`.
@@ -127,17 +126,17 @@ def build(name: str, shape: ModelShape, plain: Any, exported: Path | None, backe
     if name == "openvino":
         return _openvino(str(exported), shape)
     if name == "bert":
-        return _forward(bert(plain.config, shape))
-    return _forward(plain if name == "eager" else patched(plain, backend, unpad="auto" if name == "patched" else False))
+        return forward(bert(plain.config, shape))
+    return forward(plain if name == "eager" else patched(plain, backend, unpad="auto" if name == "patched" else False))
 
 
-def patched(plain: Any, backend: str, unpad: str | bool) -> Any:
-    """Return a patched copy that shares the weights."""
+def patched(plain: Any, backend: str, **settings: Any) -> Any:
+    """Return a patched copy that shares the weights; `settings` are those of `deberta_kernels.patch`."""
     import deberta_kernels
 
     shared: dict[int, Any] = {id(x): x for x in (*plain.parameters(), *plain.buffers())}
     model = copy.deepcopy(plain, shared)
-    deberta_kernels.patch(model, backend=backend, unpad=unpad, strict=True)
+    deberta_kernels.patch(model, backend=backend, strict=True, **settings)
     return model
 
 
@@ -147,20 +146,22 @@ def bert(config: Any, shape: ModelShape) -> Any:
 
     torch.manual_seed(0)
     sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act")
-    settings = {name: getattr(config, name) for name in sizes}
-    settings["max_position_embeddings"] = max(512, shape.length)
-    settings["attn_implementation"] = "sdpa"
-    model = BertModel(BertConfig(**settings), add_pooling_layer=False)
+    chosen = {name: getattr(config, name) for name in sizes}
+    chosen["max_position_embeddings"] = max(512, shape.length)
+    chosen["attn_implementation"] = "sdpa"
+    model = BertModel(BertConfig(**chosen), add_pooling_layer=False)
     return model.to(getattr(torch, shape.dtype)).eval()
 
 
-def _forward(model: Any) -> Call:
-    def run(batch: Batch) -> Tensor:
+def forward(model: Any) -> Call:
+    """Return the last hidden state of a model as a function of a batch, without gradients."""
+
+    def call(batch: Batch) -> Tensor:
         with torch.no_grad():
             hidden: Tensor = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)[0]
         return hidden
 
-    return run
+    return call
 
 
 def _arrays(batch: Batch) -> dict[str, Any]:
@@ -171,7 +172,7 @@ def _onnxruntime(path: str) -> Call:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -187,6 +188,6 @@ def _openvino(path: str, shape: ModelShape) -> Call:
     model.reshape({name: [shape.batch, shape.length] for name in INPUTS})
     # Left alone, it would choose bfloat16 by itself where the processor has it.
     precision = "f32" if shape.dtype == "float32" else "bf16"
-    settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1}
-    request = core.compile_model(model, "CPU", settings).create_infer_request()
+    asked = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads(), "NUM_STREAMS": 1}
+    request = core.compile_model(model, "CPU", asked).create_infer_request()
     return lambda batch: torch.from_numpy(request.infer(_arrays(batch))[0])

@@ -12,78 +12,38 @@ from __future__ import annotations
 
 import argparse
 import copy
-import os
-import time
+import importlib.util
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
-LIBRARIES = ("adapters", "peft")
+import torch
 
-
-@dataclass(frozen=True)
-class Workload:
-    """Say what is timed.
-
-    Attributes:
-        method: name of an adapter of the model.
-        title: what the table says of it.
-        batch: samples.
-        length: tokens of each, all of them real.
-        train: forward, backward and an optimizer's step of the adapter; False: a forward under inference_mode.
-        must: speed-up that has to be reached, or None.
-    """
-
-    method: str
-    title: str
-    batch: int
-    length: int
-    train: bool
-    must: float | None = None
-
-    @property
-    def case(self) -> str:
-        """Return the shape and what is done."""
-        return f"{self.batch}x{self.length} float32, {'training step' if self.train else 'eval'}"
-
-
-LORA, PREFIX = "LoRA on q, k, v, rank 8", "prefix tuning, 30 tokens"
-WORKLOADS = {
-    "adapters": (
-        Workload("prefix", PREFIX, 1, 512, False, 1.5),
-        Workload("lora", LORA, 4, 512, True, 1.5),
-        Workload("lora", LORA, 1, 512, False),
-        Workload("prompt", "prompt tuning, 30 tokens", 1, 512, False),
-        Workload("bottleneck", "seq_bn", 1, 128, False),
-    ),
-    "peft": (Workload("lora", LORA, 4, 512, True, 1.5), Workload("lora", LORA, 1, 512, False)),
-}
+import deberta_kernels as dk
+from benchmarks.harness import record, tables
+from benchmarks.harness.clock import Pace, interleave
+from benchmarks.harness.record import Progress, Run
+from benchmarks.registry import ADAPTERS, Workload
+from deberta_kernels.testing import budget
+from deberta_kernels.testing.geometries import settings
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--library", choices=LIBRARIES, help="default: adapters where it imports, else peft")
-    parser.add_argument("--quick", action="store_true", help="the figures that have a bound, with few rounds")
+    parser = record.options("adapters", __doc__)
+    parser.add_argument("--library", choices=tuple(ADAPTERS), help="default: adapters where it is installed, else peft")
     parser.add_argument("--only", default="", help="methods, comma-separated: lora, prefix, prompt, bottleneck")
     parser.add_argument("--layers", type=int, default=12, help="layers of the model; the figures are those of 12")
-    parser.add_argument("--json", default="", help="write here, not to benchmarks/results/<device>/; '-': nowhere")
-    parser.add_argument("--backend", default="cpu", help="which backend is ours: cpu, torch or reference")
-    parser.add_argument("--strict", action="store_true", help="exit with 1 when a figure misses its must")
     return parser.parse_args(arguments)
 
 
 def build(library: str, layers: int) -> Any:
     """Return the model with every adapter the workloads name, the same weights on every call."""
-    import torch
     import transformers
 
-    from benchmarks.core.candidates import model_settings
-
     torch.manual_seed(0)
-    config = transformers.DebertaV2Config(**{**model_settings(), "num_hidden_layers": layers})
+    config = transformers.DebertaV2Config(**settings("v3-base", vocab_size=1024, num_hidden_layers=layers))
     if library == "peft":
         import peft
 
@@ -114,8 +74,6 @@ def activate(model: Any, workload: Workload) -> Any:
 
 def step_of(model: Any, workload: Workload, inputs: dict[str, Any]) -> Callable[[int], object]:
     """Return what is timed: a function of a counter."""
-    import torch
-
     if not workload.train:
 
         def forward(_: int) -> object:
@@ -137,8 +95,6 @@ def step_of(model: Any, workload: Workload, inputs: dict[str, Any]) -> Callable[
 
 def results(model: Any, workload: Workload, inputs: dict[str, Any]) -> dict[str, Any]:
     """Return what one sample gives without dropout: its states, and in training the gradients by name."""
-    import torch
-
     sample = {name: value[:1] for name, value in inputs.items()}
     model.eval()
     with torch.set_grad_enabled(workload.train):
@@ -154,9 +110,7 @@ def results(model: Any, workload: Workload, inputs: dict[str, Any]) -> dict[str,
 
 @contextmanager
 def default_dtype(dtype: Any) -> Iterator[None]:
-    """Let tensors without a dtype of their own, of which AdapterHub makes a few, have this one."""
-    import torch
-
+    """Give this dtype to tensors without one of their own, of which AdapterHub makes a few."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -167,89 +121,56 @@ def default_dtype(dtype: Any) -> Iterator[None]:
 
 def check(plain: Any, fused: Any, workload: Workload, inputs: dict[str, Any]) -> str:
     """Return what is wrong with the patched model's results; "" when all are within the budget."""
-    import torch
-
-    from deberta_kernels.testing import budget
-
-    factor, relative = budget.LIMITS[torch.float32]
     with default_dtype(torch.float64):
         truth = results(copy.deepcopy(plain).double(), workload, inputs)
     eager, ours = results(plain, workload, inputs), results(fused, workload, inputs)
     # Gradients through the same layers share their scale.
-    scale = max([1.0, *(float(x.abs().max()) for name, x in truth.items() if name != "states")])
+    scale = max((float(x.abs().max()) for name, x in truth.items() if name != "states"), default=1.0)
     for name, exact in truth.items():
-        error, allowed = ((x[name].double() - exact).abs().max().item() for x in (ours, eager))
-        floor = relative * max(float(exact.abs().max()), 1.0 if name == "states" else scale)
-        if not error <= factor * (allowed + floor):
-            return f"RED: {name} errs {error:.3g}, eager {allowed:.3g}"
+        error, theirs = ((x[name].double() - exact).abs().max().item() for x in (ours, eager))
+        largest = max(float(exact.abs().max()), 0.0 if name == "states" else scale)
+        if not error <= budget.allowance(torch.float32, theirs, largest):
+            return f"{name} errs {error:.3g}, eager {theirs:.3g}"
     return ""
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Check and time every workload; return what the JSON file holds."""
-    import torch
-
-    torch.set_num_threads(1)
-    torch.set_num_interop_threads(1)
-    import deberta_kernels as dk
-    from benchmarks.core.measure import Line
-    from benchmarks.harness import machine
-    from benchmarks.harness.clock import Pace, interleave
-    from benchmarks.harness.record import note, preamble
-
-    started = time.perf_counter()
-    result = preamble(f"adapters-{options.library}", 1, options.backend, quick=options.quick)
-    result["settings"].update(model=f"v3-base, {options.layers} layers, random weights", library=options.library)
-    plain, fused = build(options.library, options.layers), build(options.library, options.layers)
-    dk.patch(fused, backend=options.backend, strict=True)
-    result["rates_gflops"] = machine.rates(Pace(5, 3, 2.0))
-    result["workloads"], lines = [], []
-    methods = set(filter(None, options.only.split(",")))
-    for workload in WORKLOADS[options.library]:
-        if (options.quick and workload.must is None) or (methods and workload.method not in methods):
-            continue
-        ids = torch.randint(3, plain.config.vocab_size, (workload.batch, workload.length))
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        models = {"eager": activate(plain, workload), "patched": activate(fused, workload)}
-        dk.reset_stats()
-        wrong = check(plain, fused, workload, inputs)
-        record = {**workload.__dict__, "check": wrong or "within the budget", "stats": dk.stats(), "samples": {}}
-        values: dict[str, Any] = {"reason": wrong}
-        if not wrong:
-            steps = {name: step_of(model, workload, inputs) for name, model in models.items()}
-            pace = Pace(3, 3, 1.0) if options.quick else Pace(9, 5, 60.0)
-            samples = interleave(steps, pace)
-            record["samples"] = {name: sample.as_json() for name, sample in samples.items()}
-            eager, ours = samples["eager"], samples["patched"]
-            values = {"median": eager.median / ours.median, "best": eager.minimum / ours.minimum}
-        lines.append(Line("adapters", workload.title, workload.case, workload.must, None, True, "x", **values))
-        result["workloads"].append(record)
-        note(f"{workload.title}, {workload.case}: {wrong or '{median:.2f}x, minima {best:.2f}x'.format(**values)}")
-    result["figures"] = [line.as_json() for line in lines]
-    result["load_average_after"] = [round(x, 2) for x in os.getloadavg()]
-    result["seconds"] = round(time.perf_counter() - started, 1)
-    return result
+def measure(run: Run, plain: Any, fused: Any, workload: Workload) -> dict[str, Any]:
+    """Check and time one workload."""
+    ids = torch.randint(3, plain.config.vocab_size, (workload.batch, workload.length))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    models = {"eager": activate(plain, workload), "patched": activate(fused, workload)}
+    dk.reset_stats()
+    wrong = check(plain, fused, workload, inputs)
+    text = f"RED: {wrong}" if wrong else "within the budget"
+    found = {**workload.__dict__, "check": text, "stats": dk.stats(), "samples": {}}
+    if not wrong:
+        steps = {name: step_of(model, workload, inputs) for name, model in models.items()}
+        samples = interleave(steps, Pace(3, 3, 1.0) if run.quick else Pace(9, 5, 60.0))
+        found["samples"] = {name: sample.as_json() for name, sample in samples.items()}
+    return found
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run; return the exit status: 1 for a wrong answer of ours, or with --strict for a missed figure."""
     options = parse(arguments)
-    # Before torch starts its threads: an idle one that spins would count as CPU time.
-    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
-    os.environ["HF_HUB_OFFLINE"] = "1"
     warnings.simplefilter("ignore")
-    from benchmarks.harness.record import store
-    from benchmarks.report import table
-
-    if options.library is None:
-        try:
-            import adapters  # noqa: F401
-
-            options.library = "adapters"
-        except (ImportError, RuntimeError):
-            options.library = "peft"
-    result = measure(options)
-    print(table(result))
-    store(result, options.json)
-    verdicts = {figure["verdict"] for figure in result["figures"]}
-    return int("RED" in verdicts or (options.strict and "MISSED" in verdicts))
+    library = options.library or ("adapters" if importlib.util.find_spec("adapters") else "peft")
+    model = f"v3-base, {options.layers} layers, random weights"
+    run = Run(f"adapters-{library}", options, model=model, library=library)
+    plain, fused = build(library, options.layers), build(library, options.layers)
+    dk.patch(fused, backend=run.backend, strict=True)
+    run.measure_rates()
+    methods = set(filter(None, options.only.split(",")))
+    workloads = [x for x in ADAPTERS[library] if (x.must or not run.quick) and (not methods or x.method in methods)]
+    progress = Progress(x.batch * (1 + 2 * x.train) for x in workloads)
+    records, lines = [], []
+    for workload in workloads:
+        found = measure(run, plain, fused, workload)
+        wrong = found["check"].startswith("RED")
+        checks = {"patched": {"ok": not wrong, "text": found["check"]}}
+        records.append(found)
+        lines.append(run.judge(workload.figure, {**found, "checks": checks}, None))
+        run.keep(lines, workloads=records)
+        progress.step(f"{workload.title}, {workload.label}: {run.times(found['samples']) or found['check']}")
+    print(tables.text(run.result))
+    return run.status

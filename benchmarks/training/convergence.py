@@ -1,6 +1,6 @@
 """Fine-tune a checkpoint on sentence polarity with several seeds, patched and stock, and compare the accuracies.
 
-python -m benchmarks convergence --model DIRECTORY --data sentence_polarity.zip        10 seeds, an hour on one core
+python -m benchmarks convergence --model DIRECTORY --data sentence_polarity.zip        10 seeds, an hour on one thread
 
 The archive holds rt-polarity.pos and rt-polarity.neg, one sentence a line (Pang and Lee). Both models of a seed see the
 same sentences in the same order; their dropout differs, as it would between two seeds. The word embeddings, most of the
@@ -10,12 +10,10 @@ parameters of a small model, are no part of what is compared and stay frozen.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import multiprocessing
 import random
 import statistics
-import sys
 import zipfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -24,7 +22,8 @@ from typing import Any
 import torch
 
 import deberta_kernels as dk
-from benchmarks.harness.record import preamble, store
+from benchmarks.harness import record, tables
+from benchmarks.harness.record import Progress, Run
 
 HELD_OUT = 1000  # sentences
 POOL = 8  # batches whose sentences are sorted by length
@@ -73,7 +72,7 @@ def accuracy(options: argparse.Namespace, seed: int, ours: bool) -> float:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, logging
 
     logging.set_verbosity_error()
-    torch.set_num_threads(1)
+    torch.set_num_threads(options.threads)
     tokenizer, samples = AutoTokenizer.from_pretrained(options.model), read(options.data)
     torch.manual_seed(seed)
     model = AutoModelForSequenceClassification.from_pretrained(
@@ -126,22 +125,22 @@ def verdict(ours: list[float], stock: list[float]) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run; return 1 when the mean difference is over the bound."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = record.options("convergence", __doc__, strict=False, backend=False)
     parser.add_argument("--model", required=True, help="directory of a checkpoint with its tokenizer")
     parser.add_argument("--data", required=True, type=Path, help="sentence_polarity.zip")
     parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=0, help="of each model; default 100, with --quick 10")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=1e-4)
-    parser.add_argument("--jobs", type=int, default=1, help="models trained side by side, on a core each")
+    parser.add_argument("--jobs", type=int, default=1, help="models trained side by side, on as many threads each")
     parser.add_argument("--bfloat16", action="store_true", help="train under bfloat16 autocast")
-    parser.add_argument("--json", default="", help="write here, not to benchmarks/results/<device>/; '-': nowhere")
     options = parser.parse_args(arguments)
-    result = preamble("convergence", 1, "cpu", quick=False)
+    options.steps = options.steps or (10 if options.quick else 100)
     learning = ("seeds", "steps", "batch_size", "learning_rate", "bfloat16")
-    result["settings"] |= {name: getattr(options, name) for name in learning}
+    run = Run("convergence", options, **{name: getattr(options, name) for name in learning})
     found: dict[bool, list[float]] = {True: [], False: []}
     context = multiprocessing.get_context("spawn")
+    progress = Progress(1.0 for _ in range(options.seeds))
     with ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
         waiting = [
             {ours: pool.submit(accuracy, options, seed, ours) for ours in found} for seed in range(options.seeds)
@@ -149,11 +148,9 @@ def main(arguments: list[str] | None = None) -> int:
         for seed, both in enumerate(waiting):
             for ours in found:
                 found[ours].append(both[ours].result())
-            reached = f"patched {found[True][-1]:.4f}, stock {found[False][-1]:.4f}"
-            print(f"seed {seed}: {reached}", file=sys.stderr, flush=True)
+            progress.step(f"seed {seed}: patched {found[True][-1]:.4f}, stock {found[False][-1]:.4f}")
     if options.seeds < 2:
         return 0
-    result["accuracy"] = verdict(found[True], found[False])
-    print(json.dumps(result["accuracy"], indent=1))
-    store(result, options.json)
-    return int(not result["accuracy"]["within"])
+    run.keep(accuracy=verdict(found[True], found[False]))
+    print(tables.text(run.result))
+    return int(not run.result["accuracy"]["within"])

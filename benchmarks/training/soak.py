@@ -11,12 +11,13 @@ are full. That takes thousands of steps. `--no-onednn` shows what grows without 
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 import torch
 
 import deberta_kernels as dk
+from benchmarks.harness import record
+from benchmarks.harness.process import note
+from benchmarks.harness.record import Progress
+from deberta_kernels.testing import geometries, memory
 
 __all__ = ["growth"]
 
@@ -24,6 +25,9 @@ MUST = 1.0  # KiB a step
 WARM_UP = 0.2  # share of the steps in which allocators and caches fill
 EVERY = 10  # steps between two readings
 LONGEST, LARGEST_BATCH = 160, 4
+NOTES, NOTED_FROM = 20, 1500  # a note after every twentieth; fewer steps take seconds
+SIZES = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 128, "max_position_embeddings": 512}
+SIZES["position_buckets"] = 256
 
 
 def growth(steps: int, stock: bool = False, seed: int = 0) -> float:
@@ -31,16 +35,13 @@ def growth(steps: int, stock: bool = False, seed: int = 0) -> float:
     from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
     torch.manual_seed(seed)
-    config = DebertaV2Config(
-        vocab_size=256, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128,
-        max_position_embeddings=512, relative_attention=True, position_buckets=256, pos_att_type=["p2c", "c2p"],
-        share_att_key=True, norm_rel_ebd="layer_norm", position_biased_input=False, type_vocab_size=0,
-    )  # fmt: skip
+    config = DebertaV2Config(**geometries.settings("tiny", vocab_size=256, **SIZES))
     model = DebertaV2ForSequenceClassification(config).train()
     if not stock:
         dk.patch(model, strict=True)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
     readings: list[tuple[int, float]] = []
+    progress = Progress([1.0] * NOTES)
     for step in range(steps):
         batch, length = (int(torch.randint(1, most + 1, ())) for most in (LARGEST_BATCH, LONGEST))
         ids = torch.randint(1, 256, (batch, length))
@@ -49,31 +50,28 @@ def growth(steps: int, stock: bool = False, seed: int = 0) -> float:
         model(input_ids=ids, attention_mask=mask, labels=torch.randint(2, (batch,))).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        if (step + 1) % max(1, steps // NOTES) == 0:
+            left = progress.step()
+            if steps > NOTED_FROM:
+                note(f"step {step + 1} of {steps}, {left} left")
         if step >= WARM_UP * steps and step % EVERY == 0:
-            readings.append((step, _resident()))
+            readings.append((step, memory.status("VmRSS") / 1024))
     at, size = (torch.tensor(values, dtype=torch.float64) for values in zip(*readings))
     return float(((at - at.mean()) * (size - size.mean())).sum() / (at - at.mean()).square().sum())
 
 
-def _resident() -> float:
-    """Return the resident memory of this process, in KiB."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith("VmRSS:"):
-            return float(line.split()[1])
-    raise RuntimeError("/proc/self/status has no VmRSS; memory is measured on Linux only")
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run; return 1 when memory grows."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=10_000)
+    parser = record.options("soak", __doc__, strict=False, backend=False)
+    parser.add_argument("--steps", type=int, default=0, help="default 10,000, with --quick 1,000")
     parser.add_argument("--no-onednn", action="store_true", help="switch PyTorch's oneDNN off")
     parser.add_argument("--stock", action="store_true", help="do not patch the model")
     options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
+    steps = options.steps or (1000 if options.quick else 10_000)
+    torch.set_num_threads(options.threads)
     if options.no_onednn:
         torch.backends.mkldnn.set_flags(False)
-    slope = growth(options.steps, options.stock)
+    slope = growth(steps, options.stock)
     what = f"{'stock' if options.stock else 'patched'}{', without oneDNN' if options.no_onednn else ''}"
-    print(f"resident memory, {what}: {slope:+.3f} KiB a step over {options.steps} steps (at most {MUST})")
+    print(f"resident memory, {what}: {slope:+.3f} KiB a step over {steps} steps (at most {MUST})")
     return int(slope > MUST)

@@ -1,4 +1,7 @@
-"""Check and time training steps of whole models, and turn the times into the lines of the figures table.
+"""Time a training step of the whole model: patched, with PyTorch's and with native linear layers, against eager.
+
+python -m benchmarks train            v3-base geometry, both dtypes; 15 minutes for each number of threads
+python -m benchmarks train --quick    fewer rounds; 5 minutes
 
 A step is: forward with both dropouts, cross entropy, backward, AdamW. All candidates train the same weights in turn.
 bfloat16 means autocast; weights, gradients and the optimizer are float32 then.
@@ -6,66 +9,63 @@ bfloat16 means autocast; weights, gradients and the optimizer are float32 then.
 
 from __future__ import annotations
 
+import argparse
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-import deberta_kernels
-from benchmarks.core.candidates import model_settings
 from benchmarks.core.checking import Check
-from benchmarks.core.measure import Line, Plan
+from benchmarks.harness import record, tables
 from benchmarks.harness.clock import Pace, interleave
-from benchmarks.model.batches import Batch, ModelShape, draw_batches
-from benchmarks.registry import needed_flops_of_model
+from benchmarks.harness.figures import Line
+from benchmarks.harness.process import note
+from benchmarks.harness.record import Progress, Run
+from benchmarks.harness.work import needed_flops
+from benchmarks.model.batches import Batch, draw_batches
+from benchmarks.model.rivals import patched
+from benchmarks.registry import CANDIDATES, TRAIN_FIGURES, TRAIN_SHAPES, ModelShape
 from deberta_kernels.testing import budget
+from deberta_kernels.testing.geometries import settings
 
-__all__ = ["TRAIN_SHAPES", "Workshop", "judge_training", "measure_step"]
+__all__ = ["judged", "main"]
 
 PACE, QUICK_PACE = Pace(rounds=15, least=5, seconds=120.0), Pace(rounds=3, least=2, seconds=20.0)
-# (batch, length): (must, aim) against eager.
-FIGURES = {
-    "float32": {(8, 128): (1.25, 2.2), (4, 512): (1.6, 2.8)},
-    "bfloat16": {(8, 128): (1.3, 2.0), (4, 512): (1.6, 2.5)},
-}
-TRAIN_SHAPES = tuple(ModelShape(*size, dtype) for dtype, sizes in FIGURES.items() for size in sizes)
-# Of a step: products forward, and twice as many backward, for the inputs and for the weights.
-PASSES = 3
 # What the check runs: one sample of this many tokens, long enough to leave the linear zone of the positions.
 CHECKED_TOKENS = 256
+FAST_LINEARS = {"patched": "auto", "native": True}
 
 
-@dataclass
-class Workshop:
-    """Hold what the shapes of one run share: the plan, the model as transformers makes it, and its optimizer."""
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = record.options("train", __doc__)
+    parser.add_argument("--only", default="", help="dtypes, comma-separated: float32, bfloat16")
+    parser.add_argument("--sizes", default="", help="batches, comma-separated, such as 8x128")
+    return parser.parse_args(arguments)
 
-    plan: Plan
-    plain: Any = field(init=False)
-    optimizer: Any = field(init=False)
 
-    def __post_init__(self) -> None:
+class Training:
+    """The model as transformers makes it, its optimizer, and the candidates that share its weights."""
+
+    def __init__(self, backend: str) -> None:
         from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
         torch.manual_seed(0)
-        self.plain = DebertaV2ForSequenceClassification(DebertaV2Config(**model_settings()))
+        self.plain = DebertaV2ForSequenceClassification(DebertaV2Config(**settings("v3-base", vocab_size=1024)))
+        self._backend = backend
         # A rate that leaves the weights where they are: times must not depend on how far a candidate has trained.
         self.optimizer = torch.optim.AdamW(self.plain.parameters(), 1e-9, fused=True)
 
     def candidates(self, dtype: str) -> dict[str, Any]:
         """Return name -> model; all share their weights."""
-        found = {"eager": self.plain, "patched": self._patched("auto")}
-        if dtype == "float32":
-            found["native"] = self._patched(True)
+        wanted = {name for name, x in CANDIDATES["train"].items() if not x.dtypes or dtype in x.dtypes}
+        found = {"eager": self.plain}
+        for name in FAST_LINEARS:
+            if name in wanted:
+                found[name] = patched(self.plain, self._backend, fast_linears=FAST_LINEARS[name])
         return found
-
-    def _patched(self, fast_linears: bool | str) -> Any:
-        shared: dict[int, Any] = {id(x): x for x in (*self.plain.parameters(), *self.plain.buffers())}
-        model = copy.deepcopy(self.plain, shared)
-        deberta_kernels.patch(model, backend=self.plan.backend, strict=True, fast_linears=fast_linears)
-        return model
 
 
 def _loss(model: nn.Module, batch: Batch, dtype: str) -> Tensor:
@@ -91,7 +91,6 @@ def _check(models: dict[str, Any], shape: ModelShape) -> dict[str, Check]:
     for model in models.values():
         model.eval()
     truth = _gradients(copy.deepcopy(models["eager"]).double(), batch, "float64")
-    factor, relative = budget.LIMITS[getattr(torch, shape.dtype)]
 
     def error(model: nn.Module) -> float:
         found = _gradients(model, batch, shape.dtype)
@@ -103,7 +102,7 @@ def _check(models: dict[str, Any], shape: ModelShape) -> dict[str, Check]:
             sizes[module] = max(sizes.get(module, 0.0), float(exact.abs().max()))
         return max(errors[module] / sizes[module] for module in errors)
 
-    allowed = factor * (error(models["eager"]) + relative)
+    allowed = budget.allowance(getattr(torch, shape.dtype), error(models["eager"]))
     checks = {}
     for name, model in models.items():
         if name != "eager":
@@ -115,56 +114,52 @@ def _check(models: dict[str, Any], shape: ModelShape) -> dict[str, Check]:
     return checks
 
 
-def measure_step(workshop: Workshop, shape: ModelShape) -> dict[str, Any]:
+def measure_step(run: Run, training: Training, shape: ModelShape) -> dict[str, Any]:
     """Check and time every candidate of one shape."""
-    plan, title = workshop.plan, f"{shape.label} {shape.dtype}"
-    models = workshop.candidates(shape.dtype)
-    record: dict[str, Any] = {**shape.__dict__, "label": shape.label, "checks": {}}
+    models = training.candidates(shape.dtype)
+    found: dict[str, Any] = {**shape.__dict__, "label": shape.label, "checks": {}}
     for name, check in _check(models, shape).items():
-        plan.note(f"{title}: {name}: {check.text}")
-        record["checks"][name] = {**check.as_json(), "text": check.text}
+        note(f"{shape.label} {shape.dtype}: {name}: {check.text}")
+        found["checks"][name] = {**check.as_json(), "text": check.text}
         if not check.ok:
             del models[name]
-    batches = draw_batches(shape, workshop.plain.config.vocab_size)
-    record["needed_gflop"] = PASSES * needed_flops_of_model([shape.length] * shape.batch) / 1e9
+    batches = draw_batches(shape, training.plain.config.vocab_size)
+    found["needed_gflop"] = needed_flops([shape.length] * shape.batch, "step") / 1e9
 
     def step(model: nn.Module) -> Callable[[int], object]:
-        def run(index: int) -> None:
-            workshop.optimizer.zero_grad()
+        def call(index: int) -> None:
+            training.optimizer.zero_grad()
             _loss(model, batches[index % len(batches)], shape.dtype).backward()
-            workshop.optimizer.step()
+            training.optimizer.step()
 
-        return run
+        return call
 
-    samples = interleave({name: step(model) for name, model in models.items()}, QUICK_PACE if plan.quick else PACE)
-    record["samples"] = {name: x.as_json() for name, x in samples.items()}
-    times = (f"{name} {plan.pick(x)[0]:.2f}" for name, x in record["samples"].items())
-    plan.note(f"{title}, s: {', '.join(times)}")
-    return record
+    samples = interleave({name: step(model) for name, model in models.items()}, QUICK_PACE if run.quick else PACE)
+    found["samples"] = {name: sample.as_json() for name, sample in samples.items()}
+    return found
 
 
-def judge_training(
-    records: list[dict[str, Any]],
-    pick: Callable[[dict[str, Any]], tuple[float, float]],
-    rates: dict[str, float | None],
-) -> list[Line]:
-    """Return the lines of all figures; `at_peak` is a step of nothing but products at the highest rate seen."""
-    lines = []
-    for name, title in (("patched", "PyTorch's linears"), ("native", "native linears")):
-        for record in records:
-            dtype, size = record["dtype"], (record["batch"], record["length"])
-            must, aim = FIGURES[dtype][size]
-            if dtype == "bfloat16" and name == "native":
-                continue
-            # In float32 the aim is for native ones.
-            head = (dtype, f"training step, times faster than eager, {dtype}, {title}", record["label"], must)
-            line = (*head, aim if name == "native" or dtype == "bfloat16" else None, True, "x")
-            if name not in record["samples"]:
-                lines.append(Line(*line, reason=f"RED: {record['checks'][name]['text']}"))
-                continue
-            ours, eager = (pick(record["samples"][x]) for x in (name, "eager"))
-            rate = max((rate or 0.0) for key, rate in rates.items() if key.endswith(dtype))
-            shortest = record["needed_gflop"] / rate if rate else None
-            at_peak = eager[1] / shortest if shortest and shortest <= ours[1] else None
-            lines.append(Line(*line, median=eager[0] / ours[0], best=eager[1] / ours[1], at_peak=at_peak))
-    return lines
+def judged(run: Run, records: list[dict[str, Any]]) -> list[Line]:
+    """Return the lines of the figures of the shapes that were measured."""
+    by_shape = {(found["label"], found["dtype"]): found for found in records}
+    pairs = [(figure, by_shape.get((figure.shape.label, figure.shape.dtype))) for figure in TRAIN_FIGURES]
+    return [run.judge(figure, found, 1e9 * found["needed_gflop"]) for figure, found in pairs if found]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run; return the exit status: 1 for a wrong answer of ours, or with --strict for a missed figure."""
+    options = parse(arguments)
+    run = Run("train", options)
+    run.measure_rates()
+    dtypes = set(filter(None, options.only.split(","))) or {"float32", "bfloat16"}
+    sizes = set(filter(None, options.sizes.split(",")))
+    shapes = [s for s in TRAIN_SHAPES if s.dtype in dtypes and (not sizes or s.label in sizes)]
+    training = Training(run.backend)
+    progress = Progress(1.0 for _ in shapes)
+    records: list[dict[str, Any]] = []
+    for shape in shapes:
+        records.append(measure_step(run, training, shape))
+        run.keep(judged(run, records), steps=records, complete=len(records) == len(shapes))
+        progress.step(f"{shape.label} {shape.dtype}: {run.times(records[-1]['samples'])}")
+    print(tables.text(run.result))
+    return run.status

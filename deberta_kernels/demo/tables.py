@@ -22,5 +22,5 @@ def aligned(rows: Sequence[Sequence[str]], left: Collection[int] = (0,), heads: 
         lines.append("  ".join(cells).rstrip())
     if heads:
         # The last column may hold whole sentences.
-        lines.insert(heads, "  ".join("-" * min(width, 40) for width in widths))
+        lines.insert(heads, "  ".join("-" * width for width in [*widths[:-1], min(widths[-1], 40)]))
     return "\n".join(lines)

@@ -5,13 +5,13 @@ import sys
 
 import pytest
 
-from benchmarks.gpu import items, supervisor
+from benchmarks.gpu import stages
 from benchmarks.gpu.plan import Plan
 
 WORKER = """
 import argparse, os, pathlib, sys, time
 sys.path.insert(0, {root!r})
-from benchmarks.gpu.items import Item, work
+from benchmarks.gpu.stages import Item, work
 parser = argparse.ArgumentParser()
 for name in ("--worker", "--plan", "--lines"):
     parser.add_argument(name)
@@ -41,13 +41,13 @@ def run(tmp_path, monkeypatch, request):
     root = request.config.rootpath
     script = tmp_path / "worker.py"
     script.write_text(WORKER.format(root=str(root)))
-    monkeypatch.setattr(supervisor, "WORKER", [sys.executable, str(script)])
-    monkeypatch.setattr(supervisor, "POLL", 0.05)
+    monkeypatch.setattr(stages, "WORKER", [sys.executable, str(script)])
+    monkeypatch.setattr(stages, "POLL", 0.05)
 
     def start(names, seconds=30.0, item_seconds=20.0):
         seen = []
-        stage = supervisor.Stage(names, seconds, item_seconds)
-        record = supervisor.supervise(stage, Plan(device="cpu"), seconds, lambda r: seen.append(len(r["items"])))
+        stage = stages.Stage(names, seconds, item_seconds)
+        record = stages.supervise(stage, Plan(device="cpu"), seconds, lambda r: seen.append(len(r["items"])))
         return record, seen
 
     return start
@@ -90,7 +90,7 @@ def test_a_stage_ends_at_its_limit_and_keeps_what_it_has(run):
 def test_a_worker_that_does_not_start_is_reported(run, monkeypatch, tmp_path):
     broken = tmp_path / "broken.py"
     broken.write_text("raise SystemExit('no such module')")
-    monkeypatch.setattr(supervisor, "WORKER", [sys.executable, str(broken)])
+    monkeypatch.setattr(stages, "WORKER", [sys.executable, str(broken)])
     record, _ = run("fine")
     assert not record["complete"]
     assert "no such module" in record["broken"]
@@ -99,5 +99,5 @@ def test_a_worker_that_does_not_start_is_reported(run, monkeypatch, tmp_path):
 def test_half_written_lines_are_left_out(tmp_path):
     path = tmp_path / "lines"
     path.write_text(json.dumps({"started": "a"}) + "\n" + json.dumps({"finished": "a", "result": {}}) + '\n{"sta')
-    assert items.read(path) == ({"a": {}}, "")
-    assert items.read(tmp_path / "none") == ({}, "")
+    assert stages.read(path) == ({"a": {}}, "")
+    assert stages.read(tmp_path / "none") == ({}, "")

@@ -1,4 +1,4 @@
-"""Measure the memory one attention call needs beyond its inputs and outputs, in a process of its own.
+"""Memory that one attention call needs beyond its inputs and outputs, in a process of its own.
 
 Run as a program it measures one length and prints JSON; `extra_bytes` runs it so.
 """
@@ -6,57 +6,26 @@ Run as a program it measures one length and prints JSON; `extra_bytes` runs it s
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import json
-from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.process import run_alone
+import torch
 
-__all__ = ["extra_bytes", "peak"]
+from benchmarks.core.candidates import draw, ours
+from benchmarks.harness.process import run_alone
+from benchmarks.registry import Shape
+from deberta_kernels.testing.memory import peak
+
+__all__ = ["extra_bytes"]
 
 
 def extra_bytes(length: int, dtype: str, backend: str, threads: int, *, backward: bool = False) -> dict[str, Any]:
     """Return {"bytes": extra} of a fresh process, or {"error": text}."""
     arguments = [str(length), "--dtype", dtype, "--backend", backend, "--threads", str(threads)]
-    return run_alone("benchmarks.harness.memory", [*arguments, *(["--backward"] if backward else [])])
-
-
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}; memory is measured on Linux only")
-
-
-def peak(call: Callable[[], list[Any]]) -> dict[str, Any]:
-    """Return the high-water mark of one call above what the process held before, less the bytes of what it returns.
-
-    Args:
-        call: returns the tensors that are results; something smaller should have been run before, so that libraries are
-            loaded and threads started.
-    """
-    gc.collect()
-    with suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)  # glibc: freed pages would be reused unseen
-    Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to the present
-    before = _status("VmRSS")
-    results = call()
-    highest = _status("VmHWM")
-    returned = sum(x.numel() * x.element_size() for x in results)
-    return {"bytes": highest - before - returned, "returned": returned, "held_before": before}
+    return run_alone("benchmarks.core.memory", [*arguments, *(["--backward"] if backward else [])])
 
 
 def _measure(length: int, dtype: str, backend: str, *, backward: bool) -> dict[str, Any]:
-    """Return the `peak` of one call above the inputs."""
-    import torch
-
-    from benchmarks.core.candidates import draw, ours
-    from benchmarks.registry import Shape
-
     def run(inputs: Any) -> list[Any]:
         with torch.set_grad_enabled(backward):
             out = ours(inputs, backend, prepare=False)()
@@ -79,8 +48,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--backward", action="store_true")
     options = parser.parse_args()
-    import torch
-
     torch.set_num_threads(options.threads)
     print(json.dumps(_measure(options.length, options.dtype, options.backend, backward=options.backward)))
 

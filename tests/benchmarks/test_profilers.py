@@ -4,7 +4,7 @@ import stat
 
 import pytest
 
-from benchmarks.gpu import rivals, watching
+from benchmarks.gpu import profilers, rivals
 from benchmarks.gpu.plan import Plan
 
 
@@ -28,39 +28,39 @@ def found(items):
 
 def test_a_clean_run_is_fine_and_its_summary_kept(tool):
     tool("compute-sanitizer", "ran 6 cases\n========= ERROR SUMMARY: 0 errors")
-    for result in found(watching.sanitizer_items(Plan())):
+    for result in found(profilers.sanitizer_items(Plan())):
         assert result["ok"]
         assert result["summary"] == ["========= ERROR SUMMARY: 0 errors"]
         assert result["ran"] == ["ran 6 cases"]
 
 
 def test_errors_and_a_run_that_did_not_end_are_failures(tool):
-    tool("compute-sanitizer", "ran 6 cases\nInvalid __global__ read\nERROR SUMMARY: 1 error", watching.FOUND)
-    for result in found(watching.sanitizer_items(Plan())):
+    tool("compute-sanitizer", "ran 6 cases\nInvalid __global__ read\nERROR SUMMARY: 1 error", profilers.FOUND)
+    for result in found(profilers.sanitizer_items(Plan())):
         assert not result["ok"]
         assert "Invalid __global__ read" in result["text"]
         assert "--kernel-name kns=disentangled" in result["text"]
     tool("compute-sanitizer", "ERROR SUMMARY: 0 errors")
-    assert not any(result["ok"] for result in found(watching.sanitizer_items(Plan())))
+    assert not any(result["ok"] for result in found(profilers.sanitizer_items(Plan())))
 
 
 def test_a_machine_that_does_not_let_it_work_is_no_failure(tool):
     tool("compute-sanitizer", "Error: Device not supported", 1)
-    assert all("Device not supported" in result["skipped"] for result in found(watching.sanitizer_items(Plan())))
+    assert all("Device not supported" in result["skipped"] for result in found(profilers.sanitizer_items(Plan())))
     tool("ncu", "==ERROR== ERR_NVGPUCTRPERM", 1)
-    assert all("reads no counters" in result["skipped"] for result in found(watching.counter_items(Plan())))
+    assert all("reads no counters" in result["skipped"] for result in found(profilers.counter_items(Plan())))
 
 
 def test_counters_are_kept_as_text(tool):
     tool("ncu", "bank conflicts 12")
-    for result in found(watching.counter_items(Plan())):
+    for result in found(profilers.counter_items(Plan())):
         assert result["ok"]
         assert "bank conflicts 12" in result["report"]
 
 
 def test_without_the_tools_it_says_so(monkeypatch):
-    monkeypatch.setattr(watching.shutil, "which", lambda name: None)
-    results = found([*watching.sanitizer_items(Plan()), *watching.counter_items(Plan())])
+    monkeypatch.setattr(profilers.shutil, "which", lambda name: None)
+    results = found([*profilers.sanitizer_items(Plan()), *profilers.counter_items(Plan())])
     assert [result["skipped"] for result in results] == ["no compute-sanitizer on PATH"] * 2 + ["no ncu on PATH"] * 2
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from benchmarks.core.candidates import draw, ours
-from benchmarks.gpu.items import KEPT_TEXT, Item
 from benchmarks.gpu.plan import Plan
+from benchmarks.gpu.stages import KEPT_TEXT, Item
 from benchmarks.harness.process import environment, program
 from benchmarks.registry import Shape
 from deberta_kernels import dispatch

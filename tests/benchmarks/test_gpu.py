@@ -8,10 +8,10 @@ import sys
 import pytest
 
 from benchmarks.gpu.cases import cases, long_cases
-from benchmarks.gpu.floors import floor, least_bytes, needed, plain_flops
-from benchmarks.gpu.plan import LENGTHS, Plan
+from benchmarks.gpu.plan import Plan
 from benchmarks.gpu.table import figures, table
-from benchmarks.registry import Shape
+from benchmarks.harness.work import floor, least_bytes, needed_flops, plain_flops
+from benchmarks.registry import GPU_LENGTHS, Shape
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_a_plan_survives_the_command_line():
 def test_every_length_is_timed_in_both_directions_those_of_the_figures_first():
     shapes = Plan().shapes()
     assert [shape.length for shape in shapes[:3]] == [512, 2048, 8192]
-    assert {(shape.length, shape.backward) for shape in shapes} == {(n, b) for n in LENGTHS for b in (False, True)}
+    assert {(shape.length, shape.backward) for shape in shapes} == {(n, b) for n in GPU_LENGTHS for b in (False, True)}
     assert all(shape.batch * shape.length == 16384 for shape in shapes)
 
 
@@ -88,6 +88,9 @@ def test_cases_have_names_of_their_own(smoke):
 
 
 def test_floors_count_what_cannot_be_avoided():
+    def needed(shape):
+        return needed_flops([shape.length] * shape.batch, "core backward" if shape.backward else "core")
+
     forward, both = Shape(2, 512, "bfloat16"), Shape(2, 512, "bfloat16", True)
     assert plain_flops(forward) == 4 * 64 * 512**2 * 24
     assert plain_flops(forward) < needed(forward) < 2 * plain_flops(forward)

@@ -1,4 +1,4 @@
-"""Measure the memory a whole model needs beyond its weights and inputs, in a process of its own.
+"""Memory that a whole model needs beyond its weights and inputs, in a process of its own.
 
 Run as a program it measures one candidate on one batch, or one `LARGE` case, and prints JSON.
 """
@@ -9,24 +9,26 @@ import argparse
 import copy
 import json
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from benchmarks.core.candidates import model_settings
-from benchmarks.core.measure import MEGABYTE, Line, Plan
-from benchmarks.harness.memory import peak
+from benchmarks.harness.figures import Line
 from benchmarks.harness.process import run_alone
-from benchmarks.model.batches import MODEL_SHAPES, Batch, ModelShape, draw_batches
+from benchmarks.harness.record import Progress, Run
+from benchmarks.harness.tables import MEGABYTE
+from benchmarks.model.batches import Batch, draw_batches
 from benchmarks.model.checking import check_call, tolerance, truths
 from benchmarks.model.rivals import build, candidate_names, load_plain, missing_packages, patched
+from benchmarks.registry import LARGE, MODEL_SHAPES, RUNTIMES, Large, ModelShape
+from deberta_kernels.testing.geometries import settings
+from deberta_kernels.testing.memory import free, peak
 
 if TYPE_CHECKING:
-    from benchmarks.model.measure import Workshop
+    from benchmarks.model.run import Models
 
-__all__ = ["LARGE", "Large", "measure_large", "measure_peaks"]
+__all__ = ["measure_large", "measure_peaks"]
 
 WARM_UP = 8  # tokens
 # Short, long and ragged: a process for each candidate takes its time, and the other sizes follow from these.
@@ -37,88 +39,50 @@ PEAK_SHAPES = tuple(
     if shape.dtype == "float32" and (shape.fill < 1.0 or (shape.batch, shape.length) in PEAK_SIZES)
 )
 CHECKED_LAYERS = 3
-
-
-@dataclass(frozen=True)
-class Large:
-    """Name a model and a batch whose memory alone matters.
-
-    Attributes:
-        title: what is measured.
-        batch: sequences.
-        length: tokens of each.
-        dtype: of the weights.
-        settings: what differs from v3-base.
-        must: bound for the peak above the weights, in bytes, or None.
-        needs: free memory, in bytes, below which it is not tried.
-        eager: also run the unpatched model, and compare.
-    """
-
-    title: str
-    batch: int
-    length: int
-    dtype: str
-    settings: dict[str, Any]
-    must: float | None
-    needs: float
-    eager: bool = False
-
-
-ONE_LAYER = {"num_hidden_layers": 1}
-V2_XXLARGE = {
-    "num_hidden_layers": 48,
-    "hidden_size": 1536,
-    "num_attention_heads": 24,
-    "intermediate_size": 6144,
-    "vocab_size": 128100,
-    "conv_kernel_size": 3,
-    "conv_act": "gelu",
-}
-LARGE = {
-    "document": Large("v3-base, one document", 1, 16384, "float32", {}, 3e9, 6e9),
-    "layer-16384": Large("one layer of v3-base", 1, 16384, "float32", ONE_LAYER, None, 3e9),
-    "layer-32768": Large("one layer of v3-base", 1, 32768, "float32", ONE_LAYER, None, 4e9),
-    "v2-xxlarge": Large("v2-xxlarge, weights included", 4, 128, "bfloat16", V2_XXLARGE, 24e9, 12e9, eager=True),
-}
 GROWTH_MUST = 2.2
 # The growth is that of the tokens' own states; scores for every pair would quadruple.
 GROWTH = ("layer-16384", "layer-32768")
 
 
-def measure_peaks(workshop: Workshop, shapes: list[ModelShape]) -> list[dict[str, Any]]:
+def measure_peaks(run: Run, models: Models, shapes: list[ModelShape]) -> None:
     """Measure the peak extra memory of every candidate of the `PEAK_SHAPES` among those, in fresh processes."""
     records = []
-    for shape in (shape for shape in shapes if shape in PEAK_SHAPES):
-        record: dict[str, Any] = {**shape.__dict__, "label": shape.label, "bytes": {}}
+    chosen = [shape for shape in shapes if shape in PEAK_SHAPES]
+    progress = Progress(500 + shape.batch * shape.length for shape in chosen)
+    for shape in chosen:
+        found: dict[str, Any] = {**shape.__dict__, "label": shape.label, "bytes": {}}
         for name in candidate_names(shape):
             if missing_packages(name):
                 continue
             arguments = ["candidate", name, "--batch", str(shape.batch), "--length", str(shape.length)]
-            arguments += ["--dtype", shape.dtype, "--fill", str(shape.fill), "--backend", workshop.plan.backend]
-            arguments += ["--source", workshop.source, "--exported", str(workshop.exported())]
-            found = run_alone("benchmarks.model.memory", arguments)
-            record["bytes"][name] = found.get("bytes", found.get("error"))
-        workshop.plan.note(f"peak memory {shape.label} {shape.dtype}: {record['bytes']}")
-        records.append(record)
-    return records
+            arguments += ["--dtype", shape.dtype, "--fill", str(shape.fill), "--backend", run.backend]
+            arguments += ["--source", models.source, "--threads", str(run.threads)]
+            arguments += ["--exported", str(models.exported())] if name in RUNTIMES else []
+            outcome = run_alone("benchmarks.model.peaks", arguments)
+            found["bytes"][name] = outcome.get("bytes", outcome.get("error"))
+        progress.step(f"peak memory {shape.label} {shape.dtype}: {found['bytes']}")
+        records.append(found)
+    run.keep(peaks=records)
 
 
-def measure_large(plan: Plan) -> tuple[list[dict[str, Any]], list[Line]]:
+def measure_large(run: Run) -> None:
     """Measure the `LARGE` cases; one for which there is too little free memory is left out, and says so."""
     records: list[dict[str, Any]] = []
     lines: list[Line] = []
     found: dict[str, dict[str, Any]] = {}
+    progress = Progress(large.needs for large in LARGE.values())
+    skipped = set(LARGE) - set(GROWTH) if run.quick else set()
     for name, large in LARGE.items():
-        free = free_memory()
-        if free < large.needs:
-            outcome: dict[str, Any] = {
-                "error": f"{free / 1e9:.1f} GB of memory are free, {large.needs / 1e9:.0f} needed"
-            }
+        if name in skipped:
+            outcome: dict[str, Any] = {"error": "not in --quick"}
+        elif free() < large.needs:
+            outcome = {"error": f"{free() / 1e9:.1f} GB of memory are free, {large.needs / 1e9:.0f} needed"}
         else:
-            outcome = run_alone("benchmarks.model.memory", ["large", name, "--backend", plan.backend])
+            arguments = ["large", name, "--backend", run.backend, "--threads", str(run.threads)]
+            outcome = run_alone("benchmarks.model.peaks", arguments)
         found[name] = outcome
         records.append({"name": name, **large.__dict__, **outcome})
-        plan.note(f"{name}: {outcome}")
+        progress.step(f"{name}: {outcome}")
         lines.append(_large_line(large, outcome))
     growth = [found[name] for name in GROWTH]
     values: dict[str, Any] = {"reason": "not available: a case before it failed"}
@@ -127,7 +91,7 @@ def measure_large(plan: Plan) -> tuple[list[dict[str, Any]], list[Line]]:
         values = {"median": ratio, "best": ratio}
     title = "the same, twice the length over the length (N^2 would be 4)"
     lines.insert(len(GROWTH) + 1, Line("memory", title, "1x32768 float32", GROWTH_MUST, None, False, "", **values))
-    return records, lines
+    run.keep(lines, memory=records)
 
 
 def _large_line(large: Large, outcome: dict[str, Any]) -> Line:
@@ -142,24 +106,17 @@ def _large_line(large: Large, outcome: dict[str, Any]) -> Line:
     return Line("memory", title, f"{large.batch}x{large.length} {large.dtype}", must, None, False, "MB", **values)
 
 
-def free_memory() -> float:
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024.0
-    return 0.0
-
-
 def _candidate(options: argparse.Namespace) -> dict[str, Any]:
     shape = ModelShape(options.batch, options.length, options.dtype, fill=options.fill)
     plain = None
-    if options.name not in ("onnxruntime", "openvino"):
+    if options.name not in RUNTIMES:
         plain = load_plain(options.source).to(getattr(torch, options.dtype))
     call = build(options.name, shape, plain, Path(options.exported), options.backend)
     batch = draw_batches(shape, 1024, 1)[0]
     if plain is not None:
         if options.name == "bert":
             del plain
-        call(Batch(batch.input_ids[:1, :WARM_UP], batch.attention_mask[:1, :WARM_UP]))
+        call(batch.first(1, WARM_UP))
     # The runtimes start their threads when they load, and OpenVINO is compiled for one size.
     return peak(lambda: [call(batch)])
 
@@ -169,7 +126,7 @@ def _random_model(large: Large) -> Any:
     from transformers import DebertaV2Config, DebertaV2Model
 
     with torch.device("meta"):
-        model = DebertaV2Model(DebertaV2Config(**{**model_settings(), **large.settings}))
+        model = DebertaV2Model(DebertaV2Config(**settings(large.model, **large.settings)))
     model = model.to(getattr(torch, large.dtype)).to_empty(device="cpu").eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -198,7 +155,7 @@ def _large(large: Large, backend: str) -> dict[str, Any]:
         with torch.no_grad():
             return one(input_ids=part.input_ids, attention_mask=part.attention_mask)[0]
 
-    run(model, Batch(batch.input_ids[:1, :WARM_UP], batch.attention_mask[:1, :WARM_UP]))
+    run(model, batch.first(1, WARM_UP))
     started = time.perf_counter()
     kept: list[Any] = []
 
@@ -249,8 +206,9 @@ def main() -> None:
     parser.add_argument("--source", default="")
     parser.add_argument("--exported", default="")
     parser.add_argument("--backend", default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(options.threads)
     large = LARGE.get(options.name) if options.kind == "large" else None
     print(json.dumps(_candidate(options) if large is None else _large(large, options.backend)))
 
