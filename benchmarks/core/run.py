@@ -25,6 +25,7 @@ from benchmarks.harness.figures import Line
 from benchmarks.harness.process import environment, note, program
 from benchmarks.harness.record import Progress, Run
 from benchmarks.harness.work import needed_flops
+from benchmarks.model.run import measure_lengths
 from benchmarks.registry import CORE_FIGURES, CORE_GROUPS, GROUPS, Shape
 
 ISAS = ("avx512_bf16", "avx512", "avx2", "generic")
@@ -160,8 +161,6 @@ def main(arguments: list[str] | None = None) -> int:
     if groups & set(CORE_GROUPS):
         lines += measure_core(run, groups)
     if "model" in groups:
-        from benchmarks.model.run import measure_lengths
-
         lines += measure_lengths(run)
     if "memory" in groups:
         lines += measure_memory(run)

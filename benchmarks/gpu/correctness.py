@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from benchmarks.core.candidates import Inputs, draw, ours
 from benchmarks.core.candidates import problem as problem_of
 from benchmarks.core.checking import worst
 from benchmarks.gpu.cases import cases, long_cases
+from benchmarks.gpu.device import captured, free_memory
 from benchmarks.gpu.plan import Plan
 from benchmarks.gpu.stages import Item
 from benchmarks.harness.work import GEOMETRY
@@ -68,7 +68,7 @@ def _check(plan: Plan, case: Case) -> dict[str, Any]:
     report = budget.measure(
         budget.evaluate(_target(plan).run, against.problem, against.dout), against, f"{plan.backend} {case.id}"
     )
-    _free(plan)
+    free_memory(plan.device)
     return _kept(report)
 
 
@@ -96,12 +96,6 @@ def _kept(report: budget.Report) -> dict[str, Any]:
         "second_look": report.second_look,
         "text": "" if report.ok else str(report),
     }
-
-
-def _free(plan: Plan) -> None:
-    gc.collect()
-    if plan.device != "cpu":
-        torch.cuda.empty_cache()
 
 
 @contextmanager
@@ -166,7 +160,7 @@ def _graph_forward(plan: Plan) -> dict[str, Any]:
     call = ours(fixed, plan.backend, prepare=False)
     with torch.no_grad():
         expected = [ours(x, plan.backend, prepare=False)().clone() for x in (fixed, other)]
-        graph, out = _captured(call)
+        graph, out = captured(call)
         found = []
         for source in (fixed, other):
             for to, of in zip(fixed.leaves, [x.clone() for x in source.leaves], strict=True):
@@ -175,20 +169,6 @@ def _graph_forward(plan: Plan) -> dict[str, Any]:
             found.append(out.clone())
     equal = [torch.equal(a, b) for a, b in zip(expected, found, strict=True)]
     return {"ok": all(equal), "text": "" if all(equal) else f"replay equals eager: {equal}"}
-
-
-def _captured(call: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = call()
-    return graph, result
 
 
 def _graph_dropout(plan: Plan) -> dict[str, Any]:
@@ -200,7 +180,7 @@ def _graph_dropout(plan: Plan) -> dict[str, Any]:
     case = Case(nq=300, dtype=torch.float32, dropout_p=0.3)
     problem = inputs.problem(case, plan.device)
     dout, run = inputs.dout(case, problem), _target(plan).run
-    graph, results = _captured(lambda: budget.evaluate(run, problem, dout))
+    graph, results = captured(lambda: budget.evaluate(run, problem, dout))
     outs, gaps = [], []
     for _ in range(4):
         graph.replay()
@@ -234,7 +214,7 @@ def _many_scores(plan: Plan) -> dict[str, Any]:
         results = {name: _head(name, x, head) for name, x in found.items()}
         reports.append(_kept(budget.measure(results, against, f"{plan.backend} head {head}")))
         del against
-        _free(plan)
+        free_memory(plan.device)
     return _worst(reports)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.gpu.device import Clock, peak_memory
+from benchmarks.gpu.device import Clock, captured, peak_memory
 from benchmarks.gpu.plan import Plan
 from benchmarks.gpu.stages import Item
 from benchmarks.harness.clock import Pace, interleave
@@ -119,13 +119,5 @@ def _graph(plan: Plan) -> dict[str, Any]:
 
 
 def _replayed(call: Callable[[int], Tensor]) -> tuple[Callable[[int], Any], Tensor]:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call(0)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = call(0)
+    graph, out = captured(lambda: call(0))
     return lambda _: graph.replay(), out

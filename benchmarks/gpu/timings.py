@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from benchmarks.core.candidates import CORES, Inputs, candidates, hugging_face_core, ours
 from benchmarks.core.checking import check_candidates
 from benchmarks.gpu import rivals
-from benchmarks.gpu.device import Clock, peak_memory
+from benchmarks.gpu.device import Clock, free_memory, peak_memory
 from benchmarks.gpu.plan import Plan
 from benchmarks.gpu.stages import Item
 from benchmarks.harness.clock import Pace, interleave
@@ -92,7 +91,7 @@ def _measure(plan: Plan, shape: Shape, names: list[str], rates: dict[str, Any]) 
         scores = torch.cuda.get_device_properties(0).total_memory // ORACLE_BYTES
     checks = check_candidates(shape, names, plan.backend, plan.device, scores)
     record["checks"] = {name: check.as_json() for name, check in checks.items()}
-    _free(plan)
+    free_memory(plan.device)
     for name, check in checks.items():
         if not check.ok:
             record["reasons"][name] = reason_of(check.text)
@@ -103,7 +102,7 @@ def _measure(plan: Plan, shape: Shape, names: list[str], rates: dict[str, Any]) 
         except Exception as error:  # its reason stands in the record, the others are still timed
             record["reasons"][name] = reason_of(f"{type(error).__name__}: {error}")
             del calls[name]
-        _free(plan)
+        free_memory(plan.device)
     pace = Pace(rounds=25, least=5, seconds=plan.seconds * len(calls), block=0.003 if plan.smoke else 0.006)
     samples = interleave(calls, pace, Clock(plan.device).block) if calls else {}
     record["samples"] = {name: one.as_json() for name, one in samples.items()}
@@ -113,7 +112,7 @@ def _measure(plan: Plan, shape: Shape, names: list[str], rates: dict[str, Any]) 
     record["ok"] = not ours_failed
     record["text"] = "; ".join(f"{name}: {record['reasons'][name]}" for name in {*wrong, *ours_failed})
     del calls
-    _free(plan)
+    free_memory(plan.device)
     return record
 
 
@@ -130,9 +129,3 @@ def only_flash() -> None:
     torch.backends.cuda.enable_math_sdp(False)
     torch.backends.cuda.enable_mem_efficient_sdp(False)
     torch.backends.cuda.enable_cudnn_sdp(False)
-
-
-def _free(plan: Plan) -> None:
-    gc.collect()
-    if plan.device != "cpu":
-        torch.cuda.empty_cache()

@@ -11,6 +11,8 @@ import re
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,11 @@ from benchmarks.harness.process import ROOT
 from benchmarks.harness.work import GEOMETRY
 from deberta_kernels.native import processor
 
-__all__ = ["commit", "describe", "device_name", "library", "own_peak", "rates", "versions"]
+__all__ = ["commit", "describe", "device_name", "library", "own_peak", "package_versions", "rates", "versions"]
 
 # The first linear of the feed-forward layer of v3-base at 512 tokens.
 ROWS, INNER, COLUMNS = 512, GEOMETRY.hidden, GEOMETRY.intermediate
+PACKAGES = ("transformers", "numpy", "onnx", "onnxruntime", "openvino", "adapters", "peft")
 FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "avx512_vnni", "amx_bf16", "asimd", "bf16")
 
 
@@ -68,14 +71,18 @@ def device_name() -> str:
     return "-".join(parts)
 
 
+def package_versions(names: Iterable[str]) -> dict[str, str]:
+    """Return the version of each distribution, or "not installed"."""
+    found = dict.fromkeys(names, "not installed")
+    for name in found:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
 def versions() -> dict[str, str]:
     """Return the versions that can move a number."""
-    found = {"python": platform.python_version(), "torch": torch.__version__}
-    for name in ("transformers", "numpy", "onnx", "onnxruntime", "openvino", "adapters", "peft"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
+    found = {"python": platform.python_version(), "torch": torch.__version__, **package_versions(PACKAGES)}
     found["onednn"] = str(torch.backends.mkldnn.is_available())
     found["mkl"] = str(torch.backends.mkl.is_available())
     found["torch_isa"] = torch.backends.cpu.get_cpu_capability()

@@ -10,7 +10,7 @@ import copy
 import json
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -20,13 +20,10 @@ from benchmarks.harness.record import Progress, Run
 from benchmarks.harness.tables import MEGABYTE
 from benchmarks.model.batches import Batch, draw_batches
 from benchmarks.model.checking import check_call, tolerance, truths
-from benchmarks.model.rivals import build, candidate_names, load_plain, missing_packages, patched
+from benchmarks.model.rivals import Models, build, candidate_names, load_plain, missing_packages, patched
 from benchmarks.registry import LARGE, MODEL_SHAPES, RUNTIMES, Large, ModelShape
 from deberta_kernels.testing.geometries import settings
 from deberta_kernels.testing.memory import free, peak
-
-if TYPE_CHECKING:
-    from benchmarks.model.run import Models
 
 __all__ = ["measure_large", "measure_peaks"]
 

@@ -13,6 +13,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,20 @@ from torch import Tensor, nn
 
 from benchmarks.harness.process import ROOT
 from benchmarks.model.batches import Batch
-from benchmarks.registry import CANDIDATES, ModelShape
+from benchmarks.registry import CANDIDATES, RUNTIMES, ModelShape
 from deberta_kernels.testing.geometries import settings
 
-__all__ = ["Call", "build", "candidate_names", "export", "forward", "load_plain", "missing_packages", "patched"]
+__all__ = [
+    "Call",
+    "Models",
+    "build",
+    "candidate_names",
+    "export",
+    "forward",
+    "load_plain",
+    "missing_packages",
+    "patched",
+]
 
 EXPORTS = ROOT / "build" / "benchmarks"
 INPUTS = ("input_ids", "attention_mask")
@@ -191,3 +202,38 @@ def _openvino(path: str, shape: ModelShape) -> Call:
     asked = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads(), "NUM_STREAMS": 1}
     request = core.compile_model(model, "CPU", asked).create_infer_request()
     return lambda batch: torch.from_numpy(request.infer(_arrays(batch))[0])
+
+
+@dataclass
+class Models:
+    """The models that the shapes of one run share.
+
+    Attributes:
+        source: directory of a checkpoint, or "" for random weights.
+        backend: of the patched ones.
+    """
+
+    source: str
+    backend: str
+    _models: dict[str, Any] = field(default_factory=dict)
+    _exported: Path | None = None
+
+    def plain(self, dtype: str) -> Any:
+        """Return the eager model in a dtype; that in float32 is the one the others are made from."""
+        if dtype not in self._models:
+            first = self._models.setdefault("float32", self._models.get("float32") or load_plain(self.source))
+            if dtype != "float32":
+                self._models[dtype] = copy.deepcopy(first).to(getattr(torch, dtype))
+        return self._models[dtype]
+
+    def exported(self) -> Path:
+        """Return the exported file, written when first needed."""
+        if self._exported is None:
+            self._exported = export(self.plain("float32"), self.source)
+        return self._exported
+
+    def call(self, name: str, shape: ModelShape) -> Call:
+        """Return the forward of a candidate."""
+        if name in RUNTIMES:
+            return build(name, shape, None, self.exported(), self.backend)
+        return build(name, shape, self.plain(shape.dtype), None, self.backend)

@@ -9,13 +9,10 @@ python -m benchmarks model --memory          long documents and the largest mode
 from __future__ import annotations
 
 import argparse
-import copy
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from benchmarks.harness import record, tables
 from benchmarks.harness.clock import Pace, interleave
@@ -25,10 +22,11 @@ from benchmarks.harness.record import Progress, Run
 from benchmarks.harness.work import needed_flops
 from benchmarks.model.batches import Batch, draw_batches
 from benchmarks.model.checking import Tolerance, Truth, check_call, tolerance, truths
-from benchmarks.model.rivals import Call, build, candidate_names, export, forward, load_plain, missing_packages, patched
-from benchmarks.registry import CORE_MODEL_FIGURES, MODEL_FIGURES, MODEL_SHAPES, RUNTIMES, ModelShape
+from benchmarks.model.peaks import measure_large, measure_peaks
+from benchmarks.model.rivals import Call, Models, candidate_names, forward, load_plain, missing_packages, patched
+from benchmarks.registry import CORE_MODEL_FIGURES, MODEL_FIGURES, MODEL_SHAPES, ModelShape
 
-__all__ = ["Models", "judged", "main", "measure_lengths"]
+__all__ = ["judged", "main", "measure_lengths"]
 
 # Large batches take tens of seconds a call in eager.
 PACE, QUICK_PACE = Pace(rounds=15, least=3, seconds=25.0), Pace(rounds=3, least=2, seconds=3.0)
@@ -43,41 +41,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--memory", action="store_true", help="measure the memory of long documents and large models")
     parser.add_argument("--no-peaks", action="store_true", help="leave out the peak memory of each candidate")
     return parser.parse_args(arguments)
-
-
-@dataclass
-class Models:
-    """The models that the shapes of one run share.
-
-    Attributes:
-        source: directory of a checkpoint, or "" for random weights.
-        backend: of the patched ones.
-    """
-
-    source: str
-    backend: str
-    _models: dict[str, Any] = field(default_factory=dict)
-    _exported: Path | None = None
-
-    def plain(self, dtype: str) -> Any:
-        """Return the eager model in a dtype; that in float32 is the one the others are made from."""
-        if dtype not in self._models:
-            first = self._models.setdefault("float32", self._models.get("float32") or load_plain(self.source))
-            if dtype != "float32":
-                self._models[dtype] = copy.deepcopy(first).to(getattr(torch, dtype))
-        return self._models[dtype]
-
-    def exported(self) -> Path:
-        """Return the exported file, written when first needed."""
-        if self._exported is None:
-            self._exported = export(self.plain("float32"), self.source)
-        return self._exported
-
-    def call(self, name: str, shape: ModelShape) -> Call:
-        """Return the forward of a candidate."""
-        if name in RUNTIMES:
-            return build(name, shape, None, self.exported(), self.backend)
-        return build(name, shape, self.plain(shape.dtype), None, self.backend)
 
 
 def measure_shapes(run: Run, models: Models, shapes: Iterable[ModelShape]) -> None:
@@ -188,8 +151,6 @@ def measure_lengths(run: Run) -> list[Line]:
 def main(arguments: list[str] | None = None) -> int:
     """Run; return the exit status: 1 for a wrong answer of ours, or with --strict for a missed figure."""
     options = parse(arguments)
-    from benchmarks.model.peaks import measure_large, measure_peaks
-
     name = Path(options.source).resolve().name if options.source else "v3-base, random weights"
     run = Run("memory" if options.memory else "model", options, model=name)
     run.measure_rates()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 
+from benchmarks.model import peaks
 from benchmarks.model.batches import Batch, draw_batches
 from benchmarks.model.checking import Tolerance, Truth, check, check_call, largest_difference, tolerance
-from benchmarks.registry import MODEL_SHAPES, ModelShape
+from benchmarks.registry import MODEL_SHAPES, RUNTIMES, ModelShape
 from deberta_kernels.testing import budget
 
 RAGGED = next(shape for shape in MODEL_SHAPES if shape.fill < 1.0)
@@ -88,3 +90,25 @@ def test_a_rival_that_raises_or_returns_another_shape_has_failed() -> None:
 
     assert "no such kernel" in check_call(broken, eager, batch, truth, allowed).text
     assert "shape" in check_call(lambda _: eager[:, :2], eager, batch, truth, allowed).text
+
+
+def test_a_candidate_whose_package_is_missing_costs_no_other_its_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peaks, "missing_packages", lambda name: ["onnx"] if name in RUNTIMES else [])
+    monkeypatch.setattr(peaks, "run_alone", lambda module, arguments: {"bytes": 5})
+    kept: dict[str, Any] = {}
+
+    class Run:
+        backend, threads = "cpu", 1
+        keep = staticmethod(kept.update)
+
+    class Models:
+        source = ""
+
+        def exported(self) -> None:
+            raise RuntimeError("Module onnx is not installed!")
+
+    shape = ModelShape(1, 512)
+    peaks.measure_peaks(Run(), Models(), [shape, ModelShape(1, 32)])
+    assert kept["peaks"] == [
+        {**shape.__dict__, "label": "1x512", "bytes": dict.fromkeys(("eager", "patched", "bert"), 5)}
+    ]
