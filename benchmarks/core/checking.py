@@ -1,4 +1,4 @@
-"""Hold what is about to be timed to the error budget; a figure of a wrong answer is worth nothing."""
+"""The error budget before the clock: a figure of a wrong answer is worth nothing."""
 
 from __future__ import annotations
 

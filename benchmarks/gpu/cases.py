@@ -1,4 +1,4 @@
-"""List the problems the kernels are checked on, the most telling first: a run may be stopped by its time limit."""
+"""The problems the kernels are checked on, the most telling first: a run may be stopped by its time limit."""
 
 from __future__ import annotations
 

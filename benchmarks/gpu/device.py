@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu.plan import Plan
+from benchmarks.gpu.stages import Item
 from benchmarks.harness.machine import package_versions
 
 __all__ = [
@@ -32,6 +34,11 @@ PACKAGES = ("torch", "triton", "transformers", "numpy", "flashdeberta", "disenta
 # The longest wait put before timed work, in seconds: while the device waits, the host issues all of it.
 LONGEST_WAIT = 0.05
 CYCLES_PER_SECOND = 2.0e9
+
+
+def items(plan: Plan) -> list[Item]:
+    """Return the description of the device and its rates."""
+    return [Item("device", lambda: describe(plan.device)), Item("rates", lambda: ceilings(plan.device))]
 
 
 def describe(device: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib
 import json
 import os
 import sys
@@ -36,6 +37,18 @@ LIMITS = {
     "models": ((50, 45), (0, 0)),
     # Only when asked for: Nsight Compute repeats every kernel many times.
     "counters": ((0, 0), (0, 0)),
+}
+# Stage: which function of this folder makes its items.
+ITEMS = {
+    "ceilings": "device.items",
+    "compile": "precompile.items",
+    "correctness": "correctness.items",
+    "core": "timings.core_items",
+    "rivals": "timings.rival_items",
+    "sanitizer": "profilers.sanitizer_items",
+    "compiled": "timings.compiled_items",
+    "models": "models.items",
+    "counters": "profilers.counter_items",
 }
 ASKED_FOR = (300, 200)
 SECONDS, SMOKE_SECONDS = 525.0, 85.0
@@ -119,37 +132,14 @@ def child(options: argparse.Namespace) -> int:
 
 
 def stage_items(stage: str, plan: Any, rates: dict[str, Any]) -> list[Any]:
-    """Return the items of a stage."""
-    from benchmarks.gpu.stages import Item
-
-    if stage == "ceilings":
-        from benchmarks.gpu.device import ceilings, describe
-
-        return [Item("device", lambda: describe(plan.device)), Item("rates", lambda: ceilings(plan.device))]
-    if stage == "compile":
-        from benchmarks.gpu.precompile import items as precompiled
-
-        return precompiled(plan)
-    if stage == "correctness":
-        from benchmarks.gpu.correctness import items
-
-        return items(plan)
-    if stage == "models":
-        from benchmarks.gpu.models import items as models
-
-        return models(plan)
-    if stage in ("sanitizer", "counters"):
-        from benchmarks.gpu import profilers
-
-        return profilers.sanitizer_items(plan) if stage == "sanitizer" else profilers.counter_items(plan)
-    from benchmarks.gpu import timings
-
-    makers = {"core": timings.core_items, "rivals": timings.rival_items, "compiled": timings.compiled_items}
-    return makers[stage](plan, rates)
+    """Return the items of a stage; `rates` are those of the first one."""
+    module, function = ITEMS[stage].split(".")
+    make = getattr(importlib.import_module(f"benchmarks.gpu.{module}"), function)
+    return list(make(plan, rates) if module == "timings" else make(plan))
 
 
 class Run:
-    """Hold the result of a run and keep its file up to date."""
+    """The result of a run on the way to its file."""
 
     def __init__(self, options: argparse.Namespace, plan: Any) -> None:
         """Start with an empty result."""

@@ -17,7 +17,7 @@ Block = Callable[[Callable[[int], object], int, int], tuple[float, float]]
 
 @dataclass(frozen=True)
 class Pace:
-    """Say how long to measure.
+    """How long to measure.
 
     Attributes:
         rounds: rounds wanted; one round runs a block of every candidate.
@@ -34,7 +34,7 @@ class Pace:
 
 @dataclass(frozen=True)
 class Samples:
-    """Hold the times of one candidate, in seconds of one call.
+    """The times of one candidate, in seconds of one call.
 
     Attributes:
         median: of CPU time over all rounds; on a GPU, of the time between two events.

@@ -1,4 +1,4 @@
-"""Hold whole models to a tolerance that comes from eager's own error, before any of them is timed.
+"""The tolerance of whole models, which comes from eager's own error, and what is held to it before it is timed.
 
 E_eager is the largest error of Hugging Face's eager model, in the dtype of the shape, against the same model in float64
 with the float32 weights. With a and f of `deberta_kernels.testing.budget`, on the rows of real tokens,

@@ -62,7 +62,7 @@ def build(library: str, layers: int) -> Any:
 
 
 def activate(model: Any, workload: Workload) -> Any:
-    """Let the workload's adapter act, and its parameters alone want gradients in training."""
+    """Switch the workload's adapter on; in training its parameters alone want gradients."""
     if hasattr(model, "peft_config"):
         model.set_adapter(workload.method)
     elif workload.train:
@@ -110,7 +110,7 @@ def results(model: Any, workload: Workload, inputs: dict[str, Any]) -> dict[str,
 
 @contextmanager
 def default_dtype(dtype: Any) -> Iterator[None]:
-    """Give this dtype to tensors without one of their own, of which AdapterHub makes a few."""
+    """Set the dtype of tensors without one of their own, of which AdapterHub makes a few."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -23,6 +23,7 @@ import torch
 
 import deberta_kernels as dk
 from benchmarks.harness import record, tables
+from benchmarks.harness.process import note
 from benchmarks.harness.record import Progress, Run
 
 HELD_OUT = 1000  # sentences
@@ -92,7 +93,8 @@ def accuracy(options: argparse.Namespace, seed: int, ours: bool) -> float:
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warm_up, (options.steps - step) / (options.steps - warm_up + 1))
     )
-    for chosen in batches:
+    progress, every = Progress(1.0 for _ in batches), max(1, len(batches) // 10)
+    for number, chosen in enumerate(batches, 1):
         with torch.autocast("cpu", torch.bfloat16, enabled=options.bfloat16):
             loss = model(**collate(tokenizer, chosen)).loss
         loss.backward()
@@ -100,6 +102,10 @@ def accuracy(options: argparse.Namespace, seed: int, ours: bool) -> float:
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
+        left = progress.step()
+        if number % every == 0:
+            name = "patched" if ours else "stock"
+            note(f"seed {seed}, {name}: step {number} of {len(batches)}, {left} left of it")
     model.eval()
     right = 0
     held_out = sorted(held_out, key=_length)

@@ -34,12 +34,12 @@ WARM_UP_TOKENS = 8
 
 
 class MeasurementError(RuntimeError):
-    """Say why a measurement has no result."""
+    """A measurement has no result; the message says why."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """Hold one input of the demo.
+    """One input of the demo.
 
     Attributes:
         label: name in the table.

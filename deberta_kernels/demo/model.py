@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Loaded:
-    """Hold what the demo runs.
+    """What the demo runs.
 
     Attributes:
         model: Hugging Face DebertaV2Model in eval mode, on the CPU.

@@ -22,7 +22,7 @@ MEGABYTE = 1e6
 
 @dataclass(frozen=True)
 class Row:
-    """Hold the measurements of one input.
+    """The measurements of one input.
 
     Attributes:
         label: input as the table names it.

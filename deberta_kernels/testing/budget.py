@@ -1,4 +1,4 @@
-"""Hold a backend to the error budget: what Hugging Face's eager code loses in the same dtype sets what it may lose.
+"""The error budget: what Hugging Face's eager code loses in the same dtype sets what it may lose.
 
 Inputs are drawn in the tested dtype and then upcast, so backend, eager and the float64 oracle see the same numbers.
 With E the error against the oracle, and floor = f * max(1, max|oracle|), every tensor must satisfy
@@ -63,12 +63,12 @@ def allowance(
 
 
 class BudgetError(AssertionError):
-    """Say which tensors of a backend are worse than the budget allows."""
+    """Tensors of a backend are worse than the budget allows; the message is the report."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """Hold the errors of one tensor against the float64 oracle.
+    """The errors of one tensor against the float64 oracle.
 
     Attributes:
         name: "out", "lse" or the gradient.
@@ -107,7 +107,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """Hold the errors of one call, one row per tensor; `str()` is a table."""
+    """The errors of one call, one row per tensor; `str()` is a table."""
 
     label: str
     rows: tuple[Row, ...]
@@ -130,7 +130,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Truth:
-    """Hold what one problem is measured against: computed once, used for every backend.
+    """What one problem is measured against: computed once, used for every backend.
 
     Attributes:
         problem: the call, in the tested dtype.
