@@ -5,6 +5,7 @@ A candidate needs a row here and the code that runs it: `core/candidates.py`, `m
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,6 +76,12 @@ class Candidate:
     ragged: bool = False
     colour: str = ""
     release: str = ""
+
+    @property
+    def missing(self) -> str:
+        """Return which of the packages that it needs are not installed here, "" when all are."""
+        absent = [name for name in self.needs if importlib.util.find_spec(name) is None]
+        return f"not installed: {', '.join(absent)}" if absent else ""
 
 
 # Colours: this package, the line of eager, what has no position terms.

@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.core.candidates import candidates
 from benchmarks.core.checking import Check, check_candidates
-from benchmarks.registry import CORE_FIGURES, Shape
+from benchmarks.registry import CANDIDATES, CORE_FIGURES, Shape
 from tests import needs
 
 # Longer ones take minutes here, where candidates do not take turns.
@@ -28,7 +28,7 @@ SHAPES = tuple(
     for shape in dict.fromkeys(figure.shape for figure in CORE_FIGURES)
     if shape.batch * shape.length <= MOST_TOKENS
 )
-BACKENDS = ("cpu", "torch")
+BACKENDS, OURS = ("cpu", "torch"), ("bare", "prepared")
 
 
 def _name(shape: Shape) -> str:
@@ -64,7 +64,7 @@ def _run(benchmark: Any, shape: Shape, name: str, backend: str) -> None:
     [
         pytest.param(shape, tables, backend, id=f"{_name(shape)}-{tables}-{backend}")
         for shape in SHAPES
-        for tables in ("bare", "prepared")
+        for tables in OURS
         for backend in BACKENDS
         if tables == "bare" or (backend == "cpu" and not shape.backward)
     ],
@@ -81,8 +81,8 @@ def test_ours(benchmark: Any, shape: Shape, tables: str, backend: str) -> None:
     [
         pytest.param(shape, name, id=f"{_name(shape)}-{name}")
         for shape in SHAPES
-        for name in ("sdpa", "huggingface", "eager")
-        if name != "sdpa" or not shape.backward
+        for name, candidate in CANDIDATES["core"].items()
+        if name not in OURS and not candidate.missing and (name != "sdpa" or not shape.backward)
     ],
 )
 def test_baseline(benchmark: Any, shape: Shape, name: str) -> None:

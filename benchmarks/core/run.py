@@ -26,7 +26,7 @@ from benchmarks.harness.process import environment, note, program
 from benchmarks.harness.record import Progress, Run
 from benchmarks.harness.work import needed_flops
 from benchmarks.model.run import measure_lengths
-from benchmarks.registry import CORE_FIGURES, CORE_GROUPS, GROUPS, Shape
+from benchmarks.registry import CANDIDATES, CORE_FIGURES, CORE_GROUPS, GROUPS, Shape
 
 ISAS = ("avx512_bf16", "avx512", "avx2", "generic")
 QUICK_SIZES = ((1, 128), (1, 512))
@@ -53,10 +53,15 @@ def measure_core(run: Run, groups: frozenset[str]) -> list[Line]:
     shapes = sorted(wanted, key=lambda shape: (shape.backward, shape.dtype != "float32"))
     progress = Progress(shape.batch * shape.length**0.5 for shape in shapes)
     records = {}
+    # Cores of other packages, which no figure asks for, are timed beside all others.
+    rivals = {name: candidate.missing for name, candidate in CANDIDATES["core"].items() if candidate.needs}
     for shape in shapes:
         if "huggingface" in wanted[shape] and shape.length <= 512 and shape.batch == 1:
             wanted[shape].add("eager")  # the budget's own eager beside the original: they should agree
+        wanted[shape] |= {name for name, why in rivals.items() if not why}
         records[shape] = _measure(run, shape, frozenset(wanted[shape]), progress)
+        if any(rivals.values()):
+            records[shape]["missing"] = {name: why for name, why in rivals.items() if why}
     run.keep(core=list(records.values()))
     lines = []
     for figure in figures:

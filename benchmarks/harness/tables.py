@@ -157,7 +157,8 @@ def number_of(rate: float | None) -> str:
 
 def missing(result: dict[str, Any]) -> dict[str, str]:
     """Return candidate -> why some shape has no time of it."""
-    return {name: why for record in result.get("models", []) for name, why in record.get("missing", {}).items()}
+    records = [record for key, _, _ in TIMES.values() for record in result.get(key, [])]
+    return {name: why for record in records for name, why in record.get("missing", {}).items()}
 
 
 def conditions(result: dict[str, Any]) -> str:

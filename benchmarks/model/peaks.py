@@ -20,8 +20,8 @@ from benchmarks.harness.record import Progress, Run
 from benchmarks.harness.tables import MEGABYTE
 from benchmarks.model.batches import Batch, draw_batches
 from benchmarks.model.checking import check_call, tolerance, truths
-from benchmarks.model.rivals import Models, build, candidate_names, load_plain, missing_packages, patched
-from benchmarks.registry import LARGE, MODEL_SHAPES, RUNTIMES, Large, ModelShape
+from benchmarks.model.rivals import Models, build, candidate_names, load_plain, patched
+from benchmarks.registry import CANDIDATES, LARGE, MODEL_SHAPES, RUNTIMES, Large, ModelShape
 from deberta_kernels.testing.geometries import settings
 from deberta_kernels.testing.memory import free, peak
 
@@ -49,7 +49,7 @@ def measure_peaks(run: Run, models: Models, shapes: list[ModelShape]) -> None:
     for shape in chosen:
         found: dict[str, Any] = {**shape.__dict__, "label": shape.label, "bytes": {}}
         for name in candidate_names(shape):
-            if missing_packages(name):
+            if CANDIDATES["model"][name].missing:
                 continue
             arguments = ["candidate", name, "--batch", str(shape.batch), "--length", str(shape.length)]
             arguments += ["--dtype", shape.dtype, "--fill", str(shape.fill), "--backend", run.backend]

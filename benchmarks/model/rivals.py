@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import importlib.util
 import json
 import os
 import warnings
@@ -33,7 +32,6 @@ __all__ = [
     "export",
     "forward",
     "load_plain",
-    "missing_packages",
     "patched",
 ]
 
@@ -51,12 +49,6 @@ def candidate_names(shape: ModelShape) -> list[str]:
         for name, candidate in CANDIDATES["model"].items()
         if (not candidate.dtypes or shape.dtype in candidate.dtypes) and (shape.fill < 1.0 or not candidate.ragged)
     ]
-
-
-def missing_packages(name: str) -> list[str]:
-    """Return the packages that a candidate lacks here."""
-    needs = CANDIDATES["model"][name].needs
-    return [package for package in needs if importlib.util.find_spec(package) is None]
 
 
 def load_plain(source: str) -> Any:

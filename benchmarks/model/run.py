@@ -23,8 +23,8 @@ from benchmarks.harness.work import needed_flops
 from benchmarks.model.batches import Batch, draw_batches
 from benchmarks.model.checking import Tolerance, Truth, check_call, tolerance, truths
 from benchmarks.model.peaks import measure_large, measure_peaks
-from benchmarks.model.rivals import Call, Models, candidate_names, forward, load_plain, missing_packages, patched
-from benchmarks.registry import CORE_MODEL_FIGURES, MODEL_FIGURES, MODEL_SHAPES, ModelShape
+from benchmarks.model.rivals import Call, Models, candidate_names, forward, load_plain, patched
+from benchmarks.registry import CANDIDATES, CORE_MODEL_FIGURES, MODEL_FIGURES, MODEL_SHAPES, ModelShape
 
 __all__ = ["judged", "main", "measure_lengths"]
 
@@ -64,8 +64,8 @@ def _calls(models: Models, shape: ModelShape) -> tuple[dict[str, Call], dict[str
     calls: dict[str, Call] = {}
     missing: dict[str, str] = {}
     for name in candidate_names(shape):
-        if absent := missing_packages(name):
-            missing[name] = f"not installed: {', '.join(absent)}"
+        if absent := CANDIDATES["model"][name].missing:
+            missing[name] = absent
             continue
         try:
             calls[name] = models.call(name, shape)

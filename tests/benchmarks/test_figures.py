@@ -7,8 +7,12 @@ from typing import Any
 import pytest
 
 from benchmarks import registry
+from benchmarks.core import candidates
+from benchmarks.core import run as core
 from benchmarks.harness import tables
+from benchmarks.harness.clock import Pace
 from benchmarks.harness.figures import Figure, Line, judge
+from benchmarks.harness.record import Run
 from benchmarks.listing import FIGURES
 from benchmarks.model.rivals import candidate_names
 from benchmarks.model.run import judged
@@ -159,3 +163,20 @@ def test_shapes_that_were_not_run_are_no_rows() -> None:
     text = tables.text(result([record(ModelShape(1, 128), {"eager": 6.0, "patched": 2.0, "bert": 1.0})]))
     assert "1x2048" not in text
     assert "not in this run" in text.splitlines()[-1]
+
+
+def test_a_core_of_others_in_the_registry_is_checked_timed_and_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    here, gone = registry.Candidate("another core", ("json",)), registry.Candidate("a lost core", ("no_such_package",))
+    monkeypatch.setitem(registry.CANDIDATES, "core", {**registry.CANDIDATES["core"], "another": here, "lost": gone})
+    monkeypatch.setitem(candidates.CORES, "another", candidates.hugging_face_core)
+    made = run()
+    made.quick, made.backend, made.result = True, "torch", {"kind": "cpu"}
+    monkeypatch.setattr(Run, "keep", lambda self, lines=None, **values: self.result.update(values))
+    monkeypatch.setattr(Run, "pace", Pace(1, 1, 0.1, 0.0))
+    monkeypatch.setattr(core, "QUICK_SIZES", ((1, 128),))
+    core.measure_core(made, frozenset(["eager"]))
+    (found,) = made.result["core"]
+    assert found["checks"]["another"]["ok"]
+    assert found["samples"]["another"]["median"] > 0
+    assert "another core" in tables.blocks(made.result)[0][0]
+    assert tables.missing(made.result) == {"lost": "not installed: no_such_package"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,9 +12,10 @@ import torch
 from benchmarks.model import peaks
 from benchmarks.model.batches import Batch, draw_batches
 from benchmarks.model.checking import Tolerance, Truth, check, check_call, largest_difference, tolerance
-from benchmarks.registry import MODEL_SHAPES, RUNTIMES, ModelShape
+from benchmarks.registry import CANDIDATES, MODEL_SHAPES, RUNTIMES, ModelShape
 from deberta_kernels.testing import budget
 
+MODELS = CANDIDATES["model"]
 RAGGED = next(shape for shape in MODEL_SHAPES if shape.fill < 1.0)
 
 
@@ -93,7 +95,8 @@ def test_a_rival_that_raises_or_returns_another_shape_has_failed() -> None:
 
 
 def test_a_candidate_whose_package_is_missing_costs_no_other_its_peak(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peaks, "missing_packages", lambda name: ["onnx"] if name in RUNTIMES else [])
+    needy = {name: replace(x, needs=("no_such_package",) if name in RUNTIMES else ()) for name, x in MODELS.items()}
+    monkeypatch.setitem(CANDIDATES, "model", needy)
     monkeypatch.setattr(peaks, "run_alone", lambda module, arguments: {"bytes": 5})
     kept: dict[str, Any] = {}
 
