@@ -56,7 +56,9 @@ SECONDS, SMOKE_SECONDS = 525.0, 85.0
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--backend", default="triton", help="which backend is ours: triton, cuda or torch")
     parser.add_argument("--smoke", action="store_true", help="the 90-second form")
@@ -202,7 +204,7 @@ def main(arguments: list[str] | None = None) -> int:
     from benchmarks.gpu.table import table
 
     if options.device == "cuda" and (missing := _missing()):
-        print(f"bench_gpu.py: {missing}", file=sys.stderr)
+        print(f"python -m benchmarks gpu: {missing}", file=sys.stderr)
         return 2
     wanted = [name for name in options.stages.split(",") if name]
     if unknown := set(wanted) - LIMITS.keys():

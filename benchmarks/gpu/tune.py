@@ -37,7 +37,9 @@ MOST_PROCESSES = 16
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--dtypes", default="", help=f"comma-separated: {', '.join(DTYPES)}")
     parser.add_argument("--dims", default="", help=f"comma-separated head sizes; {', '.join(map(str, DIMS))}")
@@ -137,14 +139,14 @@ def measure(options: argparse.Namespace, entry: tuple[str, int, str], key: str) 
             refused[_text(config)] = wrong
         else:
             times[config] = []
+    if not times:
+        return {"dtype": dtype, "head_dim": dim, "direction": direction, "refused": refused}
     for shape in TINY_SHAPES if small else SHAPES:
         call = problem(options.device, dtype, dim, shape)
         calls = {config: _caller(planned(call, direction, key, config)[0]) for config in times}
         pace = Pace(rounds=3, least=1, seconds=0.1, block=0.001) if small else Pace(15, 5, 0.15 * len(calls), 0.004)
         for config, sample in interleave(calls, pace, Clock(options.device).block).items():
             times[config].append(sample.median)
-    if not times:
-        return {"dtype": dtype, "head_dim": dim, "direction": direction, "refused": refused}
     best = fastest(times, first)
     return {
         "dtype": dtype,
@@ -223,7 +225,10 @@ def main(arguments: list[str] | None = None) -> int:
     import torch
 
     if options.device == "cuda" and not torch.cuda.is_available():
-        print("tune.py: torch sees no GPU; TRITON_INTERPRET=1 with --device cpu tries the program", file=sys.stderr)
+        print(
+            "python -m benchmarks tune: torch sees no GPU; TRITON_INTERPRET=1 with --device cpu tries the program",
+            file=sys.stderr,
+        )
         return 2
     from benchmarks.gpu.device import describe
     from benchmarks.harness import machine

@@ -104,7 +104,8 @@ class Run:
 
     def times(self, samples: dict[str, dict[str, Any]]) -> str:
         """Return the times of a shape's candidates in one line."""
-        return ", ".join(f"{name} {self.pick(sample)[0] * 1e3:.3g} ms" for name, sample in samples.items())
+        medians = {name: self.pick(sample)[0] * 1e3 for name, sample in samples.items()}
+        return ", ".join(f"{name} {x:.{0 if x > 100 else 2}f} ms" for name, x in medians.items())
 
     def measure_rates(self) -> None:
         """Measure the rates of matrix products, which bound what can be reached."""

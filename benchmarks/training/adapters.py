@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib.util
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,10 +31,18 @@ from deberta_kernels.testing.geometries import settings
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = record.options("adapters", __doc__)
-    parser.add_argument("--library", choices=tuple(ADAPTERS), help="default: adapters where it is installed, else peft")
+    parser.add_argument("--library", choices=tuple(ADAPTERS), help="default: adapters where it imports, else peft")
     parser.add_argument("--only", default="", help="methods, comma-separated: lora, prefix, prompt, bottleneck")
     parser.add_argument("--layers", type=int, default=12, help="layers of the model; the figures are those of 12")
     return parser.parse_args(arguments)
+
+
+def _library() -> str:
+    try:
+        import adapters  # noqa: F401
+    except (ImportError, RuntimeError):  # RuntimeError: it is there, and wants another transformers
+        return "peft"
+    return "adapters"
 
 
 def build(library: str, layers: int) -> Any:
@@ -154,7 +161,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run; return the exit status: 1 for a wrong answer of ours, or with --strict for a missed figure."""
     options = parse(arguments)
     warnings.simplefilter("ignore")
-    library = options.library or ("adapters" if importlib.util.find_spec("adapters") else "peft")
+    library = options.library or _library()
     model = f"v3-base, {options.layers} layers, random weights"
     run = Run(f"adapters-{library}", options, model=model, library=library)
     plain, fused = build(library, options.layers), build(library, options.layers)

@@ -40,3 +40,10 @@ def test_without_a_gpu_it_says_what_to_do(capsys):
         pytest.skip("there is a GPU")
     assert tune.main([]) == 2
     assert "sees no GPU" in capsys.readouterr().err
+
+
+def test_an_entry_without_a_candidate_that_works_keeps_the_reasons(monkeypatch):
+    monkeypatch.setattr(tune, "fault", lambda *_: "wrong")
+    found = tune.measure(tune.parse(["--device", "cpu"]), ("float16", 16, "forward"), "sm_90")
+    assert set(found["refused"].values()) == {"wrong"}
+    assert "tile" not in found
