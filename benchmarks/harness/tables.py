@@ -146,8 +146,8 @@ def text(result: dict[str, Any]) -> str:
     for figure in result.get("figures", []):
         name = figure["reason"] if figure["reason"] in SKIPPED else figure["verdict"]
         counts[name] = counts.get(name, 0) + 1
-    tally = ", ".join(f"{count} {name}" for name, count in counts.items())
-    return "\n".join([*lines, "", f"{tally}; {result.get('seconds', 0):.0f} s"])
+    tally = [", ".join(f"{count} {name}" for name, count in counts.items())] if counts else []
+    return "\n".join([*lines, "", "; ".join([*tally, f"{result.get('seconds', 0):.0f} s"])])
 
 
 def number_of(rate: float | None) -> str:
