@@ -373,13 +373,7 @@ def _gpu() -> tuple[Figure, ...]:
         ("forward, of SDPA flash's speed", False, ("sdpa",), _FLASH, "fraction"),
         ("forward, times the best peer", False, PEERS, dict.fromkeys(_FLASH, (3, 5)), "speed"),
         ("forward + backward, times the best peer", True, PEERS, dict.fromkeys(_FLASH, (2.5, 4)), "speed"),
-        (
-            "forward + backward, times Hugging Face eager",
-            True,
-            ("huggingface",),
-            {512: (4, 8), 2048: (10, 20)},
-            "speed",
-        ),
+        ("forward + backward, times Hugging Face eager", True, ("huggingface",), _EAGER, "speed"),
         ("extra memory, forward", False, (), {8192: (20.0, 12.0)}, "memory"),
         ("extra memory, forward + backward", True, (), {8192: (60.0, 30.0)}, "memory"),
     ]

@@ -67,7 +67,8 @@ def measure_large(run: Run) -> None:
     records: list[dict[str, Any]] = []
     lines: list[Line] = []
     found: dict[str, dict[str, Any]] = {}
-    progress = Progress(large.needs for large in LARGE.values())
+    # A loaded model, and pairs of tokens in every layer.
+    progress = Progress(1e9 + x.length**2 * x.settings.get("num_hidden_layers", 12) for x in LARGE.values())
     skipped = set(LARGE) - set(GROWTH) if run.quick else set()
     for name, large in LARGE.items():
         if name in skipped:

@@ -1,16 +1,13 @@
 """The sizes of DeBERTa models: those of transformers' configuration, and each of them buildable."""
 
 import pytest
+from transformers import DebertaV2Config
 
 from deberta_kernels.testing import geometries
-from tests import needs
 
 
 @pytest.mark.parametrize("name", geometries.NAMES)
 def test_transformers_takes_every_setting(name):
-    needs.package("transformers")
-    from transformers import DebertaV2Config
-
     settings = geometries.settings(name, vocab_size=99)
     assert DebertaV2Config(**settings).to_dict().items() >= {**settings, "vocab_size": 99}.items()
     assert settings["hidden_size"] % settings["num_attention_heads"] == 0
