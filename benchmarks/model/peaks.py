@@ -79,7 +79,10 @@ def measure_large(run: Run) -> None:
             arguments = ["large", name, "--backend", run.backend, "--threads", str(run.threads)]
             outcome = run_alone("benchmarks.model.peaks", arguments)
         found[name] = outcome
-        records.append({"name": name, **large.__dict__, **outcome})
+        # A file says what differs from the model of all other measurements.
+        sizes, usual = settings(large.model, **large.settings), settings("v3-base", vocab_size=1024)
+        differing = {key: value for key, value in sizes.items() if usual.get(key) != value}
+        records.append({"name": name, **large.__dict__, "settings": differing, **outcome})
         progress.step(f"{name}: {outcome}")
         lines.append(_large_line(large, outcome))
     growth = [found[name] for name in GROWTH]

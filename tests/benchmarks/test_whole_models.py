@@ -115,3 +115,28 @@ def test_a_candidate_whose_package_is_missing_costs_no_other_its_peak(monkeypatc
     assert kept["peaks"] == [
         {**shape.__dict__, "label": "1x512", "bytes": dict.fromkeys(("eager", "patched", "bert"), 5)}
     ]
+
+
+def test_large_models_are_stored_by_what_differs_from_v3_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"bytes": 4e8, "weights": 3e9}
+    monkeypatch.setattr(peaks, "run_alone", lambda module, arguments: found)
+    monkeypatch.setattr(peaks, "free", lambda: 4e9)
+    kept: dict[str, Any] = {}
+
+    class Run:
+        backend, threads, quick = "cpu", 1, False
+
+        @staticmethod
+        def keep(lines: Any, memory: Any) -> None:
+            kept.update(lines=lines, memory={record["name"]: record for record in memory})
+
+    peaks.measure_large(Run())
+    assert kept["memory"]["document"]["settings"] == {}
+    assert kept["memory"]["layer-32768"]["settings"] == {"num_hidden_layers": 1}
+    assert set(kept["memory"]["v2-xxlarge"]["settings"]) == {
+        "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size",
+        "conv_kernel_size", "conv_act",
+    }  # fmt: skip
+    verdicts = [line.verdict for line in kept["lines"]]
+    assert verdicts == ["none", "info", "info", "must", "none"]
+    assert "4.0 GB of memory are free, 6 needed" in kept["lines"][0].reason
