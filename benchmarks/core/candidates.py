@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.harness.clock import rotating
 from benchmarks.harness.work import GEOMETRY
 from benchmarks.registry import Shape
 from deberta_kernels import dispatch
@@ -22,6 +23,7 @@ __all__ = [
     "candidates",
     "draw",
     "hugging_face_core",
+    "our_core",
     "ours",
     "problem",
     "rotation",
@@ -125,6 +127,11 @@ def ours(inputs: Inputs, backend: str, *, prepare: bool, lse: bool = False) -> C
     return call
 
 
+def our_core(sets: list[Inputs], backend: str, *, prepare: bool = False) -> Callable[[int], Any]:
+    """Return our core over sets of inputs in turn, as a function of a counter."""
+    return rotating(lambda call: call(), [ours(inputs, backend, prepare=prepare) for inputs in sets])
+
+
 def _spec(first_row: int = 0) -> PositionSpec:
     return PositionSpec(GEOMETRY.position_buckets, GEOMETRY.max_relative_positions, first_row)
 
@@ -201,9 +208,9 @@ def candidates(
         sets = [inputs.requiring_grad() for inputs in sets]
     found: dict[str, Callable[[int], Any]] = {}
     if "prepared" in wanted:
-        found["prepared"] = _turning([ours(inputs, backend, prepare=True) for inputs in sets])
+        found["prepared"] = our_core(sets, backend, prepare=True)
     if "bare" in wanted:
-        found["bare"] = _turning([ours(inputs, backend, prepare=False) for inputs in sets])
+        found["bare"] = our_core(sets, backend)
     if "sdpa" in wanted:
         attention = nn.functional.scaled_dot_product_attention
         found["sdpa"] = lambda index: attention(*sets[index % len(sets)].leaves[:3])
@@ -226,11 +233,7 @@ def _eager_core(sets: list[Inputs]) -> Callable[[int], Any]:
     from deberta_kernels.testing import eager
 
     problems = [problem(inputs) for inputs in sets]
-    return lambda index: eager.attention(problems[index % len(sets)])[0]
-
-
-def _turning(calls: list[Callable[[], Any]]) -> Callable[[int], Any]:
-    return lambda index: calls[index % len(calls)]()
+    return rotating(lambda one: eager.attention(one)[0], problems)
 
 
 def _without_grad(call: Callable[[int], Any]) -> Callable[[int], object]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 
-from benchmarks.core.candidates import CORES, Inputs, candidates, hugging_face_core, ours
+from benchmarks.core.candidates import CORES, candidates, hugging_face_core, our_core
 from benchmarks.core.checking import check_candidates
 from benchmarks.gpu import rivals
 from benchmarks.gpu.device import Clock, free_memory, peak_memory
@@ -67,13 +66,8 @@ def _others(plan: Plan) -> set[str]:
     call = AttentionProblem(q, q, q, None, None, Masks(), PositionSpec(), 1.0, max_seqlen=1)
     found = {name for name in ("triton", "cuda") if name != plan.backend and dispatch.refusal(name, call) is None}
     for name in found:
-        CORES[name] = partial(_turning, name)
+        CORES[name] = partial(our_core, backend=name)
     return found
-
-
-def _turning(backend: str, sets: list[Inputs]) -> Callable[[int], torch.Tensor]:
-    calls = [ours(inputs, backend, prepare=False) for inputs in sets]
-    return lambda index: calls[index % len(calls)]()
 
 
 def _item(plan: Plan, shape: Shape, names: set[str], rates: dict[str, Any]) -> Item:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["Block", "Pace", "Samples", "interleave"]
+__all__ = ["Block", "Pace", "Samples", "interleave", "rotating"]
 
 # Runs a call for `inner` counters from `first` on; returns two times of one call in seconds, the one that counts first.
 Block = Callable[[Callable[[int], object], int, int], tuple[float, float]]
@@ -87,6 +87,11 @@ def _block(call: Callable[[int], object], first: int, inner: int) -> tuple[float
     for index in range(first, first + inner):
         call(index)
     return (time.process_time() - cpu) / inner, (time.perf_counter() - wall) / inner
+
+
+def rotating(call: Callable[[Any], Any], inputs: Sequence[Any]) -> Callable[[int], Any]:
+    """Return a call as a function of a counter, which picks the inputs in turn."""
+    return lambda index: call(inputs[index % len(inputs)])
 
 
 def interleave(

@@ -9,13 +9,13 @@ python -m benchmarks model --memory          long documents and the largest mode
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import record, tables
-from benchmarks.harness.clock import Pace, interleave
+from benchmarks.harness.clock import Pace, interleave, rotating
 from benchmarks.harness.figures import Line
 from benchmarks.harness.process import note
 from benchmarks.harness.record import Progress, Run
@@ -94,14 +94,10 @@ def _measure(
         if not outcome.ok:
             note(f"{shape.label} {shape.dtype}: {name} is RED, not timed: {outcome.text}")
             del calls[name]
-    turning = {name: _turning(call, batches) for name, call in calls.items()}
+    turning = {name: rotating(call, batches) for name, call in calls.items()}
     samples = interleave(turning, QUICK_PACE if run.quick else PACE)
     found["samples"] = {name: sample.as_json() for name, sample in samples.items()}
     return found
-
-
-def _turning(call: Call, batches: list[Batch]) -> Callable[[int], object]:
-    return lambda index: call(batches[index % len(batches)])
 
 
 def judged(run: Run, records: list[dict[str, Any]]) -> list[Line]:
@@ -139,7 +135,7 @@ def measure_lengths(run: Run) -> list[Line]:
         found: dict[str, Any] = {"model": "v3-base", "batch": 1, "length": shape.length, "checks": checks}
         if outcome.ok:
             pace = replace(run.pace, rounds=15, least=3, seconds=3.0 if run.quick else 20.0)
-            samples = interleave({name: _turning(call, batches) for name, call in calls.items()}, pace)
+            samples = interleave({name: rotating(call, batches) for name, call in calls.items()}, pace)
             found["samples"] = {name: sample.as_json() for name, sample in samples.items()}
             note(f"model {shape.label}: {run.times(found['samples'])}")
         records.append(found)

@@ -159,13 +159,17 @@ def tables(threads: int) -> tuple[list[list[str]], list[list[str]]]:
 
 
 def write_table(threads: int) -> None:
-    """Measure what fits, with this many threads, and write the tables of docs/training.md; with 0 compute only."""
+    """Measure what fits, with this many threads, and print the tables; 0 compute only.
+
+    Those of one thread are those of docs/training.md, and written there.
+    """
     kept, whole = tables(threads)
     lines = ["", "Saved for backward by one attention module of v3-base, float32, one sequence, dropout 0.1:", ""]
     lines += markdown_rows(kept, text=0)
     lines += ["", "Training one sequence in float32 with AdamW, GB; computed / measured (-: not measured here):", ""]
     lines += [*markdown_rows(whole), ""]
-    replace_section(DOCUMENT, "training-memory", lines)
+    if threads <= 1:
+        replace_section(DOCUMENT, "training-memory", lines)
     print("\n".join(lines))
 
 
