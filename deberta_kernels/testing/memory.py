@@ -46,7 +46,7 @@ def reset_high_water() -> None:
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
-def peak(call: Callable[[], list[Any]]) -> dict[str, int]:
+def peak(call: Callable[[], list[Any]]) -> dict[str, Any]:
     """Return the high-water mark of one call above what the process held before, less the bytes of what it returns.
 
     Args:
