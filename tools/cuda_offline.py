@@ -18,11 +18,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tools")]
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT)]
 
 from offline import cuda  # noqa: E402
 from offline.cuda import CudaReport, full_tile  # noqa: E402
-from offline.table import aligned  # noqa: E402
+
+from deberta_kernels.demo.tables import aligned  # noqa: E402
 
 BOUNDS = ROOT / "tools" / "offline" / "cuda_bounds.json"
 # Promises that no measurement moves.

@@ -14,12 +14,14 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from offline import cuda
 from offline.counting import Counts
-from offline.table import aligned
 from predict import DEVICE, HEADS, MATRIX_FLOPS, OPERAND, SATURATED, TILE, TOKENS, WARPS, overlapped
+
+from deberta_kernels.demo.tables import aligned
 
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 ROWS = 128

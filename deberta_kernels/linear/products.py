@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 # Variants of the native library that are faster than PyTorch on some processors, from so many tokens on: measured by
-# benchmarks/bench_linear.py.
+# python -m benchmarks linear.
 _VARIANTS = ("avx2", "avx512", "avx512_bf16")
 _FEWEST = 8
 _UNIT = 16  # the library computes so many outputs at a time
