@@ -132,17 +132,17 @@ build: env-demo ## build the native library, and fail if that is not possible
 	@$(RUN) setup.py -q build_native --strict
 
 bench-cpu: env-test ## time the CPU kernel against PyTorch and Hugging Face
-	@$(RUN) benchmarks/bench_cpu.py $(ARGS)
+	@$(RUN) -m benchmarks core $(ARGS)
 
 bench-model: env-bench ## time whole models against eager, ONNX Runtime, OpenVINO and BERT
-	@$(RUN) benchmarks/bench_model.py $(MODEL) $(ARGS)
+	@$(RUN) -m benchmarks model $(MODEL) $(ARGS)
 
 bench-train: env-test ## time training steps against eager
-	@$(RUN) benchmarks/bench_train.py $(ARGS)
+	@$(RUN) -m benchmarks train $(ARGS)
 
 bench-adapters: env-tf4 env-test ## time LoRA training, prefixes and prompts patched and unpatched: AdapterHub, then PEFT
-	@$(VENV_TF4)/bin/python benchmarks/bench_adapters.py --library adapters $(ARGS)
-	@$(RUN) benchmarks/bench_adapters.py --library peft $(ARGS)
+	@$(VENV_TF4)/bin/python -m benchmarks adapters --library adapters $(ARGS)
+	@$(RUN) -m benchmarks adapters --library peft $(ARGS)
 
 kernels-offline: env-test build/triton-$(TRITON) build/triton-$(TRITON_OLDEST) ## compile the Triton kernels for devices not here; count
 	@PYTHONPATH=build/triton-$(TRITON) $(RUN) -m pytest -q tests/triton --require triton
@@ -152,13 +152,13 @@ cuda-offline: env-test build/triton-$(TRITON) ## compile the CUDA kernels with n
 	@PYTHONPATH=build/triton-$(TRITON) $(RUN) tools/cuda_offline.py $(ARGS)
 
 gpu: env-gpu ## on a GPU: prove the kernels, time them beside everything else; 9 minutes
-	@$(OFFLINE) PYTHONPATH=. $(GPU_RUN) benchmarks/bench_gpu.py $(ARGS)
+	@$(OFFLINE) PYTHONPATH=. $(GPU_RUN) -m benchmarks gpu $(ARGS)
 
 gpu-smoke: env-gpu ## its 90-second form
-	@$(OFFLINE) PYTHONPATH=. $(GPU_RUN) benchmarks/bench_gpu.py --smoke $(ARGS)
+	@$(OFFLINE) PYTHONPATH=. $(GPU_RUN) -m benchmarks gpu --smoke $(ARGS)
 
 tune: env-gpu ## on a GPU: time tile sizes and write their table
-	@$(OFFLINE) PYTHONPATH=. $(GPU_RUN) benchmarks/tune.py $(ARGS)
+	@$(OFFLINE) PYTHONPATH=. $(GPU_RUN) -m benchmarks tune $(ARGS)
 
 clean: ## delete the environments and everything built
 	rm -rf $(VENV) $(VENV_TF4) $(VENV_ECOSYSTEM) $(VENV_SPACY) $(VENV_OLDEST) $(VENV_NEWEST) build dist deberta_kernels/lib deberta_kernels.egg-info demo-results

@@ -1,11 +1,6 @@
-"""Let the files of tests here import their neighbours, which run as plain scripts otherwise; time only when asked."""
-
-import sys
-from pathlib import Path
+"""Time only when asked."""
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 
 def pytest_configure(config):

@@ -1,9 +1,9 @@
 """Time the attention core with pytest-benchmark, for people who compare runs with that plugin.
 
-    pytest benchmarks/test_bench_core.py --benchmark-group-by=group --benchmark-timer=time.process_time
+    pytest benchmarks --benchmark-group-by=group --benchmark-timer=time.process_time
 
-One group per shape. The figures come from `bench_cpu.py`, which interleaves; here candidates run one after the other.
-In a run of all tests nothing is timed: every candidate is held to the error budget, and called once.
+One group per shape. The figures come from `python -m benchmarks core`, which interleaves; here candidates run one after
+the other. In a run of all tests nothing is timed: every candidate is held to the error budget, and called once.
 """
 
 from __future__ import annotations
@@ -15,21 +15,20 @@ from typing import Any
 
 import pytest
 import torch
-from baselines import candidates
-from checking import Check, check_candidates
-from shapes import Shape
 
+from benchmarks.core.candidates import candidates
+from benchmarks.core.checking import Check, check_candidates
+from benchmarks.registry import CANDIDATES, CORE_FIGURES, Shape
 from tests import needs
 
-SHAPES = (
-    Shape(1, 128),
-    Shape(8, 128),
-    Shape(1, 512),
-    Shape(1, 128, "bfloat16"),
-    Shape(1, 512, "bfloat16"),
-    Shape(1, 512, backward=True),
+# Longer ones take minutes here, where candidates do not take turns.
+MOST_TOKENS = 512
+SHAPES = tuple(
+    shape
+    for shape in dict.fromkeys(figure.shape for figure in CORE_FIGURES)
+    if shape.batch * shape.length <= MOST_TOKENS
 )
-BACKENDS = ("cpu", "torch")
+BACKENDS, OURS = ("cpu", "torch"), ("bare", "prepared")
 
 
 def _name(shape: Shape) -> str:
@@ -65,7 +64,7 @@ def _run(benchmark: Any, shape: Shape, name: str, backend: str) -> None:
     [
         pytest.param(shape, tables, backend, id=f"{_name(shape)}-{tables}-{backend}")
         for shape in SHAPES
-        for tables in ("bare", "prepared")
+        for tables in OURS
         for backend in BACKENDS
         if tables == "bare" or (backend == "cpu" and not shape.backward)
     ],
@@ -82,8 +81,8 @@ def test_ours(benchmark: Any, shape: Shape, tables: str, backend: str) -> None:
     [
         pytest.param(shape, name, id=f"{_name(shape)}-{name}")
         for shape in SHAPES
-        for name in ("sdpa", "huggingface", "eager")
-        if name != "sdpa" or not shape.backward
+        for name, candidate in CANDIDATES["core"].items()
+        if name not in OURS and not candidate.missing and (name != "sdpa" or not shape.backward)
     ],
 )
 def test_baseline(benchmark: Any, shape: Shape, name: str) -> None:

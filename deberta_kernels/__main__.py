@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -32,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
     commands.add_parser("info", help="say what is installed, which backends are active, and why")
     commands.add_parser(
         "bench",
-        help="time the attention core; in a checkout all further options go to benchmarks/bench_cpu.py",
+        help="time the attention core; in a checkout all further options go to `python -m benchmarks core`",
         add_help=False,
     )
     explain = commands.add_parser("explain", help="say which backend would run a call, and why not the others")
@@ -96,9 +97,11 @@ def show_explanation(options: argparse.Namespace) -> int:
 
 def bench(arguments: Sequence[str]) -> int:
     """Run the checkout's benchmark when there is one, else the small one that is installed."""
-    script = Path(__file__).resolve().parent.parent / "benchmarks" / "bench_cpu.py"
-    if script.is_file():
-        return subprocess.run([sys.executable, str(script), *arguments], check=False).returncode
+    checkout = Path(__file__).resolve().parent.parent
+    if (checkout / "benchmarks" / "__main__.py").is_file():
+        path = os.pathsep.join(filter(None, (str(checkout), os.environ.get("PYTHONPATH"))))
+        command = [sys.executable, "-m", "benchmarks", "core", *arguments]
+        return subprocess.run(command, check=False, env={**os.environ, "PYTHONPATH": path}).returncode
     from .demo.bench import run
 
     return run(arguments)

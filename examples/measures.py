@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import resource
 from contextlib import suppress
-from pathlib import Path
 
 import torch
+
+from deberta_kernels.testing import memory
 
 __all__ = ["Memory"]
 
@@ -20,8 +21,8 @@ class Memory:
             torch.cuda.reset_peak_memory_stats(device)
             self._before = torch.cuda.memory_allocated(device)
             return
-        with suppress(OSError):  # Linux: sets the high-water mark to the present
-            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        with suppress(OSError):  # Linux can
+            memory.reset_high_water()
         self._before = _highest()
 
     def peak(self) -> int:
@@ -30,8 +31,6 @@ class Memory:
 
 
 def _highest() -> int:
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+    with suppress(RuntimeError):
+        return memory.status("VmHWM")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -19,16 +19,12 @@ from torch import Tensor, nn
 from vocabulary import PAD, Encoder, checkpoint_encoder, train_encoder
 
 import deberta_kernels as dk
+from deberta_kernels.testing import geometries
 
 __all__ = ["IGNORED", "Record", "Task", "pad", "run"]
 
 Record = dict[str, Any]
 IGNORED = -100  # label of what has none
-SMALL = {
-    "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024,
-    "max_position_embeddings": 512, "relative_attention": True, "position_buckets": 256, "pos_att_type": ["p2c", "c2p"],
-    "share_att_key": True, "norm_rel_ebd": "layer_norm", "position_biased_input": False, "type_vocab_size": 0,
-}  # fmt: skip
 HELD_OUT = 10  # one record of so many is for the metric
 COMPARED_STEPS = 8  # of the stock model
 SKIPPED_STEPS = 2  # at the start, not timed
@@ -151,7 +147,7 @@ def build(task: Task, options: argparse.Namespace, records: list[Record]) -> tup
         model = head.from_pretrained(options.model, dtype=torch.float32, **settings)
     else:
         encoder = train_encoder([text for record in records for text in task.texts(record)])
-        model = head(transformers.DebertaV2Config(vocab_size=encoder.size, **SMALL, **settings))
+        model = head(transformers.DebertaV2Config(**geometries.settings("small", vocab_size=encoder.size, **settings)))
     if options.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if not options.no_patch:

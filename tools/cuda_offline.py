@@ -24,7 +24,8 @@ from offline import cuda  # noqa: E402
 from offline.bounds import FAR_OVER_PLAIN  # noqa: E402
 from offline.chips import CHIPS  # noqa: E402
 from offline.cuda import CudaReport, full_tile  # noqa: E402
-from offline.table import aligned  # noqa: E402
+
+from deberta_kernels.demo.tables import aligned  # noqa: E402
 
 BOUNDS = ROOT / "tools" / "offline" / "cuda_bounds.json"
 # Promises that no measurement moves.

@@ -169,7 +169,8 @@ def report_on(result: dict[str, Any], bounds: dict[str, Any], missed: dict[str, 
     """
     from offline import bounds as rules
     from offline.counting import Report
-    from offline.table import aligned
+
+    from deberta_kernels.demo.tables import aligned
 
     known = bounds.setdefault(result["triton"], {})
     if update and result["complete"]:

@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from offline.table import aligned
+from deberta_kernels.demo.tables import aligned
 
 TILE, HEAD_DIM, HEADS, TOKENS = 64, 64, 12, 16384
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)

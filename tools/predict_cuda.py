@@ -19,9 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from offline import cuda
 from offline.counting import Counts
-from offline.table import aligned
 from predict import DEVICE, HEADS, MATRIX_FLOPS, OPERAND, SATURATED, TILE, TOKENS, WARPS, overlapped
 
+from deberta_kernels.demo.tables import aligned
 from deberta_kernels.impl.cuda.modules import ModuleSpec
 
 LENGTHS = (512, 1024, 2048, 4096, 8192)

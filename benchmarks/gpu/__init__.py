@@ -1,1 +1,1 @@
-"""Prove and time the GPU kernels on the device at hand; `bench_gpu.py` runs it all."""
+"""The GPU kernels on the device at hand: proved, then timed; `run.py` runs it all."""

@@ -1,4 +1,4 @@
-"""List the problems the kernels are checked on, the most telling first: a run may be stopped by its time limit."""
+"""The problems the kernels are checked on, the most telling first: a run may be stopped by its time limit."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import torch
 
+from benchmarks.gpu.plan import Plan
 from deberta_kernels.testing.inputs import DOUTS, LAYOUTS, MASKS, TERMS, Case
-from gpu.plan import Plan
 
 __all__ = ["cases", "long_cases"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,18 +9,22 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from baselines import Inputs, draw, ours
-from shapes import GEOMETRY, Shape
 from torch import Tensor
 
+from benchmarks.core.candidates import Inputs, draw, ours
+from benchmarks.core.candidates import problem as problem_of
+from benchmarks.core.checking import worst
+from benchmarks.gpu.cases import cases, long_cases
+from benchmarks.gpu.device import captured, free_memory
+from benchmarks.gpu.plan import Plan
+from benchmarks.gpu.stages import Item
+from benchmarks.harness.work import GEOMETRY
+from benchmarks.registry import Shape
 from deberta_kernels import dispatch
 from deberta_kernels.testing import budget, inputs
 from deberta_kernels.testing.backends import Target
 from deberta_kernels.testing.inputs import Case
 from deberta_kernels.types import AttentionProblem, Masks, PositionSpec
-from gpu.cases import cases, long_cases
-from gpu.items import Item
-from gpu.plan import Plan
 
 __all__ = ["items"]
 
@@ -65,7 +68,7 @@ def _check(plan: Plan, case: Case) -> dict[str, Any]:
     report = budget.measure(
         budget.evaluate(_target(plan).run, against.problem, against.dout), against, f"{plan.backend} {case.id}"
     )
-    _free(plan)
+    free_memory(plan.device)
     return _kept(report)
 
 
@@ -86,22 +89,13 @@ def _where_it_runs(plan: Plan, check: Callable[[], dict[str, Any]]) -> dict[str,
 
 
 def _kept(report: budget.Report) -> dict[str, Any]:
-    worst = max(
-        max(row.max_error / max(row.max_allowed, 1e-30), row.mean_error / max(row.mean_allowed, 1e-30))
-        for row in report.rows
-    )
+    largest = worst(report)
     return {
         "ok": report.ok,
-        "worst_of_allowed": round(worst, 4) if math.isfinite(worst) else None,
+        "worst_of_allowed": round(largest, 4) if math.isfinite(largest) else None,
         "second_look": report.second_look,
         "text": "" if report.ok else str(report),
     }
-
-
-def _free(plan: Plan) -> None:
-    gc.collect()
-    if plan.device != "cpu":
-        torch.cuda.empty_cache()
 
 
 @contextmanager
@@ -166,7 +160,7 @@ def _graph_forward(plan: Plan) -> dict[str, Any]:
     call = ours(fixed, plan.backend, prepare=False)
     with torch.no_grad():
         expected = [ours(x, plan.backend, prepare=False)().clone() for x in (fixed, other)]
-        graph, out = _captured(call)
+        graph, out = captured(call)
         found = []
         for source in (fixed, other):
             for to, of in zip(fixed.leaves, [x.clone() for x in source.leaves], strict=True):
@@ -175,20 +169,6 @@ def _graph_forward(plan: Plan) -> dict[str, Any]:
             found.append(out.clone())
     equal = [torch.equal(a, b) for a, b in zip(expected, found, strict=True)]
     return {"ok": all(equal), "text": "" if all(equal) else f"replay equals eager: {equal}"}
-
-
-def _captured(call: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = call()
-    return graph, result
 
 
 def _graph_dropout(plan: Plan) -> dict[str, Any]:
@@ -200,7 +180,7 @@ def _graph_dropout(plan: Plan) -> dict[str, Any]:
     case = Case(nq=300, dtype=torch.float32, dropout_p=0.3)
     problem = inputs.problem(case, plan.device)
     dout, run = inputs.dout(case, problem), _target(plan).run
-    graph, results = _captured(lambda: budget.evaluate(run, problem, dout))
+    graph, results = captured(lambda: budget.evaluate(run, problem, dout))
     outs, gaps = [], []
     for _ in range(4):
         graph.replay()
@@ -230,11 +210,11 @@ def _many_scores(plan: Plan) -> dict[str, Any]:
         part = Inputs(
             *(x[:, head : head + 1] for x in (whole.q, whole.k, whole.v)), *_tables(whole, head), _one(whole, head)
         )
-        against = budget.truth(_problem(part), part.dout)
+        against = budget.truth(problem_of(part), part.dout)
         results = {name: _head(name, x, head) for name, x in found.items()}
         reports.append(_kept(budget.measure(results, against, f"{plan.backend} head {head}")))
         del against
-        _free(plan)
+        free_memory(plan.device)
     return _worst(reports)
 
 
@@ -251,12 +231,6 @@ def _tables(whole: Inputs, head: int) -> tuple[Tensor, Tensor]:
 
 def _head(name: str, x: Tensor, head: int) -> Tensor:
     return x[head : head + 1] if name in ("dpos_key", "dpos_query") else x[:, head : head + 1]
-
-
-def _problem(part: Inputs) -> AttentionProblem:
-    spec = PositionSpec(GEOMETRY.position_buckets, GEOMETRY.max_relative_positions)
-    scale = 1.0 / math.sqrt(3 * GEOMETRY.dim)
-    return AttentionProblem(*part.leaves, Masks(), spec, scale, max_seqlen=part.q.shape[2])
 
 
 def _worst(reports: list[dict[str, Any]]) -> dict[str, Any]:
@@ -282,7 +256,7 @@ def _large_offsets(plan: Plan) -> dict[str, Any]:
         part = Inputs(
             *(x[samples] for x in (whole.q, whole.k, whole.v)), whole.pos_key, whole.pos_query, whole.dout[samples]
         )
-        against = budget.truth(_problem(part), part.dout)
+        against = budget.truth(problem_of(part), part.dout)
         for name in ("dpos_key", "dpos_query"):  # sums over all samples, which the slice does not have
             del against.oracle[name]
         reports.append(_kept(budget.measure({name: x[samples] for name, x in found.items()}, against, str(samples))))

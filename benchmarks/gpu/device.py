@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import gc
 import platform
 import re
 import shutil
@@ -13,7 +13,21 @@ from typing import Any
 
 import torch
 
-__all__ = ["Clock", "ceilings", "describe", "folder", "healthy", "peak_memory", "synchronize"]
+from benchmarks.gpu.plan import Plan
+from benchmarks.gpu.stages import Item
+from benchmarks.harness.machine import package_versions
+
+__all__ = [
+    "Clock",
+    "captured",
+    "ceilings",
+    "describe",
+    "folder",
+    "free_memory",
+    "healthy",
+    "peak_memory",
+    "synchronize",
+]
 
 # Distributions whose version can move a number.
 PACKAGES = ("torch", "triton", "transformers", "numpy", "flashdeberta", "disentangled-flash")
@@ -22,15 +36,14 @@ LONGEST_WAIT = 0.05
 CYCLES_PER_SECOND = 2.0e9
 
 
+def items(plan: Plan) -> list[Item]:
+    """Return the description of the device and its rates."""
+    return [Item("device", lambda: describe(plan.device)), Item("rates", lambda: ceilings(plan.device))]
+
+
 def describe(device: str) -> dict[str, Any]:
     """Return what identifies the device and the software."""
-    versions = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    versions["torch"] = torch.__version__
+    versions = {"python": platform.python_version(), **package_versions(PACKAGES), "torch": torch.__version__}
     found: dict[str, Any] = {"versions": versions, "system": f"{platform.system()} {platform.release()}"}
     if device == "cpu":
         return {**found, "name": f"cpu {platform.machine()}", "capability": "", "memory_gib": 0.0}
@@ -70,6 +83,28 @@ def synchronize(device: str) -> None:
     """Wait until the device has done what it was given."""
     if device != "cpu":
         torch.cuda.synchronize()
+
+
+def free_memory(device: str) -> None:
+    """Give back what torch's allocator holds for tensors that are gone."""
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.empty_cache()
+
+
+def captured(call: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """Return a CUDA graph of a call, warmed up, and the result that its replays fill."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+    return graph, result
 
 
 def healthy(device: str) -> bool:

@@ -7,20 +7,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from baselines import model_settings
-from timing import Pace, interleave
 from torch import Tensor, nn
 
-from gpu.device import Clock, peak_memory
-from gpu.items import Item
-from gpu.plan import Plan
+from benchmarks.gpu.device import Clock, captured, peak_memory
+from benchmarks.gpu.plan import Plan
+from benchmarks.gpu.stages import Item
+from benchmarks.harness.clock import Pace, interleave
+from deberta_kernels.testing.geometries import settings
 
 __all__ = ["items"]
 
-SIZES = {
-    "v3-base": {},
-    "v3-large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
-}
+SIZES = ("v3-base", "v3-large")
 TINY = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
 
 
@@ -42,8 +39,8 @@ def _pair(plan: Plan, name: str, *, training: bool = False, unpad: Any = "auto")
     import deberta_kernels
 
     torch.manual_seed(0)
-    settings = {**model_settings(), **SIZES[name], **(TINY if plan.small else {})}
-    plain = DebertaV2Model(DebertaV2Config(**settings)).to(plan.device, getattr(torch, plan.dtype)).train(training)
+    chosen = settings(name, vocab_size=1024, **(TINY if plan.small else {}))
+    plain = DebertaV2Model(DebertaV2Config(**chosen)).to(plan.device, getattr(torch, plan.dtype)).train(training)
     patched = copy.deepcopy(plain)
     deberta_kernels.patch(patched, backend=plan.backend, strict=True, unpad=unpad)
     return plain, patched
@@ -122,13 +119,5 @@ def _graph(plan: Plan) -> dict[str, Any]:
 
 
 def _replayed(call: Callable[[int], Tensor]) -> tuple[Callable[[int], Any], Tensor]:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call(0)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = call(0)
+    graph, out = captured(lambda: call(0))
     return lambda _: graph.replay(), out

@@ -1,20 +1,18 @@
-"""Say what one run measures: the device, the shapes and how long each part may take."""
+"""The settings of one run: the device, the shapes and how long each part may take."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
 
-from shapes import Shape
+from benchmarks.registry import GPU_LENGTHS, Shape
 
-__all__ = ["LENGTHS", "Plan"]
-
-LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
+__all__ = ["Plan"]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Hold the settings that every stage shares.
+    """The settings that every stage shares.
 
     Attributes:
         device: "cuda" or "cpu"; on the CPU everything runs on small shapes, to prove the harness and nothing else.
@@ -31,7 +29,7 @@ class Plan:
     backend: str = "triton"
     smoke: bool = False
     tokens: int = 16384
-    lengths: tuple[int, ...] = LENGTHS
+    lengths: tuple[int, ...] = GPU_LENGTHS
     dtype: str = "bfloat16"
     seconds: float = 1.0
     candidates: tuple[str, ...] = ()

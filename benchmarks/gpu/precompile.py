@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
-from baselines import candidates
-from shapes import Shape
 
+from benchmarks.core.candidates import candidates
+from benchmarks.gpu import rivals, timings
+from benchmarks.gpu.cases import cases, long_cases
+from benchmarks.gpu.plan import Plan
+from benchmarks.gpu.stages import Item
+from benchmarks.harness.process import environment, program
+from benchmarks.registry import PEERS, Shape
 from deberta_kernels import dispatch
 from deberta_kernels.testing import budget, inputs
 from deberta_kernels.testing.backends import Target
 from deberta_kernels.testing.inputs import Case
 from deberta_kernels.types import AttentionProblem, Masks, PositionSpec
-from gpu import rivals, timings
-from gpu.cases import cases, long_cases
-from gpu.items import Item
-from gpu.plan import Plan
 
 __all__ = ["items", "run_share"]
 
-WORKER = Path(__file__).resolve().parent.parent / "bench_gpu.py"
 MOST_PROCESSES = 16
 # Longest sequences for which Hugging Face's code, with its N x N tensors, is compiled beside a dozen other processes.
 MOST_COMPILED = 1024
@@ -52,15 +50,17 @@ def foreign(plan: Plan) -> list[tuple[str, Shape]]:
     """
     if plan.small or plan.smoke:
         return []
-    names = ["compiled", *(name for name in rivals.RIVALS if not rivals.available(name))]
+    names = ["compiled", *(name for name in PEERS if not rivals.available(name))]
     return [(name, s) for s in plan.shapes() for name in names if name != "compiled" or s.length <= MOST_COMPILED]
 
 
 def _together(plan: Plan) -> dict[str, Any]:
     count = 1 if plan.small else max(1, min(MOST_PROCESSES, os.cpu_count() or 1))
-    command = [sys.executable, str(WORKER), "--plan", plan.as_text(), "--share"]
+    command = [*program("gpu"), "--plan", plan.as_text(), "--share"]
     running = [
-        subprocess.Popen([*command, f"{i}/{count}"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        subprocess.Popen(
+            [*command, f"{i}/{count}"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment()
+        )
         for i in range(count)
     ]
     texts = [process.communicate()[0] for process in running]

@@ -17,20 +17,21 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from baselines import CORES, Inputs, model_settings
-from shapes import GEOMETRY
 from torch import Tensor
 
-__all__ = ["RIVALS", "available", "disentangled_flash", "flashdeberta", "register"]
+from benchmarks.core.candidates import CORES, Inputs
+from benchmarks.harness.work import GEOMETRY
+from benchmarks.registry import CANDIDATES
+from deberta_kernels.testing.geometries import settings
 
-# distribution: (import name, the release whose code was read)
-RIVALS = {"flashdeberta": ("flashdeberta", "0.0.8"), "disentangled-flash": ("disentangled_flash", "1.1.1")}
+__all__ = ["available", "disentangled_flash", "flashdeberta", "register"]
+
 SCALE = 1.0 / math.sqrt(3 * GEOMETRY.dim)
 
 
 def available(name: str) -> str:
     """Return "" when a rival can be called, else why not."""
-    package, release = RIVALS[name]
+    package, release = CANDIDATES["gpu"][name].needs[0], CANDIDATES["gpu"][name].release
     try:
         found = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -92,9 +93,9 @@ def disentangled_flash(sets: list[Inputs]) -> Callable[[int], Tensor]:
 
 
 def _config() -> Any:
-    settings = {**model_settings(), "share_att_key": False, "max_relative_positions": GEOMETRY.max_relative_positions}
-    settings |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    return types.SimpleNamespace(**settings)
+    chosen = settings("v3-base", share_att_key=False, max_relative_positions=GEOMETRY.max_relative_positions)
+    chosen |= {"vocab_size": 1024, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return types.SimpleNamespace(**chosen)
 
 
 def _tokens(x: Tensor) -> Tensor:

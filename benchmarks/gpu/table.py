@@ -4,23 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks.harness.figures import Line
+from benchmarks.harness.tables import MEGABYTE, aligned
+from benchmarks.registry import CANDIDATES, GPU_FIGURES
+
 __all__ = ["figures", "table"]
 
-# Columns of the tables: candidate -> heading.
-COLUMNS = {
-    "bare": "ours",
-    "prepared": "prepared",
-    "triton": "triton",
-    "cuda": "cuda",
-    "sdpa": "SDPA flash",
-    "huggingface": "HF eager",
-    "compiled": "HF compiled",
-    "flashdeberta": "flashdeberta",
-    "disentangled-flash": "disent.-flash",
-}
-PEERS = ("flashdeberta", "disentangled-flash")
-FLASH = {512: (0.30, 0.45), 2048: (0.50, 0.65), 8192: (0.75, 0.90)}
-MEGABYTE = 1e6
+HEADINGS = {name: candidate.heading for name, candidate in CANDIDATES["gpu"].items()}
 
 
 def shapes(result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -44,55 +34,26 @@ def shapes(result: dict[str, Any]) -> list[dict[str, Any]]:
     return sorted(found.values(), key=lambda record: (record["backward"], record["length"]))
 
 
-def _figure(title: str, case: str, value: float | None, must: float, aim: float, *, higher: bool, unit: str) -> dict:
-    def reaches(bound: float) -> bool:
-        return value is not None and (value >= bound if higher else value <= bound)
-
-    verdict = "none" if value is None else "aim" if reaches(aim) else "must" if reaches(must) else "MISSED"
-    return {
-        "title": title, "case": case, "value": value, "must": must, "aim": aim,
-        "higher": higher, "unit": unit, "verdict": verdict,
-    }  # fmt: skip
-
-
 def figures(result: dict[str, Any]) -> list[dict[str, Any]]:
     """Return every promised figure with what was measured, or without a value where nothing was."""
     by_key = {(record["length"], record["backward"]): record for record in shapes(result)}
     found = []
-
-    def times(length: int, backward: bool, names: tuple[str, ...]) -> float | None:
-        """Return how many times longer than ours the best of some candidates takes."""
-        against = by_key.get((length, backward), {}).get("against", {})
-        known = [against[name] for name in names if name in against]
-        return min(known) if known else None
-
-    for length, (must, aim) in FLASH.items():
-        value = times(length, False, ("sdpa",))
-        found.append(_figure("forward, of SDPA flash's speed", f"N {length}", value, must, aim, higher=True, unit=""))
-    for length in FLASH:
-        value = times(length, False, PEERS)
-        found.append(_figure("forward, times the best peer", f"N {length}", value, 3, 5, higher=True, unit="x"))
-    for length in FLASH:
-        value = times(length, True, PEERS)
-        title = "forward + backward, times the best peer"
-        found.append(_figure(title, f"N {length}", value, 2.5, 4, higher=True, unit="x"))
-    for length, (must, aim) in {512: (4.0, 8.0), 2048: (10.0, 20.0)}.items():
-        value = times(length, True, ("huggingface",))
-        title = "forward + backward, times Hugging Face eager"
-        found.append(_figure(title, f"N {length}", value, must, aim, higher=True, unit="x"))
-    for backward, must, aim in ((False, 20.0, 12.0), (True, 60.0, 30.0)):
-        memory = by_key.get((8192, backward), {}).get("memory", {}).get("bare")
-        value = None if memory is None else memory["steady"] / MEGABYTE
-        title = f"extra memory, {'forward + backward' if backward else 'forward'}"
-        found.append(_figure(title, "N 8192", value, must, aim, higher=False, unit=" MB"))
+    for figure in GPU_FIGURES:
+        record = by_key.get((figure.shape.length, figure.shape.backward), {})
+        if figure.sense == "memory":
+            memory = record.get("memory", {}).get(figure.ours)
+            value = None if memory is None else memory["steady"] / MEGABYTE
+        else:
+            # How many times longer than ours the best of the others takes.
+            against = record.get("against", {})
+            value = min((against[name] for name in figure.others if name in against), default=None)
+        found.append(_as_json(figure.line(median=value, best=value)))
     return found
 
 
-def _aligned(rows: list[list[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
-             for row in rows]  # fmt: skip
-    return [line.rstrip() for line in lines]
+def _as_json(line: Line) -> dict[str, Any]:
+    kept = {name: getattr(line, name) for name in ("title", "case", "must", "aim", "higher", "unit", "verdict")}
+    return {**kept, "value": line.median}
 
 
 def _cell(record: dict[str, Any], name: str) -> str:
@@ -114,25 +75,25 @@ def _cell(record: dict[str, Any], name: str) -> str:
 
 def _times(result: dict[str, Any]) -> list[str]:
     records = shapes(result)
-    names = [name for name in COLUMNS if any(name in r["samples"] or name in r["reasons"] for r in records)]
+    names = [name for name in HEADINGS if any(name in r["samples"] or name in r["reasons"] for r in records)]
     lines = []
     for backward in (False, True):
         chosen = [record for record in records if record["backward"] is backward]
         if not chosen:
             continue
-        head = ["forward + backward" if backward else "forward", *(COLUMNS[name] for name in names), "over floor"]
+        head = ["forward + backward" if backward else "forward", *(HEADINGS[name] for name in names), "over floor"]
         rows = [head]
         for record in chosen:
             floor, mine = record.get("floor"), record["samples"].get("bare")
             over = f"{mine['median'] / floor['seconds']:.1f}x" if floor and mine else "-"
             rows.append([record["label"], *(_cell(record, name) for name in names), over])
-        lines += [*_aligned(rows), ""]
-        rows = [["extra MB", *(COLUMNS[name] for name in names)]]
+        lines += [aligned(rows), ""]
+        rows = [["extra MB", *(HEADINGS[name] for name in names)]]
         for record in chosen:
             memory = {name: record["memory"].get(name) for name in names}
             cells = ["-" if x is None else f"{x['steady'] / MEGABYTE:.1f}" for x in memory.values()]
             rows.append([record["label"], *cells])
-        lines += [*_aligned(rows), ""]
+        lines += [aligned(rows), ""]
     return lines
 
 
@@ -157,7 +118,7 @@ def _models(result: dict[str, Any]) -> list[str]:
             extra = "-" if memory is None else f"{memory['steady'] / MEGABYTE:.0f}"
             speed = f"{base['median'] / sample['median']:.2f}x" if base else "-"
             rows.append([f"{name}, {candidate}", f"{sample['median'] * 1e3:.3f}", extra, speed])
-    return [*_aligned(rows), ""] if len(rows) > 1 else []
+    return [aligned(rows), ""] if len(rows) > 1 else []
 
 
 def table(result: dict[str, Any]) -> str:
@@ -176,6 +137,6 @@ def table(result: dict[str, Any]) -> str:
     for x in result["figures"]:
         sign, value = ("≥" if x["higher"] else "≤"), ("-" if x["value"] is None else f"{x['value']:.2f}{x['unit']}")
         rows.append([x["title"], x["case"], f"{sign} {x['must']:g}", f"{sign} {x['aim']:g}", value, x["verdict"]])
-    lines += [*_aligned(rows), ""]
+    lines += [aligned(rows), ""]
     lines += [f"{name}: {_state(record)}, {record['seconds']:.0f} s" for name, record in result["stages"].items()]
     return "\n".join([*lines, f"{result['seconds']:.0f} s in all"])

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from baselines import CORES, Inputs, candidates, hugging_face_core, ours
-from checking import check_candidates
-from shapes import Shape
-from timing import Pace, interleave
 
+from benchmarks.core.candidates import CORES, candidates, hugging_face_core, our_core
+from benchmarks.core.checking import check_candidates
+from benchmarks.gpu import rivals
+from benchmarks.gpu.device import Clock, free_memory, peak_memory
+from benchmarks.gpu.plan import Plan
+from benchmarks.gpu.stages import Item
+from benchmarks.harness.clock import Pace, interleave
+from benchmarks.harness.work import floor
+from benchmarks.registry import PEERS, Shape
 from deberta_kernels import dispatch
 from deberta_kernels.types import AttentionProblem, Masks, PositionSpec
-from gpu import rivals
-from gpu.device import Clock, peak_memory
-from gpu.floors import floor
-from gpu.items import Item
-from gpu.plan import Plan
 
 __all__ = ["compiled_items", "core_items", "register_compiled", "rival_items"]
 
@@ -41,9 +39,9 @@ def core_items(plan: Plan, rates: dict[str, Any]) -> list[Item]:
 def rival_items(plan: Plan, rates: dict[str, Any]) -> list[Item]:
     """Return one item per shape: the rivals, with ours beside them; and for an absent one an item that says why."""
     rivals.register()
-    absent = {name: reason for name in rivals.RIVALS if (reason := rivals.available(name))}
+    absent = {name: reason for name in PEERS if (reason := rivals.available(name))}
     found = [Item(name, lambda reason=reason: {"ok": True, "skipped": reason}) for name, reason in absent.items()]
-    present = rivals.RIVALS.keys() - absent.keys()
+    present = set(PEERS) - absent.keys()
     if present:
         found += [_item(plan, shape, {*present, "bare"}, rates) for shape in plan.shapes()]
     return found
@@ -68,13 +66,8 @@ def _others(plan: Plan) -> set[str]:
     call = AttentionProblem(q, q, q, None, None, Masks(), PositionSpec(), 1.0, max_seqlen=1)
     found = {name for name in ("triton", "cuda") if name != plan.backend and dispatch.refusal(name, call) is None}
     for name in found:
-        CORES[name] = partial(_turning, name)
+        CORES[name] = partial(our_core, backend=name)
     return found
-
-
-def _turning(backend: str, sets: list[Inputs]) -> Callable[[int], torch.Tensor]:
-    calls = [ours(inputs, backend, prepare=False) for inputs in sets]
-    return lambda index: calls[index % len(calls)]()
 
 
 def _item(plan: Plan, shape: Shape, names: set[str], rates: dict[str, Any]) -> Item:
@@ -92,7 +85,7 @@ def _measure(plan: Plan, shape: Shape, names: list[str], rates: dict[str, Any]) 
         scores = torch.cuda.get_device_properties(0).total_memory // ORACLE_BYTES
     checks = check_candidates(shape, names, plan.backend, plan.device, scores)
     record["checks"] = {name: check.as_json() for name, check in checks.items()}
-    _free(plan)
+    free_memory(plan.device)
     for name, check in checks.items():
         if not check.ok:
             record["reasons"][name] = reason_of(check.text)
@@ -103,7 +96,7 @@ def _measure(plan: Plan, shape: Shape, names: list[str], rates: dict[str, Any]) 
         except Exception as error:  # its reason stands in the record, the others are still timed
             record["reasons"][name] = reason_of(f"{type(error).__name__}: {error}")
             del calls[name]
-        _free(plan)
+        free_memory(plan.device)
     pace = Pace(rounds=25, least=5, seconds=plan.seconds * len(calls), block=0.003 if plan.smoke else 0.006)
     samples = interleave(calls, pace, Clock(plan.device).block) if calls else {}
     record["samples"] = {name: one.as_json() for name, one in samples.items()}
@@ -113,7 +106,7 @@ def _measure(plan: Plan, shape: Shape, names: list[str], rates: dict[str, Any]) 
     record["ok"] = not ours_failed
     record["text"] = "; ".join(f"{name}: {record['reasons'][name]}" for name in {*wrong, *ours_failed})
     del calls
-    _free(plan)
+    free_memory(plan.device)
     return record
 
 
@@ -130,9 +123,3 @@ def only_flash() -> None:
     torch.backends.cuda.enable_math_sdp(False)
     torch.backends.cuda.enable_mem_efficient_sdp(False)
     torch.backends.cuda.enable_cudnn_sdp(False)
-
-
-def _free(plan: Plan) -> None:
-    gc.collect()
-    if plan.device != "cpu":
-        torch.cuda.empty_cache()

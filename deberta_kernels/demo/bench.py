@@ -12,10 +12,13 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import deberta_kernels as dk
 from deberta_kernels.info import info
+from deberta_kernels.testing.geometries import settings
 
 __all__ = ["run"]
 
-HEADS, HEAD_DIM, BUCKETS = 12, 64, 256
+_SIZES = settings("v3-base")
+HEADS, BUCKETS = _SIZES["num_attention_heads"], _SIZES["position_buckets"]
+HEAD_DIM = _SIZES["hidden_size"] // HEADS
 
 
 def medians(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:

@@ -7,8 +7,6 @@ threads do not survive a fork.
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import json
 import os
 import statistics
@@ -18,13 +16,13 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 import deberta_kernels as dk
+from deberta_kernels.testing import memory
 
 __all__ = ["MEMORY_METHOD", "Case", "MeasurementError", "difference_and_times", "in_child", "peak_memory"]
 
@@ -36,12 +34,12 @@ WARM_UP_TOKENS = 8
 
 
 class MeasurementError(RuntimeError):
-    """Say why a measurement has no result."""
+    """A measurement has no result; the message says why."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """Hold one input of the demo.
+    """One input of the demo.
 
     Attributes:
         label: name in the table.
@@ -94,13 +92,6 @@ def in_child(work: Callable[[], dict[str, Any]], threads: int) -> dict[str, Any]
     return dict(received["result"])
 
 
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise MeasurementError(f"/proc/self/status has no {field}")
-
-
 def _forward(model: nn.Module, case: Case) -> torch.Tensor:
     with torch.no_grad():
         hidden: torch.Tensor = model(input_ids=case.input_ids, attention_mask=case.attention_mask)[0]
@@ -118,14 +109,11 @@ def peak_memory(model: nn.Module, case: Case) -> dict[str, Any]:
     A pass over a few tokens comes first, so that libraries and thread pools are loaded and not counted.
     """
     _warm_up(model, case)
-    gc.collect()
-    with suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)  # glibc: give freed pages back, or the pass would use them unseen
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to the present
-    start = _status("VmRSS")
+    with suppress(OSError):  # without it, the mark is that of this process, which has done nothing larger
+        memory.reset_high_water()
+    start = memory.status("VmRSS")
     _forward(model, case)
-    return {"bytes": max(_status("VmHWM") - start, 0)}
+    return {"bytes": max(memory.status("VmHWM") - start, 0)}
 
 
 def difference_and_times(before: nn.Module, after: nn.Module, case: Case, pairs: int, seconds: float) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from deberta_kernels.testing import geometries
+
 from .text import Encoder, hashing_encoder, paragraphs
 
 __all__ = ["DEFAULT_MODEL", "Loaded", "load", "shared_copy"]
@@ -22,30 +24,12 @@ DEFAULT_MODEL = "microsoft/deberta-v3-base"
 HUB_TIMEOUT_SECONDS = 20
 FEWEST_DISTINCT_TOKENS = 10
 
-# Of the checkpoint microsoft/deberta-v3-base.
-V3_BASE: dict[str, Any] = {
-    "vocab_size": 128100,
-    "hidden_size": 768,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "intermediate_size": 3072,
-    "max_position_embeddings": 512,
-    "type_vocab_size": 0,
-    "layer_norm_eps": 1e-7,
-    "relative_attention": True,
-    "position_buckets": 256,
-    "norm_rel_ebd": "layer_norm",
-    "share_att_key": True,
-    "pos_att_type": ["p2c", "c2p"],
-    "position_biased_input": False,
-}
-
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """Hold what the demo runs.
+    """What the demo runs.
 
     Attributes:
         model: Hugging Face DebertaV2Model in eval mode, on the CPU.
@@ -107,13 +91,14 @@ def random_model(reason: str) -> Loaded:
     """Return a model in the geometry of v3-base with random weights."""
     from transformers import DebertaV2Config, DebertaV2Model
 
+    sizes = geometries.settings("v3-base")
     torch.manual_seed(0)
-    model = DebertaV2Model(DebertaV2Config(**V3_BASE))
+    model = DebertaV2Model(DebertaV2Config(**sizes))
     remarks = (
         f"{reason}: random weights in the geometry of {DEFAULT_MODEL}; the costs are those of the real model",
         "no vocabulary without the checkpoint: words are hashed to token ids",
     )
-    return Loaded(model, "v3-base geometry, random weights", hashing_encoder(V3_BASE["vocab_size"]), remarks)
+    return Loaded(model, "v3-base geometry, random weights", hashing_encoder(sizes["vocab_size"]), remarks)
 
 
 def load(name: str | None, dtype: torch.dtype) -> Loaded:

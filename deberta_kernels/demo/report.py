@@ -14,6 +14,8 @@ import torch
 from deberta_kernels import dtypes
 from deberta_kernels.info import info
 
+from .tables import aligned
+
 __all__ = ["Row", "conditions", "draw", "format_table", "write_numbers"]
 
 MEGABYTE = 1e6
@@ -21,7 +23,7 @@ MEGABYTE = 1e6
 
 @dataclass(frozen=True)
 class Row:
-    """Hold the measurements of one input.
+    """The measurements of one input.
 
     Attributes:
         label: input as the table names it.
@@ -87,16 +89,7 @@ def format_table(rows: list[Row]) -> str:
         times = [_milliseconds(row.seconds_before), _milliseconds(row.seconds_after), f"{row.speed_up:.2f}x"]
         memory = [_megabytes(row.bytes_before), _megabytes(row.bytes_after)]
         lines.append([row.label, *times, *memory, f"{row.difference:.1e}", row.backend])
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    left = {0, len(head) - 1}
-    text = [
-        "  ".join(
-            cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))
-        ).rstrip()
-        for line in lines
-    ]
-    text.insert(2, "  ".join("-" * w for w in widths))
-    return "\n".join(text)
+    return aligned(lines, left=(0, len(head) - 1), heads=2)
 
 
 def write_numbers(folder: Path, name: str, about: dict[str, Any], rows: list[Row]) -> list[Path]:

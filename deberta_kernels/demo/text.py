@@ -1,4 +1,4 @@
-"""Give the demo its text (public domain) and a stand-in tokenizer for checkpoints that bring none."""
+"""The text of the demo (public domain), and a stand-in tokenizer for checkpoints that bring none."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 # The native library's variants with vector instructions are faster than PyTorch on some processors, from so many tokens
-# on: measured by benchmarks/bench_linear.py.
+# on: measured by python -m benchmarks linear.
 _FEWEST = 8
 _UNIT = 16  # the library computes so many outputs at a time
 

@@ -1,4 +1,4 @@
-"""Hold a backend to the error budget: what Hugging Face's eager code loses in the same dtype sets what it may lose.
+"""The error budget: what Hugging Face's eager code loses in the same dtype sets what it may lose.
 
 Inputs are drawn in the tested dtype and then upcast, so backend, eager and the float64 oracle see the same numbers.
 With E the error against the oracle, and floor = f * max(1, max|oracle|), every tensor must satisfy
@@ -30,7 +30,7 @@ from deberta_kernels.impl import reference
 from deberta_kernels.testing import eager
 from deberta_kernels.types import AttentionProblem
 
-__all__ = ["BudgetError", "Report", "Row", "Truth", "check", "evaluate", "measure", "truth"]
+__all__ = ["BudgetError", "Report", "Row", "Truth", "allowance", "check", "evaluate", "measure", "truth"]
 
 Runner = Callable[[AttentionProblem], tuple[Tensor, Tensor]]
 
@@ -46,13 +46,30 @@ LIMITS = {
 }
 
 
+def allowance(
+    dtype: torch.dtype, error: float, largest: float = 1.0, *, mean: bool = False, relative: float | None = None
+) -> float:
+    """Return the error that the budget allows, by the formula above.
+
+    Args:
+        dtype: tested; decides a and f.
+        error: of eager, against float64: the largest, or with `mean` the mean one.
+        largest: max|oracle|; 1 for errors that are relative already.
+        mean: apply the rule of the mean error.
+        relative: f, where it is not that of the dtype.
+    """
+    factor, usual = LIMITS[dtype]
+    floor = (usual if relative is None else relative) * max(1.0, largest)
+    return (MEAN_FACTOR if mean else factor) * (error + floor)
+
+
 class BudgetError(AssertionError):
-    """Say which tensors of a backend are worse than the budget allows."""
+    """Tensors of a backend are worse than the budget allows; the message is the report."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """Hold the errors of one tensor against the float64 oracle.
+    """The errors of one tensor against the float64 oracle.
 
     Attributes:
         name: "out", "lse" or the gradient.
@@ -91,7 +108,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """Hold the errors of one call, one row per tensor; `str()` is a table."""
+    """The errors of one call, one row per tensor; `str()` is a table."""
 
     label: str
     rows: tuple[Row, ...]
@@ -114,7 +131,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Truth:
-    """Hold what one problem is measured against: computed once, used for every backend.
+    """What one problem is measured against: computed once, used for every backend.
 
     Attributes:
         problem: the call, in the tested dtype.
@@ -270,17 +287,18 @@ def _row(name: str, result: Tensor | None, against: Truth, eager_errors: tuple[f
         wrong = f"dtype {result.dtype}, expected {expected_dtype}"
     if result is None or result.shape != oracle.shape:
         return Row(name, float("inf"), 0.0, float("inf"), 0.0, 0.0, wrong)
-    factor, relative = LIMITS[dtype]
+    relative = None
     if against.overflowed:
         # lse is never rounded to the dtype, so its floor stays that of float32.
         relative = LIMITS[torch.float32][1] if name == "lse" else torch.finfo(dtype).eps
     finite = oracle[oracle.isfinite()]
-    floor = relative * max(1.0, float(finite.abs().max()) if finite.numel() else 0.0)
+    largest = float(finite.abs().max()) if finite.numel() else 0.0
     worst, mean = _errors(result, oracle)
     eager_worst, eager_mean = eager_errors
     if worst == float("inf") and not wrong:
         wrong = f"{int((result.isfinite() != oracle.isfinite()).sum())} values not finite, or finite by mistake"
-    max_allowed, mean_allowed = factor * (eager_worst + floor), MEAN_FACTOR * (eager_mean + floor)
+    max_allowed = allowance(dtype, eager_worst, largest, relative=relative)
+    mean_allowed = allowance(dtype, eager_mean, largest, relative=relative, mean=True)
     return Row(name, worst, max_allowed, mean, mean_allowed, eager_worst, wrong)
 
 

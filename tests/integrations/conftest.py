@@ -14,27 +14,10 @@ import transformers
 import deberta_kernels as dk
 from deberta_kernels import notices
 from deberta_kernels.models import encoder
+from deberta_kernels.testing import geometries
 from tools.ecosystem_table import EcosystemTables
 
-SMALL = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "max_position_embeddings": 64,
-    "relative_attention": True,
-    "position_buckets": 16,
-    "max_relative_positions": -1,
-    "pos_att_type": ["p2c", "c2p"],
-    "share_att_key": True,
-    "norm_rel_ebd": "layer_norm",
-    "position_biased_input": False,
-    "type_vocab_size": 0,
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-    "initializer_range": 0.2,
-}
+SMALL = geometries.settings("tiny", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.2)
 
 
 class Tally(dict):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +52,7 @@ def test_losses_stay_as_close_as_those_of_weights_moved_by_a_ten_millionth(bfloa
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="resident memory is read from /proc")
 def test_resident_memory_does_not_grow_with_steps_of_random_lengths(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
-    sys.modules.pop("soak", None)
-    import soak
+    from benchmarks.training import soak
 
     monkeypatch.setattr(soak, "LONGEST", 40)
     monkeypatch.setattr(soak, "WARM_UP", 0.5)

@@ -88,11 +88,10 @@ def test_training_saves_little_for_the_backward(build, batch):
 
 
 @pytest.mark.parametrize(("length", "share"), [(512, 0.25), (2048, 0.10)])
-def test_attention_keeps_a_fraction_of_what_eager_keeps_for_backward(length, share, monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
-    import training_memory
+def test_attention_keeps_a_fraction_of_what_eager_keeps_for_backward(length, share):
+    from benchmarks.training import memory
 
-    eager, ours = (training_memory.one_layer("v3-base", length, patched, "attention") for patched in (False, True))
+    eager, ours = (memory.one_layer("v3-base", length, patched, "attention") for patched in (False, True))
     assert eager > 12 * length**2 * 4  # at least the probabilities of twelve heads
     assert ours <= share * eager
 

@@ -21,14 +21,9 @@ from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
 import deberta_kernels as dk
 from deberta_kernels.models.guards.handover import Handover, handover_of
+from deberta_kernels.testing import geometries
 
-SETTINGS = {
-    "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
-    "relative_attention": True, "position_buckets": 16, "max_position_embeddings": 64, "max_relative_positions": -1,
-    "pos_att_type": ["p2c", "c2p"], "share_att_key": True, "norm_rel_ebd": "layer_norm", "type_vocab_size": 0,
-    "position_biased_input": False, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
-    "initializer_range": 0.2,
-}  # fmt: skip
+SETTINGS = geometries.settings("tiny", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.2)
 STEPS, BATCH, LENGTH = 4, 8, 24
 
 

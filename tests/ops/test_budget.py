@@ -262,3 +262,10 @@ def test_ids_name_what_differs():
     assert Case(batch=2, heads=3, nq=111, head_dim=64, dtype=torch.bfloat16).id == "B2-N111-H3-D64-bf16-c2p+p2c"
     long = Case(nk=70, mask="holes", dropout_p=0.1, seed=4).id
     assert long == "B2-Nq111-Nk70-H3-D64-fp32-c2p+p2c-holes-dropout0.1-seed4"
+
+
+def test_what_is_allowed_follows_the_formula():
+    assert budget.allowance(torch.bfloat16, 1.0, 50.0) == pytest.approx(2 * (1 + 50e-5))
+    assert budget.allowance(torch.float32, 1.0, 0.1) == pytest.approx(3 * (1 + 1e-6))
+    assert budget.allowance(torch.float32, 1.0, 4.0, mean=True) == pytest.approx(1.1 * (1 + 4e-6))
+    assert budget.allowance(torch.float16, 0.0, 8.0, relative=0.5) == pytest.approx(8.0)

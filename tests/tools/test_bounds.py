@@ -5,7 +5,6 @@ import dataclasses
 import pytest
 from offline import bounds
 from offline.counting import Counts, Report
-from offline.table import aligned
 
 NAME = "fwd_kernel bf16 D64 bias"
 GOOD = Report(
@@ -79,10 +78,6 @@ def test_bounds_survive_the_file(tmp_path):
     bounds.store(stored, path)
     assert bounds.load(path) == stored
     assert Report.from_json(GOOD.as_json()) == GOOD
-
-
-def test_rows_are_aligned():
-    assert aligned([["a", "b"], ["long", "12"], ["error", "text beyond", "all columns"]]).splitlines()[1] == "long  12"
 
 
 def record(name, report):

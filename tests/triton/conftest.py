@@ -1,4 +1,4 @@
-"""Let the tests of the programs in tools/ and benchmarks/ import their parts, which are no packages of the project."""
+"""Let the tests of the programs in tools/ import their parts, which are no packages of the project."""
 
 import sys
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from tests import needs
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "benchmarks")]
+sys.path[:0] = [str(ROOT / "tools")]
 
 
 def pytest_ignore_collect():

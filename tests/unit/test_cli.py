@@ -14,24 +14,11 @@ import deberta_kernels
 from deberta_kernels.__main__ import main
 from deberta_kernels.demo import text
 from deberta_kernels.demo.measure import MeasurementError, in_child
+from deberta_kernels.testing import geometries
 
 ROOT = Path(deberta_kernels.__file__).resolve().parents[1]
 LINUX = sys.platform.startswith("linux")
-TINY = {
-    "vocab_size": 200,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 48,
-    "max_position_embeddings": 64,
-    "type_vocab_size": 0,
-    "relative_attention": True,
-    "position_buckets": 16,
-    "norm_rel_ebd": "layer_norm",
-    "share_att_key": True,
-    "pos_att_type": ["p2c", "c2p"],
-    "position_biased_input": False,
-}
+TINY = geometries.settings("tiny", vocab_size=200, num_attention_heads=2)
 
 
 def command(*arguments, cwd=None, **environment):

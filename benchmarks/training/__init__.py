@@ -1,0 +1,1 @@
+"""Training steps, adapters, convergence, memory of training."""
