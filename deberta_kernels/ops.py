@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 
 from deberta_kernels import dispatch, flops
 from deberta_kernels.checks.operands import check_gradients, check_problem, check_reachable_rows, check_storages
+from deberta_kernels.torch_state.modes import forward_mode, is_mapped, needs_operator, traced, transformed
 from deberta_kernels.types import AttentionProblem, Gradients, Masks, PositionSpec
 
 __all__ = ["attention"]
@@ -32,7 +33,6 @@ _BOUNDS = 8  # cu_seqlens
 _DIFFERENTIABLE = 5  # q, k, v, pos_key, pos_query
 _VIEW_TRACKING = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 _AUTOGRAD = _VIEW_TRACKING | torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradFunctionality)
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 _NO_SECOND_DERIVATIVE = (
     "the second derivative of disentangled attention is supported by backend='reference' only; pass "
     "backend='reference' for double backward (gradient penalties, Hessians)."
@@ -74,14 +74,14 @@ def attention(problem: AttentionProblem, backend: str) -> tuple[Tensor, Tensor]:
     arguments = _flatten(problem, backend)
     if torch.compiler.is_compiling():
         return torch.ops.deberta_kernels.attention(*arguments)  # type: ignore[no-any-return]
-    if not _unwatched(arguments):
+    if needs_operator(arguments[:_TENSORS]):
         if torch._C._len_torch_dispatch_stack() > 0:
             flops.register()
-        if backend == "reference" and not _traced() and not problem.q.is_meta:
+        if backend == "reference" and not traced() and not problem.q.is_meta:
             return _run_forward(problem, backend)
         _refuse_tangents(arguments)
         arguments = _with_own_bounds(arguments)  # before the forward runs; in eager mode they are a copy already
-        if torch._C._functorch.peek_interpreter_stack() is not None and not _traced():
+        if transformed() and not traced():
             return _FunctionalAttention.apply(*arguments)  # type: ignore[no-any-return]
         return torch.ops.deberta_kernels.attention(*arguments)  # type: ignore[no-any-return]
     if backend == "reference":
@@ -126,29 +126,9 @@ def _unflatten(arguments: tuple[Any, ...]) -> AttentionProblem:
     )  # fmt: skip
 
 
-def _traced() -> bool:
-    """Whether tensors hold no values or operators are being recorded; ordinary autograd code cannot run then."""
-    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None
-
-
-def _unwatched(arguments: tuple[Any, ...]) -> bool:
-    """Whether this is plain eager mode on plain tensors, where nobody needs to see an operator."""
-    if (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
-        or forward_ad._current_level >= 0
-        or torch._C._autograd._profiler_enabled()
-        or arguments[0].is_meta
-    ):
-        return False
-    return all(x is None or type(x) in _PLAIN_TYPES for x in arguments[:_TENSORS])
-
-
 def _refuse_tangents(arguments: tuple[Any, ...]) -> None:
     """Raise for forward-mode differentiation, which would otherwise lose the tangents without a word."""
-    if forward_ad._current_level < 0:
+    if not forward_mode():
         return
     for x in arguments[:_DIFFERENTIABLE]:
         if x is not None and forward_ad.unpack_dual(x).tangent is not None:
@@ -302,20 +282,15 @@ def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[
         dout = torch.zeros_like(out)
     dlse = None if dlse is None or dlse._is_zerotensor() else dlse
     # With create_graph the operator is needed: its own autograd refuses a second derivative by name.
-    watched = torch.compiler.is_compiling() or torch.is_grad_enabled() or not _unwatched(arguments)
-    if watched or not _plain_gradient(dout) or not _plain_gradient(dlse):
-        functional = torch._C._functorch.peek_interpreter_stack() is not None and not _traced()
+    watched = torch.compiler.is_compiling() or torch.is_grad_enabled() or needs_operator(arguments[:_TENSORS])
+    if watched or any(x is not None and is_mapped(x) for x in (dout, dlse)):
+        functional = transformed() and not traced()
         compute = _FunctionalBackward.apply if functional else torch.ops.deberta_kernels.attention_backward
         gradients = compute(dout, dlse, out, lse, *arguments, needs)
         return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *nothing
     with torch._C._AutoDispatchBelowAutograd():
         found = _run_backward(_unflatten(arguments), dout, dlse, out, lse, arguments[-1], tuple(needs))
     return *found, *nothing
-
-
-def _plain_gradient(x: Tensor | None) -> bool:
-    # torch.autograd.grad(is_grads_batched=True) passes tensors that only look plain.
-    return x is None or (type(x) is Tensor and not torch._C._functorch.is_legacy_batchedtensor(x))
 
 
 class _EagerAttention(torch.autograd.Function):

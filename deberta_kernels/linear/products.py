@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from deberta_kernels import native
 from deberta_kernels.checks.arguments import storage_fits
 from deberta_kernels.native.processor import features, vendor
+from deberta_kernels.torch_state.modes import is_mapped
 
 __all__ = [
     "anything_gained",
-    "is_mapped",
     "lacks_products",
     "natively",
     "natively_with_gradients",
@@ -206,13 +206,6 @@ def _gradients(
     dx = dout @ weight if needs[0] and weight is not None else None
     dweight = rows.t() @ x.reshape(-1, x.shape[-1]) if needs[1] and x is not None else None
     return dx, dweight, rows.sum(0) if needs[2] else None
-
-
-def is_mapped(gradient: Tensor) -> bool:
-    """Tell whether many gradients are wanted at once, by `torch.vmap` or `is_grads_batched`: none has values then."""
-    functorch = torch._C._functorch
-    batched = functorch.is_batchedtensor(gradient) or functorch.is_legacy_batchedtensor(gradient)
-    return batched or torch._C._are_functorch_transforms_active() or type(gradient) not in (Tensor, nn.Parameter)
 
 
 def _is_plain(x: Tensor) -> bool:

@@ -36,6 +36,7 @@ from deberta_kernels.models.attention import (
 from deberta_kernels.models.encoder_mask import EncoderMask
 from deberta_kernels.models.options import AttentionOptions
 from deberta_kernels.models.position_tables import content_key
+from deberta_kernels.torch_state.modes import values_readable
 from deberta_kernels.types import Masks
 
 __all__ = ["AdapterMask", "attend_with_adapters"]
@@ -158,6 +159,4 @@ def _replace_rows(
 
 def _is_full(rows: Tensor) -> bool:
     """Tell whether no row is padding, where that can be read without waiting for a device."""
-    if torch.compiler.is_compiling() or rows.device.type != "cpu" or torch._C._len_torch_dispatch_stack() > 0:
-        return False
-    return bool(rows.all())
+    return rows.device.type == "cpu" and values_readable(rows) and bool(rows.all())

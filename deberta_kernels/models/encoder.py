@@ -21,6 +21,7 @@ from deberta_kernels.models.guards.handover import Handover, handover_of, is_kno
 from deberta_kernels.models.options import AttentionOptions
 from deberta_kernels.models.packing import Packing, find_packing
 from deberta_kernels.models.padding_gradient import PackedLayer
+from deberta_kernels.torch_state.modes import values_readable
 from deberta_kernels.types import Masks
 
 __all__ = ["encode"]
@@ -109,7 +110,7 @@ def _takes_queries(module: Any, query_states: Tensor, hidden_states: Tensor) -> 
 def _packing(layers: _Layers, options: AttentionOptions, hidden_states: Tensor, keep: Tensor) -> Packing | None:
     """Return how to pack the batch; None where it must, or had better, run padded."""
     batch, length = keep.shape
-    if options.unpad is False or batch * length == 0 or not _readable(hidden_states, keep):
+    if options.unpad is False or batch * length == 0 or not values_readable(hidden_states, keep):
         return None
     if options.unpad == "auto" and batch * length < _FEWEST_TOKENS:
         return None
@@ -123,23 +124,14 @@ def _multiplies_as_it_keeps(hidden_states: Tensor, mask: Tensor) -> bool:
 
     Products of 0 and 1 are; those of other values may overflow, and NaN and infinity make 0 something else.
     """
-    if mask.dtype == torch.bool or mask.device.type != "cpu" or not _readable(hidden_states, mask):
+    if mask.dtype == torch.bool or mask.device.type != "cpu" or not values_readable(hidden_states, mask):
         return True
     return bool(((mask == 0) | (mask == 1)).all())
 
 
 def _is_full(hidden_states: Tensor, keep: Tensor) -> bool:
     """Tell whether every token is real, where that can be read without waiting for a device."""
-    return keep.device.type == "cpu" and _readable(hidden_states, keep) and bool(keep.all())
-
-
-def _readable(hidden_states: Tensor, keep: Tensor) -> bool:
-    """Tell whether the mask may be read: not while compiling, of fake or wrapped tensors, or in a graph capture."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
-        return False
-    if type(hidden_states) is not Tensor or type(keep) is not Tensor or hidden_states.is_meta:
-        return False
-    return not (hidden_states.is_cuda and torch.cuda.is_current_stream_capturing())
+    return keep.device.type == "cpu" and values_readable(hidden_states, keep) and bool(keep.all())
 
 
 def _version(x: Tensor | None) -> int:

@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from deberta_kernels import native
 from deberta_kernels.checks.arguments import storage_fits
 from deberta_kernels.linear.hidden_dropout import is_dropout
-from deberta_kernels.linear.layers import is_hooked, is_linear
+from deberta_kernels.linear.layers import is_linear
 from deberta_kernels.models.anatomy import Apply, AttentionModule, anatomy_of
 from deberta_kernels.position import attention_span, reachable_rows
-from deberta_kernels.torch_state.onlookers import is_watched, sees_every_call
+from deberta_kernels.torch_state.modes import values_exist
+from deberta_kernels.torch_state.onlookers import has_forward_hooks, has_hooks, is_watched, sees_every_call
 from deberta_kernels.types import PositionSpec
 
 __all__ = [
@@ -201,7 +202,7 @@ def _shows_nobody(module: AttentionModule, projections: dict[str, nn.Module]) ->
     if any(getattr(part, "use_gating", False) for part in parts):
         return False
     if torch.compiler.is_compiling():
-        return not any(part._forward_hooks or part._forward_pre_hooks for part in (module.pos_dropout, *parts))
+        return not any(map(has_forward_hooks, (module.pos_dropout, *parts)))
     if (
         not is_dropout(module.pos_dropout)
         or sees_every_call() is not None
@@ -279,14 +280,14 @@ def _validity(
     Anything else (a LoRA of any make, a quantised layer, a parametrisation) is projected anew each call, so that no
     switch it has can be missed.
     """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
-        return None  # tensors may have no values
+    if not values_exist():
+        return None
     if module.training or module.pos_dropout.training:
         return None
     linears: list[Any] = list(projections.values())
     if not is_dropout(module.pos_dropout) or not all(map(is_linear, linears)):
         return None
-    if any(is_hooked(part) for part in (module.pos_dropout, *linears)):
+    if any(has_hooks(part) for part in (module.pos_dropout, *linears)):
         return None
     sources = [tensor for linear in linears for tensor in (linear.weight, linear.bias) if tensor is not None]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (rel, *sources)):

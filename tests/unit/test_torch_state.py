@@ -4,13 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from deberta_kernels import ops
-from deberta_kernels.checks.arguments import holds_values
 from deberta_kernels.linear import hidden_dropout, layers, products
-from deberta_kernels.models import adapterhub, encoder, position_tables
+from deberta_kernels.models import adapterhub, position_tables
 from deberta_kernels.models.anatomy import anatomy_of
 from deberta_kernels.models.guards import allow_list
 from deberta_kernels.models.guards.distances import are_ordinary
+from deberta_kernels.torch_state import modes, onlookers
 from tests import needs
 from tests.unit.torch_states import LENGTH, STATES
 
@@ -48,25 +47,28 @@ QUESTIONS = {
     "runs the original code": (
         lambda x: allow_list.runs_original_code(), {*TRANSFORMS, "exporting", "jit trace", "dual level"}, set(),
     ),
-    "is watched": (lambda x: layers.is_watched(), WATCHED, set()),
-    "is any function watched": (lambda x: layers.is_any_function_watched(), {"function mode"}, set()),
-    "is traced": (lambda x: ops._traced(), {*MODES, "jit trace"}, set()),
-    "is transformed": (lambda x: torch._C._functorch.peek_interpreter_stack() is not None, TRANSFORMS, set()),
-    "are transforms active": (lambda x: torch._C._are_functorch_transforms_active(), TRANSFORMS, set()),
-    "needs no operator": (
-        lambda x: ops._unwatched((x,) + (None,) * 18),
-        ALL - WATCHED - FAKE - {"default device", "meta", "profiler", "subclass"},
+    "plain eager": (lambda x: modes.plain_eager(), ALL - WATCHED, set()),
+    "function mode": (lambda x: modes.function_mode(), {"function mode"}, set()),
+    "forward mode": (lambda x: modes.forward_mode(), {"func.jvp", "dual level"}, set()),
+    "traced": (lambda x: modes.traced(), {*MODES, "jit trace"}, set()),
+    "transformed": (lambda x: modes.transformed(), TRANSFORMS, set()),
+    "has an interpreter": (
+        lambda x: torch._C._functorch.peek_interpreter_stack() is not None, TRANSFORMS, set(),
+    ),
+    "exporting": (lambda x: modes.exporting(), {"exporting", "jit trace"}, set()),
+    "needs an operator": (
+        lambda x: modes.needs_operator((x, None)),
+        {*WATCHED, *FAKE, "default device", "meta", "profiler", "subclass"},
         set(),
     ),
-    "is a plain gradient": (ops._plain_gradient, ALL - FAKE - {"parameter", "batched gradients", "subclass"}, set()),
-    "holds values": (holds_values, ALL - MODES - FAKE - TRANSFORMS - {"compiling", "subclass"}, set()),
-    "may be read by the encoder": (
-        lambda x: encoder._readable(x, x), ALL - MODES - FAKE - {"compiling", "meta", "parameter", "subclass"}, set(),
+    "values exist": (lambda x: modes.values_exist(), ALL - MODES - {"compiling"}, set()),
+    "values are readable": (
+        modes.values_readable, ALL - MODES - FAKE - TRANSFORMS - {"compiling", "meta", "subclass"}, set(),
     ),
     "is full": (
         lambda x: adapterhub._is_full(x == x),
-        ALL - MODES - FAKE - {"compiling", "meta", "vmap", "batched gradients"},
-        {"fake tensor", "vmap", "batched gradients"},
+        ALL - MODES - FAKE - TRANSFORMS - {"compiling", "meta", "subclass", "batched gradients"},
+        {"batched gradients"},
     ),
     "holds ordinary distances": (
         lambda x: are_ordinary(x.to(torch.int64), ATTENTION, LENGTH),
@@ -78,7 +80,7 @@ QUESTIONS = {
         ALL - MODES - {"compiling", "parameter", "func.grad", "func.jvp"},
         {"func.jvp"},
     ),
-    "is mapped": (products.is_mapped, {*TRANSFORMS, *FAKE, "batched gradients", "subclass"}, set()),
+    "is mapped": (modes.is_mapped, {*TRANSFORMS, *FAKE, "batched gradients", "subclass"}, set()),
     "has memory for products": (
         products._is_plain,
         ALL - TRANSFORMS - FAKE - {"batched gradients", "meta", "subclass", "zero tensor"},
@@ -119,3 +121,47 @@ def test_the_answer(question, state):
         assert isinstance(answer, Exception)
     else:
         assert answer is (state in yes)
+
+
+def weight_norm(module):
+    torch.nn.utils.weight_norm(module)  # a hook that computes a weight, and looks at nothing
+
+
+def own_forward(module):
+    module.forward = lambda x: x
+
+
+def for_all(module):
+    return nn.modules.module.register_module_forward_hook(lambda *_: None)
+
+
+# What was done to a linear layer -> which of has_forward_hooks, has_hooks, is_watched and sees_every_call say yes.
+HOOKS = {
+    "nothing": (lambda module: None, ""),
+    "forward hook": (lambda module: module.register_forward_hook(lambda *_: None), "forward any watched"),
+    "pre-hook": (lambda module: module.register_forward_pre_hook(lambda *_: None), "forward any watched"),
+    "backward hook": (lambda module: module.register_full_backward_hook(lambda *_: None), "any watched"),
+    "hook of all modules": (for_all, "any all"),
+    "weight norm": (weight_norm, "forward any"),
+    "compiled": (lambda module: module.compile(backend="eager"), "any"),
+    "own forward": (own_forward, "any watched"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("what", HOOKS)
+def test_who_looks_at_a_module(what):
+    do, yes = HOOKS[what]
+    module = nn.Linear(LENGTH, 3)
+    handle = do(module)
+    try:
+        answers = {
+            "forward": onlookers.has_forward_hooks(module),
+            "any": onlookers.has_hooks(module),
+            "watched": onlookers.is_watched(module),
+            "all": onlookers.sees_every_call() is not None,
+        }
+    finally:
+        if what == "hook of all modules":
+            handle.remove()
+    assert answers == {name: name in yes.split() for name in answers}

@@ -14,11 +14,11 @@ from typing import Any
 
 from torch import nn
 
-from deberta_kernels.linear.layers import is_any_function_watched
 from deberta_kernels.models.anatomy import anatomy_of
 from deberta_kernels.models.guards.known import ADAPTERHUB, ADAPTERHUB_ONE, MODELING, MODELING_ONE, runs_own
 from deberta_kernels.models.swap import Swapped
-from deberta_kernels.torch_state.onlookers import is_watched, sees_every_call
+from deberta_kernels.torch_state.modes import function_mode
+from deberta_kernels.torch_state.onlookers import has_forward_hooks, is_watched, sees_every_call
 from deberta_kernels.torch_state.originals import Originals, is_own
 from deberta_kernels.torch_state.tracing import answered_once, traces_questions
 
@@ -88,7 +88,7 @@ def _as_traced(layer: Any, takes_mask: Callable[[nn.Module, set[Any]], bool], se
     if "attention" not in layer._modules or "self" not in layer.attention._modules:
         return Handover.TENSORS
     parts = (layer, layer.attention, layer.attention.self)
-    if any(part._forward_pre_hooks or part._forward_hooks for part in parts) or not takes_mask(parts[-1], seen):
+    if any(map(has_forward_hooks, parts)) or not takes_mask(parts[-1], seen):
         return Handover.TENSORS
     return Handover.MASK
 
@@ -117,7 +117,7 @@ def _decide(
     if adapted or not _is_tokenwise(layer, seen):
         return Handover.MASK
     if _FUNCTIONS not in seen:
-        if _FUNCTIONS.replaced() is not None or is_any_function_watched():
+        if _FUNCTIONS.replaced() is not None or function_mode():
             return Handover.MASK
         seen.add(_FUNCTIONS)
     return Handover.PACKED
