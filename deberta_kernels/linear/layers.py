@@ -26,12 +26,12 @@ __all__ = [
     "apply_linear_gelu",
     "is_linear",
     "is_replaced",
+    "register_linear",
 ]
 
 _NARROW = (torch.bfloat16, torch.float16)
-_ADAPTERHUB = "adapters.methods.lora"
-# Their classes that make a layer linear: where each has its forward from.
-_ADAPTERHUB_FORWARDS = {"LoRALinearTorch": "LoRALinear.forward", "LoRAMergedLinear": "LoRAMergedLinear.forward"}
+# Other packages' classes of linear layers, (home, name) -> qualified name of the forward, whether a layer is plain.
+_registered: dict[tuple[str, str], tuple[str, Callable[[Any], bool]]] = {}
 _ACTIVATIONS = "transformers.activations"
 
 
@@ -104,21 +104,30 @@ def _gelu_in_place(x: Tensor) -> Tensor:
     return torch.ops.aten.gelu_.default(x)  # type: ignore[no-any-return]
 
 
+def register_linear(home: str, name: str, forward: str, is_plain: Callable[[Any], bool]) -> None:
+    """Register another package's subclass of `nn.Linear`, whose layers are linear ones while `is_plain` says so.
+
+    Args:
+        home: name of the module that defines the class.
+        name: name of the class.
+        forward: qualified name, inside `home`, of its forward.
+        is_plain: whether a layer computes what `nn.Linear` would with its weight and bias.
+    """
+    _registered[home, name] = forward, is_plain
+
+
 def is_linear(module: Any) -> bool:
     """Tell whether a module computes `nn.functional.linear` of its weight and bias, and nothing else."""
     return _is_linear_class(module) and _originals_of(type(module)).replaced() is None
 
 
 def _is_linear_class(module: Any) -> bool:
-    """Tell whether the class of a module, as it was written, makes it a linear layer.
-
-    AdapterHub makes every linear layer its own. Most never get an adapter, and one that is not active, or merged into
-    the weight, changes nothing.
-    """
+    """Tell whether the class of a module, as it was written, makes it a linear layer."""
     cls = type(module)
-    if cls.__module__ == _ADAPTERHUB and cls.__name__ in _ADAPTERHUB_FORWARDS:
-        return not module.fan_in_fan_out and (bool(module.merged) or module.get_active_setup() is None)
-    return cls is nn.Linear
+    if cls is nn.Linear:
+        return True
+    found = _registered.get((cls.__module__, cls.__name__))
+    return found is not None and found[1](module)
 
 
 _originals: dict[type[Any], Originals] = {}
@@ -134,7 +143,7 @@ def _places(cls: type[Any]) -> tuple[Place, ...]:
     functional: Any = nn.functional
     if issubclass(cls, nn.Linear):
         home: Any = nn.modules.linear
-        own = () if cls is nn.Linear else called(cls, cls.__module__, _ADAPTERHUB_FORWARDS[cls.__name__])
+        own = () if cls is nn.Linear else called(cls, cls.__module__, _registered[cls.__module__, cls.__name__][0])
         function = (functional, "linear", "torch._C._nn", "linear")
         plain = called(nn.Linear, home.__name__, "Linear.forward")
         return (*own, *plain, (home, "F", functional.__name__, ""), function)

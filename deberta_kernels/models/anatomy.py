@@ -24,7 +24,16 @@ from torch import Tensor, nn
 
 from deberta_kernels.types import PositionSpec
 
-__all__ = ["TALKING_HEADS", "Anatomy", "Apply", "AttentionModule", "anatomy_of", "mixes_heads"]
+__all__ = [
+    "TALKING_HEADS",
+    "VERSION_ONE",
+    "VERSION_TWO",
+    "Anatomy",
+    "Apply",
+    "AttentionModule",
+    "anatomy_of",
+    "mixes_heads",
+]
 
 # An nn.Module with the attributes of Hugging Face's DisentangledSelfAttention, of either version.
 AttentionModule: TypeAlias = Any
@@ -46,10 +55,12 @@ class Anatomy(ABC):
     """One version of DeBERTa's attention: what its modules are made of, and what their arguments mean.
 
     Attributes:
+        home: module of transformers that defines its classes.
         takes_queries: query_states other than hidden_states may be given.
         counts_distances: no relative_pos means ordinary distances; else it means no position terms.
     """
 
+    home: ClassVar[str]
     takes_queries: ClassVar[bool]
     counts_distances: ClassVar[bool]
 
@@ -97,6 +108,7 @@ class Anatomy(ABC):
 class _VersionOne(Anatomy):
     """DeBERTa v1."""
 
+    home = "transformers.models.deberta.modeling_deberta"
     takes_queries = False
     counts_distances = False
 
@@ -129,6 +141,7 @@ class _VersionOne(Anatomy):
 class _VersionTwo(Anatomy):
     """DeBERTa v2 and v3."""
 
+    home = "transformers.models.deberta_v2.modeling_deberta_v2"
     takes_queries = True
     counts_distances = True
 
@@ -174,12 +187,12 @@ class _VersionTwo(Anatomy):
         )
 
 
-_ONE, _TWO = _VersionOne(), _VersionTwo()
+VERSION_ONE, VERSION_TWO = _VersionOne(), _VersionTwo()
 
 
 def anatomy_of(module: AttentionModule) -> Anatomy:
     """Return the version that an attention module is of: v1 has one projection for queries, keys and values."""
-    return _ONE if "in_proj" in module._modules else _TWO
+    return VERSION_ONE if "in_proj" in module._modules else VERSION_TWO
 
 
 def _named(module: AttentionModule, *terms: tuple[str, str, str]) -> dict[str, nn.Module]:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from deberta_kernels.masks import parse_huggingface_mask
-from deberta_kernels.models.adapterhub import AdapterMask
 from deberta_kernels.models.anatomy import anatomy_of
 from deberta_kernels.models.encoder_mask import EncoderMask
 from deberta_kernels.models.guards.allow_list import runs_original_code
@@ -44,7 +43,7 @@ def encode(
     return_dict: bool = True,
     *,
     takes_mask: Callable[[nn.Module, set[Any]], bool],
-    adapted: bool = False,
+    mask_type: type[EncoderMask] = EncoderMask,
 ) -> Any:
     """Run the encoder; arguments and result are Hugging Face's.
 
@@ -61,9 +60,10 @@ def encode(
         relative_pos: None; a tensor runs the original code.
         return_dict: return a `BaseModelOutput`, not a tuple.
         takes_mask: as in `handover_of`.
-        adapted: the attention modules are AdapterHub's, which may give the states more tokens and samples than the
-            mask has.
+        mask_type: what attention modules get in place of the mask; those with a type of their own may give the states
+            more tokens and samples than the mask has.
     """
+    adapted = mask_type is not EncoderMask
     plain = isinstance(hidden_states, Tensor) and hidden_states.dim() == 3 and isinstance(attention_mask, Tensor)
     if (
         not plain
@@ -89,7 +89,7 @@ def encode(
     masks = parse_huggingface_mask(attention_mask, batch=batch, nq=length, nk=length)
     if not adapted and masks.key is not None and _is_full(hidden_states, masks.key):
         masks = Masks()  # which also leaves nothing to pack
-    layers = _Layers(module, (AdapterMask if adapted else EncoderMask)(attention_mask, masks), takes_mask, adapted)
+    layers = _Layers(module, mask_type(attention_mask, masks), takes_mask, adapted)
     packing = None
     if attention_mask.dim() == 2 and query_states is None and masks.key is not None:
         packing = _packing(layers, options, hidden_states, masks.key)
@@ -145,7 +145,7 @@ class _Layers:
         module: the encoder.
         mask: what layers are given that take it.
         takes_mask: as in `encode`.
-        adapted: as in `encode`.
+        adapted: as in `handover_of`.
     """
 
     def __init__(self, module: Any, mask: EncoderMask, takes_mask: Any, adapted: bool) -> None:

@@ -35,19 +35,22 @@ __all__ = [
     "forget",
     "forget_all",
     "projected_tables",
+    "register_row_wise",
 ]
 
 # A kept table covers at least this many tokens: with the usual 256 buckets that is every row but one, so that calls
 # of growing length do not project again and again.
 _KEPT_LENGTH = 512
-# Packages whose linear layers make each row from that row alone.
-_BY_ROWS = ("peft.tuners.", "adapters.methods.")
+# How the names of modules begin whose linear layers make each row from that row alone, and attributes that, where they
+# are true, say that a part of such a layer does not.
+_row_wise: tuple[str, ...] = ("peft.tuners.",)
+_gates: tuple[str, ...] = ()
 # Words that one product of `_keyed_sums` reads: bounds what its secret numbers take, at little cost in calls.
 _BLOCK = 1 << 18
 
 
 class PositionTables(NamedTuple):
-    """Hold what one attention call needs to know about positions.
+    """What one attention call needs to know about positions.
 
     Attributes:
         pos_key: (H, rows, D) or None; K_r of the paper, rows `position.first_row ...` of the full table.
@@ -63,7 +66,7 @@ class PositionTables(NamedTuple):
 
 
 class _Kept(NamedTuple):
-    """Hold the tables of one module in eval, and everything they were computed from."""
+    """The tables of one module in eval, and everything they were computed from."""
 
     validity: tuple[Any, ...]
     start: int
@@ -125,6 +128,17 @@ def projected_tables(
             with _lock:
                 _kept[module] = kept
     return kept.tables
+
+
+def register_row_wise(prefix: str, gate: str) -> None:
+    """Register another package's linear layers, which make each row from that row alone.
+
+    Args:
+        prefix: how the names of the modules that define them begin.
+        gate: attribute of a part of a layer; where it is true, rows depend on others.
+    """
+    global _row_wise, _gates
+    _row_wise, _gates = (*_row_wise, prefix), (*_gates, gate)
 
 
 def forget(module: nn.Module) -> None:
@@ -194,12 +208,9 @@ def _checked(rel_embeddings: Tensor | None, spec: PositionSpec) -> Tensor:
 
 
 def _shows_nobody(module: AttentionModule, projections: dict[str, nn.Module]) -> bool:
-    """Tell whether nobody sees which rows are projected, and each projected row depends on that row alone.
-
-    Gates of AdapterHub's LoRA average over all rows, and modules of others may.
-    """
+    """Tell whether nobody sees which rows are projected, and each projected row depends on that row alone."""
     parts = [part for projection in projections.values() for part in projection.modules()]
-    if any(getattr(part, "use_gating", False) for part in parts):
+    if any(getattr(part, gate, False) for gate in _gates for part in parts):
         return False
     if torch.compiler.is_compiling():
         return not any(map(has_forward_hooks, (module.pos_dropout, *parts)))
@@ -209,7 +220,7 @@ def _shows_nobody(module: AttentionModule, projections: dict[str, nn.Module]) ->
         or any(map(is_watched, (module.pos_dropout, *parts)))
     ):
         return False
-    return all(is_linear(x) or type(x).__module__.startswith(_BY_ROWS) for x in projections.values())
+    return all(is_linear(x) or type(x).__module__.startswith(_row_wise) for x in projections.values())
 
 
 def _project_as_hugging_face(

@@ -15,7 +15,14 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from deberta_kernels.torch_state.originals import Originals, is_own
 
-__all__ = ["forward_below_accelerate", "has_forward_hooks", "has_hooks", "is_watched", "sees_every_call"]
+__all__ = [
+    "forward_below_accelerate",
+    "has_forward_hooks",
+    "has_hooks",
+    "is_watched",
+    "register_hooks",
+    "sees_every_call",
+]
 
 _CALL = Originals(
     (nn.Module, "__call__", "torch.nn.modules.module", "Module._wrapped_call_impl"),
@@ -39,12 +46,13 @@ _WEIGHT_HOOKS = (
     ("torch.nn.utils.spectral_norm", "SpectralNorm"),
     ("torch.utils.module_tracker", "ModuleTracker"),  # which counts calls, for FlopCounterMode
 )
-# Hooks of AdapterHub's layers, whose states are never packed; they take its mask object for a tensor.
-_ADAPTERHUB_HOOKS = (
-    ("adapters.methods.prompt_tuning", "_attn_mask_hook_fn"),
-    ("adapters.methods.reft", "hook_fn"),
-    ("adapters.models.bert.mixin_bert", "BertModelAdaptersMixin._set_layer_hook_for_parallel.<locals>.hook"),
-)
+# Other packages' hooks that may see whatever a patched model hands over: (module, qualified name).
+_registered: list[tuple[str, str]] = []
+
+
+def register_hooks(*hooks: tuple[str, str]) -> None:
+    """Register hooks, as (module, qualified name), that may see whatever a patched model hands over."""
+    _registered.extend(hooks)
 
 
 def sees_every_call() -> str | None:
@@ -134,7 +142,7 @@ def _is_compiled_by_torch(module: nn.Module) -> bool:
 
 
 def _is_known(hook: Any) -> bool:
-    if any(is_own(hook, *known) for known in _ADAPTERHUB_HOOKS):
+    if any(is_own(hook, *known) for known in _registered):
         return True
     owner = getattr(hook, "__self__", hook)
     return any(_is_of(owner, home, (name,)) for home, name in _WEIGHT_HOOKS)
