@@ -72,7 +72,9 @@ def _native_wanted() -> bool:
 
 def suits(x: Tensor, weight: Tensor, bias: Tensor | None = None, everywhere: bool = False) -> bool:
     """Tell whether the native library multiplies faster than others do: shapes that fit, as `natively` wants them."""
-    if not (everywhere or _native_wanted()) or any(t is not None and t.is_neg() for t in (x, weight, bias)):
+    if not (everywhere or _native_wanted()):
+        return False
+    if x.is_neg() or weight.is_neg() or (bias is not None and bias.is_neg()):
         return False
     if 0 in weight.shape:  # nothing to multiply
         return False

@@ -47,8 +47,10 @@ TALKING_HEADS = ("talking_head mixes the scores of different heads", "models of 
 def mixes_heads(module: AttentionModule) -> bool:
     """Tell whether the scores or probabilities of one head enter those of another, as `talking_head` makes them."""
     own, parts = module.__dict__, module._modules
-    mixers = ("head_logits_proj", "head_weights_proj")
-    return any(parts.get(name) is not None or own.get(name) is not None for name in mixers)
+    for name in ("head_logits_proj", "head_weights_proj"):
+        if parts.get(name) is not None or own.get(name) is not None:
+            return True
+    return False
 
 
 class Anatomy(ABC):

@@ -298,13 +298,13 @@ def _validity(
     linears: list[Any] = list(projections.values())
     if not is_dropout(module.pos_dropout) or not all(map(is_linear, linears)):
         return None
-    if any(has_hooks(part) for part in (module.pos_dropout, *linears)):
+    if any(map(has_hooks, (module.pos_dropout, *linears))):
         return None
     sources = [tensor for linear in linears for tensor in (linear.weight, linear.bias) if tensor is not None]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (rel, *sources)):
         return None
-    keys = [rel_key(rel), *(content_key(tensor) for tensor in sources)]
-    if any(key is None for key in keys):
+    keys = [rel_key(rel), *map(content_key, sources)]
+    if None in keys:
         return None
     autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
     return (tuple(projections), spec, module.num_attention_heads, autocast, *keys)

@@ -61,7 +61,7 @@ def forward_mode() -> bool:
 def function_mode() -> bool:
     """Tell whether a mode sees every function; that of a default device changes only how tensors are made."""
     if torch._C._len_torch_function_stack() == 0:
-        return False
+        return False  # as nearly always
     return any(type(mode) is not DeviceContext for mode in torch.overrides._get_current_function_mode_stack())
 
 
@@ -76,7 +76,7 @@ def plain_eager() -> bool:
     """Tell whether no mode, function transform or tracer wants to see PyTorch's own operations."""
     return not (
         torch._C._len_torch_dispatch_stack() > 0
-        or function_mode()
+        or (torch._C._len_torch_function_stack() > 0 and function_mode())
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
@@ -99,7 +99,10 @@ def needs_operator(tensors: Sequence[Tensor | None]) -> bool:
         or tensors[0].is_meta  # type: ignore[union-attr]
     ):
         return True
-    return any(x is not None and type(x) not in _PLAIN for x in tensors)
+    for x in tensors:  # no generator: a frame for each tensor
+        if x is not None and type(x) not in _PLAIN:
+            return True
+    return False
 
 
 def values_exist() -> bool:
