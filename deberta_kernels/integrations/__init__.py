@@ -3,7 +3,7 @@
 import sys
 from types import ModuleType
 
-from deberta_kernels.models import adapterhub, dense, fused, swap
+from deberta_kernels.models import adapterhub, dense, fused, patched_class
 from deberta_kernels.models.standalone import mask_decoder
 
 
@@ -19,4 +19,4 @@ def _name(earlier: str, *modules: ModuleType) -> None:
 _name("dense", dense, adapterhub)
 _name("huggingface", fused, adapterhub)
 _name("mask_decoder", mask_decoder)
-_name("swap", swap)
+_name("swap", patched_class)

@@ -1,4 +1,4 @@
-"""Drop hidden states and add the residual that follows: on the CPU in one pass of the native library.
+"""Dropout of hidden states and the residual that follows: on the CPU in one pass of the native library.
 
 PyTorch draws a float for each element, one after the other, and keeps the result for the backward. Here draws are
 counted (see `deberta_kernels.dropout`), so the backward makes them again. A dropout module is taken over only if it is
@@ -79,7 +79,7 @@ def _is_supported(x: Tensor) -> bool:
 
 
 class _Dropped(torch.autograd.Function):
-    """Make the same draws in the backward, which is a dropout as well, and differentiable in turn."""
+    """A dropout whose backward makes the same draws; that is a dropout as well, and differentiable in turn."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Tensor | None, p: float, seed: int, dtype: torch.dtype) -> Tensor:

@@ -1,4 +1,4 @@
-"""Call the linear layers of a model: those that are plain in the fastest way there is for them, all others as modules.
+"""Calls of linear layers: of those that are plain in the fastest way there is for them, of all others as modules.
 
 A module is taken over only if it computes what `nn.Linear` does and nothing could notice: no hooks, no tracing, no
 function transform, no replaced code. Everything else (LoRA, quantised layers, parametrisations) is called as a module.

@@ -1,4 +1,4 @@
-"""Multiply by the weight of a linear layer on the CPU, in ways that are faster than PyTorch's own on some processors.
+"""Products with the weight of a linear layer on the CPU, in ways that are faster than PyTorch's on some processors.
 
 The native library: a general library lays out the weight anew for every call, which few tokens do not pay for; and
 PyTorch multiplies float32 on x86 with MKL, which keeps its AVX-512 code to processors of its maker. Sums are made in
@@ -158,7 +158,7 @@ def _aliased(x: Tensor) -> Tensor:
 
 
 class _Natively(torch.autograd.Function):
-    """Multiply natively in the backward as well; a second derivative goes through PyTorch's own products."""
+    """A native product, backward included; a second derivative goes through PyTorch's own products."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -184,7 +184,7 @@ class _Natively(torch.autograd.Function):
 
 
 class _Widened(torch.autograd.Function):
-    """Multiply in float32 in the backward as well."""
+    """A product in float32, backward included."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -37,9 +37,9 @@ from deberta_kernels.models.dense import original_if_changed
 from deberta_kernels.models.encoder_mask import EncoderMask
 from deberta_kernels.models.fused import FusedAttention, attend_unless_changed
 from deberta_kernels.models.options import AttentionOptions, options_of
+from deberta_kernels.models.patched_class import Patched
 from deberta_kernels.models.position_tables import content_key, register_row_wise
 from deberta_kernels.models.registry import Kind, ModuleClass, register
-from deberta_kernels.models.swap import Swapped
 from deberta_kernels.torch_state.modes import values_readable
 from deberta_kernels.torch_state.onlookers import register_hooks
 from deberta_kernels.types import Masks
@@ -189,7 +189,7 @@ class FusedAdapterAttention(FusedAttention):
 _attend = partial(attend_unless_changed, compute=attend_with_adapters)
 
 
-class FusedAdapterOutput(Swapped):
+class FusedAdapterOutput(Patched):
     """A fast linear layer, to be mixed into the same modules of AdapterHub, which go on with bottleneck adapters."""
 
     dense: nn.Linear

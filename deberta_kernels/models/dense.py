@@ -1,4 +1,4 @@
-"""Run the layers around attention in the fastest way, in patched models: linear ones and the dropout behind them."""
+"""The layers around attention in patched models, in the fastest way: linear ones and the dropout behind them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from deberta_kernels.linear.hidden_dropout import drop_and_add
 from deberta_kernels.linear.layers import apply_linear, apply_linear_gelu
 from deberta_kernels.models.anatomy import VERSION_ONE, VERSION_TWO
 from deberta_kernels.models.options import AttentionOptions, options_of
+from deberta_kernels.models.patched_class import Patched, base_class, original_forward, patch_class, restore_class
 from deberta_kernels.models.registry import REMEDY, Kind, ModuleClass, register, rows
-from deberta_kernels.models.swap import Swapped, base_class, original_forward, swap, undo
 from deberta_kernels.torch_state.tracing import answered_once, traces_questions
 
 __all__ = ["FusedIntermediate", "FusedOutput", "fuse_dense", "original_if_changed"]
 
 
-class FusedIntermediate(Swapped):
+class FusedIntermediate(Patched):
     """A fast linear layer and GELU, to be mixed into the first half of a feed-forward block."""
 
     dense: nn.Linear
@@ -37,7 +37,7 @@ class FusedIntermediate(Swapped):
         return apply_linear_gelu(self.dense, self.intermediate_act_fn, hidden_states, everywhere, options.strict)
 
 
-class FusedOutput(Swapped):
+class FusedOutput(Patched):
     """A fast linear layer, to be mixed into what follows attention or ends a feed-forward block."""
 
     dense: nn.Linear
@@ -61,7 +61,7 @@ def original_if_changed(module: Any, options: AttentionOptions) -> Callable[...,
 
     That is noted, or an error where the options are strict.
     """
-    if traces_questions() or not isinstance(module, Swapped):
+    if traces_questions() or not isinstance(module, Patched):
         return None  # a replaced forward runs, so it is what the class has
     changed, cls = _look_at(module), type(module)
     if changed is None:
@@ -115,6 +115,6 @@ def fuse_dense(encoder: nn.Module, options: AttentionOptions) -> None:
         if row is None or row.refusal(module) is not None:
             continue
         if options.fast_linears:
-            swap(module, row.mixin, options)
+            patch_class(module, row.mixin, options)
         else:
-            undo(module)
+            restore_class(module)

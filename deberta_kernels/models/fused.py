@@ -1,9 +1,9 @@
 """What runs in place of attention modules and encoders: the fused forwards, unless somebody changed what they replace.
 
-`patch` mixes them into one module, see `swap`. `patch_all` replaces the forwards of classes, see `registry`, so that
-models keep their classes. Both end in the same functions; these differ in where the original forward is found. Below
-a mixin it is that of the module's class; a replaced forward has to remember it, since a subclass may call it as its
-parent's.
+`patch` mixes them into one module, see `patched_class`. `patch_all` replaces the forwards of classes, see `registry`, so
+that models keep their classes. Both end in the same functions, with the options of the module or those for all. What
+they cannot share is where the original forward is found: below a mixin it is that of the module's class; a replaced
+forward has to remember it, since a subclass with a forward of its own may call it as its parent's.
 
 `adapters.init` gives attention modules AdapterHub's class, patched or not. The patched encoder sees that at its next
 call and fuses them anew, so that neither the adapters nor the patch are lost, whichever came first.
@@ -26,6 +26,7 @@ from deberta_kernels.models.guards.allow_list import refusal_everywhere, refusal
 from deberta_kernels.models.guards.own_code import replaced_function
 from deberta_kernels.models.guards.running import begin, end
 from deberta_kernels.models.options import AttentionOptions, options_of
+from deberta_kernels.models.patched_class import Patched, original_forward, patch_class
 from deberta_kernels.models.registry import (
     REMEDY,
     Kind,
@@ -38,13 +39,12 @@ from deberta_kernels.models.registry import (
     row_of,
 )
 from deberta_kernels.models.standalone.self_attention import DisentangledSelfAttention
-from deberta_kernels.models.swap import Swapped, original_forward, swap
 from deberta_kernels.torch_state.tracing import answered_once, traces_questions
 
 __all__ = ["FusedAttention", "FusedEncoder", "attend_unless_changed", "attention_refusal", "is_ours"]
 
 
-class FusedAttention(Swapped):
+class FusedAttention(Patched):
     """The kernels, to be mixed into one attention module of a patched model."""
 
     def forward(
@@ -63,7 +63,7 @@ class FusedAttention(Swapped):
         )  # fmt: skip
 
 
-class FusedEncoder(Swapped):
+class FusedEncoder(Patched):
     """The encoder without N x N tensors, to be mixed into the encoder of a patched model."""
 
     def forward(
@@ -191,7 +191,7 @@ def _fuse_again(encoder: nn.Module, options: AttentionOptions, attentions: list[
         if not row.returns or attention_refusal(attention) is not None:
             continue
         if isinstance(encoder, FusedEncoder):
-            swap(attention, row.mixin, options)
+            patch_class(attention, row.mixin, options)
             fuse_dense(encoder, options)
         else:
             replace_forwards()

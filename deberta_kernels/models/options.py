@@ -61,5 +61,5 @@ def chosen_for_all() -> AttentionOptions | None:
 
 def options_of(module: nn.Module) -> AttentionOptions:
     """Return the options of a module: its own, or else those for all."""
-    options: AttentionOptions = getattr(module, "swap_options", None) or _for_all or _PLAIN
+    options: AttentionOptions = getattr(module, "patch_options", None) or _for_all or _PLAIN
     return options

@@ -1,4 +1,4 @@
-"""Patch DeBERTa models to run fused attention, and undo it: one model, or all of them."""
+"""DeBERTa models patched to run fused attention, and unpatched: one model, or all of them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from deberta_kernels.models.dense import fuse_dense
 from deberta_kernels.models.fused import FusedAttention, FusedEncoder, attention_refusal, is_ours
 from deberta_kernels.models.guards.running import paused
 from deberta_kernels.models.options import AttentionOptions
+from deberta_kernels.models.patched_class import Patched, has_patched_class, patch_class, restore_class
 from deberta_kernels.models.position_tables import forget, forget_all
 from deberta_kernels.models.registry import Kind, install, row_of, rows, uninstall
-from deberta_kernels.models.swap import Swapped, is_swapped, swap, undo
 
 __all__ = ["PatchReport", "patch", "patch_all", "unpatch", "unpatch_all"]
 
@@ -108,10 +108,10 @@ def patch(
             strict,
         )
     for module in encoders:
-        swap(module, FusedEncoder, options)
+        patch_class(module, FusedEncoder, options)
         fuse_dense(module, options)
     for module in attentions:
-        swap(module, row_of(module, Kind.ATTENTION).mixin, options)
+        patch_class(module, row_of(module, Kind.ATTENTION).mixin, options)
     return PatchReport(len(attentions), left_alone, len(encoders))
 
 
@@ -175,12 +175,12 @@ def unpatch(model: nn.Module) -> int:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}; pass the model itself.")
     modules = list(model.modules())
     for module in modules:
-        if isinstance(module, Swapped) and not is_swapped(module):
-            undo(module)  # raises, before anything changed
+        if isinstance(module, Patched) and not has_patched_class(module):
+            restore_class(module)  # raises, before anything changed
     fused = [module for module in modules if isinstance(module, (FusedAttention, FusedEncoder))]
     with paused(fused):
         for module in modules:
-            if undo(module):
+            if restore_class(module):
                 forget(module)
     return len(fused)
 

@@ -1,4 +1,4 @@
-"""Project the relative embeddings of one attention module: only the rows a call can reach, cached in eval.
+"""The projected relative embeddings of one attention module: only the rows a call can reach, kept in eval.
 
 The projections are called as modules, never by their weights, so that whatever wraps them (LoRA, hooks, quantised
 layers) takes part. In eval the projected tables of a module are kept. `_validity` is the one place that decides

@@ -26,7 +26,7 @@ from deberta_kernels.models.anatomy import VERSION_ONE, VERSION_TWO, Anatomy
 from deberta_kernels.models.encoder_mask import EncoderMask
 from deberta_kernels.models.guards.running import paused
 from deberta_kernels.models.options import choose_for_all, chosen_for_all
-from deberta_kernels.models.swap import ORIGINAL, Swapped, base_class, forward_of, original_function
+from deberta_kernels.models.patched_class import ORIGINAL, Patched, base_class, forward_of, original_function
 from deberta_kernels.torch_state.originals import described, is_own
 
 __all__ = [
@@ -77,7 +77,7 @@ class ModuleClass:
     version: Anatomy
     home: str
     name: str
-    mixin: type[Swapped]
+    mixin: type[Patched]
     run: Callable[..., Any] | None = None
     methods: tuple[str, ...] = ()
     mask_type: type[EncoderMask] = EncoderMask
@@ -147,7 +147,7 @@ class ModuleClass:
         return f"the {name} of {self.name} was replaced by {described(function)}"
 
 
-def _replacement(mixin: type[Swapped], run: Callable[..., Any] | None) -> Callable[..., Any]:
+def _replacement(mixin: type[Patched], run: Callable[..., Any] | None) -> Callable[..., Any]:
     """Return a function to put in place of a class's forward.
 
     It reads the options at every call, so that new ones hold at once. accelerate's hooks may hold it for longer than
@@ -158,7 +158,7 @@ def _replacement(mixin: type[Swapped], run: Callable[..., Any] | None) -> Callab
     @functools.wraps(compute)
     def forward(self: nn.Module, *arguments: Any, **named: Any) -> Any:
         original = getattr(forward, ORIGINAL)
-        if chosen_for_all() is None and not isinstance(self, Swapped):
+        if chosen_for_all() is None and not isinstance(self, Patched):
             return original(self, *arguments, **named)
         if run is None:
             return compute(self, *arguments, **named)

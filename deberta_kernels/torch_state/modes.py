@@ -99,7 +99,7 @@ def needs_operator(tensors: Sequence[Tensor | None]) -> bool:
         or tensors[0].is_meta  # type: ignore[union-attr]
     ):
         return True
-    for x in tensors:  # no generator: a frame for each tensor
+    for x in tensors:  # noqa: SIM110, a generator would be a frame for each tensor
         if x is not None and type(x) not in _PLAIN:
             return True
     return False

@@ -1,4 +1,4 @@
-"""Know who looks on: hooks, wrappers and replaced calls that see what goes into a module or comes out of it.
+"""Who looks on: hooks, wrappers and replaced calls that see what goes into a module or comes out of it.
 
 A hook may look at anything, unless it is one of those that are known, by their exact type, to move weights only.
 """

@@ -1,4 +1,4 @@
-"""Recognise a relative_pos tensor that holds nothing but the ordinary distances between tokens, as encoders make it."""
+"""A relative_pos tensor that holds nothing but the ordinary distances between tokens, as encoders make it."""
 
 from __future__ import annotations
 

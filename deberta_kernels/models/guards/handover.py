@@ -16,8 +16,8 @@ from torch import nn
 
 from deberta_kernels.models.anatomy import VERSION_ONE, VERSION_TWO, anatomy_of
 from deberta_kernels.models.guards.own_code import runs_own
+from deberta_kernels.models.patched_class import Patched
 from deberta_kernels.models.registry import homes
-from deberta_kernels.models.swap import Swapped
 from deberta_kernels.torch_state.modes import function_mode
 from deberta_kernels.torch_state.onlookers import has_forward_hooks, is_watched, sees_every_call
 from deberta_kernels.torch_state.originals import Originals, is_own
@@ -194,7 +194,7 @@ _parts: dict[type[nn.Module], set[str]] = {}
 
 
 def _computes_each_token(cls: type[nn.Module]) -> bool:
-    base: type[nn.Module] = getattr(cls, "swap_base", cls)
+    base: type[nn.Module] = getattr(cls, "patched_from", cls)
     # FSDP2 puts a class of its own in front that adds only hooks.
     own = next(c for c in base.__mro__ if not c.__module__.startswith("torch.distributed.fsdp"))
     if own.__module__.startswith("torch.nn.") and own.__name__ in _TOKENWISE_TORCH:
@@ -202,7 +202,7 @@ def _computes_each_token(cls: type[nn.Module]) -> bool:
     if own.__name__.startswith("Parametrized"):  # torch.nn.utils.parametrize makes a subclass for each module
         return own.__module__ == "torch.nn.utils.parametrize" and _computes_each_token(own.__bases__[0])
     prefixes = _tokenwise()
-    return (own.__module__.startswith(prefixes) or issubclass(cls, Swapped)) and runs_own(base, prefixes)
+    return (own.__module__.startswith(prefixes) or issubclass(cls, Patched)) and runs_own(base, prefixes)
 
 
 @functools.cache

@@ -12,7 +12,7 @@ import sys
 import torch
 from torch import nn
 
-from deberta_kernels.models.swap import original_function
+from deberta_kernels.models.patched_class import original_function
 from deberta_kernels.torch_state.originals import Originals, is_own
 
 __all__ = ["replaced_function", "runs_own"]
@@ -47,7 +47,7 @@ def runs_own(cls: type[nn.Module], prefixes: tuple[str, ...]) -> bool:
     """Tell whether a class runs the forward that some class in its ancestry was written with, in one of these packages.
 
     Args:
-        cls: a class of modules; forwards of this package that stand in for others count as those.
+        cls: a class of modules; forwards of this package count as those that they replaced.
         prefixes: how the names of the packages' modules begin.
     """
     forward = original_function(cls, "forward")
