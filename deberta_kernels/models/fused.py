@@ -1,6 +1,6 @@
 """What runs in place of attention modules and encoders: the fused forwards, unless somebody changed what they replace.
 
-`patch` mixes them into one module, see `patched_class`. `patch_all` replaces the forwards of classes, see `registry`, so
+`patch` mixes them into one module, see `patched_class`. `patch_all` replaces forwards of classes, see `registry`, so
 that models keep their classes. Both end in the same functions, with the options of the module or those for all. What
 they cannot share is where the original forward is found: below a mixin it is that of the module's class; a replaced
 forward has to remember it, since a subclass with a forward of its own may call it as its parent's.
@@ -132,17 +132,18 @@ _BIAS = ("disentangled_attention_bias", "transpose_for_scores")
 _BIAS_ONE = ("disentangled_att_bias", "transpose_for_scores")
 _MASKS = ("get_attention_mask", "get_rel_pos")
 _ATTENTION = "DisentangledSelfAttention"
-_ATTENTION_TWO, *_OTHERS = [
-    ModuleClass(kind, version, version.home, name, mixin, run, methods)
-    for kind, version, name, mixin, run, methods in (
-        (Kind.ATTENTION, VERSION_TWO, _ATTENTION, FusedAttention, attend_unless_changed, _BIAS),
-        (Kind.ATTENTION, VERSION_ONE, _ATTENTION, FusedAttention, attend_unless_changed, _BIAS_ONE),
-        (Kind.ENCODER, VERSION_TWO, "DebertaV2Encoder", FusedEncoder, _encode, _MASKS),
-        (Kind.ENCODER, VERSION_ONE, "DebertaEncoder", FusedEncoder, _encode, _MASKS),
+register(
+    *(
+        ModuleClass(kind, version, version.home, name, mixin, run, methods)
+        for kind, version, name, mixin, run, methods in (
+            (Kind.ATTENTION, VERSION_TWO, _ATTENTION, FusedAttention, attend_unless_changed, _BIAS),
+            (Kind.ATTENTION, VERSION_ONE, _ATTENTION, FusedAttention, attend_unless_changed, _BIAS_ONE),
+            (Kind.ENCODER, VERSION_TWO, "DebertaV2Encoder", FusedEncoder, _encode, _MASKS),
+            (Kind.ENCODER, VERSION_ONE, "DebertaEncoder", FusedEncoder, _encode, _MASKS),
+        )
     )
-]
-register(_ATTENTION_TWO, *_OTHERS)
-register_forward(DisentangledSelfAttention.forward, _ATTENTION_TWO)
+)
+register_forward(DisentangledSelfAttention.forward, as_in=FusedAttention.forward)
 
 
 def _note(changed: str, options: AttentionOptions) -> None:

@@ -38,6 +38,7 @@ __all__ = [
     "homes",
     "install",
     "register",
+    "register_forward",
     "replace_forwards",
     "row_of",
     "rows",
@@ -190,9 +191,9 @@ def register(*found: ModuleClass) -> None:
                 _fused.setdefault(forward, row)
 
 
-def register_forward(forward: Callable[..., Any], row: ModuleClass) -> None:
-    """Register the forward of a class of this package's own, which takes what modules of a row are handed."""
-    _fused[forward] = row
+def register_forward(forward: Callable[..., Any], as_in: Callable[..., Any]) -> None:
+    """Register the forward of an attention class of this package's own, which takes what another forward takes."""
+    _fused[forward] = _fused[as_in]
 
 
 def rows(*kinds: Kind) -> Iterator[ModuleClass]:
