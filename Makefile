@@ -60,7 +60,7 @@ OFFLINE = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-sanitized test-tf4 test-triton test-ecosystem lint format types build bench-cpu bench-model bench-train
 .PHONY: env-demo env-test env-bench env-tf4 env-triton env-ecosystem env-gpu clean kernels-offline cuda-offline
-.PHONY: gpu gpu-smoke tune bench-adapters test-versions test-oldest test-newest test-upstream env-oldest env-newest
+.PHONY: gpu gpu-smoke tune bench-adapters test-fast test-versions test-oldest test-newest test-upstream env-oldest env-newest
 MAKEFLAGS += --no-print-directory
 
 help: ## list these targets
@@ -70,8 +70,12 @@ help: ## list these targets
 demo: env-demo ## run real text through a DeBERTa before and after patching; print a table, draw a picture
 	@$(RUN) -m deberta_kernels demo $(MODEL) $(ARGS)
 
-test: env-test ## run the test suite
+test: env-test ## run the test suite; shows the time left
 	@$(OFFLINE) $(RUN) $(PYTEST) --require matplotlib $(ARGS)
+
+# In one process: to start several takes longer than they would save.
+test-fast: env-test ## run a sample that tries each area of the package, in about ten seconds
+	@$(OFFLINE) OMP_NUM_THREADS=1 $(RUN) -m pytest -n 0 --disable-warnings --fast $(ARGS)
 
 test-tf4: env-tf4 ## run the integration tests against transformers 4.57.6 and adapters 1.3.0
 	@$(OFFLINE) $(VENV_TF4)/bin/python $(PYTEST) $(TF4_TESTS) --require adapters $(ARGS)

@@ -9,9 +9,9 @@ import hypothesis
 import pytest
 import torch
 
-from deberta_kernels import env
+from deberta_kernels import env, native
 from deberta_kernels.testing import backends, budget, inputs, interpreter
-from tests import needs
+from tests import fast, needs, progress, selection
 
 # Cases of one test that a slow target runs.
 _SAMPLE = 6
@@ -57,6 +57,9 @@ def pytest_addoption(parser):
         help="run slow targets on every case of their size, and the whole grid of adapters, not on samples of them",
     )
     parser.addoption(
+        "--fast", action="store_true", help="run a sample that tries each area of the package in a few seconds"
+    )
+    parser.addoption(
         "--require",
         default="",
         metavar="NAME,NAME",
@@ -66,52 +69,57 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     needs.required.update(filter(None, config.getoption("--require").split(",")))
-    if config.getoption("--write-tables") and config.getoption("numprocesses", None):
-        raise pytest.UsageError("--write-tables writes what one process has seen; add -n 0")
+    for option in ("--write-tables", "--fast"):
+        if config.getoption(option) and config.getoption("numprocesses", None):
+            raise pytest.UsageError(f"{option} is about one process; add -n 0")
+    progress.register(config)
+    if config.getoption("--fast"):
+        config.pluginmanager.register(fast.Fast(config, _targets_here()))
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out what a target does not promise; of what is left, slow targets run a sample of each test."""
-    chosen, by_test = [], {}
-    for item in items:
-        target = getattr(item, "callspec", None) and item.callspec.params.get("target")
-        if target is None:
-            chosen.append(item)
-        elif _unable(target, item.callspec.params) is not None:
-            continue
-        elif target.most_tiles is None:
-            chosen.append(item)
-        else:
-            by_test.setdefault(item.function, []).append(item)
-    sampled = set()
-    for group in by_test.values():
-        # A step that shifts by one each time, so that no inner parameter keeps a single value.
-        step = 1 if config.getoption("--every-case") else -(-len(group) // _SAMPLE)
-        sampled.update(item for i, item in enumerate(group) if i % step == i // step % step)
-    sampled.update(chosen)
-    config.hook.pytest_deselected(items=[item for item in items if item not in sampled])
-    items[:] = [item for item in items if item in sampled]
+    """Leave out what this machine cannot run; of what is left, slow targets run a sample of each test."""
+    kept = [item for item in items if selection.able(item)]
+    if not config.getoption("--every-case"):
+        kept = [item for item in kept if item.get_closest_marker("every_case") is None]
+        kept = selection.sampled(kept, _slow_test, _SAMPLE)
+    selection.keep(config, items, kept)
+
+
+def _slow_test(item):
+    target = selection.target_of(item)
+    return None if target is None or target.most_tiles is None else item.function
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_generate_tests(metafunc):
     """Make the targets the inner loop, after every other parameter, so that they share the oracle of a case."""
     if "target" in metafunc.fixturenames:
-        here = [target for target in backends.TARGETS if _missing_device(target) is None]
-        metafunc.parametrize("target", here, ids=lambda target: target.name, indirect=True)
+        metafunc.parametrize("target", _targets_here(), ids=lambda target: target.name, indirect=True)
 
 
-def _missing_device(target):
+def _targets_here():
+    return [target for target in backends.TARGETS if _absence(target) is None]
+
+
+def _absence(target):
     """Return why a machine like this one cannot have a target; one that it should have is collected, and fails."""
-    return None if target.backend in ("torch", "cpu") else target.skip_reason()
+    if target.backend == "cpu" and not native.library_status()["loaded"]:
+        return needs.library_absence()
+    return target.skip_reason()
 
 
-def pytest_report_header():
+def pytest_report_header(config):
     """Say in one line for each reason what is not tested here."""
     reasons = {}
     for target in backends.TARGETS:
-        reasons.setdefault(_missing_device(target), []).append(target.name)
+        reasons.setdefault(_absence(target), []).append(target.name)
     here = ", ".join(reasons.pop(None))
+    if not config.getoption("--sanitized", False):
+        reasons["--sanitized is not set (make test-sanitized)"] = ["planted faults"]
+    for package, target in needs.PACKAGES.items():
+        if needs.missing(package):
+            reasons.setdefault(f"not installed (make {target})", []).append(package)
     return [f"targets: {here}", *(f"not here: {', '.join(names)}: {reason}" for reason, names in reasons.items())]
 
 
@@ -123,7 +131,7 @@ def target(request):
     reason = request.param.skip_reason()
     if reason is not None:
         pytest.skip(reason)
-    reason = _unable(request.param, request.node.callspec.params)
+    reason = selection.promised_gap(request.param, request.node.callspec.params)
     if reason is not None:
         pytest.skip(reason)
     with request.param.pinned():
@@ -189,16 +197,6 @@ def _truth(case, device, with_dlse):
 
 
 def _need_able(target, case):
-    reason = _unable(target, {"case": case})
+    reason = selection.promised_gap(target, {"case": case})
     if reason is not None:
         pytest.skip(reason)
-
-
-def _unable(target, parameters):
-    """Return why a target cannot run a test with these parameters, as far as they say."""
-    case = parameters.get("case")
-    dtype = parameters.get("dtype", getattr(case, "dtype", None))
-    gap = target.gap(None, dtype)
-    if gap is not None:
-        return gap
-    return None if case is None else target.case_skip_reason(case.batch, case.heads, case.nq, case.keys)

@@ -1,4 +1,4 @@
-"""What a test needs and a machine may lack: skip where it cannot be there, fail where it should be.
+"""What a test needs and a machine may lack: leave it out where it cannot be there, fail where it should be.
 
 Whether it should be there is told by facts outside the package, a compiler on the PATH or an installed distribution,
 never by what the package says of itself: a package that is broken would then skip the tests that would notice.
@@ -19,23 +19,54 @@ import pytest
 from deberta_kernels import native
 from deberta_kernels.native.processor import features
 
-__all__ = ["COMPILER", "native_library", "package", "required", "vector_library"]
+__all__ = [
+    "COMPILER",
+    "PACKAGES",
+    "library_absence",
+    "missing",
+    "native_library",
+    "package",
+    "required",
+    "vector_library",
+]
 
 COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
 _SKIP_BUILD = "DEBERTA_KERNELS_SKIP_NATIVE"
+
+# Packages that only some environments have, and the target of make that makes one with them.
+PACKAGES = {
+    "accelerate": "test",
+    "adapters": "test-tf4",
+    "bitsandbytes": "test-ecosystem",
+    "gliner": "test-ecosystem",
+    "matplotlib": "test",
+    "presidio_analyzer": "test-ecosystem",
+    "sentence_transformers": "test-ecosystem",
+    "spacy": "test-ecosystem",
+    "spacy_transformers": "test-ecosystem",
+    "torchao": "test-ecosystem",
+    "triton": "test-triton",
+}
 
 # Packages that this run was told to have: pytest --require NAME,NAME.
 required: set[str] = set()
 
 
+def library_absence() -> str | None:
+    """Return why this machine cannot have the native library, or None where it has it or should have it."""
+    status = native.library_status()
+    if status["loaded"] or (COMPILER is not None and not os.environ.get(_SKIP_BUILD)):
+        return None
+    return f"no native library: {status['reason']}"
+
+
 def native_library() -> None:
     """Skip without a compiler to build the native library; where it can be built, fail unless it is loaded."""
+    if (absence := library_absence()) is not None:
+        pytest.skip(absence, allow_module_level=True)
     status = native.library_status()
-    if status["loaded"]:
-        return
-    if COMPILER is None or os.environ.get(_SKIP_BUILD):
-        pytest.skip(f"no native library: {status['reason']}", allow_module_level=True)
-    pytest.fail(f"the native library does not load, `make build` says more: {status['reason']}", pytrace=False)
+    if not status["loaded"]:
+        pytest.fail(f"the native library does not load, `make build` says more: {status['reason']}", pytrace=False)
 
 
 def vector_library() -> None:
@@ -45,12 +76,18 @@ def vector_library() -> None:
         pytest.skip("this processor has no AVX2", allow_module_level=True)
 
 
-def package(name: str) -> Any:
-    """Import a package that only some environments have, or skip; one that is installed or required must import."""
+def missing(name: str) -> bool:
+    """Tell whether a package, or the one that a module is in, is neither installed nor required."""
     top = name.partition(".")[0]
     # A package that makes itself lazy may have lost its spec, but is there.
-    if top not in required and top not in sys.modules and importlib.util.find_spec(top) is None:
-        pytest.skip(f"{top} is not installed", allow_module_level=True)
+    return top not in required and top not in sys.modules and importlib.util.find_spec(top) is None
+
+
+def package(name: str) -> Any:
+    """Import one of `PACKAGES`, or a module of one, or skip; one that is installed or required must import."""
+    target = PACKAGES[name.partition(".")[0]]
+    if missing(name):
+        pytest.skip(f"{name} is not installed (make {target})", allow_module_level=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return importlib.import_module(name)

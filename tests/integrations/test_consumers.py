@@ -110,6 +110,7 @@ def test_pipelines_are_fused(task, save, check):
     )
 
 
+@pytest.mark.packages("sentence_transformers")
 def test_sentence_transformers_cross_encoder_is_fused(save, check):
     package = needs.package("sentence_transformers")
     model = package.CrossEncoder(save("DebertaV2ForSequenceClassification", num_labels=1), device="cpu")
@@ -118,6 +119,7 @@ def test_sentence_transformers_cross_encoder_is_fused(save, check):
     check("sentence-transformers, CrossEncoder", packages, model, lambda: torch.as_tensor(model.predict(pairs)))
 
 
+@pytest.mark.packages("sentence_transformers")
 def test_sentence_transformers_embeddings_are_fused(save, check):
     package = needs.package("sentence_transformers")
     modules = importlib.import_module("sentence_transformers.models")
@@ -142,10 +144,12 @@ def scores(model: Any, texts: list[str] = TEXTS, **options: Any) -> torch.Tensor
     return torch.tensor([span[3] for entities in spans for span in entities])
 
 
+@pytest.mark.packages("gliner")
 def test_gliner_is_fused(gliner, check):
     check("GLiNER", ("gliner", *PACKAGES), gliner, lambda: scores(gliner))
 
 
+@pytest.mark.packages("gliner")
 def test_gliner_with_packed_requests_is_fused(gliner, check):
     packing = needs.package("gliner").InferencePackingConfig(max_length=64, sep_token_id=2)
     masks: list[int] = []
@@ -155,6 +159,7 @@ def test_gliner_with_packed_requests_is_fused(gliner, check):
     assert set(masks) == {3}
 
 
+@pytest.mark.packages("gliner")
 @pytest.mark.parametrize("how", ["patch", "patch_all"])
 def test_compiled_gliner_is_fused(how, gliner, tables, monkeypatch):
     texts = [TEXTS, TEXTS[:1]]
@@ -183,6 +188,7 @@ def test_compiled_gliner_is_fused(how, gliner, tables, monkeypatch):
 PERSONS = {"num_labels": 2, "id2label": {0: "PERSON", 1: "LOCATION"}, "label2id": {"PERSON": 0, "LOCATION": 1}}
 
 
+@pytest.mark.packages("presidio_analyzer")
 def test_presidio_recognizer_is_fused(save, check):
     needs.package("presidio_analyzer")
     ner = importlib.import_module("presidio_analyzer.predefined_recognizers.ner.huggingface_ner_recognizer")
@@ -198,6 +204,7 @@ def test_presidio_recognizer_is_fused(save, check):
     check("Presidio, HuggingFaceNerRecognizer", packages, recognizer.ner_pipeline.model, run)
 
 
+@pytest.mark.packages("presidio_analyzer")
 def test_presidio_engine_is_fused(save, check, tmp_path_factory):
     engines = needs.package("presidio_analyzer.nlp_engine")
     language = str(tmp_path_factory.mktemp("spacy"))
@@ -216,6 +223,7 @@ def test_presidio_engine_is_fused(save, check, tmp_path_factory):
     check("Presidio, TransformersNlpEngine", ("presidio-analyzer", "spacy", *PACKAGES), model, run)
 
 
+@pytest.mark.packages("spacy_transformers")
 def test_spacy_transformers_is_fused(save, check):
     needs.package("spacy_transformers")
     nlp = needs.package("spacy").blank("en")
@@ -244,7 +252,9 @@ QUANTISED = {
 }
 
 
-@pytest.mark.parametrize("name", QUANTISED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.packages(package)) for name, (package, _) in QUANTISED.items()]
+)
 def test_quantised_layers_are_called_as_modules(name, save, check, batch):
     package, setting = QUANTISED[name]
     needs.package(package)

@@ -13,6 +13,7 @@ from torch import nn
 import deberta_kernels as dk
 from deberta_kernels.models.guards import handover
 from deberta_kernels.models.guards.handover import Handover
+from tests import needs
 
 
 def outputs(model: Any, inputs: dict[str, torch.Tensor]) -> Any:
@@ -85,7 +86,7 @@ def subclass(parent: Any, name: str, seen: list) -> None:
 
 
 def accelerate_hook(parent: Any, name: str, seen: list) -> None:
-    hooks = pytest.importorskip("accelerate.hooks", reason="accelerate is not installed")
+    hooks = needs.package("accelerate.hooks")
 
     class Look(hooks.ModelHook):
         def pre_forward(self, module: nn.Module, *arguments: Any, **named: Any) -> Any:
@@ -96,7 +97,7 @@ def accelerate_hook(parent: Any, name: str, seen: list) -> None:
 
 
 def accelerate_sequence(parent: Any, name: str, seen: list) -> None:
-    hooks = pytest.importorskip("accelerate.hooks", reason="accelerate is not installed")
+    hooks = needs.package("accelerate.hooks")
     hooks.add_hook_to_module(getattr(parent, name), hooks.AlignDevicesHook())
 
     class Look(hooks.ModelHook):
@@ -119,7 +120,7 @@ def own_call(parent: Any, name: str, seen: list) -> None:
 
 
 def accelerate_post_forward(parent: Any, name: str, seen: list) -> None:
-    hooks = pytest.importorskip("accelerate.hooks", reason="accelerate is not installed")
+    hooks = needs.package("accelerate.hooks")
     look = hooks.ModelHook()
     look.post_forward = lambda module, output: seen.append(plain(output)) or output
     hooks.add_hook_to_module(getattr(parent, name), look)
@@ -238,7 +239,7 @@ def test_a_hook_on_all_modules_sees_what_hugging_face_shows(way, build, batch):
 
 
 def test_hooks_that_only_move_weights_cost_nothing(build):
-    hooks = pytest.importorskip("accelerate.hooks", reason="accelerate is not installed")
+    hooks = needs.package("accelerate.hooks")
     model = build()
     dk.patch(model)
     layer = model.encoder.layer[0]

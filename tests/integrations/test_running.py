@@ -71,7 +71,7 @@ def test_a_hook_may_unpatch_the_model_it_is_called_in(place, build_either, batch
 
 
 def test_an_accelerate_hook_made_under_patch_all_ends_with_it(build, batch):
-    hooks = pytest.importorskip("accelerate.hooks", reason="accelerate is not installed")
+    hooks = needs.package("accelerate.hooks")
     model, inputs = build(), batch(4, 41)
     expected = outputs(model, inputs)
     dk.patch_all()

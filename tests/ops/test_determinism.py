@@ -48,10 +48,10 @@ def test_repeats_are_bit_equal(target, case):
         assert_bit_equal(bits(target, case), first, f"repeat {repeat}")
 
 
+# The products of torch, which other targets compute with, depend on the number of threads.
+@pytest.mark.targets(lambda target: target.thread_invariant)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_number_of_threads_does_not_change_a_bit(target, case):
-    if not target.thread_invariant:
-        pytest.skip(f"{target.name} computes with torch, whose products depend on the number of threads")
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -75,9 +75,9 @@ def test_other_calls_in_between_do_not_change_a_bit(target, dtype):
         assert_bit_equal(bits(target, case), before, f"{case.id} after others")
 
 
+# Triton's interpreter runs in one thread.
+@pytest.mark.targets(lambda target: target.most_tiles is None)
 def test_calls_from_many_python_threads_at_once_are_bit_equal(target):
-    if target.most_tiles is not None:
-        pytest.skip("Triton's interpreter runs in one thread")
     cases = [Case(batch=2, heads=2, nq=nq, head_dim=32, mask="holes") for nq in (3, 33, 64, 130)]
     drawn = [
         (problem, inputs.dout(case, problem)) for case in cases for problem in [inputs.problem(case, target.device)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests import sanitizers
+from tests import sanitizers, selection
 
 
 def pytest_addoption(parser):
@@ -20,11 +20,13 @@ def pytest_configure(config):
         raise pytest.UsageError(f"--sanitized: {reason}; use `make test-sanitized`")
 
 
+def pytest_ignore_collect(config):
+    """Leave this folder out where nothing watches."""
+    return None if config.getoption("--sanitized", False) else True
+
+
 def pytest_collection_modifyitems(config, items):
     """Leave out the targets that compute elsewhere."""
-    if not config.getoption("--sanitized", False):
-        return
-    targets = [getattr(getattr(item, "callspec", None), "params", {}).get("target") for item in items]
-    others = [item for item, target in zip(items, targets) if target is not None and target.backend != "cpu"]
-    config.hook.pytest_deselected(items=others)
-    items[:] = [item for item in items if item not in set(others)]
+    if config.getoption("--sanitized", False):
+        targets = {item: selection.target_of(item) for item in items}
+        selection.keep(config, items, [item for item, t in targets.items() if t is None or t.backend == "cpu"])

@@ -178,9 +178,9 @@ def test_a_cell_is_as_without_the_patch(
     _seen.setdefault((cell.composition, cell.model), Counter())[found] += 1
 
 
-def test_the_grid_is_listed(request, tables):
-    if not request.config.getoption("--every-case"):
-        pytest.skip("lists the whole grid: pytest --every-case -n 0")
+# pytest --every-case -n 0
+@pytest.mark.every_case
+def test_the_grid_is_listed(tables):
     # Of one process: others keep to themselves what they have seen.
     assert sum(map(Counter.total, _seen.values())) == len(grid.all_cells())
     for (composition, model), found in _seen.items():
