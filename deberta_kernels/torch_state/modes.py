@@ -40,17 +40,23 @@ __all__ = [
 ]
 
 _PLAIN = (Tensor, nn.Parameter)
+# Looked up once, since every call of every layer asks.
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_transforms = torch._C._are_functorch_transforms_active
+_tracing_state = torch._C._get_tracing_state
+_profiled = torch._C._autograd._profiler_enabled  # type: ignore[attr-defined]
 _HAS_FLAG = hasattr(torch.compiler, "_is_exporting_flag")
 
 
 def traced() -> bool:
     """Tell whether tensors hold no values or operators are being recorded; ordinary autograd code cannot run then."""
-    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None
+    return _dispatch_modes() > 0 or _tracing_state() is not None
 
 
 def transformed() -> bool:
     """Tell whether a transform of torch.func (vmap, grad, jvp, functionalize) calls."""
-    return torch._C._are_functorch_transforms_active()
+    return _transforms()
 
 
 def forward_mode() -> bool:
@@ -60,7 +66,7 @@ def forward_mode() -> bool:
 
 def function_mode() -> bool:
     """Tell whether a mode sees every function; that of a default device changes only how tensors are made."""
-    if torch._C._len_torch_function_stack() == 0:
+    if _function_modes() == 0:
         return False  # as nearly always
     return any(type(mode) is not DeviceContext for mode in torch.overrides._get_current_function_mode_stack())
 
@@ -75,11 +81,11 @@ def exporting() -> bool:
 def plain_eager() -> bool:
     """Tell whether no mode, function transform or tracer wants to see PyTorch's own operations."""
     return not (
-        torch._C._len_torch_dispatch_stack() > 0
-        or (torch._C._len_torch_function_stack() > 0 and function_mode())
-        or torch._C._are_functorch_transforms_active()
+        _dispatch_modes() > 0
+        or (_function_modes() > 0 and function_mode())
+        or _transforms()
         or forward_ad._current_level >= 0
-        or torch._C._get_tracing_state() is not None
+        or _tracing_state() is not None
     )
 
 
@@ -90,12 +96,12 @@ def needs_operator(tensors: Sequence[Tensor | None]) -> bool:
         tensors: the arguments, the first of them not None.
     """
     if (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
+        _dispatch_modes() > 0
+        or _function_modes() > 0
+        or _transforms()
+        or _tracing_state() is not None
         or forward_ad._current_level >= 0
-        or torch._C._autograd._profiler_enabled()  # type: ignore[attr-defined]
+        or _profiled()
         or tensors[0].is_meta  # type: ignore[union-attr]
     ):
         return True
@@ -107,7 +113,7 @@ def needs_operator(tensors: Sequence[Tensor | None]) -> bool:
 
 def values_exist() -> bool:
     """Tell whether tensors have values: nobody traces them by the compiler, and no mode stands for them."""
-    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
+    return not torch.compiler.is_compiling() and _dispatch_modes() == 0
 
 
 def values_readable(*tensors: Tensor) -> bool:
