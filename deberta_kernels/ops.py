@@ -17,7 +17,14 @@ from torch.autograd import forward_ad
 
 from deberta_kernels import dispatch, flops
 from deberta_kernels.checks.operands import check_gradients, check_problem, check_reachable_rows, check_storages
-from deberta_kernels.torch_state.modes import forward_mode, is_mapped, needs_operator, traced, transformed
+from deberta_kernels.torch_state.modes import (
+    dispatch_mode,
+    forward_mode,
+    is_mapped,
+    needs_operator,
+    traced,
+    transformed,
+)
 from deberta_kernels.types import AttentionProblem, Gradients, Masks, PositionSpec
 
 __all__ = ["attention"]
@@ -75,7 +82,7 @@ def attention(problem: AttentionProblem, backend: str) -> tuple[Tensor, Tensor]:
     if torch.compiler.is_compiling():
         return torch.ops.deberta_kernels.attention(*arguments)  # type: ignore[no-any-return]
     if needs_operator(arguments[:_TENSORS]):
-        if torch._C._len_torch_dispatch_stack() > 0:
+        if dispatch_mode():
             flops.register()
         if backend == "reference" and not traced() and not problem.q.is_meta:
             return _run_forward(problem, backend)

@@ -27,6 +27,7 @@ from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext
 
 __all__ = [
+    "dispatch_mode",
     "exporting",
     "forward_mode",
     "function_mode",
@@ -52,6 +53,11 @@ _HAS_FLAG = hasattr(torch.compiler, "_is_exporting_flag")
 def traced() -> bool:
     """Tell whether tensors hold no values or operators are being recorded; ordinary autograd code cannot run then."""
     return _dispatch_modes() > 0 or _tracing_state() is not None
+
+
+def dispatch_mode() -> bool:
+    """Tell whether a dispatch mode sees operators: a counter, or what makes tensors fake."""
+    return _dispatch_modes() > 0
 
 
 def transformed() -> bool:

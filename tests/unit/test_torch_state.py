@@ -50,6 +50,7 @@ QUESTIONS = {
     "plain eager": (lambda x: modes.plain_eager(), ALL - WATCHED, set()),
     "function mode": (lambda x: modes.function_mode(), {"function mode"}, set()),
     "forward mode": (lambda x: modes.forward_mode(), {"func.jvp", "dual level"}, set()),
+    "dispatch mode": (lambda x: modes.dispatch_mode(), MODES, set()),
     "traced": (lambda x: modes.traced(), {*MODES, "jit trace"}, set()),
     "transformed": (lambda x: modes.transformed(), TRANSFORMS, set()),
     "has an interpreter": (
