@@ -4,11 +4,13 @@ import ast
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 
 import deberta_kernels
 from deberta_kernels.linear import layers
 from deberta_kernels.models import position_tables, registry
+from deberta_kernels.models.position_tables import projected_tables
 from deberta_kernels.models.registry import Kind
 from deberta_kernels.torch_state import onlookers
 
@@ -48,16 +50,29 @@ def test_a_registered_hook_may_see_what_is_handed_over(monkeypatch):
     assert not onlookers.is_watched(layer)
 
 
+class Attention(nn.Module):
+    """What the position tables read of an attention module: 16 rows, of which 5 are in reach of 3 tokens."""
+
+    relative_attention, share_att_key, pos_att_type = True, False, ("c2p",)
+    position_buckets, max_relative_positions, num_attention_heads = -1, 8, 2
+
+    def __init__(self):
+        super().__init__()
+        self.pos_key_proj, self.pos_dropout = Layer(4, 4), nn.Dropout(0.1)
+
+
 def test_registered_layers_are_projected_by_rows_unless_a_gate_is_on(monkeypatch):
+    def rows():
+        return projected_tables(module, torch.randn(16, 4), 3, lambda layer, x: layer(x)).pos_key.shape[1]
+
     monkeypatch.setattr(position_tables, "_row_wise", ())
     monkeypatch.setattr(position_tables, "_gates", ())
-    module = nn.Module()
-    module.pos_dropout, layer = nn.Dropout(0.1), Layer(4, 4)
-    assert not position_tables._shows_nobody(module, {"pos_key": layer})
+    module = Attention()
+    assert rows() == 16
     position_tables.register_row_wise(__name__, gate="gated")
-    assert position_tables._shows_nobody(module, {"pos_key": layer})
-    layer.gated = True
-    assert not position_tables._shows_nobody(module, {"pos_key": layer})
+    assert rows() == 5
+    module.pos_key_proj.gated = True
+    assert rows() == 16
 
 
 @pytest.mark.parametrize("kind", Kind)
