@@ -220,7 +220,7 @@ register(
     *(
         ModuleClass(
             Kind.ATTENTION, version, home, "DisentangledSelfAttentionWithAdapters", FusedAdapterAttention, _attend,
-            methods, mask_type=AdapterMask, returns=True,
+            methods, mask_type=AdapterMask, assigned_late=True,
         )
         for version, home, methods in (
             (VERSION_TWO, _HOME, ("disentangled_attention_bias", *_BIAS, "transpose_for_scores_extended")),

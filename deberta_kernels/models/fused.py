@@ -189,7 +189,7 @@ def _fuse_again(encoder: nn.Module, options: AttentionOptions, attentions: list[
         if fused_row(attention) is not None:
             continue
         row = row_of(attention, Kind.ATTENTION)
-        if not row.returns or attention_refusal(attention) is not None:
+        if not row.assigned_late or attention_refusal(attention) is not None:
             continue
         if isinstance(encoder, FusedEncoder):
             patch_class(attention, row.mixin, options)

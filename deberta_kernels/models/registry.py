@@ -70,7 +70,7 @@ class ModuleClass:
         run: computes a call for `patch_all`: run(module, ..., original=FORWARD); None: the mixin's forward does.
         methods: further methods that the mixin takes for granted.
         mask_type: what an encoder hands to attention modules of this class in place of a mask.
-        returns: modules get this class after a model was patched too, and are fused again then.
+        assigned_late: modules get this class after a model was patched too, and are fused again then.
         replacement: what `patch_all` puts in place of the class's forward.
     """
 
@@ -82,7 +82,7 @@ class ModuleClass:
     run: Callable[..., Any] | None = None
     methods: tuple[str, ...] = ()
     mask_type: type[EncoderMask] = EncoderMask
-    returns: bool = False
+    assigned_late: bool = False
     replacement: Callable[..., Any] = field(init=False)
 
     def __post_init__(self) -> None:
