@@ -12,7 +12,7 @@ import torch
 
 from deberta_kernels import env
 from deberta_kernels.backends import BACKENDS, REGISTRY, order
-from deberta_kernels.notices import DebertaKernelsWarning, fallback, warn_once
+from deberta_kernels.notices import DebertaKernelsWarning, warn_once
 from deberta_kernels.types import AttentionProblem
 
 __all__ = [
@@ -23,7 +23,6 @@ __all__ = [
     "check_backend",
     "choose",
     "explain",
-    "fallback",
     "load",
     "prepare",
     "refusal",

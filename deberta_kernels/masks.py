@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from deberta_kernels import dtypes
-from deberta_kernels.checks.arguments import check_storage, check_tensor, holds_values
+from deberta_kernels.checks.arguments import check_storage, check_tensor
+from deberta_kernels.torch_state.modes import values_readable
 from deberta_kernels.types import AttentionProblem, Masks
 
 __all__ = ["allowed", "parse_attention_mask", "parse_huggingface_mask"]
@@ -72,7 +73,7 @@ def parse_attention_mask(
             f"attention_mask must be on the device of q, {device}, got {attention_mask.device}; use .to(q.device)."
         )
     check_storage("attention_mask", attention_mask)
-    if attention_mask.dtype != torch.bool and attention_mask.device.type == "cpu" and holds_values(attention_mask):
+    if attention_mask.dtype != torch.bool and attention_mask.device.type == "cpu" and values_readable(attention_mask):
         values = attention_mask.to(torch.int64)  # not every integer type can be indexed
         other = values[(values != 0) & (values != 1)]
         if other.numel():

@@ -21,6 +21,14 @@ from deberta_kernels.backends import REGISTRY, Backend
 from deberta_kernels.checks.operands import check_gradients, check_problem, check_reachable_rows, check_storages
 from deberta_kernels.dropout import draw_seed
 from deberta_kernels.notices import count_call
+from deberta_kernels.torch_state.modes import (
+    dispatch_mode,
+    forward_mode,
+    is_mapped,
+    needs_operator,
+    traced,
+    transformed,
+)
 from deberta_kernels.types import ARGUMENTS, AttentionProblem, Gradients
 
 __all__ = ["attention"]
@@ -32,7 +40,6 @@ _problem = AttentionProblem.of_arguments
 _DIFFERENTIABLE = 5  # q, k, v, pos_key, pos_query
 _VIEW_TRACKING = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 _AUTOGRAD = _VIEW_TRACKING | torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradFunctionality)
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 _NO_SECOND_DERIVATIVE = (
     "the second derivative of disentangled attention is supported by backend='reference' only; pass "
     "backend='reference' for double backward (gradient penalties, Hessians)."
@@ -46,12 +53,6 @@ _NO_VMAP = (
     "the batch, or pass backend='reference'."
 )
 
-# Asked at every call.
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_function_modes = torch._C._len_torch_function_stack
-_transforms = torch._C._functorch.peek_interpreter_stack
-_tracing_state = torch._C._get_tracing_state
-_profiled = torch._C._autograd._profiler_enabled
 
 torch.library.define(
     "deberta_kernels::attention", f"({_PROBLEM}) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,)
@@ -91,7 +92,7 @@ def attention(problem: AttentionProblem, backend: str, *, strict: bool = False) 
     if compiling:
         return torch.ops.deberta_kernels.attention(*problem.arguments(), backend)  # type: ignore[no-any-return]
     tensors = problem.tensors()
-    if not _unwatched(tensors):
+    if needs_operator(tensors):
         return _watched(problem, backend)
     if torch.is_grad_enabled() and not REGISTRY[backend].own_graph:
         for x in tensors[:_DIFFERENTIABLE]:
@@ -103,44 +104,21 @@ def attention(problem: AttentionProblem, backend: str, *, strict: bool = False) 
 
 def _watched(problem: AttentionProblem, backend: str) -> tuple[Tensor, Tensor]:
     """Compute it where somebody may need to see an operator."""
-    if _dispatch_modes() > 0:
+    if dispatch_mode():
         flops.register()
-    if REGISTRY[backend].own_graph and not _traced() and not problem.q.is_meta:
+    if REGISTRY[backend].own_graph and not traced() and not problem.q.is_meta:
         return _run_forward(problem, backend)
     arguments = (*problem.arguments(), backend)
     _refuse_tangents(arguments)
     arguments = _with_own_bounds(arguments)  # before the forward runs; in eager mode they are a copy already
-    if _transforms() is not None and not _traced():
+    if transformed() and not traced():
         return _FunctionalAttention.apply(*arguments)  # type: ignore[no-any-return]
     return torch.ops.deberta_kernels.attention(*arguments)  # type: ignore[no-any-return]
 
 
-def _traced() -> bool:
-    """Whether tensors hold no values or operators are being recorded; ordinary autograd code cannot run then."""
-    return _dispatch_modes() > 0 or _tracing_state() is not None
-
-
-def _unwatched(tensors: tuple[Any, ...]) -> bool:
-    """Whether this is plain eager mode on plain tensors, of which the first is q: nobody needs to see an operator."""
-    if (
-        _dispatch_modes() > 0
-        or _function_modes() > 0
-        or _transforms() is not None
-        or _tracing_state() is not None
-        or forward_ad._current_level >= 0
-        or _profiled()
-        or tensors[0].is_meta
-    ):
-        return False
-    for x in tensors:  # noqa: SIM110, a generator takes three times as long
-        if x is not None and type(x) not in _PLAIN_TYPES:
-            return False
-    return True
-
-
 def _refuse_tangents(arguments: tuple[Any, ...]) -> None:
     """Raise for forward-mode differentiation, which would otherwise lose the tangents without a word."""
-    if forward_ad._current_level < 0:
+    if not forward_mode():
         return
     for x in arguments[:_DIFFERENTIABLE]:
         if x is not None and forward_ad.unpack_dual(x).tangent is not None:
@@ -293,20 +271,15 @@ def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[
         dout = torch.zeros_like(out)
     dlse = None if dlse is None or dlse._is_zerotensor() else dlse
     # With create_graph the operator is needed: its own autograd refuses a second derivative by name.
-    watched = torch.compiler.is_compiling() or torch.is_grad_enabled() or not _unwatched(arguments[:_TENSORS])
-    if watched or not _plain_gradient(dout) or not _plain_gradient(dlse):
-        functional = _transforms() is not None and not _traced()
+    watched = torch.compiler.is_compiling() or torch.is_grad_enabled() or needs_operator(arguments[:_TENSORS])
+    if watched or any(x is not None and is_mapped(x) for x in (dout, dlse)):
+        functional = transformed() and not traced()
         compute = _FunctionalBackward.apply if functional else torch.ops.deberta_kernels.attention_backward
         gradients = compute(dout, dlse, out, lse, *arguments, needs)
         return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *nothing
     with torch._C._AutoDispatchBelowAutograd():
         found = _run_backward(_problem(arguments), dout, dlse, out, lse, arguments[-1], tuple(needs))
     return *found, *nothing
-
-
-def _plain_gradient(x: Tensor | None) -> bool:
-    # torch.autograd.grad(is_grads_batched=True) passes tensors that only look plain.
-    return x is None or (type(x) is Tensor and not torch._C._functorch.is_legacy_batchedtensor(x))
 
 
 class _EagerAttention(torch.autograd.Function):

@@ -27,12 +27,10 @@ __all__ = [
     "check_table_rows",
     "check_tables",
     "check_tensor",
-    "holds_values",
     "storage_fits",
 ]
 
 _DTYPE_NAMES = "float32, float16, bfloat16 or float64"
-_PLAIN = (Tensor, torch.nn.Parameter)
 _STRIDED = torch.strided
 _LEAST_SCALE, _MOST_SCALE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
@@ -322,16 +320,6 @@ def storage_fits(x: Tensor) -> bool:
         return (last + (head_dim - 1) * strides[3] + 1) * x.itemsize <= held
     last += sum((count - 1) * stride for count, stride in zip(counts, strides))
     return (last + 1) * x.itemsize <= held
-
-
-def holds_values(x: Tensor) -> bool:
-    """Tell whether the values of `x` exist now: a plain tensor outside any tracing."""
-    return (
-        not torch.compiler.is_compiling()
-        and type(x) in _PLAIN
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-    )
 
 
 def check_tensor(name: str, x: Any) -> None:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from deberta_kernels import dtypes
-from deberta_kernels.checks.arguments import check_device, check_int, check_storage, check_tensor, holds_values
+from deberta_kernels.checks.arguments import check_device, check_int, check_storage, check_tensor
+from deberta_kernels.torch_state.modes import values_readable
 
 __all__ = ["check_cu_seqlens", "check_max_seqlen", "check_packed"]
 
@@ -74,7 +75,7 @@ def check_cu_seqlens(
         )
     check_device("cu_seqlens", cu_seqlens, q)
     check_storage("cu_seqlens", cu_seqlens)
-    if cu_seqlens.device.type != "cpu" or not (holds_values(cu_seqlens) if real is None else real):
+    if cu_seqlens.device.type != "cpu" or not (values_readable(cu_seqlens) if real is None else real):
         known = type(max_seqlen) is int
         limit = tokens if known and type(tokens) is int else _MOST_TOKENS  # a symbolic size is compared when it runs
         return cu_seqlens, min(max_seqlen, limit) if known else max_seqlen

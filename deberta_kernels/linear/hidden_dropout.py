@@ -1,4 +1,4 @@
-"""Drop hidden states and add the residual that follows: on the CPU in one pass of the native library.
+"""Dropout of hidden states and the residual that follows: on the CPU in one pass of the native library.
 
 PyTorch draws a float for each element, one after the other, and keeps the result for the backward. Here draws are
 counted (see `deberta_kernels.dropout`), so the backward makes them again. A dropout module is taken over only if it is
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from deberta_kernels import native
 from deberta_kernels.checks.arguments import storage_fits
 from deberta_kernels.dropout import draw_seed, keep_scale, threshold
-from deberta_kernels.linear.layers import is_hooked, is_replaced, is_watched
-from deberta_kernels.linear.products import is_mapped
+from deberta_kernels.linear.layers import is_replaced
+from deberta_kernels.torch_state.modes import is_mapped, plain_eager
+from deberta_kernels.torch_state.onlookers import has_hooks
 from deberta_kernels.torch_state.originals import Originals, called
 
 __all__ = ["drop_and_add", "is_dropout"]
@@ -63,7 +64,7 @@ def is_dropout(module: Any) -> bool:
 def _is_plain(dropout: Any, x: Tensor, residual: Tensor | None) -> bool:
     if type(dropout) is not nn.Dropout or not dropout.training or not isinstance(dropout.p, float):
         return False
-    if torch.compiler.is_compiling() or is_hooked(dropout) or is_watched():
+    if torch.compiler.is_compiling() or has_hooks(dropout) or not plain_eager():
         return False
     if not 0 < dropout.p < 1 or dropout.inplace:
         return False
@@ -78,7 +79,7 @@ def _is_supported(x: Tensor) -> bool:
 
 
 class _Dropped(torch.autograd.Function):
-    """Make the same draws in the backward, which is a dropout as well, and differentiable in turn."""
+    """A dropout whose backward makes the same draws; that is a dropout as well, and differentiable in turn."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Tensor | None, p: float, seed: int, dtype: torch.dtype) -> Tensor:

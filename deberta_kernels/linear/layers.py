@@ -1,4 +1,4 @@
-"""Call the linear layers of a model: those that are plain in the fastest way there is for them, all others as modules.
+"""Calls of linear layers: of those that are plain in the fastest way there is for them, of all others as modules.
 
 A module is taken over only if it computes what `nn.Linear` does and nothing could notice: no hooks, no tracing, no
 function transform, no replaced code. Everything else (LoRA, quantised layers, parametrisations) is called as a module.
@@ -13,29 +13,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.nn.modules.module import _has_any_global_hook
-from torch.utils._device import DeviceContext
 
 from deberta_kernels import notices
 from deberta_kernels.checks.arguments import storage_fits
 from deberta_kernels.linear import products
+from deberta_kernels.torch_state.modes import plain_eager
+from deberta_kernels.torch_state.onlookers import has_hooks
 from deberta_kernels.torch_state.originals import Originals, Place, called, is_own
 
 __all__ = [
     "apply_linear",
     "apply_linear_gelu",
-    "is_any_function_watched",
-    "is_hooked",
     "is_linear",
     "is_replaced",
-    "is_watched",
+    "register_linear",
 ]
 
 _NARROW = (torch.bfloat16, torch.float16)
-_ADAPTERHUB = "adapters.methods.lora"
-# Their classes that make a layer linear: where each has its forward from.
-_ADAPTERHUB_FORWARDS = {"LoRALinearTorch": "LoRALinear.forward", "LoRAMergedLinear": "LoRAMergedLinear.forward"}
+# Other packages' classes of linear layers, (home, name) -> qualified name of the forward, whether a layer is plain.
+_registered: dict[tuple[str, str], tuple[str, Callable[[Any], bool]]] = {}
 _ACTIVATIONS = "transformers.activations"
 
 
@@ -108,21 +104,30 @@ def _gelu_in_place(x: Tensor) -> Tensor:
     return torch.ops.aten.gelu_.default(x)  # type: ignore[no-any-return]
 
 
+def register_linear(home: str, name: str, forward: str, is_plain: Callable[[Any], bool]) -> None:
+    """Register another package's subclass of `nn.Linear`, whose layers are linear ones while `is_plain` says so.
+
+    Args:
+        home: name of the module that defines the class.
+        name: name of the class.
+        forward: qualified name, inside `home`, of its forward.
+        is_plain: whether a layer computes what `nn.Linear` would with its weight and bias.
+    """
+    _registered[home, name] = forward, is_plain
+
+
 def is_linear(module: Any) -> bool:
     """Tell whether a module computes `nn.functional.linear` of its weight and bias, and nothing else."""
     return _is_linear_class(module) and _originals_of(type(module)).replaced() is None
 
 
 def _is_linear_class(module: Any) -> bool:
-    """Tell whether the class of a module, as it was written, makes it a linear layer.
-
-    AdapterHub makes every linear layer its own. Most never get an adapter, and one that is not active, or merged into
-    the weight, changes nothing.
-    """
+    """Tell whether the class of a module, as it was written, makes it a linear layer."""
     cls = type(module)
-    if cls.__module__ == _ADAPTERHUB and cls.__name__ in _ADAPTERHUB_FORWARDS:
-        return not module.fan_in_fan_out and (bool(module.merged) or module.get_active_setup() is None)
-    return cls is nn.Linear
+    if cls is nn.Linear:
+        return True
+    found = _registered.get((cls.__module__, cls.__name__))
+    return found is not None and found[1](module)
 
 
 _originals: dict[type[Any], Originals] = {}
@@ -138,7 +143,7 @@ def _places(cls: type[Any]) -> tuple[Place, ...]:
     functional: Any = nn.functional
     if issubclass(cls, nn.Linear):
         home: Any = nn.modules.linear
-        own = () if cls is nn.Linear else called(cls, cls.__module__, _ADAPTERHUB_FORWARDS[cls.__name__])
+        own = () if cls is nn.Linear else called(cls, cls.__module__, _registered[cls.__module__, cls.__name__][0])
         function = (functional, "linear", "torch._C._nn", "linear")
         plain = called(nn.Linear, home.__name__, "Linear.forward")
         return (*own, *plain, (home, "F", functional.__name__, ""), function)
@@ -166,7 +171,7 @@ def _is_plain(linear: Any, x: Tensor) -> bool:
     """Tell whether the layer may be taken over: dtypes and devices fit, and nobody watches."""
     if torch.compiler.is_compiling() or not _is_linear_class(linear) or type(x) is not Tensor:
         return False
-    if not x.is_cpu or x.numel() == 0 or is_hooked(linear):
+    if not x.is_cpu or x.numel() == 0 or has_hooks(linear):
         return False
     own, parameters = linear.__dict__, linear._parameters
     if "weight" in own or "bias" in own or "bias" not in parameters or parameters.get("weight") is None:
@@ -178,28 +183,10 @@ def _is_plain(linear: Any, x: Tensor) -> bool:
     for parameter in (weight, bias):
         if parameter is not None and not _is_plain_parameter(parameter, x, autocast):
             return False
-    if is_watched():
+    if not plain_eager():
         return False
     # Of memory that was freed PyTorch says so.
     return storage_fits(x) and storage_fits(weight) and (bias is None or storage_fits(bias))
-
-
-def is_watched() -> bool:
-    """Tell whether a mode, a function transform or a tracer wants to see PyTorch's own operations."""
-    return (
-        torch._C._len_torch_dispatch_stack() > 0
-        or is_any_function_watched()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch._C._get_tracing_state() is not None
-    )
-
-
-def is_any_function_watched() -> bool:
-    """Tell whether a mode sees every function; that of a default device changes only how tensors are made."""
-    if torch._C._len_torch_function_stack() == 0:
-        return False
-    return any(type(mode) is not DeviceContext for mode in torch.overrides._get_current_function_mode_stack())
 
 
 def _is_plain_parameter(parameter: Tensor, x: Tensor, autocast: bool) -> bool:
@@ -221,7 +208,7 @@ def _is_gelu(activation: Any) -> bool:
     """Tell whether an activation, as it was written, is the exact GELU and nothing else."""
     if isinstance(activation, nn.Module):
         cls = type(activation)
-        if is_hooked(activation):
+        if has_hooks(activation):
             return False
         if cls is nn.GELU:
             return activation.approximate == "none"
@@ -229,11 +216,3 @@ def _is_gelu(activation: Any) -> bool:
             return False
         activation = getattr(activation, "act", None)  # the function of the time when it was made
     return is_own(activation, "torch._C._nn", "gelu")
-
-
-def is_hooked(module: nn.Module) -> bool:
-    """Tell whether a call of the module, or its backward, runs anything but the forward of its class."""
-    own = module.__dict__
-    forward = module._forward_hooks or module._forward_pre_hooks or "forward" in own or "_call_impl" in own
-    compiled = getattr(module, "_compiled_call_impl", None) is not None
-    return bool(forward or compiled or module._backward_hooks or module._backward_pre_hooks) or _has_any_global_hook()

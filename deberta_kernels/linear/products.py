@@ -1,4 +1,4 @@
-"""Multiply by the weight of a linear layer on the CPU, in ways that are faster than PyTorch's own on some processors.
+"""Products with the weight of a linear layer on the CPU, in ways that are faster than PyTorch's on some processors.
 
 The native library: a general library lays out the weight anew for every call, which few tokens do not pay for; and
 PyTorch multiplies float32 on x86 with MKL, which keeps its AVX-512 code to processors of its maker. Sums are made in
@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from deberta_kernels import env, native
 from deberta_kernels.checks.arguments import storage_fits
 from deberta_kernels.native.processor import features, vendor
+from deberta_kernels.torch_state.modes import is_mapped
 
 __all__ = [
     "anything_gained",
-    "is_mapped",
     "lacks_products",
     "natively",
     "natively_with_gradients",
@@ -71,7 +71,9 @@ def _native_wanted() -> bool:
 
 def suits(x: Tensor, weight: Tensor, bias: Tensor | None = None, everywhere: bool = False) -> bool:
     """Tell whether the native library multiplies faster than others do: shapes that fit, as `natively` wants them."""
-    if not (everywhere or _native_wanted()) or any(t is not None and t.is_neg() for t in (x, weight, bias)):
+    if not (everywhere or _native_wanted()):
+        return False
+    if x.is_neg() or weight.is_neg() or (bias is not None and bias.is_neg()):
         return False
     if 0 in weight.shape:  # nothing to multiply
         return False
@@ -157,7 +159,7 @@ def _aliased(x: Tensor) -> Tensor:
 
 
 class _Natively(torch.autograd.Function):
-    """Multiply natively in the backward as well; a second derivative goes through PyTorch's own products."""
+    """A native product, backward included; a second derivative goes through PyTorch's own products."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -183,7 +185,7 @@ class _Natively(torch.autograd.Function):
 
 
 class _Widened(torch.autograd.Function):
-    """Multiply in float32 in the backward as well."""
+    """A product in float32, backward included."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -207,13 +209,6 @@ def _gradients(
     dx = dout @ weight if needs[0] and weight is not None else None
     dweight = rows.t() @ x.reshape(-1, x.shape[-1]) if needs[1] and x is not None else None
     return dx, dweight, rows.sum(0) if needs[2] else None
-
-
-def is_mapped(gradient: Tensor) -> bool:
-    """Tell whether many gradients are wanted at once, by `torch.vmap` or `is_grads_batched`: none has values then."""
-    functorch = torch._C._functorch
-    batched = functorch.is_batchedtensor(gradient) or functorch.is_legacy_batchedtensor(gradient)
-    return batched or torch._C._are_functorch_transforms_active() or type(gradient) not in (Tensor, nn.Parameter)
 
 
 def _is_plain(x: Tensor) -> bool:

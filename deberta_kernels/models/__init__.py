@@ -1,1 +1,5 @@
-"""The model side: DeBERTa models of transformers and AdapterHub, patched to run fused attention, and back."""
+"""Hugging Face's DeBERTa models, patched to run fused attention; and modules that users build."""
+
+from deberta_kernels.models import adapterhub, dense, fused  # which register the classes that they fuse
+
+__all__ = ["adapterhub", "dense", "fused"]

@@ -1,4 +1,6 @@
-"""Compute AdapterHub's attention through the kernels: LoRA, prefixes, prompts and parallel adapters inside it.
+"""AdapterHub's DeBERTa: its attention through the kernels, and what else this package knows of the package `adapters`.
+
+LoRA, prefixes, prompts and parallel adapters are computed inside the attention.
 
 The steps are those of `DisentangledSelfAttentionWithAdapters`, in its order. Prefixes are leading keys without a
 position. What prefixes and prompts do to a padding mask is no outer product any more:
@@ -20,29 +22,33 @@ all batches are equal.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from deberta_kernels.linear.hidden_dropout import drop_and_add
+from deberta_kernels.linear.layers import apply_linear, register_linear
 from deberta_kernels.masks import parse_huggingface_mask
-from deberta_kernels.models.anatomy import AttentionModule
-from deberta_kernels.models.attention import (
-    bind_module,
-    cast_for_matmul,
-    merge_heads,
-    project,
-)
+from deberta_kernels.models.anatomy import VERSION_ONE, VERSION_TWO, AttentionModule
+from deberta_kernels.models.attention import bind_module, cast_for_matmul, merge_heads, project
+from deberta_kernels.models.dense import original_if_changed
 from deberta_kernels.models.encoder_mask import EncoderMask
-from deberta_kernels.models.options import AttentionOptions
-from deberta_kernels.models.position_tables import content_key
+from deberta_kernels.models.fused import FusedAttention, attend_unless_changed
+from deberta_kernels.models.options import AttentionOptions, options_of
+from deberta_kernels.models.patched_class import Patched
+from deberta_kernels.models.position_tables import content_key, register_row_wise
+from deberta_kernels.models.registry import Kind, ModuleClass, register
+from deberta_kernels.torch_state.modes import values_readable
+from deberta_kernels.torch_state.onlookers import register_hooks
 from deberta_kernels.types import Masks
 
-__all__ = ["AdapterMask", "attend_with_adapters"]
+__all__ = ["AdapterMask", "FusedAdapterAttention", "FusedAdapterOutput", "attend_with_adapters"]
 
 
 class AdapterMask(EncoderMask):
-    """Carry a mask through the hooks that AdapterHub puts on layers: they replicate it in place, as a tensor."""
+    """A mask that survives the hooks which AdapterHub puts on layers: they replicate it in place, as a tensor."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -61,7 +67,7 @@ class AdapterMask(EncoderMask):
 
 
 class _Visible(NamedTuple):
-    """Say what a call's rows see, before prefixes are put in front of the keys.
+    """What a call's rows see, before prefixes are put in front of the keys.
 
     Attributes:
         mask: (B, 1, 1, Nk) or (B, 1 or H, Nq, Nk) bool, or None; goes through AdapterHub's prefix layer.
@@ -158,6 +164,83 @@ def _replace_rows(
 
 def _is_full(rows: Tensor) -> bool:
     """Tell whether no row is padding, where that can be read without waiting for a device."""
-    if torch.compiler.is_compiling() or rows.device.type != "cpu" or torch._C._len_torch_dispatch_stack() > 0:
-        return False
-    return bool(rows.all())
+    return rows.device.type == "cpu" and values_readable(rows) and bool(rows.all())
+
+
+class FusedAdapterAttention(FusedAttention):
+    """The kernels, to be mixed into one attention module that AdapterHub made its own."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Any,
+        output_attentions: bool = False,
+        query_states: Tensor | None = None,
+        relative_pos: Tensor | None = None,
+        rel_embeddings: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend; see `attend` for the arguments."""
+        return _attend(
+            self, hidden_states, attention_mask, output_attentions,
+            query_states=query_states, relative_pos=relative_pos, rel_embeddings=rel_embeddings,
+        )  # fmt: skip
+
+
+_attend = partial(attend_unless_changed, compute=attend_with_adapters)
+
+
+class FusedAdapterOutput(Patched):
+    """A fast linear layer, to be mixed into the same modules of AdapterHub, which go on with bottleneck adapters."""
+
+    dense: nn.Linear
+    dropout: nn.Module
+    LayerNorm: nn.Module
+    bottleneck_layer_forward: Callable[[Tensor, Tensor, nn.Module], Tensor]
+
+    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+        """Project hidden_states, run the adapters, and add input_tensor; see `FusedOutput`."""
+        options = options_of(self)  # type: ignore[arg-type]
+        original = original_if_changed(self, options)
+        if original is not None:
+            return original(self, hidden_states, input_tensor)  # type: ignore[no-any-return]
+        projected = apply_linear(self.dense, hidden_states, options.fast_linears is True, options.strict)
+        projected = drop_and_add(self.dropout, projected, strict=options.strict)
+        return self.bottleneck_layer_forward(projected, input_tensor, self.LayerNorm)
+
+
+def _is_plain_linear(layer: Any) -> bool:
+    """Tell whether one of AdapterHub's linear layers has no adapter that is active, or one merged into its weight."""
+    return not layer.fan_in_fan_out and (bool(layer.merged) or layer.get_active_setup() is None)
+
+
+_HOME, _HOME_ONE = "adapters.models.deberta_v2.modeling_deberta_v2", "adapters.models.deberta.modeling_deberta"
+_LORA = "adapters.methods.lora"
+_BIAS = ("transpose_for_scores",)
+register(
+    *(
+        ModuleClass(
+            Kind.ATTENTION, version, home, "DisentangledSelfAttentionWithAdapters", FusedAdapterAttention, _attend,
+            methods, mask_type=AdapterMask, assigned_late=True,
+        )
+        for version, home, methods in (
+            (VERSION_TWO, _HOME, ("disentangled_attention_bias", *_BIAS, "transpose_for_scores_extended")),
+            (VERSION_ONE, _HOME_ONE, ("disentangled_att_bias", *_BIAS)),
+        )
+    ),
+    *(
+        ModuleClass(Kind.OUTPUT, version, home, f"{prefix}{name}WithAdapters", FusedAdapterOutput)
+        for version, home, prefix in ((VERSION_TWO, _HOME, "DebertaV2"), (VERSION_ONE, _HOME_ONE, "Deberta"))
+        for name in ("Output", "SelfOutput")
+    ),
+)  # fmt: skip
+# AdapterHub makes every linear layer its own. Most never get an adapter.
+register_linear(_LORA, "LoRALinearTorch", "LoRALinear.forward", _is_plain_linear)
+register_linear(_LORA, "LoRAMergedLinear", "LoRAMergedLinear.forward", _is_plain_linear)
+# Gates average over all rows.
+register_row_wise("adapters.methods.", gate="use_gating")
+# Hooks of its layers, whose states are never packed; they take the mask object for a tensor.
+register_hooks(
+    ("adapters.methods.prompt_tuning", "_attn_mask_hook_fn"),
+    ("adapters.methods.reft", "hook_fn"),
+    ("adapters.models.bert.mixin_bert", "BertModelAdaptersMixin._set_layer_hook_for_parallel.<locals>.hook"),
+)

@@ -24,7 +24,16 @@ from torch import Tensor, nn
 
 from deberta_kernels.types import PositionSpec
 
-__all__ = ["TALKING_HEADS", "Anatomy", "Apply", "AttentionModule", "anatomy_of", "mixes_heads"]
+__all__ = [
+    "TALKING_HEADS",
+    "VERSION_ONE",
+    "VERSION_TWO",
+    "Anatomy",
+    "Apply",
+    "AttentionModule",
+    "anatomy_of",
+    "mixes_heads",
+]
 
 # An nn.Module with the attributes of Hugging Face's DisentangledSelfAttention, of either version.
 AttentionModule: TypeAlias = Any
@@ -38,18 +47,22 @@ TALKING_HEADS = ("talking_head mixes the scores of different heads", "models of 
 def mixes_heads(module: AttentionModule) -> bool:
     """Tell whether the scores or probabilities of one head enter those of another, as `talking_head` makes them."""
     own, parts = module.__dict__, module._modules
-    mixers = ("head_logits_proj", "head_weights_proj")
-    return any(parts.get(name) is not None or own.get(name) is not None for name in mixers)
+    for name in ("head_logits_proj", "head_weights_proj"):
+        if parts.get(name) is not None or own.get(name) is not None:
+            return True
+    return False
 
 
 class Anatomy(ABC):
     """One version of DeBERTa's attention: what its modules are made of, and what their arguments mean.
 
     Attributes:
+        home: module of transformers that defines its classes.
         takes_queries: query_states other than hidden_states may be given.
         counts_distances: no relative_pos means ordinary distances; else it means no position terms.
     """
 
+    home: ClassVar[str]
     takes_queries: ClassVar[bool]
     counts_distances: ClassVar[bool]
 
@@ -97,6 +110,7 @@ class Anatomy(ABC):
 class _VersionOne(Anatomy):
     """DeBERTa v1."""
 
+    home = "transformers.models.deberta.modeling_deberta"
     takes_queries = False
     counts_distances = False
 
@@ -129,6 +143,7 @@ class _VersionOne(Anatomy):
 class _VersionTwo(Anatomy):
     """DeBERTa v2 and v3."""
 
+    home = "transformers.models.deberta_v2.modeling_deberta_v2"
     takes_queries = True
     counts_distances = True
 
@@ -174,12 +189,12 @@ class _VersionTwo(Anatomy):
         )
 
 
-_ONE, _TWO = _VersionOne(), _VersionTwo()
+VERSION_ONE, VERSION_TWO = _VersionOne(), _VersionTwo()
 
 
 def anatomy_of(module: AttentionModule) -> Anatomy:
     """Return the version that an attention module is of: v1 has one projection for queries, keys and values."""
-    return _ONE if "in_proj" in module._modules else _TWO
+    return VERSION_ONE if "in_proj" in module._modules else VERSION_TWO
 
 
 def _named(module: AttentionModule, *terms: tuple[str, str, str]) -> dict[str, nn.Module]:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from deberta_kernels.masks import parse_huggingface_mask
-from deberta_kernels.models.adapterhub import AdapterMask
 from deberta_kernels.models.anatomy import anatomy_of
 from deberta_kernels.models.encoder_mask import EncoderMask
 from deberta_kernels.models.guards.allow_list import runs_original_code
@@ -21,6 +20,7 @@ from deberta_kernels.models.guards.handover import Handover, handover_of, is_kno
 from deberta_kernels.models.options import AttentionOptions
 from deberta_kernels.models.packing import Packing, find_packing
 from deberta_kernels.models.padding_gradient import PackedLayer
+from deberta_kernels.torch_state.modes import values_readable
 from deberta_kernels.types import Masks
 
 __all__ = ["encode"]
@@ -43,7 +43,7 @@ def encode(
     return_dict: bool = True,
     *,
     takes_mask: Callable[[nn.Module, set[Any]], bool],
-    adapted: bool = False,
+    mask_type: type[EncoderMask] = EncoderMask,
 ) -> Any:
     """Run the encoder; arguments and result are Hugging Face's.
 
@@ -60,9 +60,10 @@ def encode(
         relative_pos: None; a tensor runs the original code.
         return_dict: return a `BaseModelOutput`, not a tuple.
         takes_mask: as in `handover_of`.
-        adapted: the attention modules are AdapterHub's, which may give the states more tokens and samples than the
-            mask has.
+        mask_type: what attention modules get in place of the mask; those with a type of their own may give the states
+            more tokens and samples than the mask has.
     """
+    adapted = mask_type is not EncoderMask
     plain = isinstance(hidden_states, Tensor) and hidden_states.dim() == 3 and isinstance(attention_mask, Tensor)
     if (
         not plain
@@ -88,7 +89,7 @@ def encode(
     masks = parse_huggingface_mask(attention_mask, batch=batch, nq=length, nk=length)
     if not adapted and masks.key is not None and _is_full(hidden_states, masks.key):
         masks = Masks()  # which also leaves nothing to pack
-    layers = _Layers(module, (AdapterMask if adapted else EncoderMask)(attention_mask, masks), takes_mask, adapted)
+    layers = _Layers(module, mask_type(attention_mask, masks), takes_mask, adapted)
     packing = None
     if attention_mask.dim() == 2 and query_states is None and masks.key is not None:
         packing = _packing(layers, options, hidden_states, masks.key)
@@ -109,7 +110,7 @@ def _takes_queries(module: Any, query_states: Tensor, hidden_states: Tensor) -> 
 def _packing(layers: _Layers, options: AttentionOptions, hidden_states: Tensor, keep: Tensor) -> Packing | None:
     """Return how to pack the batch; None where it must, or had better, run padded."""
     batch, length = keep.shape
-    if options.unpad is False or batch * length == 0 or not _readable(hidden_states, keep):
+    if options.unpad is False or batch * length == 0 or not values_readable(hidden_states, keep):
         return None
     if options.unpad == "auto" and batch * length < _FEWEST_TOKENS:
         return None
@@ -123,23 +124,14 @@ def _multiplies_as_it_keeps(hidden_states: Tensor, mask: Tensor) -> bool:
 
     Products of 0 and 1 are; those of other values may overflow, and NaN and infinity make 0 something else.
     """
-    if mask.dtype == torch.bool or mask.device.type != "cpu" or not _readable(hidden_states, mask):
+    if mask.dtype == torch.bool or mask.device.type != "cpu" or not values_readable(hidden_states, mask):
         return True
     return bool(((mask == 0) | (mask == 1)).all())
 
 
 def _is_full(hidden_states: Tensor, keep: Tensor) -> bool:
     """Tell whether every token is real, where that can be read without waiting for a device."""
-    return keep.device.type == "cpu" and _readable(hidden_states, keep) and bool(keep.all())
-
-
-def _readable(hidden_states: Tensor, keep: Tensor) -> bool:
-    """Tell whether the mask may be read: not while compiling, of fake or wrapped tensors, or in a graph capture."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
-        return False
-    if type(hidden_states) is not Tensor or type(keep) is not Tensor or hidden_states.is_meta:
-        return False
-    return not (hidden_states.is_cuda and torch.cuda.is_current_stream_capturing())
+    return keep.device.type == "cpu" and values_readable(hidden_states, keep) and bool(keep.all())
 
 
 def _version(x: Tensor | None) -> int:
@@ -153,7 +145,7 @@ class _Layers:
         module: the encoder.
         mask: what layers are given that take it.
         takes_mask: as in `encode`.
-        adapted: as in `encode`.
+        adapted: as in `handover_of`.
     """
 
     def __init__(self, module: Any, mask: EncoderMask, takes_mask: Any, adapted: bool) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deberta_kernels.linear.products import is_mapped
+from deberta_kernels.torch_state.modes import is_mapped
 
 __all__ = ["Packing", "find_packing"]
 

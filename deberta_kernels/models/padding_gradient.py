@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deberta_kernels.linear.products import is_mapped
 from deberta_kernels.models.anatomy import anatomy_of
 from deberta_kernels.models.packing import Packing
+from deberta_kernels.torch_state.modes import is_mapped
 
 __all__ = ["PackedLayer"]
 

@@ -1,4 +1,4 @@
-"""Patch DeBERTa models to run fused attention, and undo it: one model, or all of them."""
+"""DeBERTa models patched to run fused attention, and unpatched: one model, or all of them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from torch import nn
 from deberta_kernels import dispatch, native, notices
 from deberta_kernels.linear import products
 from deberta_kernels.models.dense import fuse_dense
+from deberta_kernels.models.fused import FusedAttention, FusedEncoder, attention_refusal, is_ours
 from deberta_kernels.models.guards.running import paused
 from deberta_kernels.models.options import AttentionOptions
+from deberta_kernels.models.patched_class import Patched, has_patched_class, patch_class, restore_class
 from deberta_kernels.models.position_tables import forget, forget_all
-from deberta_kernels.models.registry import FusedAttention, FusedEncoder, attention_mixin, install, plan, uninstall
-from deberta_kernels.models.swap import Swapped, is_swapped, swap, undo
+from deberta_kernels.models.registry import Kind, install, row_of, rows, uninstall
 
 __all__ = ["PatchReport", "patch", "patch_all", "unpatch", "unpatch_all"]
 
@@ -91,7 +92,7 @@ def patch(
     options = _options(backend, unpad, strict, fast_linears)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}; pass the model itself.")
-    encoders, attentions, left_alone = plan(model)
+    encoders, attentions, left_alone = _find(model)
     if not attentions and not encoders and not left_alone:
         raise ValueError(
             f"model must contain a DeBERTa of transformers, got {type(model).__name__} without one; "
@@ -107,11 +108,52 @@ def patch(
             strict,
         )
     for module in encoders:
-        swap(module, FusedEncoder, options)
+        patch_class(module, FusedEncoder, options)
         fuse_dense(module, options)
     for module in attentions:
-        swap(module, attention_mixin(module), options)
+        patch_class(module, row_of(module, Kind.ATTENTION).mixin, options)
     return PatchReport(len(attentions), left_alone, len(encoders))
+
+
+def _find(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module], dict[str, str]]:
+    """Find what can be fused in a model, and say why the rest cannot.
+
+    Args:
+        model: any module; the transformers package is not imported for it.
+
+    Returns:
+        (encoders, attention modules, name of each DeBERTa module left alone -> reason).
+    """
+    left_alone: dict[str, str] = {}
+    encoders: list[nn.Module] = []
+    attentions: list[nn.Module] = []
+    for name, module in model.named_modules():
+        for modules, kind, refusal in (
+            (encoders, Kind.ENCODER, _encoder_refusal),
+            (attentions, Kind.ATTENTION, attention_refusal),
+        ):
+            if not _is_called(module, kind):
+                continue
+            reason = refusal(module)
+            if reason is None:
+                modules.append(module)
+            else:
+                left_alone[name] = reason
+    # Without any attention to serve, an encoder has nothing to gain.
+    fused = set(attentions)
+    encoders = [one for one in encoders if any(module in fused or is_ours(module) for module in one.modules())]
+    return encoders, attentions, left_alone
+
+
+def _is_called(module: nn.Module, kind: Kind) -> bool:
+    """Tell whether a module has a class of a name of this kind: Hugging Face's, subclasses, and others called alike."""
+    names = {row.name for row in rows(kind)}
+    classes = type(module).__mro__
+    return any(c.__name__ in names and not c.__module__.startswith("deberta_kernels") for c in classes)
+
+
+def _encoder_refusal(module: nn.Module) -> str | None:
+    return row_of(module, Kind.ENCODER).refusal(module)
 
 
 def unpatch(model: nn.Module) -> int:
@@ -133,12 +175,12 @@ def unpatch(model: nn.Module) -> int:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}; pass the model itself.")
     modules = list(model.modules())
     for module in modules:
-        if isinstance(module, Swapped) and not is_swapped(module):
-            undo(module)  # raises, before anything changed
+        if isinstance(module, Patched) and not has_patched_class(module):
+            restore_class(module)  # raises, before anything changed
     fused = [module for module in modules if isinstance(module, (FusedAttention, FusedEncoder))]
     with paused(fused):
         for module in modules:
-            if undo(module):
+            if restore_class(module):
                 forget(module)
     return len(fused)
 

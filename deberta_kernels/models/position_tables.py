@@ -1,4 +1,4 @@
-"""Project the relative embeddings of one attention module: only the rows a call can reach, cached in eval.
+"""The projected relative embeddings of one attention module: only the rows a call can reach, kept in eval.
 
 The projections are called as modules, never by their weights, so that whatever wraps them (LoRA, hooks, quantised
 layers) takes part. In eval the projected tables of a module are kept. `_validity` is the one place that decides
@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from deberta_kernels import native
 from deberta_kernels.checks.arguments import storage_fits
 from deberta_kernels.linear.hidden_dropout import is_dropout
-from deberta_kernels.linear.layers import is_hooked, is_linear
+from deberta_kernels.linear.layers import is_linear
 from deberta_kernels.models.anatomy import Apply, AttentionModule, anatomy_of
 from deberta_kernels.position import attention_span, reachable_rows
-from deberta_kernels.torch_state.onlookers import is_watched, sees_every_call
+from deberta_kernels.torch_state.modes import values_exist
+from deberta_kernels.torch_state.onlookers import has_forward_hooks, has_hooks, is_watched, sees_every_call
 from deberta_kernels.types import PositionSpec
 
 __all__ = [
@@ -34,19 +35,22 @@ __all__ = [
     "forget",
     "forget_all",
     "projected_tables",
+    "register_row_wise",
 ]
 
 # A kept table covers at least this many tokens: with the usual 256 buckets that is every row but one, so that calls
 # of growing length do not project again and again.
 _KEPT_LENGTH = 512
-# Packages whose linear layers make each row from that row alone.
-_BY_ROWS = ("peft.tuners.", "adapters.methods.")
+# How the names of modules begin whose linear layers make each row from that row alone, and attributes that, where they
+# are true, say that a part of such a layer does not.
+_row_wise: tuple[str, ...] = ("peft.tuners.",)
+_gates: tuple[str, ...] = ()
 # Words that one product of `_keyed_sums` reads: bounds what its secret numbers take, at little cost in calls.
 _BLOCK = 1 << 18
 
 
 class PositionTables(NamedTuple):
-    """Hold what one attention call needs to know about positions.
+    """What one attention call needs to know about positions.
 
     Attributes:
         pos_key: (H, rows, D) or None; K_r of the paper, rows `position.first_row ...` of the full table.
@@ -62,7 +66,7 @@ class PositionTables(NamedTuple):
 
 
 class _Kept(NamedTuple):
-    """Hold the tables of one module in eval, and everything they were computed from."""
+    """The tables of one module in eval, and everything they were computed from."""
 
     validity: tuple[Any, ...]
     start: int
@@ -124,6 +128,17 @@ def projected_tables(
             with _lock:
                 _kept[module] = kept
     return kept.tables
+
+
+def register_row_wise(prefix: str, gate: str) -> None:
+    """Register another package's linear layers, which make each row from that row alone.
+
+    Args:
+        prefix: how the names of the modules that define them begin.
+        gate: attribute of a part of a layer; where it is true, rows depend on others.
+    """
+    global _row_wise, _gates
+    _row_wise, _gates = (*_row_wise, prefix), (*_gates, gate)
 
 
 def forget(module: nn.Module) -> None:
@@ -193,22 +208,19 @@ def _checked(rel_embeddings: Tensor | None, spec: PositionSpec) -> Tensor:
 
 
 def _shows_nobody(module: AttentionModule, projections: dict[str, nn.Module]) -> bool:
-    """Tell whether nobody sees which rows are projected, and each projected row depends on that row alone.
-
-    Gates of AdapterHub's LoRA average over all rows, and modules of others may.
-    """
+    """Tell whether nobody sees which rows are projected, and each projected row depends on that row alone."""
     parts = [part for projection in projections.values() for part in projection.modules()]
-    if any(getattr(part, "use_gating", False) for part in parts):
+    if any(getattr(part, gate, False) for gate in _gates for part in parts):
         return False
     if torch.compiler.is_compiling():
-        return not any(part._forward_hooks or part._forward_pre_hooks for part in (module.pos_dropout, *parts))
+        return not any(map(has_forward_hooks, (module.pos_dropout, *parts)))
     if (
         not is_dropout(module.pos_dropout)
         or sees_every_call() is not None
         or any(map(is_watched, (module.pos_dropout, *parts)))
     ):
         return False
-    return all(is_linear(x) or type(x).__module__.startswith(_BY_ROWS) for x in projections.values())
+    return all(is_linear(x) or type(x).__module__.startswith(_row_wise) for x in projections.values())
 
 
 def _project_as_hugging_face(
@@ -279,20 +291,20 @@ def _validity(
     Anything else (a LoRA of any make, a quantised layer, a parametrisation) is projected anew each call, so that no
     switch it has can be missed.
     """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
-        return None  # tensors may have no values
+    if not values_exist():
+        return None
     if module.training or module.pos_dropout.training:
         return None
     linears: list[Any] = list(projections.values())
     if not is_dropout(module.pos_dropout) or not all(map(is_linear, linears)):
         return None
-    if any(is_hooked(part) for part in (module.pos_dropout, *linears)):
+    if any(map(has_hooks, (module.pos_dropout, *linears))):
         return None
     sources = [tensor for linear in linears for tensor in (linear.weight, linear.bias) if tensor is not None]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (rel, *sources)):
         return None
-    keys = [rel_key(rel), *(content_key(tensor) for tensor in sources)]
-    if any(key is None for key in keys):
+    keys = [rel_key(rel), *map(content_key, sources)]
+    if None in keys:
         return None
     autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
     return (tuple(projections), spec, module.num_attention_heads, autocast, *keys)

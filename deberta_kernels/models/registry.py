@@ -1,378 +1,269 @@
-"""Know the DeBERTa classes of Hugging Face and AdapterHub: which may be fused, and the forwards that stand in.
+"""The classes of modules that may be fused, one row each, and their forwards, replaced for all modules and put back.
 
 Transformers 4.57 and 5.x differ in nothing that matters here. DeBERTa v1 has classes of its own, with the same forwards
-by name; the attention class even shares its name. A module is fused only if the code it would run is exactly theirs;
-other subclasses with a forward of their own, other packages' classes of the same name, and attention that mixes heads
-are left alone, each for a reason that is reported.
+by name; the attention class even shares its name. A module is fused only if the code it would run is exactly that of
+its row; other subclasses with a forward of their own, other packages' classes of the same name, and attention that
+mixes heads are left alone, each for a reason that is reported.
 
-`adapters.init` gives attention modules AdapterHub's class, patched or not. The patched encoder sees that at its next
-call and fuses them anew, so that neither the adapters nor the patch are lost, whichever came first.
+The files that fuse register rows: `fused`, `dense` and `adapterhub`, which importing `deberta_kernels.models` imports.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import cache
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from deberta_kernels import dispatch
-from deberta_kernels.models.adapterhub import attend_with_adapters
-from deberta_kernels.models.anatomy import TALKING_HEADS, mixes_heads
-from deberta_kernels.models.attention import attend
-from deberta_kernels.models.dense import KNOWN_DENSE, fuse_dense, stand_in
-from deberta_kernels.models.encoder import encode
+from deberta_kernels.models.anatomy import VERSION_ONE, VERSION_TWO, Anatomy
 from deberta_kernels.models.encoder_mask import EncoderMask
-from deberta_kernels.models.guards.allow_list import refusal_everywhere, refusal_of
-from deberta_kernels.models.guards.known import (
-    ADAPTERHUB,
-    ADAPTERHUB_ONE,
-    MODELING,
-    MODELING_ONE,
-    Known,
-    replaced_function,
-)
-from deberta_kernels.models.guards.running import begin, end, paused
-from deberta_kernels.models.options import AttentionOptions
-from deberta_kernels.models.standalone.self_attention import DisentangledSelfAttention
-from deberta_kernels.models.swap import ORIGINAL, Swapped, base_class, forward_of, original_forward, swap
-from deberta_kernels.torch_state.tracing import answered_once, traces_questions
+from deberta_kernels.models.guards.running import paused
+from deberta_kernels.models.options import choose_for_all, chosen_for_all
+from deberta_kernels.models.patched_class import ORIGINAL, Patched, base_class, forward_of, original_function
+from deberta_kernels.torch_state.originals import described, is_own
 
-__all__ = ["FusedAttention", "FusedEncoder", "attention_mixin", "install", "plan", "uninstall"]
+__all__ = [
+    "REMEDY",
+    "Kind",
+    "ModuleClass",
+    "attention_methods",
+    "fused_row",
+    "homes",
+    "install",
+    "register",
+    "register_forward",
+    "replace_forwards",
+    "row_of",
+    "rows",
+    "uninstall",
+]
 
-_ATTENTION, _ENCODER, _ENCODER_ONE = "DisentangledSelfAttention", "DebertaV2Encoder", "DebertaEncoder"
-_REMEDY = "only the code of transformers and AdapterHub is fused"
-
-
-class FusedAttention(Swapped):
-    """The kernels, to be mixed into one attention module of a patched model."""
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Any,
-        output_attentions: bool = False,
-        query_states: Tensor | None = None,
-        relative_pos: Tensor | None = None,
-        rel_embeddings: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Attend; see `attend` for the arguments."""
-        return _attend(
-            self, hidden_states, attention_mask, output_attentions,
-            query_states=query_states, relative_pos=relative_pos, rel_embeddings=rel_embeddings,
-        )  # fmt: skip
+REMEDY = "only the code of transformers and AdapterHub is fused"
 
 
-class FusedAdapterAttention(FusedAttention):
-    """The kernels, to be mixed into one attention module that AdapterHub made its own.
+class Kind(Enum):
+    """What a class is in a model."""
 
-    Its forward is a function of its own on purpose: the encoder tells adapted modules by it, see `_ADAPTED_FORWARDS`.
+    ATTENTION = "attention"
+    ENCODER = "encoder"
+    INTERMEDIATE = "intermediate"
+    OUTPUT = "output"
+
+
+@dataclass(frozen=True, eq=False)
+class ModuleClass:
+    """A class whose forward this package can replace, and what else of it a module must not have changed.
+
+    Attributes:
+        kind: what it is.
+        version: the version of DeBERTa.
+        home: module that defines the class.
+        name: name of the class.
+        mixin: what `patch` mixes into one module.
+        run: computes a call for `patch_all`: run(module, ..., original=FORWARD); None: the mixin's forward does.
+        methods: further methods that the mixin takes for granted.
+        mask_type: what an encoder hands to attention modules of this class in place of a mask.
+        assigned_late: modules get this class after a model was patched too, and are fused again then.
+        replacement: what `patch_all` puts in place of the class's forward.
     """
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Any,
-        output_attentions: bool = False,
-        query_states: Tensor | None = None,
-        relative_pos: Tensor | None = None,
-        rel_embeddings: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Attend; see `attend` for the arguments."""
-        return _attend(
-            self, hidden_states, attention_mask, output_attentions, compute=attend_with_adapters,
-            query_states=query_states, relative_pos=relative_pos, rel_embeddings=rel_embeddings,
-        )  # fmt: skip
+    kind: Kind
+    version: Anatomy
+    home: str
+    name: str
+    mixin: type[Patched]
+    run: Callable[..., Any] | None = None
+    methods: tuple[str, ...] = ()
+    mask_type: type[EncoderMask] = EncoderMask
+    assigned_late: bool = False
+    replacement: Callable[..., Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "replacement", _replacement(self.mixin, self.run))
+
+    def find(self) -> Any:
+        """Return the class; None unless somebody imported its module, since no model needs it then."""
+        return getattr(sys.modules.get(self.home), self.name, None)
+
+    def replace_forward(self) -> None:
+        """Replace the class's forward, if the class is there and runs the code we know."""
+        cls = self.find()
+        if cls is not None and self.unknown_code() is None and cls.forward is not self.replacement:
+            setattr(self.replacement, ORIGINAL, cls.forward)
+            cls.forward = self.replacement
+
+    def restore_forward(self) -> bool:
+        """Put the class's own forward back; return whether it had been replaced."""
+        cls = self.find()
+        if cls is None or cls.forward is not self.replacement:
+            return False
+        cls.forward = getattr(self.replacement, ORIGINAL)
+        return True
+
+    def unknown_code(self) -> str | None:
+        """Return why the class's forward is not one that can be replaced; None if it is."""
+        forward = original_function(self.find(), "forward")
+        if not is_own(forward, self.home, f"{self.name}.forward"):
+            return f"the forward of {self.name} was replaced by {described(forward)}"
+        found = list(inspect.signature(forward).parameters)
+        if found != list(inspect.signature(self.replacement).parameters):
+            package = self.home.partition(".")[0]
+            return f"the forward of {self.name} in this {package} takes {found}, which this release does not know"
+        return None
+
+    def refusal(self, module: nn.Module) -> str | None:
+        """Return why a module must be left alone; None if it runs exactly the code of this class."""
+        cls, known = base_class(module), self.find()
+        if known is None or not issubclass(cls, known):
+            return f"{cls.__module__}.{cls.__qualname__} is not transformers' DeBERTa"
+        return self.changed(module) or self.unknown_code()
+
+    def changed(self, module: nn.Module, forward: bool = True) -> str | None:
+        """Return which code of an instance of the class is not the class's own; None if all is.
+
+        Args:
+            module: the instance.
+            forward: look at its forward too; not where the class's own is what is being called.
+        """
+        cls, known = base_class(module), self.find()
+        for name in ("forward", *self.methods) if forward else self.methods:
+            if not is_own(original_function(cls, name), *_origin(known, name)):
+                return self._describe(cls, known, name)
+            if name in module.__dict__ and (name != "forward" or forward_of(module) is None):
+                return f"its {name} was replaced on the instance"
+        return None
+
+    def _describe(self, cls: type, known: type, name: str) -> str:
+        function = original_function(known, name)
+        if original_function(cls, name) is not function:
+            own = "a forward of its own" if name == "forward" else f"its own {name}"
+            return f"{cls.__module__}.{cls.__qualname__} has {own}"
+        return f"the {name} of {self.name} was replaced by {described(function)}"
 
 
-class FusedEncoder(Swapped):
-    """The encoder without N x N tensors, to be mixed into the encoder of a patched model."""
+def _replacement(mixin: type[Patched], run: Callable[..., Any] | None) -> Callable[..., Any]:
+    """Return a function to put in place of a class's forward.
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor,
-        output_hidden_states: bool = True,
-        output_attentions: bool = False,
-        query_states: Tensor | None = None,
-        relative_pos: Tensor | None = None,
-        return_dict: bool = True,
-    ) -> Any:
-        """Run all layers; see `encode` for the arguments."""
-        return _encode(
-            self, hidden_states, attention_mask, output_hidden_states, output_attentions, query_states, relative_pos,
-            return_dict,
-        )  # fmt: skip
+    It reads the options at every call, so that new ones hold at once. accelerate's hooks may hold it for longer than
+    the class does; then it only calls what it replaced.
+    """
+    compute: Any = mixin.forward  # type: ignore[attr-defined]
 
-
-# The options of the classes whose forwards `install` replaced, read at every call, so that new ones hold at once; None
-# while none is. accelerate's hooks may hold a stand-in for longer, which then only calls what it stood for.
-_installed: AttentionOptions | None = None
-
-
-def _attention_stand_in(compute: Any = None) -> Any:
-    """Return a function to stand in for the forward of an attention class; `compute` as in `attend`."""
-
-    @functools.wraps(FusedAttention.forward)
-    def forward(self: nn.Module, *arguments: Any, **named: Any) -> tuple[Tensor, Tensor | None]:
-        original = getattr(forward, ORIGINAL)
-        if _installed is None and not isinstance(self, Swapped):
-            return original(self, *arguments, **named)  # type: ignore[no-any-return]
-        return _attend(self, *arguments, compute=compute, original=original, **named)
-
-    return forward
-
-
-def _encoder_stand_in() -> Any:
-    """Return a function to stand in for the forward of an encoder class."""
-
-    @functools.wraps(FusedEncoder.forward)
+    @functools.wraps(compute)
     def forward(self: nn.Module, *arguments: Any, **named: Any) -> Any:
         original = getattr(forward, ORIGINAL)
-        if _installed is None and not isinstance(self, Swapped):
+        if chosen_for_all() is None and not isinstance(self, Patched):
             return original(self, *arguments, **named)
-        return _encode(self, *arguments, original=original, **named)
+        if run is None:
+            return compute(self, *arguments, **named)
+        return run(self, *arguments, original=original, **named)
 
     return forward
 
 
-_MASKS = ("get_attention_mask", "get_rel_pos")
-_BIAS = ("disentangled_attention_bias", "transpose_for_scores")
-_BIAS_ONE = ("disentangled_att_bias", "transpose_for_scores")
-_KNOWN_ATTENTION = Known(MODELING, _ATTENTION, _attention_stand_in(), _BIAS)
-_KNOWN_ENCODER = Known(MODELING, _ENCODER, _encoder_stand_in(), _MASKS)
-_KNOWN_ATTENTION_ONE = Known(MODELING_ONE, _ATTENTION, _attention_stand_in(), _BIAS_ONE)
-_KNOWN_ENCODER_ONE = Known(MODELING_ONE, _ENCODER_ONE, _encoder_stand_in(), _MASKS)
-_ADAPTED = f"{_ATTENTION}WithAdapters"
-_KNOWN_ADAPTED = (
-    Known(ADAPTERHUB, _ADAPTED, _attention_stand_in(attend_with_adapters), (*_BIAS, "transpose_for_scores_extended")),
-    Known(ADAPTERHUB_ONE, _ADAPTED, _attention_stand_in(attend_with_adapters), _BIAS_ONE),
-)
-_ATTENTIONS = (*_KNOWN_ADAPTED, _KNOWN_ATTENTION_ONE, _KNOWN_ATTENTION)
-_ENCODERS = (_KNOWN_ENCODER_ONE, _KNOWN_ENCODER)
-_KNOWN_OF_TRANSFORMERS = (_KNOWN_ATTENTION, _KNOWN_ENCODER, _KNOWN_ATTENTION_ONE, _KNOWN_ENCODER_ONE)
-_METHODS = {"forward", *(name for known in _ATTENTIONS for name in known.methods)}
-_ADAPTED_FORWARDS = (FusedAdapterAttention.forward, *(known.stand_in for known in _KNOWN_ADAPTED))
-_FUSED_FORWARDS = (
-    FusedAttention.forward,
-    _KNOWN_ATTENTION.stand_in,
-    _KNOWN_ATTENTION_ONE.stand_in,
-    DisentangledSelfAttention.forward,
-    *_ADAPTED_FORWARDS,
-)
+@cache
+def _origin(cls: type, name: str) -> tuple[str, str]:
+    """Return where a class got a method from, as (module, qualified name)."""
+    owner = next(c for c in cls.__mro__ if name in vars(c))
+    return owner.__module__, f"{owner.__qualname__}.{name}"
 
 
-def _attend(
-    module: Any, *arguments: Any, compute: Any = None, original: Any = None, **named: Any
-) -> tuple[Tensor, Tensor | None]:
-    """Attend with the options of the module, unless somebody changed the code that it stands for.
-
-    Args:
-        module: the attention module.
-        arguments: as of `attend`.
-        compute: as in `attend`.
-        original: what is stood for; None for the forward of the module's class from before.
-        named: as of `attend`.
-    """
-    mask = arguments[1] if len(arguments) > 1 else named.get("attention_mask")
-    # Who gets the encoder's own mask has been looked at by the encoder, just before.
-    changed = None if isinstance(mask, EncoderMask) else _changed_attention(module, original is None)
-    original, options = original or original_forward(type(module)), _options_of(module)
-    if changed is None:
-        return attend(module, options, original, *arguments, compute=compute, **named)
-    _note(changed, options)
-    return original(module, *arguments, **named)  # type: ignore[no-any-return]
+_rows: dict[Kind, list[ModuleClass]] = {kind: [] for kind in Kind}
+# Forward of a fused attention module -> a row; those of one mixin agree in all that is asked of this.
+_fused: dict[Any, ModuleClass] = {}
+_methods = {"forward"}
 
 
-def _encode(module: Any, *arguments: Any, original: Any = None, **named: Any) -> Any:
-    """Run the encoder as `_attend` does its module; arguments as of `encode`."""
-    changed = _changed_encoder(module, original is None)
-    original, options = original or original_forward(type(module)), _options_of(module)
-    if changed is not None:
-        _note(changed, options)
-        return original(module, *arguments, **named)
-    is_compiling = torch.compiler.is_compiling()
-    if not is_compiling and not begin(module):
-        return original(module, *arguments, **named)
-    try:
-        attentions = _attention_of(module)
-        if not is_compiling:
-            _fuse_again(module, options, attentions)
-        adapted = any(forward_of(attention) in _ADAPTED_FORWARDS for attention in attentions)
-        return encode(module, options, original, *arguments, takes_mask=_takes_mask, adapted=adapted, **named)
-    finally:
-        if not is_compiling:
-            end(module)
+def register(*found: ModuleClass) -> None:
+    """Register rows; classes come before their subclasses, and the first of a kind is for modules of no known class."""
+    for row in found:
+        _rows[row.kind].append(row)
+        if row.kind is Kind.ATTENTION:
+            _methods.update(row.methods)
+            for forward in (row.replacement, row.mixin.forward):  # type: ignore[attr-defined]
+                _fused.setdefault(forward, row)
 
 
-def _options_of(module: nn.Module) -> AttentionOptions:
-    options: AttentionOptions = getattr(module, "swap_options", None) or _installed or AttentionOptions()
-    return options
+def register_forward(forward: Callable[..., Any], as_in: Callable[..., Any]) -> None:
+    """Register the forward of an attention class of this package's own, which takes what another forward takes."""
+    _fused[forward] = _fused[as_in]
 
 
-def _note(changed: str, options: AttentionOptions) -> None:
-    if not torch.compiler.is_compiling():
-        dispatch.fallback(changed, _REMEDY, options.strict)
-    elif options.strict:
-        raise NotImplementedError(f"{changed}; {_REMEDY}.")
+def rows(*kinds: Kind) -> Iterator[ModuleClass]:
+    """Yield the rows of some kinds."""
+    for kind in kinds:
+        yield from _rows[kind]
 
 
-def _changed_attention(module: nn.Module, forward: bool = True) -> str | None:
-    """Return which code of an attention module, or code it calls, is not its own any more; None if all is."""
-    if _is_ours(module) or traces_questions():
-        return None
-    return _look_at(module, _ATTENTIONS, forward)
+def row_of(module: nn.Module, kind: Kind) -> ModuleClass:
+    """Return the row of the class that a module is an instance of; the first of the kind if it is of none."""
+    cls = base_class(module)
+    for row in reversed(_rows[kind]):
+        known = row.find()
+        if known is not None and issubclass(cls, known):
+            return row
+    return _rows[kind][0]
 
 
-def _changed_encoder(module: nn.Module, forward: bool = True) -> str | None:
-    return None if traces_questions() else _look_at(module, _ENCODERS, forward)
+def fused_row(attention: nn.Module) -> ModuleClass | None:
+    """Return a row that says what a fused attention module is handed; None if calling the module is not fused."""
+    return _fused.get(forward_of(attention))
 
 
-@answered_once
-def _look_at(module: nn.Module, candidates: tuple[Known, ...], forward: bool) -> str | None:
-    known = _known_of(module, *candidates)
-    changed = known.changed(module, forward)
-    return changed or (replaced_function(known.home) if candidates is _ATTENTIONS else None)
+def attention_methods() -> set[str]:
+    """Return the names of the methods of attention modules that no instance may replace."""
+    return _methods
 
 
-def _takes_mask(attention: nn.Module, seen: set[Any]) -> bool:
-    """Tell whether an attention module is fused and computes what its encoder asks for; `seen` as in `handover_of`."""
-    if traces_questions():
-        return forward_of(attention) in _FUSED_FORWARDS and refusal_of(attention) is None
-    own, cls = attention.__dict__, type(attention)
-    if (_takes_mask, cls) not in seen or not own.keys().isdisjoint(_METHODS):
-        if forward_of(attention) not in _FUSED_FORWARDS or _changed_attention(attention) is not None:
-            return False
-        if refusal_everywhere() is not None:
-            return False
-        seen.add((_takes_mask, cls))
-    return refusal_of(attention) is None
+@cache
+def homes() -> tuple[str, ...]:
+    """Return the names of the modules that define classes of rows."""
+    return tuple(dict.fromkeys(row.home for row in rows(*Kind)))
 
 
-def _fuse_again(encoder: nn.Module, options: AttentionOptions, attentions: list[nn.Module]) -> None:
-    """Fuse the attention modules, and all around them, that AdapterHub has made its own since the patch."""
-    for attention in attentions:
-        if forward_of(attention) in _FUSED_FORWARDS or attention_mixin(attention) is not FusedAdapterAttention:
-            continue
-        if _attention_reason(attention) is not None:
-            continue
-        if isinstance(encoder, FusedEncoder):
-            swap(attention, FusedAdapterAttention, options)
-            fuse_dense(encoder, options)
-        else:
-            _replace_forwards()
-
-
-def install(options: AttentionOptions) -> None:
-    """Put the fused forwards in place of those of Hugging Face's classes; again: only change the options.
+def install(options: Any) -> None:
+    """Replace the forwards of the classes; again: only change the options.
 
     Raises:
         ImportError: transformers does not import.
         NotImplementedError: the forwards in this transformers are not the ones this package knows.
     """
-    global _installed
     try:
-        importlib.import_module(MODELING)
-        importlib.import_module(MODELING_ONE)
+        for version in (VERSION_TWO, VERSION_ONE):
+            importlib.import_module(version.home)
     except ImportError as error:
         raise ImportError(
             f"patch_all() needs the package transformers, which does not import ({error}); "
             'pip install "deberta_kernels[transformers]".'
         ) from error
-    for known in _KNOWN_OF_TRANSFORMERS:
-        reason = known.unknown_code()
+    for row in rows(Kind.ATTENTION, Kind.ENCODER):
+        reason = row.unknown_code() if row.home == row.version.home else None
         if reason is not None:
-            raise NotImplementedError(f"patch_all() cannot patch {known.name}: {reason}.")
+            raise NotImplementedError(f"patch_all() cannot patch {row.name}: {reason}.")
     uninstall()
-    _installed = options
-    stand_in(options)
-    _replace_forwards()
+    choose_for_all(options)
+    replace_forwards()
 
 
-def _replace_forwards() -> None:
-    dense = KNOWN_DENSE if _installed is not None and _installed.fast_linears else ()
-    for known in (*_KNOWN_OF_TRANSFORMERS, *_KNOWN_ADAPTED, *dense):
-        known.replace_forward()
+def replace_forwards() -> None:
+    """Replace the forwards of the classes that are there by now."""
+    options = chosen_for_all()
+    fast = options is not None and options.fast_linears
+    dense = (Kind.INTERMEDIATE, Kind.OUTPUT) if fast else ()
+    for row in rows(Kind.ATTENTION, Kind.ENCODER, *dense):
+        row.replace_forward()
 
 
 def uninstall() -> bool:
     """Put the classes' own forwards back; return whether they had been replaced."""
-    global _installed
     with paused(None):
-        _installed = None
-        restored = [known.restore_forward() for known in (*_KNOWN_OF_TRANSFORMERS, *_KNOWN_ADAPTED, *KNOWN_DENSE)]
+        choose_for_all(None)
+        restored = [row.restore_forward() for row in rows(*Kind)]
     return any(restored)
-
-
-def plan(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module], dict[str, str]]:
-    """Find what can be fused in a model, and say why the rest cannot.
-
-    Args:
-        model: any module; the transformers package is not imported for it.
-
-    Returns:
-        (encoders, attention modules, name of each DeBERTa module left alone -> reason).
-    """
-    left_alone: dict[str, str] = {}
-    encoders: list[nn.Module] = []
-    attentions: list[nn.Module] = []
-    for name, module in model.named_modules():
-        for modules, names, reason_of in (
-            (encoders, (_ENCODER, _ENCODER_ONE), _encoder_reason),
-            (attentions, (_ATTENTION,), _attention_reason),
-        ):
-            if not _is_called(module, *names):
-                continue
-            reason = reason_of(module)
-            if reason is None:
-                modules.append(module)
-            else:
-                left_alone[name] = reason
-    # Without any attention to serve, an encoder has nothing to gain.
-    fused = set(attentions)
-    encoders = [one for one in encoders if any(module in fused or _is_ours(module) for module in one.modules())]
-    return encoders, attentions, left_alone
-
-
-def _is_ours(module: nn.Module) -> bool:
-    return isinstance(module, DisentangledSelfAttention)
-
-
-def _is_called(module: nn.Module, *class_names: str) -> bool:
-    """Tell whether a module has a class of one of these names: Hugging Face's, subclasses, and others called alike."""
-    classes = type(module).__mro__
-    return any(c.__name__ in class_names and not c.__module__.startswith("deberta_kernels") for c in classes)
-
-
-def _encoder_reason(module: nn.Module) -> str | None:
-    return _known_of(module, *_ENCODERS).refusal(module)
-
-
-def _attention_of(encoder: nn.Module) -> list[nn.Module]:
-    layers = getattr(encoder, "layer", ())
-    found = (getattr(getattr(layer, "attention", None), "self", None) for layer in layers)
-    return [module for module in found if isinstance(module, nn.Module)]
-
-
-def _known_of(module: nn.Module, *candidates: Known) -> Known:
-    """Return the class that a module is an instance of; the last candidate if it is of none."""
-    for known in candidates:
-        cls = known.find()
-        if cls is not None and issubclass(base_class(module), cls):
-            return known
-    return candidates[-1]
-
-
-def attention_mixin(module: nn.Module) -> type[FusedAttention]:
-    """Return what to mix into an attention module: what its class computes decides."""
-    known = _known_of(module, *_KNOWN_ADAPTED, _KNOWN_ATTENTION)
-    return FusedAdapterAttention if known in _KNOWN_ADAPTED else FusedAttention
-
-
-def _attention_reason(module: nn.Module) -> str | None:
-    if _is_ours(module):
-        return None
-    known = _known_of(module, *_ATTENTIONS)
-    return known.refusal(module) or (TALKING_HEADS[0] if mixes_heads(module) else None)

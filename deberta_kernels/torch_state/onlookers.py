@@ -1,4 +1,4 @@
-"""Know who looks on: hooks, wrappers and replaced calls that see what goes into a module or comes out of it.
+"""Who looks on: hooks, wrappers and replaced calls that see what goes into a module or comes out of it.
 
 A hook may look at anything, unless it is one of those that are known, by their exact type, to move weights only.
 """
@@ -15,7 +15,14 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from deberta_kernels.torch_state.originals import Originals, is_own
 
-__all__ = ["forward_below_accelerate", "is_watched", "sees_every_call"]
+__all__ = [
+    "forward_below_accelerate",
+    "has_forward_hooks",
+    "has_hooks",
+    "is_watched",
+    "register_hooks",
+    "sees_every_call",
+]
 
 _CALL = Originals(
     (nn.Module, "__call__", "torch.nn.modules.module", "Module._wrapped_call_impl"),
@@ -39,12 +46,13 @@ _WEIGHT_HOOKS = (
     ("torch.nn.utils.spectral_norm", "SpectralNorm"),
     ("torch.utils.module_tracker", "ModuleTracker"),  # which counts calls, for FlopCounterMode
 )
-# Hooks of AdapterHub's layers, whose states are never packed; they take its mask object for a tensor.
-_ADAPTERHUB_HOOKS = (
-    ("adapters.methods.prompt_tuning", "_attn_mask_hook_fn"),
-    ("adapters.methods.reft", "hook_fn"),
-    ("adapters.models.bert.mixin_bert", "BertModelAdaptersMixin._set_layer_hook_for_parallel.<locals>.hook"),
-)
+# Other packages' hooks that may see whatever a patched model hands over: (module, qualified name).
+_registered: list[tuple[str, str]] = []
+
+
+def register_hooks(*hooks: tuple[str, str]) -> None:
+    """Register hooks, as (module, qualified name), that may see whatever a patched model hands over."""
+    _registered.extend(hooks)
 
 
 def sees_every_call() -> str | None:
@@ -63,8 +71,25 @@ def _global_hooks() -> Iterator[Any]:
         yield from getattr(home, f"_global_{kind}_hooks").values()
 
 
+def has_forward_hooks(module: nn.Module) -> bool:
+    """Tell whether calling a module runs hooks of its own: all that a tracer can follow, and known hooks count too."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Tell whether a call of a module, or its backward, runs anything but the forward of its class.
+
+    Known hooks count, those of all modules too, and code that `module.compile()` made: for what replaces a call whole.
+    """
+    own = module.__dict__
+    forward = module._forward_hooks or module._forward_pre_hooks or "forward" in own or "_call_impl" in own
+    compiled = getattr(module, "_compiled_call_impl", None) is not None
+    backward = module._backward_hooks or module._backward_pre_hooks
+    return bool(forward or compiled or backward or _has_any_global_hook())
+
+
 def is_watched(module: nn.Module) -> bool:
-    """Tell whether somebody looks at the calls of one module, forward or backward."""
+    """Tell whether somebody looks at the calls of one module, forward or backward; known hooks do not."""
     own, cls = module.__dict__, type(module)
     hooked = own["_forward_pre_hooks"] or own["_forward_hooks"] or own["_backward_pre_hooks"] or own["_backward_hooks"]
     plain = cls.__call__ is nn.Module.__call__ and cls._call_impl is nn.Module._call_impl
@@ -117,7 +142,7 @@ def _is_compiled_by_torch(module: nn.Module) -> bool:
 
 
 def _is_known(hook: Any) -> bool:
-    if any(is_own(hook, *known) for known in _ADAPTERHUB_HOOKS):
+    if any(is_own(hook, *known) for known in _registered):
         return True
     owner = getattr(hook, "__self__", hook)
     return any(_is_of(owner, home, (name,)) for home, name in _WEIGHT_HOOKS)

@@ -1,4 +1,4 @@
-"""Tell whether a function is still its maker's own code: by where the code comes from, not by what was there at import.
+"""Functions that are still their maker's own code: by where the code comes from, not by what was there at import.
 
 Somebody may replace `nn.Linear.forward` or `nn.functional.linear`, before this package is imported or at any time
 after. `__module__` says nothing then, since `functools.wraps` copies it; the code object of a function does.
@@ -86,7 +86,7 @@ def called(cls: Any, home: str, qualname: str) -> tuple[Place, ...]:
 
 
 class Originals:
-    """Functions that a faster way stands in for, looked at before every use.
+    """Functions that a faster way replaces, looked at before every use.
 
     Args:
         places: (owner, name, home, qualname): owner.name must be what `is_own` says of the last two.

@@ -1,4 +1,4 @@
-"""Ask questions about modules while torch.compile traces: the answer becomes a constant of the compiled code."""
+"""Questions about modules while torch.compile traces: an answer becomes a constant of the compiled code."""
 
 from __future__ import annotations
 

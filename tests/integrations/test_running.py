@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 import deberta_kernels as dk
+from deberta_kernels.models import dense
 from deberta_kernels.models.guards import running
 from tests import needs
 from tests.integrations.test_onlookers import PLACES, close, outputs
@@ -80,6 +82,21 @@ def test_an_accelerate_hook_made_under_patch_all_ends_with_it(build, batch):
     dk.reset_stats()
     assert all(map(torch.equal, outputs(model, inputs), expected))
     assert sum(dk.stats()["calls"].values()) == 0
+
+
+def test_an_accelerate_hook_on_a_fast_layer_ends_with_patch_all(build, batch):
+    hooks = pytest.importorskip("accelerate.hooks", reason="accelerate is not installed")
+    needs.native_library()
+    model, inputs = build(), batch(4, 41)
+    layer = model.encoder.layer[1]
+    seen = torch.randn(2, 9, layer.intermediate.dense.in_features)
+    expected = layer.intermediate(seen)
+    dk.patch_all(fast_linears=True)
+    hooks.add_hook_to_module(layer.intermediate, hooks.ModelHook())
+    outputs(model, inputs)
+    dk.unpatch_all()
+    with torch.no_grad(), mock.patch.object(dense, "apply_linear_gelu", side_effect=AssertionError):
+        torch.testing.assert_close(layer.intermediate(seen), expected)
 
 
 def test_unpatch_does_not_wait_for_ever(build, batch, monkeypatch):

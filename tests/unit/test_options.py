@@ -36,15 +36,17 @@ p9
 I00
 sb."""
     options = pickle.loads(text.encode())
-    assert options == AttentionOptions("reference", True, False)
+    assert options == AttentionOptions("reference", True, False, False)
     assert not options.fast_linears
 
 
 @pytest.mark.parametrize(
     ("home", "name"),
     [
+        ("integrations.dense", "FusedAdapterOutput"),
         ("integrations.dense", "FusedIntermediate"),
         ("integrations.dense", "FusedOutput"),
+        ("integrations.huggingface", "FusedAdapterAttention"),
         ("integrations.huggingface", "FusedAttention"),
         ("integrations.huggingface", "FusedEncoder"),
         ("integrations.mask_decoder", "EnhancedMaskDecoder"),

@@ -6,15 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from deberta_kernels.linear.hidden_dropout import replaced_dropout
-from deberta_kernels.linear.layers import is_any_function_watched
 from deberta_kernels.models.anatomy import TALKING_HEADS, AttentionModule, anatomy_of, mixes_heads
 from deberta_kernels.models.guards.distances import are_ordinary
 from deberta_kernels.position import attention_span
-from deberta_kernels.torch_state.onlookers import is_watched, sees_every_call
+from deberta_kernels.torch_state.modes import exporting, forward_mode, function_mode, transformed
+from deberta_kernels.torch_state.onlookers import has_forward_hooks, is_watched, sees_every_call
 
 __all__ = ["refusal", "refusal_everywhere", "refusal_of", "runs_original_code"]
-
-_HAS_FLAG = hasattr(torch.compiler, "_is_exporting_flag")
 
 
 def runs_original_code() -> bool:
@@ -23,13 +21,9 @@ def runs_original_code() -> bool:
     That is torch.jit tracing, torch.export, the transforms of torch.func, and forward-mode differentiation. The
     original code is what was asked for then, so nobody is warned.
     """
-    # Not `is_exporting()` where its flag can be read: the compiler of torch 2.9 takes that function for always true.
-    exporting = torch.compiler._is_exporting_flag if _HAS_FLAG else torch.compiler.is_exporting()
-    if exporting or torch.jit.is_tracing():  # type: ignore[attr-defined]
+    if exporting():
         return True
-    if torch.compiler.is_compiling():
-        return False
-    return bool(torch._C._are_functorch_transforms_active()) or torch.autograd.forward_ad._current_level >= 0
+    return not torch.compiler.is_compiling() and (transformed() or forward_mode())
 
 
 def refusal(
@@ -81,8 +75,7 @@ def refusal_of(module: AttentionModule) -> tuple[str, str] | None:
             "the attention dropout is not an nn.Dropout with a probability below 1",
             f"it is {type(dropout).__name__}; nn.Dropout(0.0) switches it off",
         )
-    is_hooked = dropout._forward_hooks or dropout._forward_pre_hooks
-    if is_hooked or (not torch.compiler.is_compiling() and is_watched(dropout)):
+    if has_forward_hooks(dropout) or (not torch.compiler.is_compiling() and is_watched(dropout)):
         return (
             "a hook on the attention dropout wants the attention probabilities",
             "remove the hook where they are not needed",
@@ -94,7 +87,7 @@ def refusal_everywhere() -> tuple[str, str] | None:
     """Return why no kernel may run any call of any module now, and what the user can change; None when one may."""
     if torch.compiler.is_compiling():
         return None
-    if is_any_function_watched():
+    if function_mode():
         return ("a TorchFunctionMode sees PyTorch's functions", "leave the mode for calls that may be fused")
     seen = sees_every_call() or replaced_dropout()
     return None if seen is None else (seen, "undo that for calls that may be fused")

@@ -1,4 +1,4 @@
-"""Recognise a relative_pos tensor that holds nothing but the ordinary distances between tokens, as encoders make it."""
+"""A relative_pos tensor that holds nothing but the ordinary distances between tokens, as encoders make it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from deberta_kernels.models.anatomy import AttentionModule, anatomy_of
 from deberta_kernels.position import log_bucket, plain_tensors
+from deberta_kernels.torch_state.modes import transformed, values_exist
 from deberta_kernels.types import PositionSpec
 
 __all__ = ["are_ordinary"]
@@ -32,9 +33,9 @@ def are_ordinary(relative_pos: Tensor, module: AttentionModule, length: int) -> 
     shape = tuple(relative_pos.shape)
     if relative_pos.dtype not in _INTEGERS or shape not in ((length,) * 2, (1, length, length), (1, 1, length, length)):
         return False
-    if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(relative_pos):
+    if torch.compiler.is_compiling() or transformed():
         return False
-    if relative_pos.is_meta or torch._C._len_torch_dispatch_stack() > 0:
+    if relative_pos.is_meta or not values_exist():
         return relative_pos.is_meta
     spec = anatomy_of(module).position_spec(module)
     if relative_pos.device.type == "cpu":

@@ -14,11 +14,12 @@ from typing import Any
 
 from torch import nn
 
-from deberta_kernels.linear.layers import is_any_function_watched
-from deberta_kernels.models.anatomy import anatomy_of
-from deberta_kernels.models.guards.known import ADAPTERHUB, ADAPTERHUB_ONE, MODELING, MODELING_ONE, runs_own
-from deberta_kernels.models.swap import Swapped
-from deberta_kernels.torch_state.onlookers import is_watched, sees_every_call
+from deberta_kernels.models.anatomy import VERSION_ONE, VERSION_TWO, anatomy_of
+from deberta_kernels.models.guards.own_code import runs_own
+from deberta_kernels.models.patched_class import Patched
+from deberta_kernels.models.registry import homes
+from deberta_kernels.torch_state.modes import function_mode
+from deberta_kernels.torch_state.onlookers import has_forward_hooks, is_watched, sees_every_call
 from deberta_kernels.torch_state.originals import Originals, is_own
 from deberta_kernels.torch_state.tracing import answered_once, traces_questions
 
@@ -27,10 +28,10 @@ __all__ = ["Handover", "handover_of", "is_known_convolution"]
 # Classes that do no more with a mask than hand it on.
 _LAYERS = ("DebertaV2Layer", "DebertaLayer")
 _ATTENTIONS = ("DebertaV2Attention", "DebertaAttention")
-_ROUTES = (MODELING, MODELING_ONE)
+_ROUTES = (VERSION_TWO.home, VERSION_ONE.home)
 # Packages whose modules compute each token from that token alone, and PyTorch's own modules that do.
 _TOKENWISE = (
-    *_ROUTES, ADAPTERHUB, ADAPTERHUB_ONE, "transformers.activations", "transformers.pytorch_utils",
+    "transformers.activations", "transformers.pytorch_utils",
     "transformers.integrations.", "peft.tuners.", "deberta_kernels.", "bitsandbytes.", "torchao.",
 )  # fmt: skip
 _TOKENWISE_TORCH = (
@@ -74,7 +75,7 @@ def handover_of(
         layer: any module.
         encoder: `DebertaV2Encoder`, or `DebertaEncoder` of DeBERTa v1.
         takes_mask: whether an attention module is fused and would compute a call; it gets `seen` too.
-        adapted: the attention modules are AdapterHub's, whose states are never packed.
+        adapted: the attention modules take a mask type of their own, and their states are never packed.
         seen: classes, and questions about all modules, that need no second look; the caller empties it whenever code
             may have run that can change them. What belongs to one module is looked at every time.
     """
@@ -88,7 +89,7 @@ def _as_traced(layer: Any, takes_mask: Callable[[nn.Module, set[Any]], bool], se
     if "attention" not in layer._modules or "self" not in layer.attention._modules:
         return Handover.TENSORS
     parts = (layer, layer.attention, layer.attention.self)
-    if any(part._forward_pre_hooks or part._forward_hooks for part in parts) or not takes_mask(parts[-1], seen):
+    if any(map(has_forward_hooks, parts)) or not takes_mask(parts[-1], seen):
         return Handover.TENSORS
     return Handover.MASK
 
@@ -117,7 +118,7 @@ def _decide(
     if adapted or not _is_tokenwise(layer, seen):
         return Handover.MASK
     if _FUNCTIONS not in seen:
-        if _FUNCTIONS.replaced() is not None or is_any_function_watched():
+        if _FUNCTIONS.replaced() is not None or function_mode():
             return Handover.MASK
         seen.add(_FUNCTIONS)
     return Handover.PACKED
@@ -149,10 +150,10 @@ def is_known_convolution(module: nn.Module) -> bool:
 
 @answered_once
 def _is_known_convolution(module: nn.Module) -> bool:
-    if not any(c.__name__ == "ConvLayer" and c.__module__ == MODELING for c in type(module).__mro__):
+    if not any(c.__name__ == "ConvLayer" and c.__module__ == VERSION_TWO.home for c in type(module).__mro__):
         return False
-    homes = (MODELING, "torch.nn.")
-    return all(not is_watched(part) and runs_own(type(part), homes) for part in module.modules())
+    prefixes = (VERSION_TWO.home, "torch.nn.")
+    return all(not is_watched(part) and runs_own(type(part), prefixes) for part in module.modules())
 
 
 def _is_tokenwise(layer: nn.Module, seen: set[Any]) -> bool:
@@ -193,14 +194,20 @@ _parts: dict[type[nn.Module], set[str]] = {}
 
 
 def _computes_each_token(cls: type[nn.Module]) -> bool:
-    base: type[nn.Module] = getattr(cls, "swap_base", cls)
+    base: type[nn.Module] = getattr(cls, "patched_from", cls)
     # FSDP2 puts a class of its own in front that adds only hooks.
     own = next(c for c in base.__mro__ if not c.__module__.startswith("torch.distributed.fsdp"))
     if own.__module__.startswith("torch.nn.") and own.__name__ in _TOKENWISE_TORCH:
         return runs_own(base, ("torch.nn.",))
     if own.__name__.startswith("Parametrized"):  # torch.nn.utils.parametrize makes a subclass for each module
         return own.__module__ == "torch.nn.utils.parametrize" and _computes_each_token(own.__bases__[0])
-    return (own.__module__.startswith(_TOKENWISE) or issubclass(cls, Swapped)) and runs_own(base, _TOKENWISE)
+    prefixes = _tokenwise()
+    return (own.__module__.startswith(prefixes) or issubclass(cls, Patched)) and runs_own(base, prefixes)
+
+
+@functools.cache
+def _tokenwise() -> tuple[str, ...]:
+    return (*homes(), *_TOKENWISE)
 
 
 def _is_tokenwise_function(function: Any) -> bool:

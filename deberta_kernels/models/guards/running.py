@@ -1,4 +1,4 @@
-"""Let a call end in the world it began in: nothing is undone under an encoder that another thread is running.
+"""Calls under way, which end in the world they began in: nothing is undone under an encoder that a thread is running.
 
 A patched encoder hands its attention modules what only they understand. While `unpatch` changes them, new calls of the
 encoder run the original code, and those under way are waited for.

@@ -1,4 +1,4 @@
-"""Check what the stand-alone module reads from a configuration."""
+"""Checks of what the stand-alone module reads from a configuration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compute Hugging Face's attention in plain PyTorch, with every score and probability: what no kernel computes.
+"""Hugging Face's attention in plain PyTorch, with every score and probability: what no kernel computes.
 
 The stand-alone module has no original code to fall back to, so this stands for it. Nothing here is fast.
 """

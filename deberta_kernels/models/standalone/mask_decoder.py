@@ -1,4 +1,4 @@
-"""Decode masked tokens from absolute positions: the second technique of DeBERTa's paper, for Hugging Face's models.
+"""Masked tokens decoded from absolute positions: the second technique of DeBERTa's paper, for Hugging Face's models.
 
 DeBERTa's layers see relative positions only. The enhanced mask decoder brings in absolute ones just before words are
 predicted: the last layer runs again, its queries being absolute positions, its keys and values what entered it.
@@ -19,7 +19,7 @@ _IGNORED = -100  # label of tokens that are not predicted
 
 
 class EnhancedMaskDecoder(nn.Module):
-    """Train a `DebertaV2ForMaskedLM` to predict masked tokens from their absolute positions.
+    """A `DebertaV2ForMaskedLM` that learns to predict masked tokens from their absolute positions.
 
     With x what enters the last layer, f that layer and E the embedding of absolute positions:
 

@@ -16,7 +16,7 @@ __all__ = ["DisentangledSelfAttention"]
 
 
 class DisentangledSelfAttention(nn.Module):
-    """Compute DeBERTa-v2's disentangled self-attention; a drop-in for Hugging Face's module of this name.
+    """DeBERTa-v2's disentangled self-attention; a drop-in for Hugging Face's module of this name.
 
     Parameter names, state-dict keys and the signature of `forward` are Hugging Face's, and so are the answers: placed
     in a Hugging Face encoder it works as that one's own did. What no kernel computes runs in plain PyTorch, with one

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import deberta_kernels as dk
-from deberta_kernels.models.swap import Swapped
+from deberta_kernels.models.patched_class import Patched
 from tests import needs
 
 adapters = needs.package("adapters")
@@ -118,7 +118,7 @@ def test_unpatch_gives_adapterhubs_code_back_exactly(pair, batch):
     plain, fused = pair(PREFIX)
     close(predict(fused, batch()), predict(plain, batch()))
     assert dk.unpatch(fused) == 3
-    assert not any(isinstance(module, Swapped) for module in fused.modules())
+    assert not any(isinstance(module, Patched) for module in fused.modules())
     assert torch.equal(predict(fused, batch()), predict(plain, batch()))
     classes = [type(module).__qualname__ for module in plain.deberta.modules()]
     assert [type(module).__qualname__ for module in fused.deberta.modules()] == classes

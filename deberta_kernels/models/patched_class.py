@@ -1,4 +1,4 @@
-"""Give a module another class and back: a subclass of its own, so that it stays what it was in every other respect.
+"""Modules with a patched class: a subclass of their own, so that they stay what they were in every other respect.
 
 Parameters, buffers, hooks and everything else that lives on the instance are not touched, the class keeps its name,
 and undoing is one assignment. No instance holds a closure, so deepcopy and pickle work; a pickled module is rebuilt
@@ -17,17 +17,17 @@ from deberta_kernels.torch_state.onlookers import forward_below_accelerate
 
 __all__ = [
     "ORIGINAL",
-    "Swapped",
+    "Patched",
     "base_class",
     "forward_of",
-    "is_swapped",
+    "has_patched_class",
     "original_forward",
     "original_function",
-    "swap",
-    "undo",
+    "patch_class",
+    "restore_class",
 ]
 
-# On a function that stands in for a class's forward: the function it replaced.
+# On a function that replaces a class's forward: the function it replaced.
 ORIGINAL = "__deberta_kernels_original__"
 
 
@@ -35,50 +35,50 @@ ORIGINAL = "__deberta_kernels_original__"
 _classes: dict[tuple[Any, ...], type[nn.Module]] = {}
 
 
-class Swapped:
-    """What marks modules whose class was swapped; mixed in before the module's own class.
+class Patched:
+    """A forward to be mixed in before a module's own class.
 
     A forward that is mixed in reads its class once, `cls = type(self)`, and takes the rest from there: another thread
     may give the module its own class back at any time.
 
     Attributes:
-        swap_base: the class from before.
-        swap_options: what the user chose, hashable and picklable.
+        patched_from: the class from before.
+        patch_options: what the user chose, hashable and picklable.
     """
 
-    swap_base: ClassVar[type[nn.Module]]
-    swap_options: Any
+    patched_from: ClassVar[type[nn.Module]]
+    patch_options: Any
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle as (mixin, class from before, options), since the class itself has no home in any module."""
         cls = type(self)
         reduced = super().__reduce_ex__(protocol)
-        if not is_swapped(self):
+        if not has_patched_class(self):
             return reduced
-        return (_rebuild, (cls.__mro__[1], cls.swap_base, self.swap_options), *reduced[2:])
+        return (_rebuild, (cls.__mro__[1], cls.patched_from, self.patch_options), *reduced[2:])
 
 
-def is_swapped(module: Any) -> bool:
-    """Tell whether the module's very class is one that `swap` made, not a subclass of one."""
-    return "swap_base" in vars(type(module))
+def has_patched_class(module: Any) -> bool:
+    """Tell whether the module's very class is one that `patch_class` made, not a subclass of one."""
+    return "patched_from" in vars(type(module))
 
 
 def base_class(module: nn.Module) -> type[nn.Module]:
-    """Return the module's class, or the one from before if it was swapped."""
+    """Return the module's class, or the one from before if that was patched."""
     cls = type(module)
-    before: type[nn.Module] = vars(cls).get("swap_base", cls)
+    before: type[nn.Module] = vars(cls).get("patched_from", cls)
     return before
 
 
 def original_function(cls: type[nn.Module], name: str) -> Any:
-    """Return a function of a class as it is now; where a stand-in of this package replaced it, the replaced one."""
+    """Return a function of a class as it is now; where this package replaced it, the replaced one."""
     function = getattr(cls, name, None)
     return getattr(function, ORIGINAL, None) or function
 
 
 def original_forward(cls: type[nn.Module]) -> Callable[..., Any]:
     """Return the forward that a module of a class would run without this package, unbound, as it is now."""
-    base: type[nn.Module] = getattr(cls, "swap_base", cls)
+    base: type[nn.Module] = getattr(cls, "patched_from", cls)
     forward: Callable[..., Any] = original_function(base, "forward")
     return forward
 
@@ -88,20 +88,20 @@ def forward_of(module: nn.Module) -> Callable[..., Any] | None:
     return forward_below_accelerate(module) if "forward" in module.__dict__ else type(module).forward
 
 
-def swap(module: nn.Module, mixin: type[Swapped], options: Any) -> None:
-    """Swap the module's class for a subclass that has `mixin` in front; swapping again only changes the options."""
-    _assign(module, _swapped_class(mixin, base_class(module), options))
+def patch_class(module: nn.Module, mixin: type[Patched], options: Any) -> None:
+    """Patch the module's class by a subclass that has `mixin` in front; again: only change the options."""
+    _assign(module, _patched_class(mixin, base_class(module), options))
 
 
-def undo(module: nn.Module) -> bool:
-    """Give the module its class back; return whether it had been swapped.
+def restore_class(module: nn.Module) -> bool:
+    """Give the module its class back; return whether it had been patched.
 
     Raises:
-        RuntimeError: something made a subclass of the swapped class since, which has to be undone first.
+        RuntimeError: something made a subclass of the patched class since, which has to be undone first.
     """
-    if not isinstance(module, Swapped):
+    if not isinstance(module, Patched):
         return False
-    if not is_swapped(module):
+    if not has_patched_class(module):
         name = type(module).__name__
         raise RuntimeError(f"{name} is a subclass of a patched class, made after patching; undo that before unpatch().")
     _assign(module, base_class(module))
@@ -116,7 +116,7 @@ def _assign(module: nn.Module, cls: type[nn.Module]) -> None:
         module.__dict__["_old_forward"] = types.MethodType(cls.forward, module)
 
 
-def _swapped_class(mixin: type[Swapped], base: type[nn.Module], options: Any) -> type[nn.Module]:
+def _patched_class(mixin: type[Patched], base: type[nn.Module], options: Any) -> type[nn.Module]:
     made = _classes.get((mixin, base, options))
     if made is not None:
         return made
@@ -124,13 +124,13 @@ def _swapped_class(mixin: type[Swapped], base: type[nn.Module], options: Any) ->
         "__doc__": base.__doc__,
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
-        "swap_base": base,
+        "patched_from": base,
         # Among the attributes of a class, the exporter of torch 2.9 reads constants and properties only.
-        "swap_options": property(lambda self: options),
+        "patch_options": property(lambda self: options),
     }
     return _classes.setdefault((mixin, base, options), type(base.__name__, (mixin, base), body))
 
 
-def _rebuild(mixin: type[Swapped], base: type[nn.Module], options: Any) -> nn.Module:
-    cls = _swapped_class(mixin, base, options)
+def _rebuild(mixin: type[Patched], base: type[nn.Module], options: Any) -> nn.Module:
+    cls = _patched_class(mixin, base, options)
     return cls.__new__(cls)
