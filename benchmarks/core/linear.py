@@ -25,7 +25,7 @@ from benchmarks.harness.process import note
 from benchmarks.harness.record import Progress, Run
 from benchmarks.harness.work import GEOMETRY, needed_flops
 from benchmarks.registry import LINEAR_FIGURES, LINEAR_TOKENS
-from deberta_kernels import native
+from deberta_kernels import dtypes, native
 from deberta_kernels.linear import products
 from deberta_kernels.testing.budget import MEAN_FACTOR, allowance
 
@@ -65,7 +65,7 @@ def candidates(dtype: torch.dtype) -> dict[str, Callable[..., Tensor]]:
 
 def measure(dtype: torch.dtype, tokens: int, run: Run) -> dict[str, Any]:
     """Check and time the linear layers of an encoder layer for one number of tokens."""
-    found: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), "tokens": tokens, "red": []}
+    found: dict[str, Any] = {"dtype": dtypes.name(dtype), "tokens": tokens, "red": []}
     found |= {"errors": [], "seconds": {}}
     minima: dict[str, float] = {}
     for inputs, outputs, gelu, count in LAYERS:

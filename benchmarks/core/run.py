@@ -27,8 +27,8 @@ from benchmarks.harness.record import Progress, Run
 from benchmarks.harness.work import needed_flops
 from benchmarks.model.run import measure_lengths
 from benchmarks.registry import CANDIDATES, CORE_FIGURES, CORE_GROUPS, GROUPS, Shape
+from deberta_kernels.env import CPU_ISAS
 
-ISAS = ("avx512_bf16", "avx512", "avx2", "generic")
 QUICK_SIZES = ((1, 128), (1, 512))
 MEMORY_MUST, MEMORY_AIM, GROWTH_MUST = 100.0, 60.0, 2.2
 # Pages of the allocator and of Python's own objects, in bytes: growth below this is not growth.
@@ -39,7 +39,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = record.options("core", __doc__)
     parser.add_argument("--only", default="", help=f"groups, comma-separated: {', '.join(GROUPS)}")
-    parser.add_argument("--isa", default="", choices=("", "all", *ISAS), help="instruction set of the native library")
+    parser.add_argument("--isa", default="", choices=("", "all", *CPU_ISAS), help="instruction set of the native library")
     return parser.parse_args(arguments)
 
 
@@ -128,13 +128,13 @@ def measure_memory(run: Run) -> list[Line]:
 def every_isa(options: argparse.Namespace) -> int:
     """Measure each instruction set in a process of its own, since the library chooses once; print them side by side."""
     results, status = {}, 0
-    for isa in ISAS:
+    for isa in CPU_ISAS:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(options.json or folder) if options.json and options.json != "-" else Path(folder)
             path = path / f"{isa}.json" if path.suffix != ".json" else path.with_name(f"{path.stem}-{isa}.json")
             command = program("core", "--isa", isa, "--json", str(path), "--threads", str(options.threads))
             command += ["--only", options.only or "sdpa32,sdpa16,peak", *(["--quick"] if options.quick else [])]
-            note(f"instruction set {isa}, {ISAS.index(isa) + 1} of {len(ISAS)}")
+            note(f"instruction set {isa}, {CPU_ISAS.index(isa) + 1} of {len(CPU_ISAS)}")
             done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False, env=environment())
             if done.returncode or not path.exists():
                 note(f"{isa}: exit status {done.returncode}; left out")
