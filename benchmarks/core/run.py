@@ -39,7 +39,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = record.options("core", __doc__)
     parser.add_argument("--only", default="", help=f"groups, comma-separated: {', '.join(GROUPS)}")
-    parser.add_argument("--isa", default="", choices=("", "all", *CPU_ISAS), help="instruction set of the native library")
+    parser.add_argument(
+        "--isa", default="", choices=("", "all", *CPU_ISAS), help="instruction set of the native library"
+    )
     return parser.parse_args(arguments)
 
 
