@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from typing import Any
 __all__ = ["main"]
 
 MASKS = ("none", "key", "pair")
-DTYPES = ("float32", "bfloat16", "float16", "float64")  # those of `dtypes`, which would import torch for --help
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def _size(text: str) -> int:
@@ -98,10 +99,9 @@ def bench(arguments: Sequence[str]) -> int:
     """Run the checkout's benchmark when there is one, else the small one that is installed."""
     checkout = Path(__file__).resolve().parent.parent
     if (checkout / "benchmarks" / "__main__.py").is_file():
-        from . import env
-
+        path = os.pathsep.join(filter(None, (str(checkout), os.environ.get("PYTHONPATH"))))
         command = [sys.executable, "-m", "benchmarks", "core", *arguments]
-        return subprocess.run(command, check=False, env=env.importing_from(str(checkout))).returncode
+        return subprocess.run(command, check=False, env={**os.environ, "PYTHONPATH": path}).returncode
     from .demo.bench import run
 
     return run(arguments)

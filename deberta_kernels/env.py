@@ -15,7 +15,6 @@ __all__ = [
     "cache_folder",
     "cpu_isa",
     "forced_backend",
-    "importing_from",
     "library_path",
     "triton_interpreted",
     "variables_set",
@@ -88,12 +87,6 @@ def library_path() -> str | None:
 def triton_interpreted() -> bool:
     """Tell whether Triton interprets kernels, on the CPU; it reads its own variable when it is imported."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
-
-
-def importing_from(folder: str) -> dict[str, str]:
-    """Return the environment of this process for a Python that looks for modules in `folder` first."""
-    path = os.pathsep.join(filter(None, (folder, os.environ.get("PYTHONPATH"))))
-    return {**os.environ, "PYTHONPATH": path}
 
 
 def variables_set() -> dict[str, str]:

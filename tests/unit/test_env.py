@@ -1,6 +1,5 @@
 """Environment variables: what is read, where, and what an empty or wrong value does."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -73,10 +72,3 @@ def test_every_variable_is_documented():
         pytest.skip("docs are not part of an installed package")
     text = page.read_text()
     assert [name for name in (*env.VARIABLES, *env.CPU_ISAS) if f"`{name}`" not in text] == []
-
-
-def test_a_child_looks_for_modules_in_a_folder_first(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", "/elsewhere")
-    assert env.importing_from("/checkout")["PYTHONPATH"] == os.pathsep.join(("/checkout", "/elsewhere"))
-    monkeypatch.delenv("PYTHONPATH")
-    assert env.importing_from("/checkout") == {**os.environ, "PYTHONPATH": "/checkout"}
