@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from deberta_kernels import env
 
 __all__ = ["main"]
 
@@ -99,9 +100,8 @@ def bench(arguments: Sequence[str]) -> int:
     """Run the checkout's benchmark when there is one, else the small one that is installed."""
     checkout = Path(__file__).resolve().parent.parent
     if (checkout / "benchmarks" / "__main__.py").is_file():
-        path = os.pathsep.join(filter(None, (str(checkout), os.environ.get("PYTHONPATH"))))
         command = [sys.executable, "-m", "benchmarks", "core", *arguments]
-        return subprocess.run(command, check=False, env={**os.environ, "PYTHONPATH": path}).returncode
+        return subprocess.run(command, check=False, env=env.importing_from(str(checkout))).returncode
     from .demo.bench import run
 
     return run(arguments)

@@ -15,6 +15,7 @@ __all__ = [
     "cache_folder",
     "cpu_isa",
     "forced_backend",
+    "importing_from",
     "library_path",
     "triton_interpreted",
     "variables_set",
@@ -50,6 +51,11 @@ def forced_backend() -> str | None:
     if _held is not None and os.environ is _environ and _held_key not in _held:
         return None
     return os.environ.get(BACKEND) or None
+
+
+def importing_from(folder: str) -> dict[str, str]:
+    """Return the environment of a process that imports from a folder before it looks elsewhere."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (folder, os.environ.get("PYTHONPATH"))))}
 
 
 def cache_folder() -> str | None:

@@ -24,10 +24,10 @@ FORBIDDEN_CALLS = {
 }  # fmt: skip
 # Modules imported by name come from constants in these files, never from a configuration or a caller.
 IMPORTS_BY_NAME = {"__init__.py", "dispatch.py", "models/registry.py"}
-OPENS_LIBRARIES = {"native/__init__.py", "demo/measure.py", "impl/cuda/driver.py", "impl/cuda/nvrtc.py"}
+OPENS_LIBRARIES = {"native/__init__.py", "testing/memory.py", "impl/cuda/driver.py", "impl/cuda/nvrtc.py"}
 STARTS_PROCESSES = {"__main__.py", "demo/model.py"}
 # The cache of compiled CUDA modules: a folder of the user's own, tested in test_cuda_image.py.
-WRITES_FILES = {"demo/report.py", "demo/measure.py", "impl/cuda/cache.py"}
+WRITES_FILES = {"demo/report.py", "demo/measure.py", "testing/memory.py", "impl/cuda/cache.py"}
 
 
 def place(path):
