@@ -14,7 +14,7 @@ from deberta_kernels import env
 __all__ = ["main"]
 
 MASKS = ("none", "key", "pair")
-DTYPES = ("float32", "bfloat16", "float16", "float64")
+DTYPES = ("float32", "bfloat16", "float16", "float64")  # those of `dtypes`, which would import torch for --help
 
 
 def _size(text: str) -> int:
