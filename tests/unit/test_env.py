@@ -1,5 +1,6 @@
 """Environment variables: what is read, where, and what an empty or wrong value does."""
 
+import os
 from pathlib import Path
 
 import pytest
