@@ -6,8 +6,9 @@ from tests import needs
 
 needs.package("triton")
 
-from gpu.watching import KERNELS
 from offline.variants import FULL, Variant, kernel_title, launches, selection
+
+from benchmarks.gpu.profilers import KERNELS
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
