@@ -21,7 +21,8 @@ if not env.triton_interpreted():
 triton = needs.package("triton")
 tl = triton.language
 
-from deberta_kernels.impl.triton import execute, launch, primitives, tables, tile_list, tuning
+from deberta_kernels.impl.triton import execute, launch, tables, tuning
+from deberta_kernels.impl.triton.kernels import primitives, tile_list
 
 TARGET = next(t for t in backends.TARGETS if t.name == "triton_interpreted")
 CPU = torch.device("cpu")

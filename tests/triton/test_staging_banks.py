@@ -14,7 +14,7 @@ from tests import needs
 
 needs.package("triton")
 
-from deberta_kernels.impl.triton import primitives
+from deberta_kernels.impl.triton.kernels import primitives
 
 TILES = (16, 32, 64, 128)
 BANKS = 32

@@ -10,15 +10,15 @@ from torch import Tensor
 from deberta_kernels.impl.common import Needs, empty_tokens, has_positions, wanted
 from deberta_kernels.impl.gpu_tables import PREFIX_STEP
 from deberta_kernels.impl.triton import tuning
-from deberta_kernels.impl.triton.key_grad import _disentangled_bwd_dkv_kernel
-from deberta_kernels.impl.triton.plan import Call, Launch, Plan, rows_of_program
-from deberta_kernels.impl.triton.position_grad import _disentangled_bwd_position_kernel
-from deberta_kernels.impl.triton.query_grad import _disentangled_bwd_dq_kernel
-from deberta_kernels.impl.triton.row_statistics import (
+from deberta_kernels.impl.triton.kernels.key_grad import _disentangled_bwd_dkv_kernel
+from deberta_kernels.impl.triton.kernels.position_grad import _disentangled_bwd_position_kernel
+from deberta_kernels.impl.triton.kernels.query_grad import _disentangled_bwd_dq_kernel
+from deberta_kernels.impl.triton.kernels.row_statistics import (
     _disentangled_bwd_preprocess_kernel,
     _disentangled_sum_kernel,
 )
-from deberta_kernels.impl.triton.table_kernels import _disentangled_fold_kernel
+from deberta_kernels.impl.triton.kernels.table_kernels import _disentangled_fold_kernel
+from deberta_kernels.impl.triton.plan import Call, Launch, Plan, rows_of_program
 from deberta_kernels.impl.triton.tables import near_reach
 from deberta_kernels.types import AttentionProblem, Gradients
 

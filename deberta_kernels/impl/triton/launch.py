@@ -10,7 +10,7 @@ from torch import Tensor
 from deberta_kernels.impl.common import Needs, empty_results, padded_row_value
 from deberta_kernels.impl.triton import tuning
 from deberta_kernels.impl.triton.backward_plan import Backward
-from deberta_kernels.impl.triton.forward_kernels import _disentangled_fwd_kernel
+from deberta_kernels.impl.triton.kernels.forward_kernels import _disentangled_fwd_kernel
 from deberta_kernels.impl.triton.plan import Call, Launch, Plan, expand_launch
 from deberta_kernels.types import AttentionProblem
 

@@ -15,8 +15,9 @@ from torch import Tensor
 from deberta_kernels import dropout
 from deberta_kernels.impl.common import LOG2E, extent, has_positions, masked, steps, unit_stride
 from deberta_kernels.impl.gpu_tables import PREFIX_STEP, Window, check_prepared
-from deberta_kernels.impl.triton import tile_list, tuning
-from deberta_kernels.impl.triton.table_kernels import _disentangled_expand_kernel
+from deberta_kernels.impl.triton import tuning
+from deberta_kernels.impl.triton.kernels import tile_list
+from deberta_kernels.impl.triton.kernels.table_kernels import _disentangled_expand_kernel
 from deberta_kernels.impl.triton.tables import DeviceTables, device_tables
 from deberta_kernels.types import AttentionProblem, PositionSpec
 

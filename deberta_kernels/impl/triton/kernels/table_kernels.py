@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from deberta_kernels.impl.triton.primitives import when
+from deberta_kernels.impl.triton.kernels.primitives import when
 
 __all__ = ["_disentangled_expand_kernel", "_disentangled_fold_kernel"]
 

@@ -8,7 +8,7 @@ the same bits. Saturated tiles are not here: the pass by queries sums their grad
 import triton
 import triton.language as tl
 
-from deberta_kernels.impl.triton.primitives import (
+from deberta_kernels.impl.triton.kernels.primitives import (
     POINTERS,
     PREFIX_STEP,
     RUNTIME,
@@ -21,8 +21,8 @@ from deberta_kernels.impl.triton.primitives import (
     sequence,
     total,
 )
-from deberta_kernels.impl.triton.scores import allowed, lone_score, score_gradient, valid_keys, weights
-from deberta_kernels.impl.triton.tile_list import ALL, ROWS, kind_range
+from deberta_kernels.impl.triton.kernels.scores import allowed, lone_score, score_gradient, valid_keys, weights
+from deberta_kernels.impl.triton.kernels.tile_list import ALL, ROWS, kind_range
 
 __all__ = ["_disentangled_bwd_position_kernel"]
 

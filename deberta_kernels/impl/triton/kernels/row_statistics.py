@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from deberta_kernels.impl.triton.primitives import (
+from deberta_kernels.impl.triton.kernels.primitives import (
     LOG2E_HIGH,
     LOG2E_LOW,
     POINTERS,
@@ -13,7 +13,7 @@ from deberta_kernels.impl.triton.primitives import (
     sequence,
     when,
 )
-from deberta_kernels.impl.triton.scores import far_constant
+from deberta_kernels.impl.triton.kernels.scores import far_constant
 
 __all__ = ["_disentangled_bwd_preprocess_kernel", "_disentangled_sum_kernel"]
 

@@ -14,7 +14,7 @@ In float32 every pass forms a score from the same products in the same order, so
 import triton
 import triton.language as tl
 
-from deberta_kernels.impl.triton.primitives import along_columns, along_rows, difference, kept
+from deberta_kernels.impl.triton.kernels.primitives import along_columns, along_rows, difference, kept
 
 
 @triton.jit

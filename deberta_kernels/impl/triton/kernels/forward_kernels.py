@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from deberta_kernels.impl.triton.primitives import (
+from deberta_kernels.impl.triton.kernels.primitives import (
     LN2_HIGH,
     LN2_LOW,
     POINTERS,
@@ -20,8 +20,8 @@ from deberta_kernels.impl.triton.primitives import (
     sequence,
     store_rows,
 )
-from deberta_kernels.impl.triton.scores import allowed, far_constant, far_query, near_score, valid_keys
-from deberta_kernels.impl.triton.tile_list import (
+from deberta_kernels.impl.triton.kernels.scores import allowed, far_constant, far_query, near_score, valid_keys
+from deberta_kernels.impl.triton.kernels.tile_list import (
     FULL,
     PARTIAL,
     ROWS,

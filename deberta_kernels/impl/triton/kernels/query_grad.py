@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from deberta_kernels.impl.triton.primitives import (
+from deberta_kernels.impl.triton.kernels.primitives import (
     POINTERS,
     RUNTIME,
     along_rows,
@@ -18,8 +18,15 @@ from deberta_kernels.impl.triton.primitives import (
     store_rows,
     when,
 )
-from deberta_kernels.impl.triton.scores import allowed, far_query, near_score, score_gradient, valid_keys, weights
-from deberta_kernels.impl.triton.tile_list import ALL, ROWS, is_partial, kind_range, listed, occupied
+from deberta_kernels.impl.triton.kernels.scores import (
+    allowed,
+    far_query,
+    near_score,
+    score_gradient,
+    valid_keys,
+    weights,
+)
+from deberta_kernels.impl.triton.kernels.tile_list import ALL, ROWS, is_partial, kind_range, listed, occupied
 
 __all__ = ["_disentangled_bwd_dq_kernel"]
 

@@ -9,7 +9,7 @@ row holds the number of valid tokens of each tile.
 import triton
 import triton.language as tl
 
-from deberta_kernels.impl.triton.primitives import key_segments
+from deberta_kernels.impl.triton.kernels.primitives import key_segments
 
 __all__ = [
     "ALL",

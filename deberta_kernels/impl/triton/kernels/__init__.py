@@ -1,0 +1,1 @@
+"""The Triton kernels, and what they are made of."""
