@@ -13,7 +13,7 @@ __all__ = ["Memory"]
 
 
 class Memory:
-    """Measure the peak from now on, beyond what is held now: gradients, optimizer and what backward needs."""
+    """The peak of memory from now on, beyond what is held now: gradients, optimizer and what backward needs."""
 
     def __init__(self, device: str) -> None:
         self._cuda = torch.device(device).type == "cuda"

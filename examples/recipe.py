@@ -32,7 +32,7 @@ SKIPPED_STEPS = 2  # at the start, not timed
 
 @dataclass
 class Task:
-    """Say what an example trains.
+    """What an example trains.
 
     Attributes:
         title: one line for --help.

@@ -14,7 +14,7 @@ LARGEST = 4000  # pieces of a vocabulary trained on the spot
 
 
 class Token(NamedTuple):
-    """Hold one token: its id, and where it begins and ends in the text, in characters."""
+    """One token: its id, and where it begins and ends in the text, in characters."""
 
     id: int
     start: int

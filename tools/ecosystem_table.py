@@ -16,7 +16,7 @@ _NONE = "–"
 
 
 class EcosystemTables:
-    """Hold every table of one document.
+    """Every table of one document.
 
     Args:
         path: the document.

@@ -118,7 +118,7 @@ def healthy(device: str) -> bool:
 
 
 class Clock:
-    """Time calls on a device, as `timing.interleave` wants it: by events, with the host ahead of the device.
+    """The clock of a device, as `timing.interleave` wants it: by events, with the host ahead of the device.
 
     A short wait on the device comes first, so that the work of a whole block is in the queue before the first kernel
     runs: the time between the events is then that of the kernels alone, and the time the host took is known apart.

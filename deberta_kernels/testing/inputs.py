@@ -36,7 +36,7 @@ DOUTS = ("randn", "sum", "transposed", "every_other", "slice")
 
 @dataclass(frozen=True)
 class Case:
-    """Describe one attention problem.
+    """One attention problem.
 
     Attributes:
         batch: B; number of sequences when packed.

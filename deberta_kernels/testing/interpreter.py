@@ -10,7 +10,7 @@ __all__ = ["quicken"]
 
 
 class _Scope:
-    """Take back what one launch patched."""
+    """A launch patched for the interpreter; leaving it takes back what was patched."""
 
     def __init__(self, inner: Any, modules: frozenset[str], patched: set[str]) -> None:
         self.inner, self.modules, self.patched = inner, modules, patched

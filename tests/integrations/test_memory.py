@@ -20,7 +20,7 @@ LENGTH = 131  # no size of the models or tables, and no multiple of a tile
 
 
 class Recorder(TorchDispatchMode):
-    """Record every tensor that an operator returns and whose shape holds the length twice."""
+    """A mode that records every tensor that an operator returns and whose shape holds the length twice."""
 
     def __init__(self) -> None:
         super().__init__()

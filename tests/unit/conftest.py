@@ -9,7 +9,7 @@ from tests import needs
 
 
 class Watch(TorchDispatchMode):
-    """Record which operators of the package were dispatched."""
+    """A mode that records which operators of the package were dispatched."""
 
     def __init__(self):
         super().__init__()

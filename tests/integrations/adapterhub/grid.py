@@ -43,7 +43,7 @@ HEADS: dict[str, tuple[str, dict[str, Any], Callable[[Any], None]]] = {
 
 
 class Cell(NamedTuple):
-    """Choose one of everything."""
+    """One cell of the grid: one of everything."""
 
     method: str
     composition: str
