@@ -222,7 +222,7 @@ def test_nothing_is_refused():
 
 
 class Largest(TorchDispatchMode):
-    """A mode that records the elements of the largest storage that an operation returned, views of anything included."""
+    """A mode that records the elements of the largest storage any operation returned, views of anything included."""
 
     def __init__(self):
         super().__init__()
