@@ -19,13 +19,19 @@ from deberta_kernels.models.guards.own_code import runs_own
 from deberta_kernels.models.patched_class import Patched
 from deberta_kernels.models.registry import homes
 from deberta_kernels.torch_state.modes import function_mode
-from deberta_kernels.torch_state.onlookers import has_forward_hooks, is_watched, sees_every_call
+from deberta_kernels.torch_state.onlookers import (
+    INSTANCE_CALLS,
+    calls_differently,
+    has_forward_hooks,
+    hooks_of,
+    is_watched,
+    sees_every_call,
+)
 from deberta_kernels.torch_state.originals import Originals, is_own
 from deberta_kernels.torch_state.tracing import answered_once, traces_questions
 
 __all__ = ["Handover", "handover_of", "is_known_convolution"]
 
-# Classes that do no more with a mask than hand it on.
 _LAYERS = ("DebertaV2Layer", "DebertaLayer")
 _ATTENTIONS = ("DebertaV2Attention", "DebertaAttention")
 _ROUTES = (VERSION_TWO.home, VERSION_ONE.home)
@@ -102,20 +108,16 @@ def _decide(
         if sees_every_call() is not None:
             return Handover.TENSORS
         seen.add(sees_every_call)
-    if is_watched(layer) or not _is_route(layer, _LAYERS, seen) or _has_own_checkpoint(layer):
-        return Handover.TENSORS
     attention: Any = layer._modules.get("attention")
-    if attention is None or is_watched(attention) or not _is_route(attention, _ATTENTIONS, seen):
+    inner: Any = None if attention is None else attention._modules.get("self")
+    if inner is None or not _are_route(layer, attention, seen) or _has_own_checkpoint(layer):
         return Handover.TENSORS
-    inner: Any = attention._modules.get("self")
-    if (
-        inner is None
-        or is_watched(inner)
-        or not takes_mask(inner, seen)
-        or not anatomy_of(inner).agrees(encoder, inner)
-    ):
+    tokenwise = not adapted and _is_tokenwise(layer, seen)
+    if not tokenwise and any(map(is_watched, (layer, attention, inner))):
         return Handover.TENSORS
-    if adapted or not _is_tokenwise(layer, seen):
+    if not takes_mask(inner, seen) or not anatomy_of(inner).agrees(encoder, inner):
+        return Handover.TENSORS
+    if not tokenwise:
         return Handover.MASK
     if _FUNCTIONS not in seen:
         if _FUNCTIONS.replaced() is not None or function_mode():
@@ -124,12 +126,16 @@ def _decide(
     return Handover.PACKED
 
 
-def _is_route(part: nn.Module, names: tuple[str, ...], seen: set[Any]) -> bool:
-    cls = type(part)
-    if (cls, names) not in seen:
-        if not any(c.__name__ in names and c.__module__ in _ROUTES for c in cls.__mro__) or not runs_own(cls, _ROUTES):
-            return False
-        seen.add((cls, names))
+def _are_route(layer: nn.Module, attention: nn.Module, seen: set[Any]) -> bool:
+    """Tell whether a layer and its attention are of the classes that do no more with a mask than hand it on."""
+    classes = type(layer), type(attention)
+    if classes not in seen:
+        for cls, names in zip(classes, (_LAYERS, _ATTENTIONS)):
+            if not any(c.__name__ in names and c.__module__ in _ROUTES for c in cls.__mro__):
+                return False
+            if not runs_own(cls, _ROUTES):
+                return False
+        seen.add(classes)
     return True
 
 
@@ -157,18 +163,19 @@ def _is_known_convolution(module: nn.Module) -> bool:
 
 
 def _is_tokenwise(layer: nn.Module, seen: set[Any]) -> bool:
-    """Tell whether nothing in a layer could notice that it gets (1, rows, C) in place of (B, N, C)."""
+    """Tell whether nobody looks on in a layer, and nothing could notice (1, rows, C) in place of (B, N, C)."""
     parts: list[Any] = [layer]
     for part in parts:  # which grows
         if part is None:
             continue
-        if is_watched(part):
-            return False
-        cls, own = type(part), part.__dict__
+        cls: Any = type(part)
+        own = part.__dict__
         if cls not in seen:
-            if not _computes_each_token(cls):
+            if calls_differently(cls) or not _computes_each_token(cls):
                 return False
             seen.add(cls)
+        if (any(hooks_of(own)) or not own.keys().isdisjoint(INSTANCE_CALLS)) and is_watched(part):
+            return False
         if own["_modules"]:
             if not own["_modules"].keys() >= _parts_of(cls):
                 return False
@@ -180,17 +187,12 @@ def _is_tokenwise(layer: nn.Module, seen: set[Any]) -> bool:
     return True
 
 
-def _parts_of(cls: type[nn.Module]) -> set[str]:
+@functools.cache
+def _parts_of(cls: type[nn.Module]) -> frozenset[str]:
     """Return the names of what a module of Hugging Face's classes must have as modules."""
-    parts = _parts.get(cls)
-    if parts is None:
-        is_theirs = cls.__module__.startswith("transformers.models.")
-        parts = next((found for name, found in _PARTS.items() if is_theirs and cls.__name__.endswith(name)), set())
-        _parts[cls] = parts
-    return parts
-
-
-_parts: dict[type[nn.Module], set[str]] = {}
+    is_theirs = cls.__module__.startswith("transformers.models.")
+    found = next((found for name, found in _PARTS.items() if is_theirs and cls.__name__.endswith(name)), ())
+    return frozenset(found)
 
 
 def _computes_each_token(cls: type[nn.Module]) -> bool:
