@@ -90,7 +90,7 @@ def has_hooks(module: nn.Module) -> bool:
     """
     own = module.__dict__
     changed = "forward" in own or "_call_impl" in own or module._compiled_call_impl is not None
-    return changed or any(hooks_of(own)) or _has_any_global_hook()
+    return changed or any(hooks_of(own)) or bool(_has_any_global_hook())
 
 
 def is_watched(module: nn.Module) -> bool:
