@@ -117,8 +117,9 @@ class _VersionOne(Anatomy):
     def project_heads(
         self, module: AttentionModule, queries: Tensor, hidden_states: Tensor, apply: Apply
     ) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = _split(module, apply(module.in_proj, hidden_states)).chunk(3, dim=-1)
-        return q + _split(module, module.q_bias), k, v + _split(module, module.v_bias)
+        packed, q_bias, v_bias = _split(module, apply(module.in_proj, hidden_states), module.q_bias, module.v_bias)
+        q, k, v = packed.chunk(3, dim=-1)
+        return q + q_bias, k, v + v_bias
 
     def position_projections(self, module: AttentionModule) -> dict[str, nn.Module]:
         return _named(module, ("c2p", "pos_key", "pos_proj"), ("p2c", "pos_query", "pos_q_proj"))
@@ -150,9 +151,9 @@ class _VersionTwo(Anatomy):
     def project_heads(
         self, module: AttentionModule, queries: Tensor, hidden_states: Tensor, apply: Apply
     ) -> tuple[Tensor, Tensor, Tensor]:
-        q = _split(module, apply(module.query_proj, queries))
-        k = _split(module, apply(module.key_proj, hidden_states))
-        return q, k, _split(module, apply(module.value_proj, hidden_states))
+        q, k = apply(module.query_proj, queries), apply(module.key_proj, hidden_states)
+        q, k, v = _split(module, q, k, apply(module.value_proj, hidden_states))
+        return q, k, v
 
     def position_projections(self, module: AttentionModule) -> dict[str, nn.Module]:
         if not module.relative_attention or not module.share_att_key:
@@ -199,12 +200,15 @@ def anatomy_of(module: AttentionModule) -> Anatomy:
 
 def _named(module: AttentionModule, *terms: tuple[str, str, str]) -> dict[str, nn.Module]:
     """Return the projections of (term, table, name) that are on, by their tables."""
-    if not module.relative_attention:
-        return {}
-    return {table: getattr(module, name) for term, table, name in terms if term in module.pos_att_type}
+    found: dict[str, nn.Module] = {}
+    if module.relative_attention:
+        for term, table, name in terms:
+            if term in module.pos_att_type:
+                found[table] = getattr(module, name)
+    return found
 
 
-def _split(module: AttentionModule, projected: Tensor) -> Tensor:
-    """View (..., H * D) as (..., H, D)."""
-    heads: Tensor = projected.unflatten(-1, (module.num_attention_heads, -1))
-    return heads
+def _split(module: AttentionModule, *projected: Tensor) -> list[Tensor]:
+    """View each (..., H * D) as (..., H, D)."""
+    heads = module.num_attention_heads, -1
+    return [torch.unflatten(x, -1, heads) for x in projected]

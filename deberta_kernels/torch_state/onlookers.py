@@ -95,7 +95,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 def is_watched(module: nn.Module) -> bool:
     """Tell whether somebody looks at the calls of one module, forward or backward; known hooks do not."""
-    own = module.__dict__
+    own, cls = module.__dict__, type(module)
     if any(hooks_of(own)) or not own.keys().isdisjoint(INSTANCE_CALLS):  # as hardly any have
         if not all(_is_known(hook) for kind in hooks_of(own) for hook in kind.values()):
             return True
@@ -103,14 +103,15 @@ def is_watched(module: nn.Module) -> bool:
             return True
         if "_call_impl" in own or not _is_compiled_by_torch(module):
             return True
-    return calls_differently(type(module))
+    is_plain = cls.__call__ is nn.Module.__call__ and cls._call_impl is nn.Module._call_impl
+    return not is_plain and calls_differently(cls)
 
 
 def calls_differently(cls: type[nn.Module]) -> bool:
     """Tell whether the modules of a class are called in a way of its own, which may show the calls to others."""
-    if cls.__call__ is nn.Module.__call__ and cls._call_impl is nn.Module._call_impl:
-        return False
-    return cls._call_impl is not nn.Module._call_impl or not any(is_own(cls.__call__, *way) for way in _OTHER_CALLS)
+    if cls._call_impl is not nn.Module._call_impl:
+        return True
+    return cls.__call__ is not nn.Module.__call__ and not any(is_own(cls.__call__, *way) for way in _OTHER_CALLS)
 
 
 def forward_below_accelerate(module: nn.Module) -> Callable[..., Any] | None:

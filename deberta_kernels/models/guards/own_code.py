@@ -6,8 +6,8 @@ the modelling file at any time. What is a class's own code is told by where it c
 
 from __future__ import annotations
 
-import inspect
 import sys
+from typing import Any
 
 import torch
 from torch import nn
