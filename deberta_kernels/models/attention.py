@@ -237,10 +237,10 @@ def cast_for_matmul(*tensors: Any) -> Any:
 
     A projection that ignores autocast may have left float32.
     """
-    device = next((x.device.type for x in tensors if x is not None), "meta")
-    if device == "meta" or not torch.is_autocast_enabled(device):
+    given = tensors[0] if tensors[0] is not None else tensors[-1]
+    if given is None or given.is_meta or not torch.is_autocast_enabled(given.device.type):
         return tensors  # the meta device has no autocast
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(given.device.type)
     return tuple(x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 

@@ -244,7 +244,7 @@ class _Layers:
 
     def _handover(self, layer: Any) -> Handover:
         handover = handover_of(layer, self.module, self.takes_mask, self.adapted, self._seen)
-        if handover is Handover.TENSORS or self._tensors_changed():
+        if handover is Handover.TENSORS or (self._tensors is not None and self._tensors_changed(*self._tensors)):
             return Handover.TENSORS
         if torch.compiler.is_compiling():  # looked at in traced code, which is compiled anew when a setting changes
             attention = layer.attention.self
@@ -252,11 +252,9 @@ class _Layers:
                 return Handover.TENSORS
         return handover
 
-    def _tensors_changed(self) -> bool:
+    def _tensors_changed(self, *tensors: Tensor | None) -> bool:
         """Tell whether a layer changed, in place, the mask or the distances that all layers share."""
-        if self._tensors is None or torch.compiler.is_compiling():
-            return False
-        return self._versions != list(map(_version, self._tensors))
+        return not torch.compiler.is_compiling() and self._versions != list(map(_version, tensors))
 
     def _call(
         self, layer: Any, handover: Handover, keys: Tensor, queries: Tensor | None, rel_embeddings: Tensor | None

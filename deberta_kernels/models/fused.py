@@ -117,10 +117,10 @@ def _encode(module: Any, *arguments: Any, original: Any = None, **named: Any) ->
     if not is_compiling and not begin(module):
         return original(module, *arguments, **named)
     try:
-        attentions = _attention_of(module)
-        if not is_compiling:
-            _fuse_again(module, options, attentions)
-        found = map(fused_row, attentions)
+        found = list(map(fused_row, _attention_of(module)))
+        if not is_compiling and None in found:
+            _fuse_again(module, options)
+            found = list(map(fused_row, _attention_of(module)))
         mask_types = [row.mask_type for row in found if row is not None and row.mask_type is not EncoderMask]
         mask_type = mask_types[0] if mask_types else EncoderMask
         return encode(module, options, original, *arguments, takes_mask=_takes_mask, mask_type=mask_type, **named)
@@ -184,9 +184,9 @@ def _takes_mask(attention: nn.Module, seen: set[Any]) -> bool:
     return refusal_of(attention) is None
 
 
-def _fuse_again(encoder: nn.Module, options: AttentionOptions, attentions: list[nn.Module]) -> None:
+def _fuse_again(encoder: nn.Module, options: AttentionOptions) -> None:
     """Fuse the attention modules, and all around them, that got another class of their package since the patch."""
-    for attention in attentions:
+    for attention in _attention_of(encoder):
         if fused_row(attention) is not None:
             continue
         row = row_of(attention, Kind.ATTENTION)

@@ -162,16 +162,15 @@ def content_key(tensor: Tensor) -> tuple[Any, ...] | None:
     So every element is read, under keys that are random in every process, lest somebody find two contents that look the
     same: by the native library's checksum at the speed of memory, or without the library by `_keyed_sums`.
     """
-    if type(tensor) not in (Tensor, nn.Parameter) or tensor.device.type != "cpu":
+    if type(tensor) not in (Tensor, nn.Parameter) or not tensor.is_cpu:
         return None
     if tensor.layout != torch.strided or not tensor.is_contiguous() or tensor.is_complex() or tensor.is_neg():
         return None
     if not storage_fits(tensor):
         return None  # its memory was freed or cut: whoever computes with it says so
-    plain = tensor.detach().view(-1)
     version = None if tensor.is_inference() else tensor._version
     library = native.opened()
-    content = _keyed_sums(plain) if library is None else library.checksum(plain)
+    content = _keyed_sums(tensor.detach().view(-1)) if library is None else library.checksum(tensor)
     return (version, tensor.dtype, tuple(tensor.shape), content)
 
 
