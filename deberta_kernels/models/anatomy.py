@@ -95,8 +95,12 @@ class Anatomy(ABC):
         """Return how many rows on each side of the middle Hugging Face projects for a text of `length` tokens."""
 
     @abstractmethod
+    def position_numbers(self, module: AttentionModule) -> tuple[int, int]:
+        """Return position_buckets and max_relative_positions of a module with relative attention."""
+
     def position_spec(self, module: AttentionModule) -> PositionSpec:
         """Return how a module turns distances into rows; the default where relative attention is off."""
+        return PositionSpec(*self.position_numbers(module)) if module.relative_attention else PositionSpec()
 
     @abstractmethod
     def scale_factor(self, module: AttentionModule) -> int:
@@ -130,9 +134,9 @@ class _VersionOne(Anatomy):
     def position_reach(self, length: int, span: int) -> int:
         return min(length, span)
 
-    def position_spec(self, module: AttentionModule) -> PositionSpec:
+    def position_numbers(self, module: AttentionModule) -> tuple[int, int]:
         # The middle rows that a text shorter than half the table takes are those of the linear index.
-        return PositionSpec(-1, module.max_relative_positions) if module.relative_attention else PositionSpec()
+        return -1, module.max_relative_positions
 
     def scale_factor(self, module: AttentionModule) -> int:
         return 1 + len(module.pos_att_type)  # whatever stands there
@@ -168,10 +172,8 @@ class _VersionTwo(Anatomy):
     def position_reach(self, length: int, span: int) -> int:
         return span
 
-    def position_spec(self, module: AttentionModule) -> PositionSpec:
-        if not module.relative_attention:
-            return PositionSpec()
-        return PositionSpec(module.position_buckets, module.max_relative_positions)
+    def position_numbers(self, module: AttentionModule) -> tuple[int, int]:
+        return module.position_buckets, module.max_relative_positions
 
     def scale_factor(self, module: AttentionModule) -> int:
         # In a list, neither unknown terms nor "c2p|p2c" are counted.

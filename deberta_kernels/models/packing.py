@@ -51,8 +51,8 @@ class Packing:
         self._source = source  # (rows,) position in the flattened batch that each row is read from
         self._row_of = row_of  # (B * N,) row that each position of the flattened batch is read from
         self._sample = sample  # (rows,) sample that each row belongs to
-        # (rows - T, 1) how many positions each row of padding stands for
-        self._paddings = (shape[1] - cu_seqlens.diff()).index_select(0, sample[self.tokens :])[:, None]
+        paddings = [[shape[1] - count] for count in counts if count < shape[1]]
+        self._paddings = torch.tensor(paddings, device=sample.device)  # (rows - T, 1) positions a row stands for
 
     def to(self, device: Any) -> Packing:
         """Return this packing on another device."""

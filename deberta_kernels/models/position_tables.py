@@ -168,9 +168,10 @@ def content_key(tensor: Tensor) -> tuple[Any, ...] | None:
         return None
     if not storage_fits(tensor):
         return None  # its memory was freed or cut: whoever computes with it says so
+    plain = tensor.detach()  # which has no memory to read inside a transform of torch.func
     version = None if tensor.is_inference() else tensor._version
     library = native.opened()
-    content = _keyed_sums(tensor.detach().view(-1)) if library is None else library.checksum(tensor)
+    content = _keyed_sums(plain.view(-1)) if library is None else library.checksum(plain)
     return (version, tensor.dtype, tuple(tensor.shape), content)
 
 

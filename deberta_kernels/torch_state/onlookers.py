@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from operator import itemgetter
 from typing import Any
 
@@ -17,12 +17,11 @@ from torch.nn.modules.module import _has_any_global_hook
 from deberta_kernels.torch_state.originals import Originals, is_own
 
 __all__ = [
-    "INSTANCE_CALLS",
+    "are_instances_watched",
     "calls_differently",
     "forward_below_accelerate",
     "has_forward_hooks",
     "has_hooks",
-    "hooks_of",
     "is_watched",
     "register_hooks",
     "sees_every_call",
@@ -39,9 +38,9 @@ _OTHER_CALLS = (
     ("torch.nn.modules.container", "ParameterList.__call__"),
 )
 # What changes the calls of one module when its instance has it.
-INSTANCE_CALLS = {"forward", "_call_impl", "_compiled_call_impl"}
+_INSTANCE_CALLS = {"forward", "_call_impl", "_compiled_call_impl"}
 # Return the hooks on one module, given its __dict__: four dictionaries, empty where there are none.
-hooks_of = itemgetter("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_hooks_of = itemgetter("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _NOT_COMPILED = "_compiler_disable.<locals>.wrapper"  # around some of its methods
 _NEW_FORWARD = ("accelerate.hooks", "add_hook_to_module.<locals>.new_forward")
 # accelerate's hooks that move weights, and its hook that does nothing.
@@ -90,14 +89,14 @@ def has_hooks(module: nn.Module) -> bool:
     """
     own = module.__dict__
     changed = "forward" in own or "_call_impl" in own or module._compiled_call_impl is not None
-    return changed or any(hooks_of(own)) or bool(_has_any_global_hook())
+    return changed or any(_hooks_of(own)) or bool(_has_any_global_hook())
 
 
 def is_watched(module: nn.Module) -> bool:
     """Tell whether somebody looks at the calls of one module, forward or backward; known hooks do not."""
     own, cls = module.__dict__, type(module)
-    if any(hooks_of(own)) or not own.keys().isdisjoint(INSTANCE_CALLS):  # as hardly any have
-        if not all(_is_known(hook) for kind in hooks_of(own) for hook in kind.values()):
+    if any(_hooks_of(own)) or not own.keys().isdisjoint(_INSTANCE_CALLS):  # as hardly any have
+        if not all(_is_known(hook) for kind in _hooks_of(own) for hook in kind.values()):
             return True
         if "forward" in own and not _is_moved_by_accelerate(module):
             return True
@@ -105,6 +104,25 @@ def is_watched(module: nn.Module) -> bool:
             return True
     is_plain = cls.__call__ is nn.Module.__call__ and cls._call_impl is nn.Module._call_impl
     return not is_plain and calls_differently(cls)
+
+
+def are_instances_watched(modules: Iterable[nn.Module | None]) -> bool:
+    """Tell whether one of some modules `is_watched`, their classes aside: of those see `calls_differently`."""
+    for module in modules:
+        if module is None:
+            continue
+        own = module.__dict__
+        if (
+            own["_forward_pre_hooks"]
+            or own["_forward_hooks"]
+            or own["_backward_pre_hooks"]
+            or own["_backward_hooks"]
+            or "forward" in own
+            or "_call_impl" in own
+            or "_compiled_call_impl" in own
+        ) and is_watched(module):
+            return True
+    return False
 
 
 def calls_differently(cls: type[nn.Module]) -> bool:

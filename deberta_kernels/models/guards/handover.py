@@ -20,10 +20,9 @@ from deberta_kernels.models.patched_class import Patched
 from deberta_kernels.models.registry import homes
 from deberta_kernels.torch_state.modes import function_mode
 from deberta_kernels.torch_state.onlookers import (
-    INSTANCE_CALLS,
+    are_instances_watched,
     calls_differently,
     has_forward_hooks,
-    hooks_of,
     is_watched,
     sees_every_call,
 )
@@ -110,7 +109,7 @@ def _decide(
         seen.add(sees_every_call)
     attention: Any = layer._modules.get("attention")
     inner: Any = None if attention is None else attention._modules.get("self")
-    if inner is None or not _are_route(layer, attention, seen) or _has_own_checkpoint(layer):
+    if inner is None or not _are_route(layer, attention, seen) or (layer.training and _has_own_checkpoint(layer)):
         return Handover.TENSORS
     tokenwise = not adapted and _is_tokenwise(layer, seen)
     if not tokenwise and any(map(is_watched, (layer, attention, inner))):
@@ -140,8 +139,8 @@ def _are_route(layer: nn.Module, attention: nn.Module, seen: set[Any]) -> bool:
 
 
 def _has_own_checkpoint(layer: Any) -> bool:
-    """Tell whether something else than PyTorch's checkpoint runs the layer again in the backward."""
-    if not layer.training or not getattr(layer, "gradient_checkpointing", False):
+    """Tell whether something else than PyTorch's checkpoint runs a layer in training again in the backward."""
+    if not getattr(layer, "gradient_checkpointing", False):
         return False
     function = layer._gradient_checkpointing_func
     while isinstance(function, functools.partial):  # the options of the checkpoint
@@ -174,17 +173,15 @@ def _is_tokenwise(layer: nn.Module, seen: set[Any]) -> bool:
             if calls_differently(cls) or not _computes_each_token(cls):
                 return False
             seen.add(cls)
-        if (any(hooks_of(own)) or not own.keys().isdisjoint(INSTANCE_CALLS)) and is_watched(part):
-            return False
-        if own["_modules"]:
-            if not own["_modules"].keys() >= _parts_of(cls):
+        if modules := own["_modules"]:
+            if not _parts_of(cls).issubset(modules):
                 return False
             if "intermediate_act_fn" in own and not _is_tokenwise_function(own["intermediate_act_fn"]):  # no module
                 return False
-            parts += own["_modules"].values()
+            parts += modules.values()
         elif "normalized_shape" in own and len(own["normalized_shape"]) != 1:
             return False  # a norm over tokens
-    return True
+    return not are_instances_watched(parts)
 
 
 @functools.cache
