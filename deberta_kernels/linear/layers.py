@@ -50,7 +50,7 @@ def apply_linear(linear: Any, x: Tensor, everywhere: bool = False, strict: bool 
     """
     if torch.compiler.is_compiling() or not is_linear_class(linear):
         return linear(x)  # type: ignore[no-any-return]
-    differentiable = _needs_gradient(linear, x)
+    differentiable = torch.is_grad_enabled() and _needs_gradient(linear, x)
     # Nothing is gained in float32 in training unless that is wanted everywhere: most need no look at all then.
     may_gain = everywhere or not (differentiable or linear.training) or _result_dtype(x) in _NARROW
     if may_gain and _fits(linear, x):
@@ -78,7 +78,7 @@ def apply_linear_gelu(
     """
     # In training the GELU's input is kept, and a checkpoint's first pass, without gradients, must give the same bits.
     takes_over = not linear.training and _is_plain(linear, x) and _is_gelu(activation)
-    if not takes_over or _needs_gradient(linear, x):
+    if not takes_over or (torch.is_grad_enabled() and _needs_gradient(linear, x)):
         return activation(apply_linear(linear, x, everywhere, strict))  # type: ignore[no-any-return]
     if isinstance(activation, nn.Module) and not _is_own(activation, "a GELU", strict):
         return activation(apply_linear(linear, x, everywhere, strict))  # type: ignore[no-any-return]
@@ -93,13 +93,14 @@ def apply_linear_gelu(
 
 def _product(linear: Any, x: Tensor, everywhere: bool, differentiable: bool) -> Callable[..., Tensor] | None:
     """Return the fastest product for a plain layer, of x, weight and bias; None where it is the module's own."""
-    dtype = _result_dtype(x)
+    has_autocast = torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if has_autocast else x.dtype
     if products.lacks_products(dtype):
         return partial(products.widened_with_gradients if differentiable else products.widened, dtype=dtype)
     # In training a checkpoint's first pass, without gradients, must give the bits of the second, with gradients.
     in_training = differentiable or linear.training
     weight, bias = linear._parameters["weight"], linear._parameters["bias"]
-    if (in_training and not everywhere) or torch.is_autocast_enabled("cpu"):
+    if (in_training and not everywhere) or has_autocast:
         return None
     if not products.suits(x, weight, bias, everywhere) or (in_training and not products.suits_gradients(weight)):
         return None
@@ -148,7 +149,7 @@ def _originals_of(cls: type[Any]) -> Originals:
 
 def _is_own(module: nn.Module, what: str, strict: bool) -> bool:
     """Tell whether the code of a module's class is its maker's; as `is_replaced` where it is not."""
-    originals = _originals_of(type(module))
+    originals = _originals.get(type(module)) or _originals_of(type(module))
     return originals.replaced() is None or not is_replaced(originals, what, strict)
 
 
@@ -206,8 +207,6 @@ def _fits(linear: Any, x: Tensor) -> bool:
 
 
 def _needs_gradient(linear: Any, x: Tensor) -> bool:
-    if not torch.is_grad_enabled():
-        return False
     return x.requires_grad or any(own is not None and own.requires_grad for own in linear._parameters.values())
 
 
