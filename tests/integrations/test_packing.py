@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 import deberta_kernels as dk
-from deberta_kernels.models.packing import find_packing
+from deberta_kernels.models.packing import Packing, find_packing
 
 
 def states_of(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -121,6 +122,40 @@ def test_states_of_padding_that_differ_keep_the_batch_padded(build, batch, packi
         dk.patch(model, strict=True)
         close(model.encoder(states, inputs["attention_mask"]).last_hidden_state, expected)
     assert packings == [None]
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, 1e-45, -1e-45, float("inf"), -float("inf"), float("nan")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_one_number_of_padding_that_is_not_zero_keeps_the_batch_padded(value, dtype):
+    keep = torch.arange(9)[None] < torch.tensor([[9], [4]])
+    states = torch.randn(2, 9, 6, dtype=dtype) * keep[..., None]
+    states[1, 7, 3] = value
+    packing = find_packing(keep, states, 0.95)
+    assert (packing is None) == (bool(states[1, 7, 3] != 0))
+
+
+def test_states_are_unpacked_for_whoever_needs_them_only(build, batch, monkeypatch):
+    model, mask = build(num_hidden_layers=4), batch(4, 41)["attention_mask"]
+    states = torch.randn(4, 41, model.config.hidden_size) * mask[..., None]
+
+    def last(keep: bool = False) -> torch.Tensor:
+        with torch.no_grad():
+            return model.encoder(states, mask, output_hidden_states=keep).last_hidden_state
+
+    expected = last()
+    dk.patch(model, strict=True)
+    unpacked: list[int] = []
+    unpack = Packing.unpack
+    monkeypatch.setattr(Packing, "unpack", lambda self, rows: unpacked.append(len(rows)) or unpack(self, rows))
+    close(last(), expected)
+    assert len(unpacked) == 1
+    close(last(keep=True), expected)
+    assert len(unpacked) == 1 + 4
+    seen: list[torch.Tensor] = []
+    model.encoder.layer[2].register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    close(last(), expected)
+    assert len(unpacked) == 1 + 4 + 1
+    assert seen[0].shape[:2] == (4, 41)
 
 
 def test_a_nan_in_padding_keeps_the_batch_padded(build, batch, packings):
@@ -289,6 +324,18 @@ def test_a_layer_class_whose_forward_somebody_replaced_gets_the_padded_states(bu
     dk.patch(model, unpad=True)
     monkeypatch.setattr(layer, "forward", centred)
     close(states_of(model, inputs), states_of(plain, inputs))
+    assert packings[-1] is None
+
+
+@pytest.mark.parametrize("place", ["a norm", "a layer"])
+def test_code_put_into_a_forward_between_two_calls_gets_the_padded_states(place, build, batch, packings, monkeypatch):
+    model, inputs = build(), batch(4, 41)
+    dk.patch(model, unpad=True)
+    expected = states_of(model, inputs)
+    assert packings[-1] is not None
+    forward = nn.LayerNorm.forward if place == "a norm" else inspect.unwrap(type(model.encoder.layer[0]).forward)
+    monkeypatch.setattr(forward, "__code__", forward.__code__.replace(co_filename="elsewhere.py"))
+    close(states_of(model, inputs), expected)
     assert packings[-1] is None
 
 
