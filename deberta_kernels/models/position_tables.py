@@ -213,7 +213,7 @@ def _shows_nobody(module: AttentionModule, projections: dict[str, nn.Module], cl
     """Tell whether nobody sees which rows are projected, and each projected row depends on that row alone."""
     if closed and not torch.compiler.is_compiling() and _are_plain(module, projections, closed):
         # All that may have come since are hooks.
-        return not any(map(has_hooks, (module.pos_dropout, *projections.values())))
+        return not has_hooks(module.pos_dropout, *projections.values())
     parts = [part for projection in projections.values() for part in projection.modules()]
     if any(getattr(part, gate, False) for gate in _gates for part in parts):
         return False
@@ -308,9 +308,13 @@ def _validity(
     if not values_exist() or module.training or module.pos_dropout.training:
         return None
     linears: list[Any] = list(projections.values())
-    if not _are_plain(module, projections, closed) or any(map(has_hooks, (module.pos_dropout, *linears))):
+    if not _are_plain(module, projections, closed) or has_hooks(module.pos_dropout, *linears):
         return None
-    sources = [tensor for linear in linears for tensor in (linear.weight, linear.bias) if tensor is not None]
+    sources: list[Tensor] = []
+    for linear in linears:
+        for source in (linear.weight, linear.bias):
+            if source is not None:
+                sources.append(source)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (rel, *sources)):
         return None
     keys = [rel_key(rel), *map(content_key, sources)]

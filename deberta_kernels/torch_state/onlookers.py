@@ -82,14 +82,16 @@ def has_forward_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Tell whether a call of a module, or its backward, runs anything but the forward of its class.
+def has_hooks(*modules: nn.Module) -> bool:
+    """Tell whether a call of one of some modules, or its backward, runs anything but the forward of its class.
 
     Known hooks count, those of all modules too, and code that `module.compile()` made: for what replaces a call whole.
     """
-    own = module.__dict__
-    changed = "forward" in own or "_call_impl" in own or module._compiled_call_impl is not None
-    return changed or any(_hooks_of(own)) or bool(_has_any_global_hook())
+    for module in modules:
+        own = module.__dict__
+        if "forward" in own or "_call_impl" in own or any(_hooks_of(own)) or module._compiled_call_impl is not None:
+            return True
+    return bool(_has_any_global_hook())
 
 
 def is_watched(module: nn.Module) -> bool:

@@ -45,6 +45,7 @@ _TOKENWISE_TORCH = (
     "ModuleList", "ModuleDict", "ParameterList", "ParameterDict", "ParametrizationList",
 )  # fmt: skip
 _TOKENWISE_FUNCTIONS = ("relu", "silu", "mish", "elu", "selu", "leaky_relu", "hardswish", "tanh", "sigmoid")
+_FSDP = "torch.distributed.fsdp"
 # What the modules around the attention call, which would see packed states: place, name and home as `is_own` knows it.
 _FUNCTIONS = Originals(
     *((nn.functional, name, "torch.nn.functional", name) for name in ("layer_norm", "dropout")),
@@ -109,7 +110,11 @@ def _decide(
         seen.add(sees_every_call)
     attention: Any = layer._modules.get("attention")
     inner: Any = None if attention is None else attention._modules.get("self")
-    if inner is None or not _are_route(layer, attention, seen) or (layer.training and _has_own_checkpoint(layer)):
+    route = type(layer), type(attention)
+    if inner is None or (route not in seen and not _are_route(*route)):
+        return Handover.TENSORS
+    seen.add(route)
+    if layer.training and getattr(layer, "gradient_checkpointing", False) and _has_own_checkpoint(layer):
         return Handover.TENSORS
     tokenwise = not adapted and _is_tokenwise(layer, seen)
     if not tokenwise and any(map(is_watched, (layer, attention, inner))):
@@ -125,23 +130,16 @@ def _decide(
     return Handover.PACKED
 
 
-def _are_route(layer: nn.Module, attention: nn.Module, seen: set[Any]) -> bool:
-    """Tell whether a layer and its attention are of the classes that do no more with a mask than hand it on."""
-    classes = type(layer), type(attention)
-    if classes not in seen:
-        for cls, names in zip(classes, (_LAYERS, _ATTENTIONS)):
-            if not any(c.__name__ in names and c.__module__ in _ROUTES for c in cls.__mro__):
-                return False
-            if not runs_own(cls, _ROUTES):
-                return False
-        seen.add(classes)
+def _are_route(*route: type[nn.Module]) -> bool:
+    """Tell whether the classes of a layer and its attention are those that do no more with a mask than hand it on."""
+    for cls, names in zip(route, (_LAYERS, _ATTENTIONS)):
+        if not any(c.__name__ in names and c.__module__ in _ROUTES for c in cls.__mro__) or not runs_own(cls, _ROUTES):
+            return False
     return True
 
 
 def _has_own_checkpoint(layer: Any) -> bool:
-    """Tell whether something else than PyTorch's checkpoint runs a layer in training again in the backward."""
-    if not getattr(layer, "gradient_checkpointing", False):
-        return False
+    """Tell whether something else than PyTorch's checkpoint runs a layer with checkpoints again in the backward."""
     function = layer._gradient_checkpointing_func
     while isinstance(function, functools.partial):  # the options of the checkpoint
         function = function.func
@@ -194,8 +192,9 @@ def _parts_of(cls: type[nn.Module]) -> frozenset[str]:
 
 def _computes_each_token(cls: type[nn.Module]) -> bool:
     base: type[nn.Module] = getattr(cls, "patched_from", cls)
-    # FSDP2 puts a class of its own in front that adds only hooks.
-    own = next(c for c in base.__mro__ if not c.__module__.startswith("torch.distributed.fsdp"))
+    own = base
+    if own.__module__.startswith(_FSDP):  # FSDP2 puts a class of its own in front that adds only hooks
+        own = next(c for c in base.__mro__ if not c.__module__.startswith(_FSDP))
     if own.__module__.startswith("torch.nn.") and own.__name__ in _TOKENWISE_TORCH:
         return runs_own(base, ("torch.nn.",))
     if own.__name__.startswith("Parametrized"):  # torch.nn.utils.parametrize makes a subclass for each module
