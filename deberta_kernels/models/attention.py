@@ -1,7 +1,18 @@
 """Compute Hugging Face's disentangled self-attention through the kernels.
 
-`attend` is the one implementation: the stand-alone module below and patched Hugging Face modules both call it. It
-decides by the allow-list; a call outside it goes to the original code, or to what stands for it.
+`attend` is the one implementation: the stand-alone module and patched Hugging Face modules both call it. It decides by
+the allow-list; a call outside it goes to the original code, or to what stands for it. Where a patched encoder has
+decided already, its mask says so, and a call without gradients takes this way:
+
+    attend_fused         nothing to keep for a backward
+    _fused               projections of the states; `bind_module` gets the position tables, kept from earlier calls
+    api.run_attention    checks
+    dispatch.choose      the backend
+    forward              of that backend: fills the arguments of the kernel
+    the kernel
+
+A mask has four forms on the way: the caller's tensor; `Masks`, parsed once a forward; `EncoderMask`, which carries that
+object from layer to layer; and the backend's arguments. `AttentionProblem` holds the same `Masks`.
 """
 
 from __future__ import annotations
@@ -83,10 +94,8 @@ def attend(
             )  # fmt: skip
         if relative_pos is None and not anatomy_of(module).counts_distances:
             rel_embeddings = None
-    return attend_fused(
-        module, options, hidden_states, attention_mask, output_attentions, query_states, relative_pos, rel_embeddings,
-        compute=compute,
-    )  # fmt: skip
+    states = hidden_states, attention_mask, output_attentions, query_states, relative_pos, rel_embeddings
+    return attend_fused(module, options, *states, compute=compute)
 
 
 def attend_fused(

@@ -170,32 +170,22 @@ class _Layers:
     def __init__(self, module: Any, mask: EncoderMask, takes_mask: Any, adapted: bool) -> None:
         self.module, self.mask, self.takes_mask, self.adapted = module, mask, takes_mask, adapted
         self._seen: set[Any] = set()
+        self._last: PackedLayer | None = None  # the last layer that ran packed, where gradients are wanted
         self._given: Any = None  # what the encoder was given, states and queries
         self._tensors: tuple[Tensor, Tensor | None] | None = None  # mask and distances as Hugging Face makes them
         self._versions: list[int] = []  # theirs, when they were made
 
     def run(
-        self,
-        given: Tensor,
-        queries: Tensor | None,
-        find: Callable[[Handover], Packing | None] | None,
-        keep: bool,
+        self, given: Tensor, queries: Tensor | None, find: Callable[[Handover], Packing | None] | None, keep: bool
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-        """Run all layers.
+        """Run all layers from (B, N, C) states; return the last ones, and if `keep` those before and after each.
 
-        Args:
-            given: (B, N, C) states.
-            queries: (B, N, C) or None.
-            find: returns how to pack the batch, given what the first layer may be handed; each other one is asked in
-                its turn. None: not at all.
-            keep: whether the states before and after each layer are wanted.
-
-        Returns:
-            (the last states, all of them or None).
+        `find` returns how to pack the batch, given what the first layer may be handed; None where nothing is packed.
+        Each other layer is asked in its turn.
         """
         self._given = given, queries
         rel_embeddings = self.module.get_rel_embedding()
-        kept, packing, last = [given], None, None
+        kept, packing = [given], None
         states: Tensor | _Packed = given
         output: Tensor | _Packed = given
         for number, layer in enumerate(self.module.layer):
@@ -213,13 +203,8 @@ class _Layers:
             self.mask.begin_layer(closed=handover is Handover.PACKED)
             if packing is None:
                 output = self._call(layer, handover, _padded(states), queries, rel_embeddings)
-            elif torch.is_grad_enabled():
-                last = PackedLayer(layer, packing, last)
-                rows = last.pack(_padded(states))
-                output = last.unpack(self._call(layer, handover, rows, None, rel_embeddings))
             else:
-                rows = states.rows if isinstance(states, _Packed) else packing.pack(states)
-                output = _Packed(self._call(layer, handover, rows, None, rel_embeddings), packing)
+                output = self._call_packed(layer, packing, states, rel_embeddings)
             if handover is not Handover.PACKED:
                 self._seen.clear()  # code that is not known may have run
             convolution = getattr(self.module, "conv", None) if number == 0 else None  # DeBERTa v1 has none
@@ -276,6 +261,16 @@ class _Layers:
                 output_attentions=False,
             )  # fmt: skip
         return output
+
+    def _call_packed(
+        self, layer: Any, packing: Packing, states: Tensor | _Packed, rel_embeddings: Tensor | None
+    ) -> Tensor | _Packed:
+        if torch.is_grad_enabled():
+            self._last = PackedLayer(layer, packing, self._last)
+            rows = self._last.pack(_padded(states))
+            return self._last.unpack(self._call(layer, Handover.PACKED, rows, None, rel_embeddings))
+        rows = states.rows if isinstance(states, _Packed) else packing.pack(states)
+        return _Packed(self._call(layer, Handover.PACKED, rows, None, rel_embeddings), packing)
 
     def _as_hugging_face(self) -> tuple[Tensor, Tensor | None]:
         """Return the mask and the distances that Hugging Face's encoder makes, once for all layers."""

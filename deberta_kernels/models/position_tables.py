@@ -118,14 +118,7 @@ def projected_tables(
     start, stop = reachable_rows(length, length, spec)
     kept = _kept.get(module)
     if kept is None or kept.validity != validity or start < kept.start or stop > kept.stop:
-        covered = max(_KEPT_LENGTH, 1 << max(length - 1, 0).bit_length())
-        start, stop = reachable_rows(covered, covered, spec)
-        # Tables made under inference_mode could not take part in a later differentiable call.
-        with torch.inference_mode(False), torch.no_grad():
-            tables = _project(module, projections, rel, (start, stop), spec, apply)
-            if prepare is not None:
-                tables = tables._replace(prepared=prepare(tables))
-        kept = _Kept(validity, start, stop, tables)
+        kept = _projected_to_keep(module, projections, rel, length, spec, apply, prepare, validity)
         if _validity(module, projections, spec, rel, content_key) == validity:  # read anew: nothing changed meanwhile
             with _lock:
                 _kept[module] = kept
@@ -141,6 +134,26 @@ def register_row_wise(prefix: str, gate: str) -> None:
     """
     global _row_wise, _gates
     _row_wise, _gates = (*_row_wise, prefix), (*_gates, gate)
+
+
+def _projected_to_keep(
+    module: AttentionModule,
+    projections: dict[str, nn.Module],
+    rel: Tensor,
+    length: int,
+    spec: PositionSpec,
+    apply: Apply,
+    prepare: Callable[[PositionTables], Tensor | None] | None,
+    validity: tuple[Any, ...],
+) -> _Kept:
+    covered = max(_KEPT_LENGTH, 1 << max(length - 1, 0).bit_length())
+    start, stop = reachable_rows(covered, covered, spec)
+    # Tables made under inference_mode could not take part in a later differentiable call.
+    with torch.inference_mode(False), torch.no_grad():
+        tables = _project(module, projections, rel, (start, stop), spec, apply)
+        if prepare is not None:
+            tables = tables._replace(prepared=prepare(tables))
+    return _Kept(validity, start, stop, tables)
 
 
 def forget(module: nn.Module) -> None:
@@ -162,17 +175,25 @@ def content_key(tensor: Tensor) -> tuple[Any, ...] | None:
     So every element is read, under keys that are random in every process, lest somebody find two contents that look the
     same: by the native library's checksum at the speed of memory, or without the library by `_keyed_sums`.
     """
-    if type(tensor) not in (Tensor, nn.Parameter) or not tensor.is_cpu:
-        return None
-    if tensor.layout != torch.strided or not tensor.is_contiguous() or tensor.is_complex() or tensor.is_neg():
-        return None
-    if not storage_fits(tensor):
-        return None  # its memory was freed or cut: whoever computes with it says so
-    plain = tensor.detach()  # which has no memory to read inside a transform of torch.func
-    version = None if tensor.is_inference() else tensor._version
-    library = native.opened()
-    content = _keyed_sums(plain.view(-1)) if library is None else library.checksum(plain)
-    return (version, tensor.dtype, tuple(tensor.shape), content)
+    keys = _content_keys([tensor])
+    return None if keys is None else keys[0]
+
+
+def _content_keys(tensors: list[Tensor]) -> list[tuple[Any, ...]] | None:
+    """Return `content_key` of each; None where one has none."""
+    library, keys = native.opened(), []
+    for tensor in tensors:
+        if type(tensor) not in (Tensor, nn.Parameter) or not tensor.is_cpu:
+            return None
+        if tensor.layout != torch.strided or not tensor.is_contiguous() or tensor.is_complex() or tensor.is_neg():
+            return None
+        if not storage_fits(tensor):
+            return None  # its memory was freed or cut: whoever computes with it says so
+        plain = tensor.detach()  # which has no memory to read inside a transform of torch.func
+        version = None if tensor.is_inference() else tensor._version
+        content = _keyed_sums(plain.view(-1)) if library is None else library.checksum(plain)
+        keys.append((version, tensor.dtype, tuple(tensor.shape), content))
+    return keys
 
 
 def _keyed_sums(plain: Tensor) -> tuple[int, ...]:
@@ -317,8 +338,8 @@ def _validity(
                 sources.append(source)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (rel, *sources)):
         return None
-    keys = [rel_key(rel), *map(content_key, sources)]
-    if None in keys:
+    rows, weights = rel_key(rel), _content_keys(sources)
+    if rows is None or weights is None:
         return None
     autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
-    return (tuple(projections), spec, module.num_attention_heads, autocast, *keys)
+    return (tuple(projections), spec, module.num_attention_heads, autocast, rows, *weights)
