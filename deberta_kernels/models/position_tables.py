@@ -108,7 +108,10 @@ def projected_tables(
     if not projections or (rel_embeddings is None and not anatomy.counts_distances):
         return PositionTables(None, None, spec)
     rel = _checked(rel_embeddings, spec)
-    validity = None if module.training else _validity(module, projections, spec, rel, rel_key or content_key, closed)
+    validity = None
+    if not module.training:
+        read = content_key if rel_key is None else rel_key
+        validity = _validity(module, projections, spec, rel, read, closed)
     if validity is None:
         if module.training and not torch.compiler.is_compiling():
             forget(module)
