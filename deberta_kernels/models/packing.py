@@ -138,9 +138,9 @@ def find_packing(keep: Tensor, hidden_states: Tensor, fullest: float) -> Packing
     if tokens in (0, batch * length) or tokens > fullest * batch * length or any(strays_of_samples):
         return None
     *row_of_padding, rows = accumulate((count < length for count in counts), initial=tokens)
-    row_of_real = (keep.flatten().cumsum(0) - 1).view(batch, length)
-    row_of = torch.where(keep, row_of_real, torch.tensor(row_of_padding, device=keep.device)[:, None]).flatten()
     positions = torch.arange(batch * length, device=keep.device)
+    row_of = torch.tensor(row_of_padding, device=keep.device)[:, None].expand(batch, length)
+    row_of = row_of.masked_scatter(keep, positions).flatten()  # real tokens get 0, 1, ... in their order
     source = torch.full((rows,), batch * length, device=keep.device).scatter_reduce_(0, row_of, positions, "amin")
     cu_seqlens = torch.tensor([*accumulate(counts, initial=0)], dtype=torch.int32, device=keep.device)
     return Packing((batch, length), counts, max(runs_of_samples) <= 1, cu_seqlens, source, row_of, source // length)
