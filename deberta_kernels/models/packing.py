@@ -19,7 +19,7 @@ __all__ = ["Packing", "find_packing"]
 
 
 class Packing:
-    """Say where each row of a packed tensor lies in the padded batch.
+    """The place in the padded batch of each row of a packed tensor.
 
     Not a dataclass on purpose, as `EncoderMask`.
 
