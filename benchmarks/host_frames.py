@@ -10,7 +10,6 @@ To compare two checkouts, run it in each of them in turns: python benchmarks/hos
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import time
@@ -28,8 +27,9 @@ from torch import Tensor
 from transformers import DebertaV2Config, DebertaV2Model
 
 import deberta_kernels as dk
+from deberta_kernels.testing.geometries import settings
 
-__all__ = ["MODES", "Frames", "forward_time", "frames", "packing_decision_time"]
+__all__ = ["MODES", "Frames", "forward_time", "frames", "packing_decision_time", "report"]
 
 MODES = ("eval", "ragged", "training")
 _LAYERS = 12
@@ -54,13 +54,8 @@ class Frames(NamedTuple):
 
 def build(fast_linears: str | bool, heads: int = 12, head_dim: int = 64) -> DebertaV2Model:
     """Return a patched model whose layers differ from v3-base's in the width of their feed-forward blocks only."""
-    config = DebertaV2Config(
-        vocab_size=128, hidden_size=heads * head_dim, num_hidden_layers=_LAYERS, num_attention_heads=heads,
-        intermediate_size=64, relative_attention=True, position_buckets=256, pos_att_type=["c2p", "p2c"],
-        share_att_key=True, norm_rel_ebd="layer_norm", max_position_embeddings=512, position_biased_input=False,
-        type_vocab_size=0,
-    )  # fmt: skip
-    model = DebertaV2Model(config).eval()
+    sizes = {"hidden_size": heads * head_dim, "num_attention_heads": heads, "intermediate_size": 64}
+    model = DebertaV2Model(DebertaV2Config(**settings("v3-base", vocab_size=128, **sizes))).eval()
     dk.patch(model, fast_linears=fast_linears)
     return model
 
@@ -176,22 +171,21 @@ def forward_time(mode: str, fast_linears: str | bool = False) -> float:
     return _least(call) * 1e3
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--top", type=int, default=0, metavar="N", help="also name the N functions entered most often")
-    chosen = parser.parse_args()
-    torch.set_num_threads(1)
+def report(top: int = 0) -> None:
+    """Print all of it; of each mode also the `top` functions that are entered most often."""
     torch.manual_seed(0)
-    print(f"{'mode':10}{'fast_linears':>14}{'package':>9}{'all':>9}{'forward':>12}")
+    print("frames of a layer, of this package and all; CPU time of a forward of 12 narrow layers:")
+    print(f"  {'mode':10}{'fast_linears':>14}{'package':>9}{'all':>9}{'forward':>12}")
     for mode in MODES:
         for fast_linears in (False, "auto"):
-            found = frames(mode, fast_linears, chosen.top)
+            found = frames(mode, fast_linears, top)
             spent = forward_time(mode, fast_linears)
-            print(f"{mode:10}{fast_linears!s:>14}{found.package:9.1f}{found.total:9.1f}{spent:9.2f} ms")
+            print(f"  {mode:10}{fast_linears!s:>14}{found.package:9.1f}{found.total:9.1f}{spent:9.2f} ms")
             for name, count in found.top:
-                print(f"    {count:7.1f}  {name}")
-    print(f"deciding whether to pack: {packing_decision_time():.3f} ms a forward")
+                print(f"      {count:7.1f}  {name}")
+    print(f"  deciding whether to pack: {packing_decision_time():.3f} ms of such a forward")
 
 
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    report()
