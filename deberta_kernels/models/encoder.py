@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from enum import Enum
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ from deberta_kernels.models.guards.handover import Handover, handover_of, is_kno
 from deberta_kernels.models.options import AttentionOptions
 from deberta_kernels.models.packing import Packing, find_packing
 from deberta_kernels.models.padding_gradient import PackedLayer
-from deberta_kernels.torch_state.modes import values_readable
+from deberta_kernels.torch_state.modes import dispatch_mode, values_readable
+from deberta_kernels.torch_state.onlookers import hooks_registered
 from deberta_kernels.types import Masks
 
 __all__ = ["encode"]
@@ -170,6 +172,8 @@ class _Layers:
     def __init__(self, module: Any, mask: EncoderMask, takes_mask: Any, adapted: bool) -> None:
         self.module, self.mask, self.takes_mask, self.adapted = module, mask, takes_mask, adapted
         self._seen: set[Any] = set()
+        self._ahead: dict[nn.Module, Handover] = {}  # what layers may be handed, as long as `_hooks` is true
+        self._hooks = -1
         self._last: PackedLayer | None = None  # the last layer that ran packed, where gradients are wanted
         self._given: Any = None  # what the encoder was given, states and queries
         self._tensors: tuple[Tensor, Tensor | None] | None = None  # mask and distances as Hugging Face makes them
@@ -189,7 +193,7 @@ class _Layers:
         states: Tensor | _Packed = given
         output: Tensor | _Packed = given
         for number, layer in enumerate(self.module.layer):
-            handover = self._handover(layer)
+            handover = self._handover(number, layer)
             if number == 0 and find is not None:
                 packing = find(handover)
             if handover is not Handover.PACKED:
@@ -206,7 +210,7 @@ class _Layers:
             else:
                 output = self._call_packed(layer, packing, states, rel_embeddings)
             if handover is not Handover.PACKED:
-                self._seen.clear()  # code that is not known may have run
+                self._begin_anew()
             convolution = getattr(self.module, "conv", None) if number == 0 else None  # DeBERTa v1 has none
             if convolution is not None:
                 is_known = is_known_convolution(convolution)
@@ -214,7 +218,7 @@ class _Layers:
                 if not is_known:
                     packing = None
                     self.mask = self.mask.packed(None)  # which forgets what it has read
-                    self._seen.clear()
+                    self._begin_anew()
             if keep:
                 kept.append(_padded(output))
             if queries is None:
@@ -227,8 +231,13 @@ class _Layers:
         source = self.mask.source
         return convolution(given, output, source if source.dim() == 2 else source.sum(-2) > 0)  # type: ignore[no-any-return]
 
-    def _handover(self, layer: Any) -> Handover:
-        handover = handover_of(layer, self.module, self.takes_mask, self.adapted, self._seen)
+    def _handover(self, number: int, layer: Any) -> Handover:
+        if torch.compiler.is_compiling():
+            handover = handover_of(layer, self.module, self.takes_mask, self.adapted, self._seen)
+        else:
+            if layer not in self._ahead or self._hooks != hooks_registered():
+                self._look_ahead(number)
+            handover = self._ahead[layer]
         if handover is Handover.TENSORS or (self._tensors is not None and self._tensors_changed(*self._tensors)):
             return Handover.TENSORS
         if torch.compiler.is_compiling():  # looked at in traced code, which is compiled anew when a setting changes
@@ -236,6 +245,23 @@ class _Layers:
             if not anatomy_of(attention).agrees(self.module, attention):
                 return Handover.TENSORS
         return handover
+
+    def _look_ahead(self, number: int) -> None:
+        """Decide for a layer and, while nothing but known code runs in them, for those that follow.
+
+        Nobody can change what was decided meanwhile, unless a mode sees every operator.
+        """
+        self._ahead, self._hooks = {}, hooks_registered()
+        for layer in islice(self.module.layer, number, None):
+            handover = handover_of(layer, self.module, self.takes_mask, self.adapted, self._seen)
+            self._ahead[layer] = handover
+            if handover is not Handover.PACKED or dispatch_mode():
+                return
+
+    def _begin_anew(self) -> None:
+        """Forget what was found: code that is not known may have run."""
+        self._seen.clear()
+        self._ahead.clear()
 
     def _tensors_changed(self, *tensors: Tensor | None) -> bool:
         """Tell whether a layer changed, in place, the mask or the distances that all layers share."""

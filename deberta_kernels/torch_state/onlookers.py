@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
+from torch.utils.hooks import RemovableHandle
 
 from deberta_kernels.torch_state.originals import Originals, is_own
 
@@ -22,6 +23,7 @@ __all__ = [
     "forward_below_accelerate",
     "has_forward_hooks",
     "has_hooks",
+    "hooks_registered",
     "is_watched",
     "register_hooks",
     "sees_every_call",
@@ -75,6 +77,11 @@ def _global_hooks() -> Iterator[Any]:
     home: Any = nn.modules.module
     for kind in ("forward_pre", "forward", "backward_pre", "backward"):
         yield from getattr(home, f"_global_{kind}_hooks").values()
+
+
+def hooks_registered() -> int:
+    """Return a number that changes whenever a hook is registered, on whatever module or tensor."""
+    return RemovableHandle.next_id
 
 
 def has_forward_hooks(module: nn.Module) -> bool:

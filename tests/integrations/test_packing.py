@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import deberta_kernels as dk
 from deberta_kernels.models.packing import Packing, find_packing
@@ -282,6 +283,32 @@ def test_layers_nobody_looks_at_are_packed_up_to_the_first_that_is_watched(build
     close(states_of(model, inputs), expected)
     assert calls == [(4, 41)] * 2
     assert packings[-1] is not None
+
+
+@pytest.mark.parametrize("way", ["a mode", "what packs saved tensors"])
+def test_a_hook_that_comes_while_a_layer_runs_sees_padded_states(way, build, batch):
+    model, inputs, shapes = build(num_hidden_layers=3), batch(4, 41), []
+    dk.patch(model, unpad=True)
+    last = model.encoder.layer[2]
+
+    def register(*_: Any) -> None:
+        if not last._forward_hooks:
+            last.register_forward_hook(lambda _, arguments, out: shapes.append(out[0].shape[:2]))
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if "gelu" in str(function):
+                register()
+            return function(*args, **(kwargs or {}))
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.shape[-1] == model.config.intermediate_size:
+            register()
+        return tensor
+
+    with Mode() if way == "a mode" else torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.train()(**inputs)
+    assert shapes == [(4, 41)]
 
 
 def test_a_hook_sees_the_shape_it_would_see_unpatched(build, batch):
