@@ -107,8 +107,8 @@ def frames_of_run_attention() -> list[str]:
     return entered
 
 
-def main() -> None:
-    torch.set_num_threads(1)
+def report() -> None:
+    """Print all of it."""
     print(f"beside a native call that does nothing, (B, H, N, D) = {(BATCH, HEADS, LENGTH, HEAD_DIM)}:")
     for name, measure in (
         ("run_attention", run_attention_time),
@@ -123,4 +123,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    report()

@@ -313,12 +313,8 @@ def storage_fits(x: Tensor) -> bool:
         return True  # as nearly all are
     if size == 0:
         return True
-    counts, strides = x.shape, x.stride()
-    if len(counts) == 4:  # heads, at every call
-        batch, heads, tokens, head_dim = counts
-        last += (batch - 1) * strides[0] + (heads - 1) * strides[1] + (tokens - 1) * strides[2]
-        return (last + (head_dim - 1) * strides[3] + 1) * x.itemsize <= held
-    last += sum((count - 1) * stride for count, stride in zip(counts, strides))
+    for count, stride in zip(x.shape, x.stride()):
+        last += (count - 1) * stride
     return (last + 1) * x.itemsize <= held
 
 

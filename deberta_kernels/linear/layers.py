@@ -25,6 +25,7 @@ __all__ = [
     "apply_linear",
     "apply_linear_gelu",
     "is_linear",
+    "is_linear_class",
     "is_replaced",
     "register_linear",
 ]
@@ -47,9 +48,15 @@ def apply_linear(linear: Any, x: Tensor, everywhere: bool = False, strict: bool 
     Raises:
         NotImplementedError: strict, and code was replaced.
     """
-    product = _product(linear, x, everywhere) if _is_plain(linear, x) else None
-    if product is not None and not is_replaced(_originals_of(type(linear)), "a linear layer", strict):
-        return product(x, linear.weight, linear.bias)
+    if torch.compiler.is_compiling() or not is_linear_class(linear):
+        return linear(x)  # type: ignore[no-any-return]
+    differentiable = torch.is_grad_enabled() and _needs_gradient(linear, x)
+    # Nothing is gained in float32 in training unless that is wanted everywhere: most need no look at all then.
+    may_gain = everywhere or not (differentiable or linear.training) or _result_dtype(x) in _NARROW
+    if may_gain and _fits(linear, x):
+        product = _product(linear, x, everywhere, differentiable)
+        if product is not None and _is_own(linear, "a linear layer", strict):
+            return product(x, linear.weight, linear.bias)
     projected: Tensor = linear(x)
     return projected
 
@@ -70,31 +77,32 @@ def apply_linear_gelu(
         NotImplementedError: as in `apply_linear`.
     """
     # In training the GELU's input is kept, and a checkpoint's first pass, without gradients, must give the same bits.
-    if linear.training or not _is_gelu(activation) or not _is_plain(linear, x) or _needs_gradient(linear, x):
+    takes_over = not linear.training and _is_plain(linear, x) and _is_gelu(activation)
+    if not takes_over or (torch.is_grad_enabled() and _needs_gradient(linear, x)):
         return activation(apply_linear(linear, x, everywhere, strict))  # type: ignore[no-any-return]
-    if isinstance(activation, nn.Module) and is_replaced(_originals_of(type(activation)), "a GELU", strict):
+    if isinstance(activation, nn.Module) and not _is_own(activation, "a GELU", strict):
         return activation(apply_linear(linear, x, everywhere, strict))  # type: ignore[no-any-return]
-    product = _product(linear, x, everywhere)
-    if product is not None and not is_replaced(_originals_of(type(linear)), "a linear layer", strict):
+    product = _product(linear, x, everywhere, differentiable=False)
+    if product is not None and _is_own(linear, "a linear layer", strict):
         return product(x, linear.weight, linear.bias, gelu=True)
     projected: Tensor = linear(x)
     # Nobody else has this tensor, unless other code than PyTorch's made it.
-    fresh = product is None and _result_dtype(x) == x.dtype and _originals_of(type(linear)).replaced() is None
+    fresh = product is None and _result_dtype(x) == x.dtype and is_linear(linear)
     return _gelu_in_place(projected) if fresh else activation(projected)  # type: ignore[no-any-return]
 
 
-def _product(linear: Any, x: Tensor, everywhere: bool) -> Callable[..., Tensor] | None:
+def _product(linear: Any, x: Tensor, everywhere: bool, differentiable: bool) -> Callable[..., Tensor] | None:
     """Return the fastest product for a plain layer, of x, weight and bias; None where it is the module's own."""
-    dtype, differentiable = _result_dtype(x), _needs_gradient(linear, x)
+    has_autocast = torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if has_autocast else x.dtype
     if products.lacks_products(dtype):
         return partial(products.widened_with_gradients if differentiable else products.widened, dtype=dtype)
-    weight, bias = linear._parameters["weight"], linear._parameters["bias"]
-    if torch.is_autocast_enabled("cpu") or not products.suits(x, weight, bias, everywhere):
-        return None
-    if not (differentiable or linear.training):
-        return products.natively
     # In training a checkpoint's first pass, without gradients, must give the bits of the second, with gradients.
-    if not everywhere or not products.suits_gradients(weight):
+    in_training = differentiable or linear.training
+    weight, bias = linear._parameters["weight"], linear._parameters["bias"]
+    if (in_training and not everywhere) or has_autocast:
+        return None
+    if not products.suits(x, weight, bias, everywhere) or (in_training and not products.suits_gradients(weight)):
         return None
     return products.natively_with_gradients if differentiable else products.natively
 
@@ -118,10 +126,10 @@ def register_linear(home: str, name: str, forward: str, is_plain: Callable[[Any]
 
 def is_linear(module: Any) -> bool:
     """Tell whether a module computes `nn.functional.linear` of its weight and bias, and nothing else."""
-    return _is_linear_class(module) and _originals_of(type(module)).replaced() is None
+    return is_linear_class(module) and _originals_of(type(module)).replaced() is None
 
 
-def _is_linear_class(module: Any) -> bool:
+def is_linear_class(module: Any) -> bool:
     """Tell whether the class of a module, as it was written, makes it a linear layer."""
     cls = type(module)
     if cls is nn.Linear:
@@ -130,13 +138,19 @@ def _is_linear_class(module: Any) -> bool:
     return found is not None and found[1](module)
 
 
+# Class -> the code that a product stands in for, or a GELU: what runs when a module of the class is called.
 _originals: dict[type[Any], Originals] = {}
 
 
 def _originals_of(cls: type[Any]) -> Originals:
-    """Return the code that a product stands in for, or a GELU: what runs when a module of the class is called."""
     found = _originals.get(cls)
     return _originals.setdefault(cls, Originals(*_places(cls))) if found is None else found
+
+
+def _is_own(module: nn.Module, what: str, strict: bool) -> bool:
+    """Tell whether the code of a module's class is its maker's; as `is_replaced` where it is not."""
+    originals = _originals.get(type(module)) or _originals_of(type(module))
+    return originals.replaced() is None or not is_replaced(originals, what, strict)
 
 
 def _places(cls: type[Any]) -> tuple[Place, ...]:
@@ -168,10 +182,13 @@ def _result_dtype(x: Tensor) -> torch.dtype:
 
 
 def _is_plain(linear: Any, x: Tensor) -> bool:
-    """Tell whether the layer may be taken over: dtypes and devices fit, and nobody watches."""
-    if torch.compiler.is_compiling() or not _is_linear_class(linear) or type(x) is not Tensor:
-        return False
-    if not x.is_cpu or x.numel() == 0 or has_hooks(linear):
+    """Tell whether a layer may be taken over."""
+    return not torch.compiler.is_compiling() and is_linear_class(linear) and _fits(linear, x)
+
+
+def _fits(linear: Any, x: Tensor) -> bool:
+    """Tell whether dtypes and devices of a linear layer fit for taking it over, and nobody watches."""
+    if type(x) is not Tensor or not x.is_cpu or x.numel() == 0 or has_hooks(linear) or not plain_eager():
         return False
     own, parameters = linear.__dict__, linear._parameters
     if "weight" in own or "bias" in own or "bias" not in parameters or parameters.get("weight") is None:
@@ -179,29 +196,18 @@ def _is_plain(linear: Any, x: Tensor) -> bool:
     weight, bias = parameters["weight"], parameters["bias"]
     if weight.dim() != 2 or x.shape[-1:] != weight.shape[1:] or (bias is not None and bias.shape != weight.shape[:1]):
         return False  # PyTorch broadcasts, or says what is wrong
-    autocast = torch.is_autocast_enabled("cpu")
-    for parameter in (weight, bias):
-        if parameter is not None and not _is_plain_parameter(parameter, x, autocast):
+    # Autocast makes one dtype of these.
+    dtypes = (torch.float32, *_NARROW) if torch.is_autocast_enabled("cpu") else (x.dtype,)
+    for parameter in (weight,) if bias is None else (weight, bias):
+        if type(parameter) is not nn.Parameter or not parameter.is_contiguous() or not parameter.is_cpu:
             return False
-    if not plain_eager():
-        return False
-    # Of memory that was freed PyTorch says so.
-    return storage_fits(x) and storage_fits(weight) and (bias is None or storage_fits(bias))
-
-
-def _is_plain_parameter(parameter: Tensor, x: Tensor, autocast: bool) -> bool:
-    if type(parameter) is not nn.Parameter or not parameter.is_contiguous() or not parameter.is_cpu:
-        return False
-    if autocast:  # which makes one dtype of these
-        return all(t.dtype in (torch.float32, *_NARROW) for t in (parameter, x))
-    return parameter.dtype == x.dtype
+        if parameter.dtype not in dtypes or not storage_fits(parameter):  # of memory that was freed PyTorch says so
+            return False
+    return x.dtype in dtypes and storage_fits(x)
 
 
 def _needs_gradient(linear: Any, x: Tensor) -> bool:
-    if not torch.is_grad_enabled():
-        return False
-    tensors = (x, *linear._parameters.values())
-    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    return x.requires_grad or any(own is not None and own.requires_grad for own in linear._parameters.values())
 
 
 def _is_gelu(activation: Any) -> bool:

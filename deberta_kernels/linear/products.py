@@ -71,11 +71,9 @@ def _native_wanted() -> bool:
 
 def suits(x: Tensor, weight: Tensor, bias: Tensor | None = None, everywhere: bool = False) -> bool:
     """Tell whether the native library multiplies faster than others do: shapes that fit, as `natively` wants them."""
-    if not (everywhere or _native_wanted()):
+    if not (everywhere or _native_wanted()) or 0 in weight.shape:  # nothing to multiply
         return False
     if x.is_neg() or weight.is_neg() or (bias is not None and bias.is_neg()):
-        return False
-    if 0 in weight.shape:  # nothing to multiply
         return False
     library, tokens = native.opened(), x.numel() // weight.shape[1]
     uses = () if library is None else env.ISA_FEATURES.get(library.isa, ())

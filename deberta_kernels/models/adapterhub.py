@@ -101,7 +101,7 @@ def attend_with_adapters(
     seen = _visible(attention_mask, q)
     tokens = k.shape[2]
     k, v, mask = module.prefix_tuning(k, v, hidden_states, seen.mask, False)
-    k, v = cast_for_matmul(k), cast_for_matmul(v)
+    k, v = cast_for_matmul(k, v)
     q, rows = adjust_tensors_for_parallel(k, q, seen.rows)
     prefix = k.shape[2] - tokens
     rel_key = attention_mask.rel_key if isinstance(attention_mask, EncoderMask) else content_key

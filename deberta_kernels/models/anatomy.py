@@ -95,8 +95,12 @@ class Anatomy(ABC):
         """Return how many rows on each side of the middle Hugging Face projects for a text of `length` tokens."""
 
     @abstractmethod
+    def position_numbers(self, module: AttentionModule) -> tuple[int, int]:
+        """Return position_buckets and max_relative_positions of a module with relative attention."""
+
     def position_spec(self, module: AttentionModule) -> PositionSpec:
         """Return how a module turns distances into rows; the default where relative attention is off."""
+        return PositionSpec(*self.position_numbers(module)) if module.relative_attention else PositionSpec()
 
     @abstractmethod
     def scale_factor(self, module: AttentionModule) -> int:
@@ -117,8 +121,9 @@ class _VersionOne(Anatomy):
     def project_heads(
         self, module: AttentionModule, queries: Tensor, hidden_states: Tensor, apply: Apply
     ) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = _split(module, apply(module.in_proj, hidden_states)).chunk(3, dim=-1)
-        return q + _split(module, module.q_bias), k, v + _split(module, module.v_bias)
+        packed, q_bias, v_bias = _split(module, apply(module.in_proj, hidden_states), module.q_bias, module.v_bias)
+        q, k, v = packed.chunk(3, dim=-1)
+        return q + q_bias, k, v + v_bias
 
     def position_projections(self, module: AttentionModule) -> dict[str, nn.Module]:
         return _named(module, ("c2p", "pos_key", "pos_proj"), ("p2c", "pos_query", "pos_q_proj"))
@@ -129,9 +134,9 @@ class _VersionOne(Anatomy):
     def position_reach(self, length: int, span: int) -> int:
         return min(length, span)
 
-    def position_spec(self, module: AttentionModule) -> PositionSpec:
+    def position_numbers(self, module: AttentionModule) -> tuple[int, int]:
         # The middle rows that a text shorter than half the table takes are those of the linear index.
-        return PositionSpec(-1, module.max_relative_positions) if module.relative_attention else PositionSpec()
+        return -1, module.max_relative_positions
 
     def scale_factor(self, module: AttentionModule) -> int:
         return 1 + len(module.pos_att_type)  # whatever stands there
@@ -150,9 +155,9 @@ class _VersionTwo(Anatomy):
     def project_heads(
         self, module: AttentionModule, queries: Tensor, hidden_states: Tensor, apply: Apply
     ) -> tuple[Tensor, Tensor, Tensor]:
-        q = _split(module, apply(module.query_proj, queries))
-        k = _split(module, apply(module.key_proj, hidden_states))
-        return q, k, _split(module, apply(module.value_proj, hidden_states))
+        q, k = apply(module.query_proj, queries), apply(module.key_proj, hidden_states)
+        q, k, v = _split(module, q, k, apply(module.value_proj, hidden_states))
+        return q, k, v
 
     def position_projections(self, module: AttentionModule) -> dict[str, nn.Module]:
         if not module.relative_attention or not module.share_att_key:
@@ -167,10 +172,8 @@ class _VersionTwo(Anatomy):
     def position_reach(self, length: int, span: int) -> int:
         return span
 
-    def position_spec(self, module: AttentionModule) -> PositionSpec:
-        if not module.relative_attention:
-            return PositionSpec()
-        return PositionSpec(module.position_buckets, module.max_relative_positions)
+    def position_numbers(self, module: AttentionModule) -> tuple[int, int]:
+        return module.position_buckets, module.max_relative_positions
 
     def scale_factor(self, module: AttentionModule) -> int:
         # In a list, neither unknown terms nor "c2p|p2c" are counted.
@@ -199,12 +202,15 @@ def anatomy_of(module: AttentionModule) -> Anatomy:
 
 def _named(module: AttentionModule, *terms: tuple[str, str, str]) -> dict[str, nn.Module]:
     """Return the projections of (term, table, name) that are on, by their tables."""
-    if not module.relative_attention:
-        return {}
-    return {table: getattr(module, name) for term, table, name in terms if term in module.pos_att_type}
+    found: dict[str, nn.Module] = {}
+    if module.relative_attention:
+        for term, table, name in terms:
+            if term in module.pos_att_type:
+                found[table] = getattr(module, name)
+    return found
 
 
-def _split(module: AttentionModule, projected: Tensor) -> Tensor:
-    """View (..., H * D) as (..., H, D)."""
-    heads: Tensor = projected.unflatten(-1, (module.num_attention_heads, -1))
-    return heads
+def _split(module: AttentionModule, *projected: Tensor) -> list[Tensor]:
+    """View each (..., H * D) as (..., H, D)."""
+    heads = module.num_attention_heads, -1
+    return [torch.unflatten(x, -1, heads) for x in projected]

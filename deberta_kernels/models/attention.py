@@ -1,7 +1,18 @@
 """Compute Hugging Face's disentangled self-attention through the kernels.
 
-`attend` is the one implementation: the stand-alone module below and patched Hugging Face modules both call it. It
-decides by the allow-list; a call outside it goes to the original code, or to what stands for it.
+`attend` is the one implementation: the stand-alone module and patched Hugging Face modules both call it. It decides by
+the allow-list; a call outside it goes to the original code, or to what stands for it. Where a patched encoder has
+decided already, its mask says so, and a call without gradients takes this way:
+
+    attend_fused         nothing to keep for a backward
+    _fused               projections of the states; `bind_module` gets the position tables, kept from earlier calls
+    api.run_attention    checks
+    dispatch.choose      the backend
+    forward              of that backend: fills the arguments of the kernel
+    the kernel
+
+A mask has four forms on the way: the caller's tensor; `Masks`, parsed once a forward; `EncoderMask`, which carries that
+object from layer to layer; and the backend's arguments. `AttentionProblem` holds the same `Masks`.
 """
 
 from __future__ import annotations
@@ -28,6 +39,7 @@ from deberta_kernels.types import AttentionProblem, Masks
 
 __all__ = [
     "attend",
+    "attend_fused",
     "bind_module",
     "cast_for_matmul",
     "merge_heads",
@@ -71,7 +83,6 @@ def attend(
     Raises:
         NotImplementedError: the call is outside the allow-list, and options.strict is set.
     """
-    queries = hidden_states if query_states is None else query_states
     if not isinstance(attention_mask, EncoderMask):  # else the encoder has looked already
         refused = refusal(module, hidden_states, query_states, output_attentions, relative_pos)
         if refused is not None or runs_original_code():
@@ -83,8 +94,39 @@ def attend(
             )  # fmt: skip
         if relative_pos is None and not anatomy_of(module).counts_distances:
             rel_embeddings = None
+    states = hidden_states, attention_mask, output_attentions, query_states, relative_pos, rel_embeddings
+    return attend_fused(module, options, *states, compute=compute)
+
+
+def attend_fused(
+    module: AttentionModule,
+    options: AttentionOptions,
+    hidden_states: Tensor,
+    attention_mask: Tensor | EncoderMask | None,
+    output_attentions: bool = False,
+    query_states: Tensor | None = None,
+    relative_pos: Tensor | None = None,
+    rel_embeddings: Tensor | None = None,
+    *,
+    compute: Callable[..., Tensor] | None = None,
+) -> tuple[Tensor, None]:
+    """Run a call that is on the allow-list, as everyone is that a patched encoder hands its mask to.
+
+    Args:
+        module: as in `attend`, like every argument here; output_attentions and relative_pos mean nothing any more.
+        options: as there.
+        hidden_states: as there.
+        attention_mask: as there.
+        output_attentions: as there.
+        query_states: as there.
+        relative_pos: as there.
+        rel_embeddings: as there.
+        compute: as there.
+    """
+    queries = hidden_states if query_states is None else query_states
     is_closed = isinstance(attention_mask, EncoderMask) and attention_mask.closed
-    if is_closed or not _has_hooks(module):
+    needs_gradient = hidden_states.requires_grad or queries.requires_grad
+    if needs_gradient and (is_closed or not _has_hooks(module)):
         queries = _apart(queries)
         hidden_states = queries if query_states is None else _apart(hidden_states)
     context = (compute or _fused)(module, options, hidden_states, queries, attention_mask, rel_embeddings)
@@ -117,6 +159,7 @@ def bind_module(
     length: int,
     *,
     rel_key: Callable[[Tensor], tuple[Any, ...] | None] = content_key,
+    closed: bool = False,
     prefix_length: int = 0,
 ) -> Callable[..., Any]:
     """Return `run_attention` with all that belongs to a module: its position tables, scale, dropout and backend.
@@ -128,6 +171,7 @@ def bind_module(
         rel_embeddings: as in `attend`.
         length: number of queries, and of keys that have a position.
         rel_key: as in `projected_tables`.
+        closed: as there.
         prefix_length: leading keys without a position.
     """
     scale = 1.0 / math.sqrt(qkv[0].shape[-1] * anatomy_of(module).scale_factor(module))
@@ -135,10 +179,13 @@ def bind_module(
     def prepare(tables: PositionTables) -> Tensor | None:
         return _prepared(*qkv, tables, scale, options)
 
-    tables = projected_tables(module, rel_embeddings, length, options.apply, prepare=prepare, rel_key=rel_key)
+    tables = projected_tables(
+        module, rel_embeddings, length, options.apply, prepare=prepare, rel_key=rel_key, closed=closed
+    )
+    pos_key, pos_query = cast_for_matmul(tables.pos_key, tables.pos_query)
+    position = replace(tables.position, prefix_length=prefix_length) if prefix_length else tables.position
     return partial(
-        run_attention, pos_key=cast_for_matmul(tables.pos_key), pos_query=cast_for_matmul(tables.pos_query),
-        position=replace(tables.position, prefix_length=prefix_length), scale=scale,
+        run_attention, pos_key=pos_key, pos_query=pos_query, position=position, scale=scale,
         dropout_p=module.dropout.p if module.dropout.training else 0.0, backend=options.backend,
         strict=options.strict, prepared=tables.prepared,
     )  # fmt: skip
@@ -156,14 +203,15 @@ def _fused(
     length = q.shape[2]
     packing: Packing | None = None
     rel_key: Callable[[Tensor], tuple[Any, ...] | None] = content_key
+    closed = False
     if isinstance(attention_mask, EncoderMask):
         carried = attention_mask if attention_mask.source.device == q.device else attention_mask.to(q.device)
-        masks, packing, rel_key = carried.masks, carried.packing, carried.rel_key
+        masks, packing, rel_key, closed = carried.masks, carried.packing, carried.rel_key, carried.closed
     else:
         masks = _parse_direct(attention_mask, q.shape[0], module.num_attention_heads, length)
     if packing is not None:
         length = packing.longest if packing.contiguous else packing.shape[1]
-    run = bind_module(module, options, (q, k, v), rel_embeddings, length, rel_key=rel_key)
+    run = bind_module(module, options, (q, k, v), rel_embeddings, length, rel_key=rel_key, closed=closed)
     if packing is None:
         return merge_heads(run(q, k, v, masks=masks))
     return _packed(run, packing, masks, q, k, v)
@@ -189,17 +237,20 @@ def project(
     module: AttentionModule, options: AttentionOptions, queries: Tensor, hidden_states: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Project (B, N, hidden size) states into queries, keys and values, (B, H, N, D) each."""
-    q, k, v = anatomy_of(module).project_heads(module, queries, hidden_states, options.apply)
-    return cast_for_matmul(q).transpose(1, 2), cast_for_matmul(k).transpose(1, 2), cast_for_matmul(v).transpose(1, 2)
+    q, k, v = cast_for_matmul(*anatomy_of(module).project_heads(module, queries, hidden_states, options.apply))
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
-def cast_for_matmul(tensor: Any) -> Any:
-    """Cast as autocast casts the operands of a matmul; a projection that ignores autocast may have left float32."""
-    if tensor is None or tensor.is_meta or not torch.is_autocast_enabled(tensor.device.type):
-        return tensor  # the meta device has no autocast
-    if tensor.dtype == torch.float64:
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
+def cast_for_matmul(*tensors: Any) -> Any:
+    """Cast tensors of one device, or None, as autocast casts the operands of a matmul.
+
+    A projection that ignores autocast may have left float32.
+    """
+    given = tensors[0] if tensors[0] is not None else tensors[-1]
+    if given is None or given.is_meta or not torch.is_autocast_enabled(given.device.type):
+        return tensors  # the meta device has no autocast
+    dtype = torch.get_autocast_dtype(given.device.type)
+    return tuple(x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
 def _parse_direct(attention_mask: Tensor | None, batch: int, heads: int, length: int) -> Masks:
@@ -222,7 +273,7 @@ def _prepared(
     q: Tensor, k: Tensor, v: Tensor, tables: PositionTables, scale: float, options: AttentionOptions
 ) -> Tensor | None:
     """Let the backend that will run the call lay out tables that are kept for later calls."""
-    pos_key, pos_query = cast_for_matmul(tables.pos_key), cast_for_matmul(tables.pos_query)
+    pos_key, pos_query = cast_for_matmul(tables.pos_key, tables.pos_query)
     problem = AttentionProblem(q, k, v, pos_key, pos_query, Masks(), tables.position, scale, max_seqlen=q.shape[2])
     return dispatch.prepare(problem, options.backend, strict=options.strict)
 

@@ -7,6 +7,9 @@ distances. When enough of a batch is padding, the layers get the real tokens pac
 from __future__ import annotations
 
 from collections.abc import Callable
+from enum import Enum
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -20,7 +23,8 @@ from deberta_kernels.models.guards.handover import Handover, handover_of, is_kno
 from deberta_kernels.models.options import AttentionOptions
 from deberta_kernels.models.packing import Packing, find_packing
 from deberta_kernels.models.padding_gradient import PackedLayer
-from deberta_kernels.torch_state.modes import values_readable
+from deberta_kernels.torch_state.modes import dispatch_mode, values_readable
+from deberta_kernels.torch_state.onlookers import hooks_registered
 from deberta_kernels.types import Masks
 
 __all__ = ["encode"]
@@ -64,36 +68,32 @@ def encode(
             more tokens and samples than the mask has.
     """
     adapted = mask_type is not EncoderMask
-    plain = isinstance(hidden_states, Tensor) and hidden_states.dim() == 3 and isinstance(attention_mask, Tensor)
     if (
-        not plain
+        not isinstance(hidden_states, Tensor)
+        or hidden_states.dim() != 3
+        or not isinstance(attention_mask, Tensor)
         or attention_mask.dim() not in (2, 3, 4)
         or output_attentions
         or relative_pos is not None
         or (query_states is not None and not _takes_queries(module, query_states, hidden_states))
         or runs_original_code()
+        or (found := _read(hidden_states, attention_mask)) is _Values.OTHERS
     ):
         return original(
             module, hidden_states, attention_mask, output_hidden_states=output_hidden_states,
             output_attentions=output_attentions, query_states=query_states, relative_pos=relative_pos,
             return_dict=return_dict,
         )  # fmt: skip
-    if attention_mask.dim() == 2 and not _multiplies_as_it_keeps(hidden_states, attention_mask):
-        return original(
-            module, hidden_states, attention_mask, output_hidden_states, output_attentions, query_states, relative_pos,
-            return_dict,
-        )  # fmt: skip
     batch, length, _ = hidden_states.shape
     if adapted:
         batch, length = attention_mask.shape[0], attention_mask.shape[-1]
     masks = parse_huggingface_mask(attention_mask, batch=batch, nq=length, nk=length)
-    if not adapted and masks.key is not None and _is_full(hidden_states, masks.key):
+    if not adapted and masks.key is not None and found is _Values.ONES:
         masks = Masks()  # which also leaves nothing to pack
     layers = _Layers(module, mask_type(attention_mask, masks), takes_mask, adapted)
-    packing = None
-    if attention_mask.dim() == 2 and query_states is None and masks.key is not None:
-        packing = _packing(layers, options, hidden_states, masks.key)
-    last, states = layers.run(hidden_states, query_states, packing, output_hidden_states)
+    keep = masks.key if attention_mask.dim() == 2 and query_states is None else None
+    find = None if keep is None else partial(_packing, options, hidden_states, keep)
+    last, states = layers.run(hidden_states, query_states, find, output_hidden_states)
     if not return_dict:
         return (last,) if states is None else (last, states)
     from transformers.modeling_outputs import BaseModelOutput
@@ -107,35 +107,56 @@ def _takes_queries(module: Any, query_states: Tensor, hidden_states: Tensor) -> 
     )
 
 
-def _packing(layers: _Layers, options: AttentionOptions, hidden_states: Tensor, keep: Tensor) -> Packing | None:
-    """Return how to pack the batch; None where it must, or had better, run padded."""
+def _packing(options: AttentionOptions, hidden_states: Tensor, keep: Tensor, first: Handover) -> Packing | None:
+    """Return how to pack the batch; None where it must, or had better, run padded, and where the first layer must."""
     batch, length = keep.shape
     if options.unpad is False or batch * length == 0 or not values_readable(hidden_states, keep):
         return None
-    if options.unpad == "auto" and batch * length < _FEWEST_TOKENS:
-        return None
-    if not layers.begins_packed():
+    if first is not Handover.PACKED or (options.unpad == "auto" and batch * length < _FEWEST_TOKENS):
         return None
     return find_packing(keep, hidden_states, _FULLEST if options.unpad == "auto" else 1.0)
 
 
-def _multiplies_as_it_keeps(hidden_states: Tensor, mask: Tensor) -> bool:
-    """Tell whether the products of a mask's values, which Hugging Face's mask is made of, are not 0 where both are not.
+class _Values(Enum):
+    """What a mask holds, where that can be read without waiting for a device."""
 
-    Products of 0 and 1 are; those of other values may overflow, and NaN and infinity make 0 something else.
-    """
-    if mask.dtype == torch.bool or mask.device.type != "cpu" or not values_readable(hidden_states, mask):
-        return True
-    return bool(((mask == 0) | (mask == 1)).all())
+    UNKNOWN = 0
+    ONES = 1
+    ZEROS_AND_ONES = 2
+    # Hugging Face multiplies the values of a (B, N) mask: others may overflow, and NaN and infinity make 0 another.
+    OTHERS = 3
 
 
-def _is_full(hidden_states: Tensor, keep: Tensor) -> bool:
-    """Tell whether every token is real, where that can be read without waiting for a device."""
-    return keep.device.type == "cpu" and values_readable(hidden_states, keep) and bool(keep.all())
+def _read(hidden_states: Tensor, mask: Tensor) -> _Values:
+    if mask.device.type != "cpu" or not values_readable(hidden_states, mask):
+        return _Values.UNKNOWN
+    ones = mask == 1
+    if bool(ones.all()):
+        return _Values.ONES
+    if mask.dim() == 2 and mask.dtype != torch.bool and not bool((ones | (mask == 0)).all()):
+        return _Values.OTHERS
+    return _Values.ZEROS_AND_ONES
 
 
 def _version(x: Tensor | None) -> int:
     return 0 if x is None or x.is_inference() else x._version
+
+
+class _Packed:
+    """States between two layers in packed form, and in padded form once somebody needs that."""
+
+    def __init__(self, rows: Tensor, packing: Packing) -> None:
+        self.rows = rows
+        self.packing = packing
+        self.unpacked: Tensor | None = None
+
+
+def _padded(states: Tensor | _Packed) -> Tensor:
+    if isinstance(states, Tensor):
+        return states
+    if states.unpacked is None:
+        states.unpacked = states.packing.unpack(states.rows)
+    return states.unpacked
 
 
 class _Layers:
@@ -151,69 +172,73 @@ class _Layers:
     def __init__(self, module: Any, mask: EncoderMask, takes_mask: Any, adapted: bool) -> None:
         self.module, self.mask, self.takes_mask, self.adapted = module, mask, takes_mask, adapted
         self._seen: set[Any] = set()
+        self._ahead: dict[nn.Module, Handover] = {}  # what layers may be handed, as long as `_hooks` is true
+        self._hooks = -1
+        self._last: PackedLayer | None = None  # the last layer that ran packed, where gradients are wanted
         self._given: Any = None  # what the encoder was given, states and queries
         self._tensors: tuple[Tensor, Tensor | None] | None = None  # mask and distances as Hugging Face makes them
         self._versions: list[int] = []  # theirs, when they were made
 
-    def begins_packed(self) -> bool:
-        """Tell whether the first layer takes packed states; each other one is asked in its turn."""
-        return len(self.module.layer) > 0 and self._handover(self.module.layer[0]) is Handover.PACKED
-
     def run(
-        self, states: Tensor, queries: Tensor | None, packing: Packing | None, keep: bool
+        self, given: Tensor, queries: Tensor | None, find: Callable[[Handover], Packing | None] | None, keep: bool
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-        """Run all layers from (B, N, C) states; return the last ones, and if `keep` those before and after each."""
-        given = output = states
+        """Run all layers from (B, N, C) states; return the last ones, and if `keep` those before and after each.
+
+        `find` returns how to pack the batch, given what the first layer may be handed; None where nothing is packed.
+        Each other layer is asked in its turn.
+        """
         self._given = given, queries
         rel_embeddings = self.module.get_rel_embedding()
-        self._seen.clear()  # its norm may have a hook
-        rows: Tensor | None = None  # the packed form of states
-        kept, last = [given], None
+        kept, packing = [given], None
+        states: Tensor | _Packed = given
+        output: Tensor | _Packed = given
         for number, layer in enumerate(self.module.layer):
-            handover = self._handover(layer)
+            handover = self._handover(number, layer)
+            if number == 0 and find is not None:
+                packing = find(handover)
             if handover is not Handover.PACKED:
-                packing = rows = None
+                packing = None
             elif number == 0 and packing is None:
                 # A tensor of its own, whose gradients are then summed before the convolution's are added, with and
                 # without checkpoints.
-                states = states.view_as(states)
+                states = given.view_as(given)
             if self.mask.packing is not packing:  # another object: a checkpoint may have kept this one
                 self.mask = self.mask.packed(packing)
             self.mask.begin_layer(closed=handover is Handover.PACKED)
             if packing is None:
-                output = self._call(layer, handover, states, queries, rel_embeddings)
-            elif torch.is_grad_enabled():
-                last = PackedLayer(layer, packing, last)
-                output = last.unpack(self._call(layer, handover, last.pack(states), None, rel_embeddings))
+                output = self._call(layer, handover, _padded(states), queries, rel_embeddings)
             else:
-                rows = packing.pack(states) if rows is None else rows
-                rows = self._call(layer, handover, rows, None, rel_embeddings)
-                output = packing.unpack(rows)
+                output = self._call_packed(layer, packing, states, rel_embeddings)
             if handover is not Handover.PACKED:
-                self._seen.clear()  # code that is not known may have run
+                self._begin_anew()
             convolution = getattr(self.module, "conv", None) if number == 0 else None  # DeBERTa v1 has none
             if convolution is not None:
                 is_known = is_known_convolution(convolution)
-                output, rows = self._convolve(convolution, given, output), None
+                output = self._convolve(convolution, given, _padded(output))
                 if not is_known:
                     packing = None
-                    self.mask = self.mask.packed(None)
-                    self._seen.clear()
+                    self.mask = self.mask.packed(None)  # which forgets what it has read
+                    self._begin_anew()
             if keep:
-                kept.append(output)
+                kept.append(_padded(output))
             if queries is None:
                 states = output
             else:
-                queries = output
-        return output, tuple(kept) if keep else None
+                queries = _padded(output)
+        return _padded(output), tuple(kept) if keep else None
 
     def _convolve(self, convolution: nn.Module, given: Tensor, output: Tensor) -> Tensor:
         source = self.mask.source
         return convolution(given, output, source if source.dim() == 2 else source.sum(-2) > 0)  # type: ignore[no-any-return]
 
-    def _handover(self, layer: Any) -> Handover:
-        handover = handover_of(layer, self.module, self.takes_mask, self.adapted, self._seen)
-        if handover is Handover.TENSORS or self._tensors_changed():
+    def _handover(self, number: int, layer: Any) -> Handover:
+        if torch.compiler.is_compiling():
+            handover = handover_of(layer, self.module, self.takes_mask, self.adapted, self._seen)
+        else:
+            if layer not in self._ahead or self._hooks != hooks_registered():
+                self._look_ahead(number)
+            handover = self._ahead[layer]
+        if handover is Handover.TENSORS or (self._tensors is not None and self._tensors_changed(*self._tensors)):
             return Handover.TENSORS
         if torch.compiler.is_compiling():  # looked at in traced code, which is compiled anew when a setting changes
             attention = layer.attention.self
@@ -221,11 +246,26 @@ class _Layers:
                 return Handover.TENSORS
         return handover
 
-    def _tensors_changed(self) -> bool:
+    def _look_ahead(self, number: int) -> None:
+        """Decide for a layer and, while nothing but known code runs in them, for those that follow.
+
+        Nobody can change what was decided meanwhile, unless a mode sees every operator.
+        """
+        self._ahead, self._hooks = {}, hooks_registered()
+        for layer in islice(self.module.layer, number, None):
+            handover = handover_of(layer, self.module, self.takes_mask, self.adapted, self._seen)
+            self._ahead[layer] = handover
+            if handover is not Handover.PACKED or dispatch_mode():
+                return
+
+    def _begin_anew(self) -> None:
+        """Forget what was found: code that is not known may have run."""
+        self._seen.clear()
+        self._ahead.clear()
+
+    def _tensors_changed(self, *tensors: Tensor | None) -> bool:
         """Tell whether a layer changed, in place, the mask or the distances that all layers share."""
-        if self._tensors is None or torch.compiler.is_compiling():
-            return False
-        return self._versions != list(map(_version, self._tensors))
+        return not torch.compiler.is_compiling() and self._versions != list(map(_version, tensors))
 
     def _call(
         self, layer: Any, handover: Handover, keys: Tensor, queries: Tensor | None, rel_embeddings: Tensor | None
@@ -247,6 +287,16 @@ class _Layers:
                 output_attentions=False,
             )  # fmt: skip
         return output
+
+    def _call_packed(
+        self, layer: Any, packing: Packing, states: Tensor | _Packed, rel_embeddings: Tensor | None
+    ) -> Tensor | _Packed:
+        if torch.is_grad_enabled():
+            self._last = PackedLayer(layer, packing, self._last)
+            rows = self._last.pack(_padded(states))
+            return self._last.unpack(self._call(layer, Handover.PACKED, rows, None, rel_embeddings))
+        rows = states.rows if isinstance(states, _Packed) else packing.pack(states)
+        return _Packed(self._call(layer, Handover.PACKED, rows, None, rel_embeddings), packing)
 
     def _as_hugging_face(self) -> tuple[Tensor, Tensor | None]:
         """Return the mask and the distances that Hugging Face's encoder makes, once for all layers."""

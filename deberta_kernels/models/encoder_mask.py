@@ -1,4 +1,4 @@
-"""Carry the mask of one forward from a patched encoder to its attention modules."""
+"""The mask of one forward on its way from a patched encoder to its attention modules."""
 
 from __future__ import annotations
 

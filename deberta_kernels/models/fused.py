@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from deberta_kernels import notices
 from deberta_kernels.models.anatomy import TALKING_HEADS, VERSION_ONE, VERSION_TWO, mixes_heads
-from deberta_kernels.models.attention import attend
+from deberta_kernels.models.attention import attend, attend_fused
 from deberta_kernels.models.dense import fuse_dense
 from deberta_kernels.models.encoder import encode
 from deberta_kernels.models.encoder_mask import EncoderMask
@@ -96,8 +96,9 @@ def attend_unless_changed(
         named: as of `attend`.
     """
     mask = arguments[1] if len(arguments) > 1 else named.get("attention_mask")
-    # Who gets the encoder's own mask has been looked at by the encoder, just before.
-    changed = None if isinstance(mask, EncoderMask) else _changed_attention(module, original is None)
+    if isinstance(mask, EncoderMask):  # who gets that has been looked at by the encoder, just before
+        return attend_fused(module, options_of(module), *arguments, compute=compute, **named)
+    changed = _changed_attention(module, original is None)
     original, options = original or original_forward(type(module)), options_of(module)
     if changed is None:
         return attend(module, options, original, *arguments, compute=compute, **named)
@@ -116,10 +117,10 @@ def _encode(module: Any, *arguments: Any, original: Any = None, **named: Any) ->
     if not is_compiling and not begin(module):
         return original(module, *arguments, **named)
     try:
-        attentions = _attention_of(module)
-        if not is_compiling:
-            _fuse_again(module, options, attentions)
-        found = map(fused_row, attentions)
+        found = list(map(fused_row, _attention_of(module)))
+        if not is_compiling and None in found:
+            _fuse_again(module, options)
+            found = list(map(fused_row, _attention_of(module)))
         mask_types = [row.mask_type for row in found if row is not None and row.mask_type is not EncoderMask]
         mask_type = mask_types[0] if mask_types else EncoderMask
         return encode(module, options, original, *arguments, takes_mask=_takes_mask, mask_type=mask_type, **named)
@@ -183,9 +184,9 @@ def _takes_mask(attention: nn.Module, seen: set[Any]) -> bool:
     return refusal_of(attention) is None
 
 
-def _fuse_again(encoder: nn.Module, options: AttentionOptions, attentions: list[nn.Module]) -> None:
+def _fuse_again(encoder: nn.Module, options: AttentionOptions) -> None:
     """Fuse the attention modules, and all around them, that got another class of their package since the patch."""
-    for attention in attentions:
+    for attention in _attention_of(encoder):
         if fused_row(attention) is not None:
             continue
         row = row_of(attention, Kind.ATTENTION)
@@ -212,6 +213,10 @@ def attention_refusal(module: nn.Module) -> str | None:
 
 
 def _attention_of(encoder: nn.Module) -> list[nn.Module]:
-    layers = getattr(encoder, "layer", ())
-    found = (getattr(getattr(layer, "attention", None), "self", None) for layer in layers)
-    return [module for module in found if isinstance(module, nn.Module)]
+    found = []
+    for layer in getattr(encoder, "layer", ()):
+        attention = layer._modules.get("attention")
+        inner = None if attention is None else attention._modules.get("self")
+        if inner is not None:
+            found.append(inner)
+    return found

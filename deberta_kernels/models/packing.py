@@ -7,6 +7,7 @@ of it, in every layer. Only the draws of dropout would differ from one padded ro
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ __all__ = ["Packing", "find_packing"]
 
 
 class Packing:
-    """Say where each row of a packed tensor lies in the padded batch.
+    """The place in the padded batch of each row of a packed tensor.
 
     Not a dataclass on purpose, as `EncoderMask`.
 
@@ -50,6 +51,8 @@ class Packing:
         self._source = source  # (rows,) position in the flattened batch that each row is read from
         self._row_of = row_of  # (B * N,) row that each position of the flattened batch is read from
         self._sample = sample  # (rows,) sample that each row belongs to
+        paddings = [[shape[1] - count] for count in counts if count < shape[1]]
+        self._paddings = torch.tensor(paddings, device=sample.device)  # (rows - T, 1) positions a row stands for
 
     def to(self, device: Any) -> Packing:
         """Return this packing on another device."""
@@ -80,8 +83,7 @@ class Packing:
 
     def divide_padding(self, packed: Tensor) -> Tensor:
         """Return (1, rows, C) with the rows of padding divided by how many positions they stand for."""
-        paddings = self.shape[1] - self.cu_seqlens.diff().index_select(0, self._sample[self.tokens :])
-        shares = packed[:, self.tokens :] / paddings[:, None]
+        shares = packed[:, self.tokens :] / self._paddings
         return torch.cat([packed[:, : self.tokens], shares.to(packed.dtype)], dim=1)
 
     def padding_context(self, values: Tensor) -> Tensor:
@@ -96,9 +98,7 @@ class Packing:
         batch, length = self.shape
         exact = values[0] if values.dtype == torch.float64 else values[0].float()
         sums = exact.new_zeros(batch, exact.shape[1]).index_add(0, self._sample[: self.tokens], exact[: self.tokens])
-        samples = self._sample[self.tokens :]
-        paddings = length - self.cu_seqlens.diff().index_select(0, samples)
-        total = sums.index_select(0, samples) + paddings[:, None] * exact[self.tokens :]
+        total = sums.index_select(0, self._sample[self.tokens :]) + self._paddings * exact[self.tokens :]
         return (total / length).to(values.dtype).unsqueeze(0)
 
 
@@ -131,18 +131,16 @@ def find_packing(keep: Tensor, hidden_states: Tensor, fullest: float) -> Packing
         fullest: share of real tokens above which the batch is left padded.
     """
     batch, length = keep.shape
-    counts = keep.sum(1)
-    starts = keep[:, 0].long() + (keep[:, 1:] & ~keep[:, :-1]).sum(1)
-    not_zero = (hidden_states != 0).any(-1) & ~keep
-    *found, most_starts, strays = torch.cat([counts, starts.max().view(1), not_zero.sum().view(1)]).tolist()
-    tokens = sum(found)
-    if tokens in (0, batch * length) or tokens > fullest * batch * length or strays:
+    runs = keep[:, 0] + (keep[:, 1:] > keep[:, :-1]).sum(1)  # of real tokens
+    strays = ((hidden_states.abs().amax(-1) != 0) > keep).sum(1)  # padding that is not zero
+    counts, runs_of_samples, strays_of_samples = torch.stack([keep.sum(1), runs, strays]).tolist()
+    tokens = sum(counts)
+    if tokens in (0, batch * length) or tokens > fullest * batch * length or any(strays_of_samples):
         return None
-    has_padding = counts < length
-    rank = has_padding.cumsum(0) - 1
-    row_of = torch.where(keep, keep.flatten().cumsum(0).view_as(keep) - 1, tokens + rank[:, None]).flatten()
-    rows = tokens + sum(count < length for count in found)
+    *row_of_padding, rows = accumulate((count < length for count in counts), initial=tokens)
     positions = torch.arange(batch * length, device=keep.device)
+    row_of = torch.tensor(row_of_padding, device=keep.device)[:, None].expand(batch, length)
+    row_of = row_of.masked_scatter(keep, positions).flatten()  # real tokens get 0, 1, ... in their order
     source = torch.full((rows,), batch * length, device=keep.device).scatter_reduce_(0, row_of, positions, "amin")
-    cu_seqlens = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
-    return Packing((batch, length), found, most_starts <= 1, cu_seqlens, source, row_of, source // length)
+    cu_seqlens = torch.tensor([*accumulate(counts, initial=0)], dtype=torch.int32, device=keep.device)
+    return Packing((batch, length), counts, max(runs_of_samples) <= 1, cu_seqlens, source, row_of, source // length)

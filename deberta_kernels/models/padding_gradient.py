@@ -83,7 +83,7 @@ def _call(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 class _Pack(torch.autograd.Function):
-    """Give every padded row its share of the one gradient, and what its own deviates."""
+    """Packing, whose backward gives every padded row its share of the one gradient, and what its own deviates."""
 
     @staticmethod
     def forward(ctx: Any, padded: Tensor, layer: PackedLayer) -> Tensor:
@@ -104,7 +104,7 @@ class _Pack(torch.autograd.Function):
 
 
 class _Unpack(torch.autograd.Function):
-    """Give the one row the sum of what comes back to all that it stands for, and keep what these deviate."""
+    """Unpacking, whose backward sums what comes back to all that one row stands for, and keeps what these deviate."""
 
     @staticmethod
     def forward(ctx: Any, packed: Tensor, layer: PackedLayer) -> Tensor:

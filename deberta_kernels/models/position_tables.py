@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from deberta_kernels import native
 from deberta_kernels.checks.arguments import storage_fits
 from deberta_kernels.linear.hidden_dropout import is_dropout
-from deberta_kernels.linear.layers import is_linear
+from deberta_kernels.linear.layers import is_linear, is_linear_class
 from deberta_kernels.models.anatomy import Apply, AttentionModule, anatomy_of
 from deberta_kernels.position import attention_span, reachable_rows
 from deberta_kernels.torch_state.modes import values_exist
@@ -86,6 +86,7 @@ def projected_tables(
     *,
     prepare: Callable[[PositionTables], Tensor | None] | None = None,
     rel_key: Callable[[Tensor], tuple[Any, ...] | None] | None = None,
+    closed: bool = False,
 ) -> PositionTables:
     """Project the relative embeddings into the position tables of one call.
 
@@ -97,6 +98,7 @@ def projected_tables(
         apply: calls a projection, or the dropout before it.
         prepare: makes a backend's own layout of tables that will be kept.
         rel_key: returns `content_key` of rel_embeddings; lets all layers of one forward share the reading.
+        closed: PyTorch's code is its own, and so are its ways to call modules: the encoder has made sure.
 
     Raises:
         ValueError: rel_embeddings is missing or has too few rows.
@@ -106,24 +108,20 @@ def projected_tables(
     if not projections or (rel_embeddings is None and not anatomy.counts_distances):
         return PositionTables(None, None, spec)
     rel = _checked(rel_embeddings, spec)
-    validity = _validity(module, projections, spec, rel, content_key if rel_key is None else rel_key)
+    validity = None
+    if not module.training:
+        read = content_key if rel_key is None else rel_key
+        validity = _validity(module, projections, spec, rel, read, closed)
     if validity is None:
-        if not torch.compiler.is_compiling() and module.training:
+        if module.training and not torch.compiler.is_compiling():
             forget(module)
-        if _shows_nobody(module, projections):
+        if _shows_nobody(module, projections, closed):
             return _project(module, projections, rel, _rows(length, spec), spec, apply)
         return _project_as_hugging_face(module, projections, rel, length, spec, apply)
     start, stop = reachable_rows(length, length, spec)
     kept = _kept.get(module)
     if kept is None or kept.validity != validity or start < kept.start or stop > kept.stop:
-        covered = max(_KEPT_LENGTH, 1 << max(length - 1, 0).bit_length())
-        start, stop = reachable_rows(covered, covered, spec)
-        # Tables made under inference_mode could not take part in a later differentiable call.
-        with torch.inference_mode(False), torch.no_grad():
-            tables = _project(module, projections, rel, (start, stop), spec, apply)
-            if prepare is not None:
-                tables = tables._replace(prepared=prepare(tables))
-        kept = _Kept(validity, start, stop, tables)
+        kept = _projected_to_keep(module, projections, rel, length, spec, apply, prepare, validity)
         if _validity(module, projections, spec, rel, content_key) == validity:  # read anew: nothing changed meanwhile
             with _lock:
                 _kept[module] = kept
@@ -139,6 +137,26 @@ def register_row_wise(prefix: str, gate: str) -> None:
     """
     global _row_wise, _gates
     _row_wise, _gates = (*_row_wise, prefix), (*_gates, gate)
+
+
+def _projected_to_keep(
+    module: AttentionModule,
+    projections: dict[str, nn.Module],
+    rel: Tensor,
+    length: int,
+    spec: PositionSpec,
+    apply: Apply,
+    prepare: Callable[[PositionTables], Tensor | None] | None,
+    validity: tuple[Any, ...],
+) -> _Kept:
+    covered = max(_KEPT_LENGTH, 1 << max(length - 1, 0).bit_length())
+    start, stop = reachable_rows(covered, covered, spec)
+    # Tables made under inference_mode could not take part in a later differentiable call.
+    with torch.inference_mode(False), torch.no_grad():
+        tables = _project(module, projections, rel, (start, stop), spec, apply)
+        if prepare is not None:
+            tables = tables._replace(prepared=prepare(tables))
+    return _Kept(validity, start, stop, tables)
 
 
 def forget(module: nn.Module) -> None:
@@ -160,17 +178,25 @@ def content_key(tensor: Tensor) -> tuple[Any, ...] | None:
     So every element is read, under keys that are random in every process, lest somebody find two contents that look the
     same: by the native library's checksum at the speed of memory, or without the library by `_keyed_sums`.
     """
-    if type(tensor) not in (Tensor, nn.Parameter) or tensor.device.type != "cpu":
-        return None
-    if tensor.layout != torch.strided or not tensor.is_contiguous() or tensor.is_complex() or tensor.is_neg():
-        return None
-    if not storage_fits(tensor):
-        return None  # its memory was freed or cut: whoever computes with it says so
-    plain = tensor.detach().view(-1)
-    version = None if tensor.is_inference() else tensor._version
-    library = native.opened()
-    content = _keyed_sums(plain) if library is None else library.checksum(plain)
-    return (version, tensor.dtype, tuple(tensor.shape), content)
+    keys = _content_keys([tensor])
+    return None if keys is None else keys[0]
+
+
+def _content_keys(tensors: list[Tensor]) -> list[tuple[Any, ...]] | None:
+    """Return `content_key` of each; None where one has none."""
+    library, keys = native.opened(), []
+    for tensor in tensors:
+        if type(tensor) not in (Tensor, nn.Parameter) or not tensor.is_cpu:
+            return None
+        if tensor.layout != torch.strided or not tensor.is_contiguous() or tensor.is_complex() or tensor.is_neg():
+            return None
+        if not storage_fits(tensor):
+            return None  # its memory was freed or cut: whoever computes with it says so
+        plain = tensor.detach()  # which has no memory to read inside a transform of torch.func
+        version = None if tensor.is_inference() else tensor._version
+        content = _keyed_sums(plain.view(-1)) if library is None else library.checksum(plain)
+        keys.append((version, tensor.dtype, tuple(tensor.shape), content))
+    return keys
 
 
 def _keyed_sums(plain: Tensor) -> tuple[int, ...]:
@@ -207,8 +233,11 @@ def _checked(rel_embeddings: Tensor | None, spec: PositionSpec) -> Tensor:
     return rel_embeddings
 
 
-def _shows_nobody(module: AttentionModule, projections: dict[str, nn.Module]) -> bool:
+def _shows_nobody(module: AttentionModule, projections: dict[str, nn.Module], closed: bool) -> bool:
     """Tell whether nobody sees which rows are projected, and each projected row depends on that row alone."""
+    if closed and not torch.compiler.is_compiling() and _are_plain(module, projections, closed):
+        # All that may have come since are hooks.
+        return not has_hooks(module.pos_dropout, *projections.values())
     parts = [part for projection in projections.values() for part in projection.modules()]
     if any(getattr(part, gate, False) for gate in _gates for part in parts):
         return False
@@ -221,6 +250,13 @@ def _shows_nobody(module: AttentionModule, projections: dict[str, nn.Module]) ->
     ):
         return False
     return all(is_linear(x) or type(x).__module__.startswith(_row_wise) for x in projections.values())
+
+
+def _are_plain(module: AttentionModule, projections: dict[str, nn.Module], closed: bool) -> bool:
+    """Tell whether the dropout and the projections compute what PyTorch's own do; `closed` as in `projected_tables`."""
+    if closed:
+        return type(module.pos_dropout) is nn.Dropout and all(map(is_linear_class, projections.values()))
+    return is_dropout(module.pos_dropout) and all(map(is_linear, projections.values()))
 
 
 def _project_as_hugging_face(
@@ -274,7 +310,8 @@ def _project(
     # (1, rows, hidden): wrapped projections see the three dimensions that Hugging Face gives them.
     rows = apply(module.pos_dropout, rel[slice(*window)]).unsqueeze(0)
     tables = {name: _in_heads(module, apply(projection, rows)) for name, projection in projections.items()}
-    return PositionTables(tables.get("pos_key"), tables.get("pos_query"), replace(spec, first_row=window[0]))
+    position = PositionSpec(spec.position_buckets, spec.max_relative_positions, window[0])
+    return PositionTables(tables.get("pos_key"), tables.get("pos_query"), position)
 
 
 def _validity(
@@ -283,6 +320,7 @@ def _validity(
     spec: PositionSpec,
     rel: Tensor,
     rel_key: Callable[[Tensor], tuple[Any, ...] | None],
+    closed: bool = False,
 ) -> tuple[Any, ...] | None:
     """Return everything the projected tables depend on, or None when they may not be kept.
 
@@ -291,20 +329,20 @@ def _validity(
     Anything else (a LoRA of any make, a quantised layer, a parametrisation) is projected anew each call, so that no
     switch it has can be missed.
     """
-    if not values_exist():
-        return None
-    if module.training or module.pos_dropout.training:
+    if not values_exist() or module.training or module.pos_dropout.training:
         return None
     linears: list[Any] = list(projections.values())
-    if not is_dropout(module.pos_dropout) or not all(map(is_linear, linears)):
+    if not _are_plain(module, projections, closed) or has_hooks(module.pos_dropout, *linears):
         return None
-    if any(map(has_hooks, (module.pos_dropout, *linears))):
-        return None
-    sources = [tensor for linear in linears for tensor in (linear.weight, linear.bias) if tensor is not None]
+    sources: list[Tensor] = []
+    for linear in linears:
+        for source in (linear.weight, linear.bias):
+            if source is not None:
+                sources.append(source)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (rel, *sources)):
         return None
-    keys = [rel_key(rel), *map(content_key, sources)]
-    if None in keys:
+    rows, weights = rel_key(rel), _content_keys(sources)
+    if rows is None or weights is None:
         return None
     autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
-    return (tuple(projections), spec, module.num_attention_heads, autocast, *keys)
+    return (tuple(projections), spec, module.num_attention_heads, autocast, rows, *weights)

@@ -7,18 +7,23 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from operator import itemgetter
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
+from torch.utils.hooks import RemovableHandle
 
 from deberta_kernels.torch_state.originals import Originals, is_own
 
 __all__ = [
+    "are_instances_watched",
+    "calls_differently",
     "forward_below_accelerate",
     "has_forward_hooks",
     "has_hooks",
+    "hooks_registered",
     "is_watched",
     "register_hooks",
     "sees_every_call",
@@ -34,7 +39,10 @@ _OTHER_CALLS = (
     ("torch.nn.modules.container", "ParameterDict.__call__"),
     ("torch.nn.modules.container", "ParameterList.__call__"),
 )
+# What changes the calls of one module when its instance has it.
 _INSTANCE_CALLS = {"forward", "_call_impl", "_compiled_call_impl"}
+# Return the hooks on one module, given its __dict__: four dictionaries, empty where there are none.
+_hooks_of = itemgetter("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _NOT_COMPILED = "_compiler_disable.<locals>.wrapper"  # around some of its methods
 _NEW_FORWARD = ("accelerate.hooks", "add_hook_to_module.<locals>.new_forward")
 # accelerate's hooks that move weights, and its hook that does nothing.
@@ -71,38 +79,66 @@ def _global_hooks() -> Iterator[Any]:
         yield from getattr(home, f"_global_{kind}_hooks").values()
 
 
+def hooks_registered() -> int:
+    """Return a number that changes whenever a hook is registered, on whatever module or tensor."""
+    return RemovableHandle.next_id
+
+
 def has_forward_hooks(module: nn.Module) -> bool:
     """Tell whether calling a module runs hooks of its own: all that a tracer can follow, and known hooks count too."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Tell whether a call of a module, or its backward, runs anything but the forward of its class.
+def has_hooks(*modules: nn.Module) -> bool:
+    """Tell whether a call of one of some modules, or its backward, runs anything but the forward of its class.
 
     Known hooks count, those of all modules too, and code that `module.compile()` made: for what replaces a call whole.
     """
-    own = module.__dict__
-    forward = module._forward_hooks or module._forward_pre_hooks or "forward" in own or "_call_impl" in own
-    compiled = getattr(module, "_compiled_call_impl", None) is not None
-    backward = module._backward_hooks or module._backward_pre_hooks
-    return bool(forward or compiled or backward or _has_any_global_hook())
+    for module in modules:
+        own = module.__dict__
+        if "forward" in own or "_call_impl" in own or any(_hooks_of(own)) or module._compiled_call_impl is not None:
+            return True
+    return bool(_has_any_global_hook())
 
 
 def is_watched(module: nn.Module) -> bool:
     """Tell whether somebody looks at the calls of one module, forward or backward; known hooks do not."""
     own, cls = module.__dict__, type(module)
-    hooked = own["_forward_pre_hooks"] or own["_forward_hooks"] or own["_backward_pre_hooks"] or own["_backward_hooks"]
-    plain = cls.__call__ is nn.Module.__call__ and cls._call_impl is nn.Module._call_impl
-    if not hooked and plain and own.keys().isdisjoint(_INSTANCE_CALLS):
-        return False  # as nearly all are
-    kinds = own["_forward_pre_hooks"], own["_forward_hooks"], own["_backward_pre_hooks"], own["_backward_hooks"]
-    if not all(_is_known(hook) for kind in kinds for hook in kind.values()):
+    if any(_hooks_of(own)) or not own.keys().isdisjoint(_INSTANCE_CALLS):  # as hardly any have
+        if not all(_is_known(hook) for kind in _hooks_of(own) for hook in kind.values()):
+            return True
+        if "forward" in own and not _is_moved_by_accelerate(module):
+            return True
+        if "_call_impl" in own or not _is_compiled_by_torch(module):
+            return True
+    is_plain = cls.__call__ is nn.Module.__call__ and cls._call_impl is nn.Module._call_impl
+    return not is_plain and calls_differently(cls)
+
+
+def are_instances_watched(modules: Iterable[nn.Module | None]) -> bool:
+    """Tell whether one of some modules `is_watched`, their classes aside: of those see `calls_differently`."""
+    for module in modules:
+        if module is None:
+            continue
+        own = module.__dict__
+        if (
+            own["_forward_pre_hooks"]
+            or own["_forward_hooks"]
+            or own["_backward_pre_hooks"]
+            or own["_backward_hooks"]
+            or "forward" in own
+            or "_call_impl" in own
+            or "_compiled_call_impl" in own
+        ) and is_watched(module):
+            return True
+    return False
+
+
+def calls_differently(cls: type[nn.Module]) -> bool:
+    """Tell whether the modules of a class are called in a way of its own, which may show the calls to others."""
+    if cls._call_impl is not nn.Module._call_impl:
         return True
-    if "forward" in own and not _is_moved_by_accelerate(module):
-        return True
-    if "_call_impl" in own or cls._call_impl is not nn.Module._call_impl or not _is_compiled_by_torch(module):
-        return True
-    return not plain and not any(is_own(cls.__call__, *known) for known in _OTHER_CALLS)
+    return cls.__call__ is not nn.Module.__call__ and not any(is_own(cls.__call__, *way) for way in _OTHER_CALLS)
 
 
 def forward_below_accelerate(module: nn.Module) -> Callable[..., Any] | None:

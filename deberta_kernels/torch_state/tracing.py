@@ -25,4 +25,4 @@ def answered_once(function: _Function) -> _Function:
 
 def traces_questions() -> bool:
     """Tell whether a tracer is at work that cannot call functions `answered_once` with a module."""
-    return torch.compiler.is_compiling() and not _ASKABLE
+    return not _ASKABLE and torch.compiler.is_compiling()

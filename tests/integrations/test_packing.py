@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import deberta_kernels as dk
-from deberta_kernels.models.packing import find_packing
 
 
 def states_of(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -249,6 +250,32 @@ def test_layers_nobody_looks_at_are_packed_up_to_the_first_that_is_watched(build
     assert packings[-1] is not None
 
 
+@pytest.mark.parametrize("way", ["a mode", "what packs saved tensors"])
+def test_a_hook_that_comes_while_a_layer_runs_sees_padded_states(way, build, batch):
+    model, inputs, shapes = build(num_hidden_layers=3), batch(4, 41), []
+    dk.patch(model, unpad=True)
+    last = model.encoder.layer[2]
+
+    def register(*_: Any) -> None:
+        if not last._forward_hooks:
+            last.register_forward_hook(lambda _, arguments, out: shapes.append(out[0].shape[:2]))
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if "gelu" in str(function):
+                register()
+            return function(*args, **(kwargs or {}))
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.shape[-1] == model.config.intermediate_size:
+            register()
+        return tensor
+
+    with Mode() if way == "a mode" else torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.train()(**inputs)
+    assert shapes == [(4, 41)]
+
+
 def test_a_hook_sees_the_shape_it_would_see_unpatched(build, batch):
     model, inputs = build(), batch(4, 41)
     dk.patch(model)
@@ -292,6 +319,18 @@ def test_a_layer_class_whose_forward_somebody_replaced_gets_the_padded_states(bu
     assert packings[-1] is None
 
 
+@pytest.mark.parametrize("place", ["a norm", "a layer"])
+def test_code_put_into_a_forward_between_two_calls_gets_the_padded_states(place, build, batch, packings, monkeypatch):
+    model, inputs = build(), batch(4, 41)
+    dk.patch(model, unpad=True)
+    expected = states_of(model, inputs)
+    assert packings[-1] is not None
+    forward = nn.LayerNorm.forward if place == "a norm" else inspect.unwrap(type(model.encoder.layer[0]).forward)
+    monkeypatch.setattr(forward, "__code__", forward.__code__.replace(co_filename="elsewhere.py"))
+    close(states_of(model, inputs), expected)
+    assert packings[-1] is None
+
+
 def test_lora_is_packed_and_takes_part(build, batch, packings):
     import peft
 
@@ -317,21 +356,3 @@ def test_batches_with_nothing_to_pack(change, build, batch, packings):
     dk.patch(model)
     close(states_of(model, inputs), expected)
     assert packings == ([] if change == "one token" else [None])
-
-
-def test_a_packing_lays_rows_out_as_they_were():
-    keep = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 1, 1], [0, 0, 0, 0]]).bool()
-    states = torch.arange(1.0, 17).view(4, 4, 1) * keep[..., None]
-    packing = find_packing(keep, states, 1.0)
-    assert packing is not None
-    for moved in (packing, packing.to("cpu")):
-        assert moved.cu_seqlens.tolist() == [0, 2, 6, 8, 8]
-        packed = moved.pack(states)
-        assert packed.shape == (1, 8 + 3, 1)
-        assert torch.equal(moved.unpack(packed), states)
-        assert (moved.tokens, moved.longest, moved.contiguous) == (8, 4, True)
-        values = packed + 1.0
-        mean = torch.stack([moved.unpack(values)[row].mean(0) for row in (0, 2, 3)])
-        torch.testing.assert_close(moved.padding_context(values), mean.unsqueeze(0))
-    assert find_packing(keep, states, 0.49) is None
-    assert find_packing(keep, states + 1.0, 1.0) is None

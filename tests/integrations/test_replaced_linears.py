@@ -178,6 +178,11 @@ def test_a_compiled_layer_is_called():
         assert not apply_linear(layer, x, everywhere=True).any()
 
 
+def test_what_is_no_module_is_called_too():
+    x = torch.randn(9, 16)
+    assert torch.equal(apply_linear(torch.neg, x, everywhere=True), -x)
+
+
 EARLY = """
 import torch
 from torch import nn

@@ -162,6 +162,7 @@ def test_who_looks_at_a_module(what):
             "watched": onlookers.is_watched(module),
             "all": onlookers.sees_every_call() is not None,
         }
+        assert onlookers.are_instances_watched([nn.Linear(1, 1), None, module]) == answers["watched"]
     finally:
         if what == "hook of all modules":
             handle.remove()

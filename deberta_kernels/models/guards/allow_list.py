@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -63,13 +65,13 @@ def refusal_of(module: AttentionModule) -> tuple[str, str] | None:
         return TALKING_HEADS
     anatomy = anatomy_of(module)
     if module.relative_attention and anatomy.scale_factor(module) > 1:
-        spec = anatomy.position_spec(module)
-        if spec.position_buckets == 1:
+        buckets, most = anatomy.position_numbers(module)
+        if buckets == 1:
             return ("the model has one position bucket", "train it with at least two")
-        span = attention_span(spec.position_buckets, spec.max_relative_positions)
+        span = attention_span(buckets, most)
         if getattr(module, "pos_ebd_size", span) != span:
             return ("pos_ebd_size of an attention module is not what its other settings make it", "set them together")
-    dropout = module.dropout
+    dropout: Any = module._modules.get("dropout")
     if type(dropout) is not nn.Dropout or dropout.p >= 1.0:
         return (
             "the attention dropout is not an nn.Dropout with a probability below 1",

@@ -19,13 +19,18 @@ from deberta_kernels.models.guards.own_code import runs_own
 from deberta_kernels.models.patched_class import Patched
 from deberta_kernels.models.registry import homes
 from deberta_kernels.torch_state.modes import function_mode
-from deberta_kernels.torch_state.onlookers import has_forward_hooks, is_watched, sees_every_call
+from deberta_kernels.torch_state.onlookers import (
+    are_instances_watched,
+    calls_differently,
+    has_forward_hooks,
+    is_watched,
+    sees_every_call,
+)
 from deberta_kernels.torch_state.originals import Originals, is_own
 from deberta_kernels.torch_state.tracing import answered_once, traces_questions
 
 __all__ = ["Handover", "handover_of", "is_known_convolution"]
 
-# Classes that do no more with a mask than hand it on.
 _LAYERS = ("DebertaV2Layer", "DebertaLayer")
 _ATTENTIONS = ("DebertaV2Attention", "DebertaAttention")
 _ROUTES = (VERSION_TWO.home, VERSION_ONE.home)
@@ -40,6 +45,7 @@ _TOKENWISE_TORCH = (
     "ModuleList", "ModuleDict", "ParameterList", "ParameterDict", "ParametrizationList",
 )  # fmt: skip
 _TOKENWISE_FUNCTIONS = ("relu", "silu", "mish", "elu", "selu", "leaky_relu", "hardswish", "tanh", "sigmoid")
+_FSDP = "torch.distributed.fsdp"
 # What the modules around the attention call, which would see packed states: place, name and home as `is_own` knows it.
 _FUNCTIONS = Originals(
     *((nn.functional, name, "torch.nn.functional", name) for name in ("layer_norm", "dropout")),
@@ -102,20 +108,20 @@ def _decide(
         if sees_every_call() is not None:
             return Handover.TENSORS
         seen.add(sees_every_call)
-    if is_watched(layer) or not _is_route(layer, _LAYERS, seen) or _has_own_checkpoint(layer):
-        return Handover.TENSORS
     attention: Any = layer._modules.get("attention")
-    if attention is None or is_watched(attention) or not _is_route(attention, _ATTENTIONS, seen):
+    inner: Any = None if attention is None else attention._modules.get("self")
+    route = type(layer), type(attention)
+    if inner is None or (route not in seen and not _are_route(*route)):
         return Handover.TENSORS
-    inner: Any = attention._modules.get("self")
-    if (
-        inner is None
-        or is_watched(inner)
-        or not takes_mask(inner, seen)
-        or not anatomy_of(inner).agrees(encoder, inner)
-    ):
+    seen.add(route)
+    if layer.training and getattr(layer, "gradient_checkpointing", False) and _has_own_checkpoint(layer):
         return Handover.TENSORS
-    if adapted or not _is_tokenwise(layer, seen):
+    tokenwise = not adapted and _is_tokenwise(layer, seen)
+    if not tokenwise and any(map(is_watched, (layer, attention, inner))):
+        return Handover.TENSORS
+    if not takes_mask(inner, seen) or not anatomy_of(inner).agrees(encoder, inner):
+        return Handover.TENSORS
+    if not tokenwise:
         return Handover.MASK
     if _FUNCTIONS not in seen:
         if _FUNCTIONS.replaced() is not None or function_mode():
@@ -124,19 +130,16 @@ def _decide(
     return Handover.PACKED
 
 
-def _is_route(part: nn.Module, names: tuple[str, ...], seen: set[Any]) -> bool:
-    cls = type(part)
-    if (cls, names) not in seen:
+def _are_route(*route: type[nn.Module]) -> bool:
+    """Tell whether the classes of a layer and its attention are those that do no more with a mask than hand it on."""
+    for cls, names in zip(route, (_LAYERS, _ATTENTIONS)):
         if not any(c.__name__ in names and c.__module__ in _ROUTES for c in cls.__mro__) or not runs_own(cls, _ROUTES):
             return False
-        seen.add((cls, names))
     return True
 
 
 def _has_own_checkpoint(layer: Any) -> bool:
-    """Tell whether something else than PyTorch's checkpoint runs the layer again in the backward."""
-    if not layer.training or not getattr(layer, "gradient_checkpointing", False):
-        return False
+    """Tell whether something else than PyTorch's checkpoint runs a layer with checkpoints again in the backward."""
     function = layer._gradient_checkpointing_func
     while isinstance(function, functools.partial):  # the options of the checkpoint
         function = function.func
@@ -157,46 +160,41 @@ def _is_known_convolution(module: nn.Module) -> bool:
 
 
 def _is_tokenwise(layer: nn.Module, seen: set[Any]) -> bool:
-    """Tell whether nothing in a layer could notice that it gets (1, rows, C) in place of (B, N, C)."""
+    """Tell whether nobody looks on in a layer, and nothing could notice (1, rows, C) in place of (B, N, C)."""
     parts: list[Any] = [layer]
     for part in parts:  # which grows
         if part is None:
             continue
-        if is_watched(part):
-            return False
-        cls, own = type(part), part.__dict__
+        cls: Any = type(part)
+        own = part.__dict__
         if cls not in seen:
-            if not _computes_each_token(cls):
+            if calls_differently(cls) or not _computes_each_token(cls):
                 return False
             seen.add(cls)
-        if own["_modules"]:
-            if not own["_modules"].keys() >= _parts_of(cls):
+        if modules := own["_modules"]:
+            if not _parts_of(cls).issubset(modules):
                 return False
             if "intermediate_act_fn" in own and not _is_tokenwise_function(own["intermediate_act_fn"]):  # no module
                 return False
-            parts += own["_modules"].values()
+            parts += modules.values()
         elif "normalized_shape" in own and len(own["normalized_shape"]) != 1:
             return False  # a norm over tokens
-    return True
+    return not are_instances_watched(parts)
 
 
-def _parts_of(cls: type[nn.Module]) -> set[str]:
+@functools.cache
+def _parts_of(cls: type[nn.Module]) -> frozenset[str]:
     """Return the names of what a module of Hugging Face's classes must have as modules."""
-    parts = _parts.get(cls)
-    if parts is None:
-        is_theirs = cls.__module__.startswith("transformers.models.")
-        parts = next((found for name, found in _PARTS.items() if is_theirs and cls.__name__.endswith(name)), set())
-        _parts[cls] = parts
-    return parts
-
-
-_parts: dict[type[nn.Module], set[str]] = {}
+    is_theirs = cls.__module__.startswith("transformers.models.")
+    found = next((found for name, found in _PARTS.items() if is_theirs and cls.__name__.endswith(name)), ())
+    return frozenset(found)
 
 
 def _computes_each_token(cls: type[nn.Module]) -> bool:
     base: type[nn.Module] = getattr(cls, "patched_from", cls)
-    # FSDP2 puts a class of its own in front that adds only hooks.
-    own = next(c for c in base.__mro__ if not c.__module__.startswith("torch.distributed.fsdp"))
+    own = base
+    if own.__module__.startswith(_FSDP):  # FSDP2 puts a class of its own in front that adds only hooks
+        own = next(c for c in base.__mro__ if not c.__module__.startswith(_FSDP))
     if own.__module__.startswith("torch.nn.") and own.__name__ in _TOKENWISE_TORCH:
         return runs_own(base, ("torch.nn.",))
     if own.__name__.startswith("Parametrized"):  # torch.nn.utils.parametrize makes a subclass for each module

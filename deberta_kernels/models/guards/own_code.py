@@ -6,8 +6,8 @@ the modelling file at any time. What is a class's own code is told by where it c
 
 from __future__ import annotations
 
-import inspect
 import sys
+from typing import Any
 
 import torch
 from torch import nn
@@ -50,17 +50,25 @@ def runs_own(cls: type[nn.Module], prefixes: tuple[str, ...]) -> bool:
         cls: a class of modules; forwards of this package count as those that they replaced.
         prefixes: how the names of the packages' modules begin.
     """
-    forward = original_function(cls, "forward")
-    while is_own(forward, "transformers.modeling_layers", _CHECKPOINTING):  # one for each class on the way
-        forward = inspect.getclosurevars(forward).nonlocals.get("forward")
-    if is_own(forward, "torch.nn.modules.module", "_forward_unimplemented"):
-        return str(cls.__module__).startswith(prefixes)  # a container, which is never called
-    home = str(getattr(forward, "__globals__", {}).get("__name__"))
-    if not home.startswith(prefixes):
-        return False
-    return any(is_own(forward, home, f"{c.__qualname__}.forward") for c in cls.__mro__ if c.__module__ == home)
+    forward = found = original_function(cls, "forward")
+    known = _own_forwards.get((cls, prefixes))
+    if known is not None and known[0] is forward and known[1] is forward.__code__:
+        return True
+    while is_own(found, "transformers.modeling_layers", _CHECKPOINTING):  # one for each class on the way
+        found = found.__closure__[found.__code__.co_freevars.index("forward")].cell_contents
+    home = str(getattr(found, "__globals__", {}).get("__name__"))
+    if is_own(found, "torch.nn.modules.module", "_forward_unimplemented"):
+        is_theirs = str(cls.__module__).startswith(prefixes)  # a container, which is never called
+    else:
+        owners = (c for c in cls.__mro__ if c.__module__ == home)
+        is_theirs = home.startswith(prefixes) and any(is_own(found, home, f"{c.__qualname__}.forward") for c in owners)
+    if is_theirs and found is forward:  # what is below a checkpoint may change unseen
+        _own_forwards[cls, prefixes] = forward, forward.__code__
+    return is_theirs
 
 
+# Class, packages -> its forward and the code of that, as they were found to be its own.
+_own_forwards: dict[tuple[type[nn.Module], tuple[str, ...]], tuple[Any, Any]] = {}
 _originals: dict[str, Originals] = {}
 
 
