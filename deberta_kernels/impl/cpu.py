@@ -210,7 +210,10 @@ class _Call:
         index, start, stop = call_index(nq, nk, problem.position)
         if start < first or stop > end:
             check_reachable_rows(problem)  # which goes on where no key has a position
-            whole = True
+            if not whole:  # the kernel would index rows that the tables lack
+                check_storages(problem)
+                self.skipped = 0
+                return
         if whole or prepared is not None:
             start, stop = first, end
         self.skipped, p.table_rows, p.first_row = start - first, stop - start, start
@@ -238,10 +241,11 @@ class _Call:
         if table is None:
             return None, 0
         gradient = torch.empty(table.shape, dtype=torch.float32, device=_CPU)
-        start, stop = self.skipped, self.skipped + self.params.table_rows
+        rows = self.params.table_rows
+        start, stop = self.skipped, self.skipped + rows
         for unreached in (gradient[:, :start], gradient[:, stop:]):
             unreached.zero_()
-        return gradient, gradient[:, start:].data_ptr()
+        return gradient, gradient[:, start:].data_ptr() if rows else 0
 
     def tokens(self, x: Tensor) -> tuple[int, int, int, int]:
         """Return the address of (B, H, N, D) and the strides of all but D, as `values`."""

@@ -248,3 +248,22 @@ def test_packed_sequences_with_a_prefix_are_refused():
             given.q, given.k, given.v, None, None, masks=Masks(), position=PositionSpec(prefix_length=2),
             cu_seqlens=torch.tensor([0, 5, 12], dtype=torch.int32), max_seqlen=7,
         )  # fmt: skip
+
+
+@needs_library
+@pytest.mark.parametrize("first_row, rows", [(0, 0), (0, 2), (13, 3)])
+@pytest.mark.parametrize("nq", [1, 20])
+def test_sliced_tables_that_no_key_reaches_are_not_read(nq, first_row, rows):
+    """A kernel that expects the rows around distance 0 in them reads and writes elsewhere."""
+    given = problem(nq=nq, nk=30, terms="none")
+    table = torch.randn(2, rows, 16)
+    position = PositionSpec(8, 32, first_row, prefix_length=30)
+    bare, sliced = replace(given, position=position), replace(given, position=position, pos_key=table, pos_query=table)
+    want = cpu.forward(bare)
+    assert all(map(torch.equal, want, cpu.forward(sliced)))
+    dout = torch.randn_like(want[0])
+    gradients = cpu.backward(sliced, dout, None, *want, (True,) * 5)
+    for expected, got in zip(cpu.backward(bare, dout, None, *want, (True,) * 5)[:3], gradients):
+        assert torch.equal(expected, got)
+    for x in gradients[3:]:
+        assert torch.equal(x, torch.zeros_like(table))
