@@ -81,9 +81,9 @@ def build() -> Callable[..., Any]:
 
 
 @pytest.fixture
-def build_either(build: Callable[..., Any]) -> Callable[[int], Any]:
-    """Build a small random DeBERTa: build_either(1) or build_either(2)."""
-    return lambda version: build("DebertaModel" if version == 1 else "DebertaV2Model")
+def build_either(build: Callable[..., Any]) -> Callable[..., Any]:
+    """Build a small random DeBERTa: build_either(1, **config) or build_either(2, **config)."""
+    return lambda version, **settings: build("DebertaModel" if version == 1 else "DebertaV2Model", **settings)
 
 
 @pytest.fixture

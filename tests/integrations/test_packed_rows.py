@@ -19,6 +19,15 @@ def test_one_number_of_padding_that_is_not_zero_keeps_the_batch_padded(value, dt
     assert (packing is None) == (bool(states[1, 7, 3] != 0))
 
 
+def test_finding_a_packing_keeps_nothing_for_a_backward():
+    keep = torch.arange(9)[None] < torch.tensor([[9], [4]])
+    states = (torch.randn(2, 9, 6) * keep[..., None]).requires_grad_()
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        assert find_packing(keep, states, 0.95) is not None
+    assert not kept
+
+
 def test_states_are_unpacked_for_whoever_needs_them_only(build, batch, monkeypatch):
     model, mask = build(num_hidden_layers=4), batch(4, 41)["attention_mask"]
     states = torch.randn(4, 41, model.config.hidden_size) * mask[..., None]

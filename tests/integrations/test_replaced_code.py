@@ -251,3 +251,42 @@ def test_a_model_of_stand_alone_modules_is_patched(build, batch):
         layer.attention.self = ours
     assert dk.patch(model, strict=True).encoders == 1
     close(states(model, inputs), expected)
+
+
+class Drawing(nn.ModuleList):
+    """Layers of which each pass through the list draws some, the last one always."""
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        draws = torch.rand(len(self))
+        draws[-1] = 1
+        return (layer for layer, draw in zip(super().__iter__(), draws) if draw > 0.5)
+
+
+class Changing(nn.ModuleList):
+    """Layers whose list changes the third one just before it is its turn."""
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        for number, layer in enumerate(super().__iter__()):
+            if number == 2:
+                kept = layer.output.dense.forward
+                layer.output.dense.forward = lambda states: kept(states.cumsum(1))  # mixes tokens
+            yield layer
+
+
+@pytest.mark.parametrize("layers", [Drawing, Changing])
+def test_a_list_that_goes_through_its_layers_in_a_way_of_its_own_does_so_once(layers, build_either, batch):
+    inputs = batch(4, 41)
+    for version in (1, 2):
+        found = []
+        for is_patched in (False, True):
+            model = build_either(version, num_hidden_layers=4)
+            model.encoder.layer = layers(model.encoder.layer)
+            if is_patched:
+                dk.patch(model, unpad=True)
+            torch.manual_seed(3)
+            with torch.no_grad():
+                states = [model(**inputs).last_hidden_state for _ in range(4)]
+            found.append((states, torch.get_rng_state()))
+        (expected, generator), (actual, generator_after) = found
+        torch.testing.assert_close(actual, expected, atol=3e-5, rtol=1e-5)
+        assert torch.equal(generator, generator_after)
