@@ -48,7 +48,7 @@ def apply_linear(linear: Any, x: Tensor, everywhere: bool = False, strict: bool 
     Raises:
         NotImplementedError: strict, and code was replaced.
     """
-    if torch.compiler.is_compiling() or not is_linear_class(linear):
+    if torch.compiler.is_compiling() or type(x) is not Tensor or not is_linear_class(linear):
         return linear(x)  # type: ignore[no-any-return]
     differentiable = torch.is_grad_enabled() and _needs_gradient(linear, x)
     # Nothing is gained in float32 in training unless that is wanted everywhere: most need no look at all then.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from enum import Enum
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from deberta_kernels.models.packing import Packing, find_packing
 from deberta_kernels.models.padding_gradient import PackedLayer
 from deberta_kernels.torch_state.modes import dispatch_mode, values_readable
 from deberta_kernels.torch_state.onlookers import hooks_registered
+from deberta_kernels.torch_state.originals import is_own
 from deberta_kernels.types import Masks
 
 __all__ = ["encode"]
@@ -32,6 +33,7 @@ __all__ = ["encode"]
 # Finding a packing takes a few passes over the states: it pays when a twentieth of them goes away.
 _FULLEST = 0.95
 _FEWEST_TOKENS = 32
+_ITERATION = ("torch.nn.modules.container", "ModuleList.__iter__")
 
 
 def encode(
@@ -236,7 +238,7 @@ class _Layers:
             handover = handover_of(layer, self.module, self.takes_mask, self.adapted, self._seen)
         else:
             if layer not in self._ahead or self._hooks != hooks_registered():
-                self._look_ahead(number)
+                self._look_ahead(number, layer)
             handover = self._ahead[layer]
         if handover is Handover.TENSORS or (self._tensors is not None and self._tensors_changed(*self._tensors)):
             return Handover.TENSORS
@@ -246,13 +248,16 @@ class _Layers:
                 return Handover.TENSORS
         return handover
 
-    def _look_ahead(self, number: int) -> None:
+    def _look_ahead(self, number: int, layer: Any) -> None:
         """Decide for a layer and, while nothing but known code runs in them, for those that follow.
 
-        Nobody can change what was decided meanwhile, unless a mode sees every operator.
+        Nobody can change what was decided meanwhile, unless a mode sees every operator, or a list with a way of its own
+        to go through its layers does: such a list may also draw which of them run.
         """
         self._ahead, self._hooks = {}, hooks_registered()
-        for layer in islice(self.module.layer, number, None):
+        layers = self.module.layer
+        following = islice(layers, number + 1, None) if is_own(type(layers).__iter__, *_ITERATION) else ()
+        for layer in chain((layer,), following):
             handover = handover_of(layer, self.module, self.takes_mask, self.adapted, self._seen)
             self._ahead[layer] = handover
             if handover is not Handover.PACKED or dispatch_mode():

@@ -132,7 +132,7 @@ def find_packing(keep: Tensor, hidden_states: Tensor, fullest: float) -> Packing
     """
     batch, length = keep.shape
     runs = keep[:, 0] + (keep[:, 1:] > keep[:, :-1]).sum(1)  # of real tokens
-    strays = ((hidden_states.abs().amax(-1) != 0) > keep).sum(1)  # padding that is not zero
+    strays = ((hidden_states.detach().abs().amax(-1) != 0) > keep).sum(1)  # padding that is not zero
     counts, runs_of_samples, strays_of_samples = torch.stack([keep.sum(1), runs, strays]).tolist()
     tokens = sum(counts)
     if tokens in (0, batch * length) or tokens > fullest * batch * length or any(strays_of_samples):
