@@ -257,9 +257,9 @@ class _Layers:
         self._ahead, self._hooks = {}, hooks_registered()
         layers = self.module.layer
         following = islice(layers, number + 1, None) if is_own(type(layers).__iter__, *_ITERATION) else ()
-        for layer in chain((layer,), following):
-            handover = handover_of(layer, self.module, self.takes_mask, self.adapted, self._seen)
-            self._ahead[layer] = handover
+        for each in chain((layer,), following):
+            handover = handover_of(each, self.module, self.takes_mask, self.adapted, self._seen)
+            self._ahead[each] = handover
             if handover is not Handover.PACKED or dispatch_mode():
                 return
 

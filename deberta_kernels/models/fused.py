@@ -214,9 +214,9 @@ def attention_refusal(module: nn.Module) -> str | None:
 
 def _attention_of(encoder: nn.Module) -> list[nn.Module]:
     found = []
-    layers = getattr(encoder, "layer", ())
+    layers: Any = getattr(encoder, "layer", ())
     # A list may have a way of its own to go through its layers, which is for the encoder to go once a forward.
-    for layer in layers._modules.values() if isinstance(layers, nn.Module) else layers:
+    for layer in getattr(layers, "_modules", {}).values() or layers:
         attention = layer._modules.get("attention")
         inner = None if attention is None else attention._modules.get("self")
         if inner is not None:

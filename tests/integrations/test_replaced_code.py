@@ -6,6 +6,7 @@ import contextlib
 import functools
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -268,8 +269,8 @@ class Changing(nn.ModuleList):
     def __iter__(self) -> Iterator[nn.Module]:
         for number, layer in enumerate(super().__iter__()):
             if number == 2:
-                kept = layer.output.dense.forward
-                layer.output.dense.forward = lambda states: kept(states.cumsum(1))  # mixes tokens
+                dense = layer.output.dense
+                dense.forward = partial(lambda dense, x: nn.functional.linear(x.cumsum(1), dense.weight), dense)
             yield layer
 
 
@@ -290,3 +291,37 @@ def test_a_list_that_goes_through_its_layers_in_a_way_of_its_own_does_so_once(la
         (expected, generator), (actual, generator_after) = found
         torch.testing.assert_close(actual, expected, atol=3e-5, rtol=1e-5)
         assert torch.equal(generator, generator_after)
+
+
+class OwnWeight(nn.Parameter):
+    """A weight whose code sees what it is multiplied by, and acts on it."""
+
+    act: Any = None
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            if function is nn.functional.linear:
+                cls.act(arguments[0])
+            return function(*arguments, **(named or {}))
+
+
+def test_a_weight_with_code_of_its_own_sees_padded_states_and_may_change_later_layers(build_either, batch, monkeypatch):
+    for version in (1, 2):
+        found = []
+        for is_patched in (False, True):
+            model, seen = build_either(version, num_hidden_layers=4), []
+            first, last = (model.encoder.layer[number].output.dense for number in (1, 3))
+
+            def act(states: torch.Tensor, seen: Any = seen, dense: Any = last) -> None:
+                seen.append(states.shape)
+                dense.forward = lambda states: nn.functional.linear(states.cumsum(1), dense.weight)  # mixes tokens
+
+            monkeypatch.setattr(OwnWeight, "act", staticmethod(act))
+            first.weight = OwnWeight(first.weight.detach())
+            if is_patched:
+                dk.patch(model, unpad=True)
+            with torch.no_grad():
+                found.append((model(**batch(4, 41)).last_hidden_state, seen))
+        assert found[1][1] == found[0][1] != []
+        torch.testing.assert_close(found[1][0], found[0][0], atol=3e-5, rtol=1e-5)

@@ -251,7 +251,7 @@ def test_packed_sequences_with_a_prefix_are_refused():
 
 
 @needs_library
-@pytest.mark.parametrize("first_row, rows", [(0, 0), (0, 2), (13, 3)])
+@pytest.mark.parametrize(("first_row", "rows"), [(0, 0), (0, 2), (13, 3)])
 @pytest.mark.parametrize("nq", [1, 20])
 def test_sliced_tables_that_no_key_reaches_are_not_read(nq, first_row, rows):
     """A kernel that expects the rows around distance 0 in them reads and writes elsewhere."""

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from enum import IntEnum
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from deberta_kernels.models.anatomy import VERSION_ONE, VERSION_TWO, anatomy_of
 from deberta_kernels.models.guards.own_code import runs_own
@@ -46,6 +46,9 @@ _TOKENWISE_TORCH = (
 )  # fmt: skip
 _TOKENWISE_FUNCTIONS = ("relu", "silu", "mish", "elu", "selu", "leaky_relu", "hardswish", "tanh", "sigmoid")
 _FSDP = "torch.distributed.fsdp"
+# Parameters of these types, and of others of these packages, show nobody what they are multiplied by.
+_WEIGHTS = (nn.Parameter, type(None), Tensor)
+_TENSORS = ("torch.", "torchao.", "bitsandbytes.")
 # What the modules around the attention call, which would see packed states: place, name and home as `is_own` knows it.
 _FUNCTIONS = Originals(
     *((nn.functional, name, "torch.nn.functional", name) for name in ("layer_norm", "dropout")),
@@ -171,6 +174,10 @@ def _is_tokenwise(layer: nn.Module, seen: set[Any]) -> bool:
             if calls_differently(cls) or not _computes_each_token(cls):
                 return False
             seen.add(cls)
+        for parameter in own["_parameters"].values():
+            kind = type(parameter)
+            if kind not in _WEIGHTS and not kind.__module__.startswith(_TENSORS):
+                return False  # whose own __torch_function__ sees every product
         if modules := own["_modules"]:
             if not _parts_of(cls).issubset(modules):
                 return False
