@@ -216,3 +216,9 @@ def test_what_was_replaced_before_the_package_was_imported_takes_part(cls):
         [sys.executable, "-W", "ignore", "-c", EARLY.format(cls=cls)], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("call", [apply_linear, lambda layer, x: apply_linear_gelu(layer, nn.GELU(), x)])
+def test_what_is_no_tensor_is_refused_as_pytorch_does(call):
+    with pytest.raises(TypeError, match="must be Tensor, not list"):
+        call(nn.Linear(16, 32), [[1.0] * 16])

@@ -394,9 +394,3 @@ def test_zeros_without_memory_are_left_to_pytorch():
     result = products.natively_with_gradients(x, layer.weight, layer.bias)
     for gradient in torch.autograd.grad(result, (x, layer.weight), torch._efficientzerotensor((64, 16))):
         assert not gradient.any()
-
-
-@pytest.mark.parametrize("call", [apply_linear, lambda layer, x: apply_linear_gelu(layer, nn.GELU(), x)])
-def test_what_is_no_tensor_is_refused_as_pytorch_does(call):
-    with pytest.raises(TypeError, match="must be Tensor, not list"):
-        call(layer_of(16, 32, torch.float32), [[1.0] * 16])

@@ -362,3 +362,9 @@ def test_every_environment_variable_is_documented():
     documented = (ROOT / "docs" / "environment.md").read_text(encoding="utf-8")
     missing = [name for name in (*env.VARIABLES, build.SKIP_VARIABLE, "CXX") if f"`{name}`" not in documented]
     assert missing == []
+
+
+def test_the_source_distribution_holds_what_its_tests_import_and_run():
+    lines = (ROOT / "MANIFEST.in").read_text().splitlines()
+    for folder in ("benchmarks", "csrc", "docs", "examples", "tests", "tools"):
+        assert f"graft {folder}" in lines
