@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness.arguments import names, numbers
 from benchmarks.harness.process import RESULTS, ROOT, note
 
 SCHEMA = 1
@@ -62,8 +63,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--backend", default="triton", help="which backend is ours: triton, cuda or torch")
     parser.add_argument("--smoke", action="store_true", help="the 90-second form")
-    parser.add_argument("--stages", default="", help=f"comma-separated: {', '.join(LIMITS)}")
-    parser.add_argument("--lengths", default="", help="comma-separated lengths of the timed shapes")
+    parser.add_argument("--stages", default="", type=names(LIMITS), help=f"comma-separated: {', '.join(LIMITS)}")
+    parser.add_argument("--lengths", default="", type=numbers, help="comma-separated lengths of the timed shapes")
     parser.add_argument(
         "--candidates", default="", help="comma-separated candidates, as the tables of the JSON name them"
     )
@@ -85,7 +86,6 @@ def plan_of(options: argparse.Namespace) -> Any:
     from benchmarks.gpu.plan import Plan
     from benchmarks.registry import GPU_LENGTHS
 
-    lengths = tuple(int(n) for n in options.lengths.split(",") if n)
     small, smoke = options.device == "cpu", options.smoke
     default = (32, 64) if small else (512, 2048) if smoke else GPU_LENGTHS
     return Plan(
@@ -93,7 +93,7 @@ def plan_of(options: argparse.Namespace) -> Any:
         backend=options.backend,
         smoke=smoke,
         tokens=128 if small else 16384,
-        lengths=lengths or default,
+        lengths=options.lengths or default,
         dtype=options.dtype,
         seconds=0.05 if small else 0.25 if smoke else 0.5,
         candidates=tuple(filter(None, options.candidates.split(","))),
@@ -206,10 +206,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.device == "cuda" and (missing := _missing()):
         print(f"python -m benchmarks gpu: {missing}", file=sys.stderr)
         return 2
-    wanted = [name for name in options.stages.split(",") if name]
-    if unknown := set(wanted) - LIMITS.keys():
-        print(f"--stages: unknown {', '.join(sorted(unknown))}; there are {', '.join(LIMITS)}", file=sys.stderr)
-        return 2
+    wanted = options.stages
     plan = plan_of(options)
     run = Run(options, plan)
     deadline = time.monotonic() + (options.seconds or (SMOKE_SECONDS if options.smoke else SECONDS))

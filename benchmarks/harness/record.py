@@ -22,6 +22,7 @@ from benchmarks.harness.process import RESULTS, note
 __all__ = ["Progress", "Run", "options", "store"]
 
 SCHEMA = 1
+BACKENDS = ("cpu", "torch", "reference")  # those that compute on a processor
 
 
 def options(kind: str, about: str | None, *, strict: bool = True, backend: bool = True) -> argparse.ArgumentParser:
@@ -43,7 +44,7 @@ def options(kind: str, about: str | None, *, strict: bool = True, backend: bool 
     parser.add_argument("--threads", type=int, default=1, help="above 1, the wall clock counts instead of CPU time")
     parser.add_argument("--json", default="", help="write here, not to benchmarks/results/<device>/; '-': nowhere")
     if backend:
-        parser.add_argument("--backend", default="cpu", help="which backend is ours: cpu, torch or reference")
+        parser.add_argument("--backend", default="cpu", choices=BACKENDS, help="which backend is ours")
     if strict:
         parser.add_argument("--strict", action="store_true", help="exit with 1 when a figure misses its must")
     return parser
