@@ -1,4 +1,4 @@
-"""Measure CPU time of several candidates interleaved in one run, so that drift hits all of them."""
+"""CPU time of several candidates, interleaved in one run, so that drift hits all of them."""
 
 from __future__ import annotations
 

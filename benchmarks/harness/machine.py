@@ -1,4 +1,4 @@
-"""Describe the machine, the software and the rates they reach: without these a ratio cannot be compared."""
+"""The machine, the software and the rates they reach: without these a ratio cannot be compared."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compute Hugging Face's disentangled self-attention through the kernels.
+"""Hugging Face's disentangled self-attention, computed through the kernels.
 
 `attend` is the one implementation: the stand-alone module and patched Hugging Face modules both call it. It decides by
 the allow-list; a call outside it goes to the original code, or to what stands for it. Where a patched encoder has

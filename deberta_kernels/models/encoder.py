@@ -1,4 +1,4 @@
-"""Run Hugging Face's DeBERTa encoders without any N x N tensor and, where that pays, without padding.
+"""Hugging Face's DeBERTa encoders, run without any N x N tensor and, where that pays, without padding.
 
 The (B, N) mask is parsed once and carried to every layer; the layers get no relative positions, which means ordinary
 distances. When enough of a batch is padding, the layers get the real tokens packed one after the other.
