@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +34,30 @@ def environment(**values: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, **values}
 
 
-def run_alone(module: str, arguments: list[str]) -> dict[str, Any]:
-    """Run a module that prints JSON in a process of its own; return that, or {"error": text}."""
-    command = [sys.executable, "-m", module, *arguments]
+def run_alone(function: Callable[..., dict[str, Any]], threads: int, **arguments: Any) -> dict[str, Any]:
+    """Call a function of a module in a process of its own, with values that JSON has; return its result.
+
+    Returns:
+        what the function returns, or {"error": text}.
+    """
+    given = [f"{function.__module__}:{function.__name__}", str(threads), json.dumps(arguments)]
+    command = [sys.executable, "-m", "benchmarks.harness.process", *given]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment())
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
         return {"error": f"exit status {done.returncode}: {last}"}
     return dict(json.loads(lines[-1]))
+
+
+def main(function: str, threads: str, arguments: str) -> None:
+    """Call a function as `run_alone` says, and print its result."""
+    import torch
+
+    torch.set_num_threads(int(threads))
+    module, _, name = function.partition(":")
+    print(json.dumps(getattr(importlib.import_module(module), name)(**json.loads(arguments))))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
