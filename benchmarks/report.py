@@ -100,10 +100,8 @@ def main(arguments: list[str] | None = None) -> int:
         wanted = [options.kind] if options.kind else list(KINDS) if options.update else ["cpu"]
         results = {kind: found for kind in wanted if (found := newest(kind, options.threads))}
     if not results:
-        print(
-            f"no result of {options.kind or 'cpu'} yet; see python -m benchmarks --help",
-            file=sys.stderr,
-        )
+        what = f"{options.kind or 'cpu'} with {options.threads} thread(s)"
+        print(f"no result of {what} is kept; see python -m benchmarks --help", file=sys.stderr)
         return 1
     if options.update:
         print("\n".join(f"written: {path}" for path in update(options.update, results)))

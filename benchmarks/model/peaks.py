@@ -61,8 +61,9 @@ def measure_large(run: Run) -> None:
     lines: list[Line] = []
     found: dict[str, dict[str, Any]] = {}
     # A loaded model, and pairs of tokens in every layer.
-    progress = Progress(1e9 + x.length**2 * x.settings.get("num_hidden_layers", 12) for x in LARGE.values())
     skipped = set(LARGE) - set(GROWTH) if run.quick else set()
+    measured = [x for name, x in LARGE.items() if name not in skipped]
+    progress = Progress(1e9 + x.length**2 * x.settings.get("num_hidden_layers", 12) for x in measured)
     for name, large in LARGE.items():
         if name in skipped:
             outcome: dict[str, Any] = {"error": "not in --quick"}
@@ -75,7 +76,8 @@ def measure_large(run: Run) -> None:
         sizes, usual = settings(large.model, **large.settings), settings("v3-base", vocab_size=1024)
         differing = {key: value for key, value in sizes.items() if usual.get(key) != value}
         records.append({"name": name, **large.__dict__, "settings": differing, **outcome})
-        progress.step(f"{name}: {outcome}")
+        if name not in skipped:
+            progress.step(f"{name}: {outcome}")
         lines.append(_large_line(large, outcome))
     growth = [found[name] for name in GROWTH]
     values: dict[str, Any] = {"reason": "not available: a case before it failed"}
