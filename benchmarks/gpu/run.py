@@ -13,7 +13,6 @@ is finished, so that a run cut short keeps what it has.
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib
 import json
 import os
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.arguments import names, numbers
-from benchmarks.harness.process import RESULTS, ROOT, note
+from benchmarks.harness.process import RESULTS, ROOT, file_name, note, now, write_json
 
 SCHEMA = 1
 # Stage: (limit in seconds, limit of one item in seconds), whole run and smoke; in this order.
@@ -154,7 +153,7 @@ class Run:
         self.where = options.json
         self.result: dict[str, Any] = {
             "schema": SCHEMA,
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "date": now(),
             "commit": commit,
             "device": {},
             "plan": json.loads(plan.as_text()),
@@ -175,11 +174,7 @@ class Run:
             os.environ["GPU_RATES"] = json.dumps(self.result["rates"])
         self.result["figures"] = figures(self.result)
         self.result["seconds"] = round(time.monotonic() - self.started, 1)
-        path = self.path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        half_written = path.with_suffix(".partial")
-        half_written.write_text(json.dumps(self.result, indent=1) + "\n", encoding="utf-8")
-        half_written.replace(path)
+        write_json(self.path, self.result)
 
     @property
     def path(self) -> Path:
@@ -188,11 +183,9 @@ class Run:
             return Path(self.where)
         from benchmarks.gpu.device import folder
 
-        stamp = self.result["date"][:19].replace(":", "").replace("T", "-")
-        name = f"gpu-{stamp}-{(self.result['commit']['id'] or 'unknown')[:8]}.json"
         device = self.result["device"].get("name") or self.result["plan"]["device"]
         base = ROOT / "build" / "gpu" if self.result["plan"]["device"] == "cpu" else RESULTS
-        return base / folder(device) / name
+        return base / folder(device) / file_name("gpu", self.result)
 
 
 def main(arguments: list[str] | None = None) -> int:

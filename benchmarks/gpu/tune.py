@@ -12,7 +12,6 @@ is written again after every entry, and entries of an earlier run that are not m
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import math
 import os
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.arguments import names, numbers
-from benchmarks.harness.process import ROOT, environment, note, program
+from benchmarks.harness.process import ROOT, environment, note, now, program
 
 DTYPES = ("bfloat16", "float16", "float32")
 DIMS = (64, 32, 128, 256)
@@ -252,7 +251,7 @@ def main(arguments: list[str] | None = None) -> int:
         note("compiling all candidates")
         precompile(options)
     about = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": now(),
         "commit": machine.commit(),
         "device": describe(options.device),
         "shapes": TINY_SHAPES if small else SHAPES,

@@ -1,7 +1,8 @@
-"""Programs of this package in processes of their own."""
+"""Programs of this package in processes of their own, and the files they leave."""
 
 from __future__ import annotations
 
+import datetime
 import importlib
 import json
 import os
@@ -12,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["RESULTS", "ROOT", "environment", "note", "program", "run_alone"]
+__all__ = ["RESULTS", "ROOT", "environment", "file_name", "note", "now", "program", "run_alone", "write_json"]
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -21,6 +22,25 @@ RESULTS = ROOT / "benchmarks" / "results"
 def note(text: str) -> None:
     """Show progress, apart from the results on stdout."""
     print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
+
+
+def now() -> str:
+    """Return the time as results have it."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def file_name(kind: str, result: dict[str, Any], *more: str) -> str:
+    """Return KIND-DATE-COMMIT.json of a result, with more behind it."""
+    stamp = result["date"][:19].replace(":", "").replace("T", "-")
+    return "-".join((kind, stamp, (result["commit"]["id"] or "unknown")[:8], *more)) + ".json"
+
+
+def write_json(path: Path, result: dict[str, Any]) -> None:
+    """Write a file that is whole at any time, however often it is written anew."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half_written = path.with_suffix(".partial")
+    half_written.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    half_written.replace(path)
 
 
 def program(*arguments: str) -> list[str]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import os
 import time
 from collections.abc import Iterable
@@ -17,7 +15,7 @@ import torch
 from benchmarks.harness import machine
 from benchmarks.harness.clock import Pace
 from benchmarks.harness.figures import Figure, Line, judge
-from benchmarks.harness.process import RESULTS, note
+from benchmarks.harness.process import RESULTS, file_name, note, now, write_json
 
 __all__ = ["Progress", "Run", "options", "store"]
 
@@ -156,7 +154,7 @@ def preamble(kind: str, threads: int, backend: str, *, quick: bool) -> dict[str,
     return {
         "schema": SCHEMA,
         "kind": kind,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": now(),
         "commit": machine.commit(),
         "device": machine.device_name(),
         "machine": machine.describe(),
@@ -182,17 +180,10 @@ def store(result: dict[str, Any], where: str) -> None:
     if where == "-":
         return
     settings = result["settings"]
-    parts = [
-        result["kind"],
-        result["date"][:19].replace(":", "").replace("T", "-"),
-        result["commit"]["id"] or "unknown",
-    ]
-    parts[2] = parts[2][:8]
-    parts += [settings["isa"]] if settings.get("isa") else []
-    parts += [f"{settings['threads']}threads"] if settings["threads"] > 1 else []
-    path = Path(where) if where else RESULTS / result["device"] / f"{'-'.join(parts)}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    more = [settings["isa"]] if settings.get("isa") else []
+    more += [f"{settings['threads']}threads"] if settings["threads"] > 1 else []
+    path = Path(where) if where else RESULTS / result["device"] / file_name(result["kind"], result, *more)
     new = not path.exists()
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_json(path, result)
     if new:
         note(f"written: {path}")
