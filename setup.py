@@ -188,7 +188,7 @@ def main() -> None:
     from setuptools.command.build_py import build_py
 
     class BuildNative(Command):
-        """Build the native library in place."""
+        """The command that builds the native library in place."""
 
         description = "build the native CPU library in place"
         user_options: ClassVar = [
@@ -214,20 +214,20 @@ def main() -> None:
                 build_cubins_or_say()
 
     class NativeDistribution(Distribution):
-        """Count as platform-specific exactly when the library is in the package."""
+        """A distribution that is platform-specific exactly when the library is in the package."""
 
         def has_ext_modules(self) -> bool:
             return Layout().library.is_file()
 
     class NativeBuildPy(build_py):
-        """Build the library before the package's files are collected."""
+        """The command that collects the package's files, after the library is built."""
 
         def run(self) -> None:
             self.run_command("build_native")
             super().run()
 
     class NativeWheel(bdist_wheel):
-        """Tag the wheel for every Python: the library has a plain C interface."""
+        """A wheel tagged for every Python: the library has a plain C interface."""
 
         def finalize_options(self) -> None:
             # The library decides whether the wheel is pure, so it comes first.

@@ -46,7 +46,7 @@ KINDS = {
     "memory": Kind("benchmarks.memory", "long documents, the largest model; the table of docs/training.md"),
     "convergence": Kind("benchmarks.training.convergence", "accuracy after fine-tuning with several seeds"),
     "soak": Kind("benchmarks.training.soak", "growth of resident memory over thousands of training steps"),
-    "host": Kind("benchmarks.host", "what a patched model does beside its kernels"),
+    "host": Kind("benchmarks.host.run", "what a patched model does beside its kernels"),
     "gpu": Kind("benchmarks.gpu.run", "the GPU kernels: proved, then timed beside everything else", threaded=False),
     "tune": Kind("benchmarks.gpu.tune", "tile sizes of the Triton kernels; writes their table", threaded=False),
     "report": Kind("benchmarks.report", "stored results as tables, sections of a document, pictures", threaded=False),

@@ -12,10 +12,13 @@ from typing import Any
 from benchmarks.harness.figures import Figure
 
 __all__ = [
-    "ADAPTERS", "CANDIDATES", "CORE_FIGURES", "CORE_GROUPS", "CORE_MODEL_FIGURES", "GPU_FIGURES", "GPU_LENGTHS",
-    "GROUPS", "LARGE", "LINEAR_FIGURES", "LINEAR_TOKENS", "MODEL_FIGURES", "MODEL_SHAPES", "PEERS", "RUNTIMES",
-    "TRAIN_FIGURES", "TRAIN_SHAPES", "Candidate", "Large", "ModelShape", "Shape", "Workload",
+    "ADAPTERS", "CANDIDATES", "CORE_FIGURES", "CORE_GROUPS", "CORE_MODEL_FIGURES", "DTYPES", "GPU_FIGURES",
+    "GPU_LENGTHS", "GROUPS", "LARGE", "LINEAR_FIGURES", "LINEAR_TOKENS", "MODEL_FIGURES", "MODEL_SHAPES", "PEERS",
+    "RUNTIMES", "TRAIN_FIGURES", "TRAIN_SHAPES", "Candidate", "Large", "ModelShape", "Shape", "Workload",
 ]  # fmt: skip
+
+# Of whole models and training steps.
+DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import tables
+from benchmarks.harness.arguments import existing_file
 from benchmarks.harness.plots import PICTURES
 from benchmarks.harness.process import RESULTS
 
@@ -83,11 +84,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("result", nargs="?", type=Path, help="a JSON file; else the newest under benchmarks/results")
+    parser.add_argument(
+        "result", nargs="?", type=existing_file, help="a JSON file; else the newest under benchmarks/results"
+    )
     parser.add_argument("--kind", default="", choices=KINDS, help="of the newest result; cpu, or with --update all")
     parser.add_argument("--threads", type=int, default=1, help="of the newest result")
     parser.add_argument("--plot", type=Path, help="draw a picture here")
-    parser.add_argument("--update", type=Path, help="put tables and pictures into this markdown file")
+    parser.add_argument("--update", type=existing_file, help="put tables and pictures into this markdown file")
     parser.add_argument("--text", action="store_true", help="print the aligned table instead of markdown")
     options = parser.parse_args(arguments)
     if options.result:
@@ -97,10 +100,8 @@ def main(arguments: list[str] | None = None) -> int:
         wanted = [options.kind] if options.kind else list(KINDS) if options.update else ["cpu"]
         results = {kind: found for kind in wanted if (found := newest(kind, options.threads))}
     if not results:
-        print(
-            f"no result of {options.kind or 'cpu'} yet; see python -m benchmarks --help",
-            file=sys.stderr,
-        )
+        what = f"{options.kind or 'cpu'} with {options.threads} thread(s)"
+        print(f"no result of {what} is kept; see python -m benchmarks --help", file=sys.stderr)
         return 1
     if options.update:
         print("\n".join(f"written: {path}" for path in update(options.update, results)))

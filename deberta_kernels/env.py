@@ -38,8 +38,8 @@ ISA_FEATURES = {"avx512_bf16": (*_AVX512, "avx512_bf16"), "avx512": _AVX512, "av
 CPU_ISAS = tuple(ISA_FEATURES)
 
 VARIABLES = {
-    BACKEND: "what backend='auto' means: reference, torch, cpu, triton or cuda; a backend that cannot run the call "
-    "raises, as if the call had named it",
+    BACKEND: "what backend='auto' means: the name of a backend; one that cannot run the call raises, as if the "
+    "call had named it",
     CACHE: "folder for CUDA modules compiled on this machine, instead of deberta_kernels in the user's cache folder",
     CPU_ISA: f"instruction set of the native CPU library: {', '.join(CPU_ISAS)}; read when the library is first used",
     LIBRARY: "path of the native CPU library to load instead of the installed one; read when it is first used",

@@ -1,4 +1,4 @@
-"""Describe what is active on this machine, and why: versions, processor, native library, backends, environment."""
+"""What is active on this machine, and why: versions, processor, native library, backends, environment."""
 
 from __future__ import annotations
 

@@ -322,7 +322,7 @@ class _FunctionalAttention(torch.autograd.Function):
 
 
 class _FunctionalBackward(torch.autograd.Function):
-    """Its gradients there, which refuse to be transformed again."""
+    """The gradients of such a call, which refuse to be transformed again."""
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""Measure the peak memory of training: the device's allocator, or the resident set of this process."""
+"""The peak memory of training: by the device's allocator, or the resident set of this process."""
 
 from __future__ import annotations
 

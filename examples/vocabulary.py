@@ -1,4 +1,4 @@
-"""Turn text into token ids and back into places in the text: a checkpoint's tokenizer, or one trained on the spot."""
+"""Text as token ids, and these as places in the text: a checkpoint's tokenizer, or one trained on the spot."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Token(NamedTuple):
 
 @dataclass(frozen=True)
 class Encoder:
-    """Turn text into tokens.
+    """A tokenizer, and where its tokens lie in the text.
 
     Attributes:
         size: of the vocabulary.

@@ -92,7 +92,10 @@ def main() -> int:
     loops = {}
     for which, moved in (("forward", FORWARD), ("backward", BACKWARD)):
         spec = ModuleSpec(which, "bf16", 64)
-        report = cuda.compile_module(spec)[spec.kernel(pair=False, dropout=False)]
+        try:
+            report = cuda.compile_module(spec)[spec.kernel(pair=False, dropout=False)]
+        except RuntimeError as error:
+            raise SystemExit(f"tools/predict_cuda.py: {error}") from error
         loops[which] = cycles(report.near, moved[0]), cycles(report.far, moved[1])
         print(f"cycles of one pass over 64 x 64 pairs, {which}: near %.0f, far %.0f" % loops[which])
     rows = [["length", "forward ms", "SDPA flash ms", "of its speed", "backward ms"]]

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.harness import record, tables
+from benchmarks.harness.arguments import numbers
 from benchmarks.harness.clock import Pace, interleave
 from benchmarks.harness.figures import Line
 from benchmarks.harness.process import note
@@ -40,7 +41,7 @@ QUICK_TOKENS = (4, 128)
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = record.options("linear", __doc__, backend=False)
-    parser.add_argument("--tokens", default="", help="numbers of tokens, comma-separated")
+    parser.add_argument("--tokens", default="", type=numbers, help="numbers of tokens, comma-separated")
     return parser.parse_args(arguments)
 
 
@@ -116,9 +117,9 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_grad_enabled(False)
     run = Run("linear", options)
     run.measure_rates()
-    chosen = options.tokens.split(",") if options.tokens else QUICK_TOKENS if options.quick else LINEAR_TOKENS
+    chosen = options.tokens or (QUICK_TOKENS if options.quick else LINEAR_TOKENS)
     dtypes = [dtype for dtype in (torch.float32, torch.bfloat16) if not products.lacks_products(dtype)]
-    shapes = [(dtype, int(tokens)) for dtype in dtypes for tokens in chosen]
+    shapes = [(dtype, tokens) for dtype in dtypes for tokens in chosen]
     progress = Progress(100 + tokens for _, tokens in shapes)
     records: list[dict[str, Any]] = []
     for dtype, tokens in shapes:

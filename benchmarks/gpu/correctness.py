@@ -1,4 +1,4 @@
-"""Check the kernels on the device: error budget, determinism, dropout under graphs, offsets beyond 2**31."""
+"""Checks of the kernels on the device: error budget, determinism, dropout under graphs, offsets beyond 2**31."""
 
 from __future__ import annotations
 

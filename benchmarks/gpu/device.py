@@ -1,4 +1,4 @@
-"""Describe the device, measure its two ceilings, and time work on it."""
+"""The device, its two ceilings, and the time of work on it."""
 
 from __future__ import annotations
 

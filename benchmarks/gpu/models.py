@@ -1,4 +1,4 @@
-"""Time whole models, patched against unpatched: ragged batches, a training step, one short text under a CUDA graph."""
+"""Whole models timed, patched against unpatched: ragged batches, a training step, one short text under a CUDA graph."""
 
 from __future__ import annotations
 

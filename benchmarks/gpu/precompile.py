@@ -1,4 +1,4 @@
-"""Compile the kernels of all cases in many processes at once, so that the checks after it find them in the cache."""
+"""The kernels of all cases, compiled in many processes at once, so that the checks after it find them in the cache."""
 
 from __future__ import annotations
 

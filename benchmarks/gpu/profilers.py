@@ -1,4 +1,4 @@
-"""Run the kernels under the tools that watch them: compute-sanitizer for bad accesses and races, ncu for counters."""
+"""The kernels under the tools that watch them: compute-sanitizer for bad accesses and races, ncu for counters."""
 
 from __future__ import annotations
 

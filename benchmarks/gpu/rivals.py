@@ -1,4 +1,4 @@
-"""Call the attention cores of other packages on the same tensors, each by the fastest way its own model takes.
+"""The attention cores of other packages on the same tensors, each called the fastest way its own model takes.
 
 Both are pinned to the release that was read, since neither promises the functions used here. Projections are taken out
 on every side: q, k, v and the projected tables are handed over. Whatever they derive from tables or lengths alone is

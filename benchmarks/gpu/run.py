@@ -13,7 +13,6 @@ is finished, so that a run cut short keeps what it has.
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib
 import json
 import os
@@ -22,7 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.process import RESULTS, ROOT, note
+from benchmarks.harness.arguments import names, numbers
+from benchmarks.harness.process import RESULTS, ROOT, file_name, note, now, write_json
 
 SCHEMA = 1
 # Stage: (limit in seconds, limit of one item in seconds), whole run and smoke; in this order.
@@ -62,8 +62,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--backend", default="triton", help="which backend is ours: triton, cuda or torch")
     parser.add_argument("--smoke", action="store_true", help="the 90-second form")
-    parser.add_argument("--stages", default="", help=f"comma-separated: {', '.join(LIMITS)}")
-    parser.add_argument("--lengths", default="", help="comma-separated lengths of the timed shapes")
+    parser.add_argument("--stages", default="", type=names(LIMITS), help=f"comma-separated: {', '.join(LIMITS)}")
+    parser.add_argument("--lengths", default="", type=numbers, help="comma-separated lengths of the timed shapes")
     parser.add_argument(
         "--candidates", default="", help="comma-separated candidates, as the tables of the JSON name them"
     )
@@ -85,7 +85,6 @@ def plan_of(options: argparse.Namespace) -> Any:
     from benchmarks.gpu.plan import Plan
     from benchmarks.registry import GPU_LENGTHS
 
-    lengths = tuple(int(n) for n in options.lengths.split(",") if n)
     small, smoke = options.device == "cpu", options.smoke
     default = (32, 64) if small else (512, 2048) if smoke else GPU_LENGTHS
     return Plan(
@@ -93,7 +92,7 @@ def plan_of(options: argparse.Namespace) -> Any:
         backend=options.backend,
         smoke=smoke,
         tokens=128 if small else 16384,
-        lengths=lengths or default,
+        lengths=options.lengths or default,
         dtype=options.dtype,
         seconds=0.05 if small else 0.25 if smoke else 0.5,
         candidates=tuple(filter(None, options.candidates.split(","))),
@@ -154,7 +153,7 @@ class Run:
         self.where = options.json
         self.result: dict[str, Any] = {
             "schema": SCHEMA,
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "date": now(),
             "commit": commit,
             "device": {},
             "plan": json.loads(plan.as_text()),
@@ -175,11 +174,7 @@ class Run:
             os.environ["GPU_RATES"] = json.dumps(self.result["rates"])
         self.result["figures"] = figures(self.result)
         self.result["seconds"] = round(time.monotonic() - self.started, 1)
-        path = self.path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        half_written = path.with_suffix(".partial")
-        half_written.write_text(json.dumps(self.result, indent=1) + "\n", encoding="utf-8")
-        half_written.replace(path)
+        write_json(self.path, self.result)
 
     @property
     def path(self) -> Path:
@@ -188,11 +183,9 @@ class Run:
             return Path(self.where)
         from benchmarks.gpu.device import folder
 
-        stamp = self.result["date"][:19].replace(":", "").replace("T", "-")
-        name = f"gpu-{stamp}-{(self.result['commit']['id'] or 'unknown')[:8]}.json"
         device = self.result["device"].get("name") or self.result["plan"]["device"]
         base = ROOT / "build" / "gpu" if self.result["plan"]["device"] == "cpu" else RESULTS
-        return base / folder(device) / name
+        return base / folder(device) / file_name("gpu", self.result)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -206,10 +199,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.device == "cuda" and (missing := _missing()):
         print(f"python -m benchmarks gpu: {missing}", file=sys.stderr)
         return 2
-    wanted = [name for name in options.stages.split(",") if name]
-    if unknown := set(wanted) - LIMITS.keys():
-        print(f"--stages: unknown {', '.join(sorted(unknown))}; there are {', '.join(LIMITS)}", file=sys.stderr)
-        return 2
+    wanted = options.stages
     plan = plan_of(options)
     run = Run(options, plan)
     deadline = time.monotonic() + (options.seconds or (SMOKE_SECONDS if options.smoke else SECONDS))

@@ -1,4 +1,4 @@
-"""Turn the result of a run into the figures that were promised and the table that is printed."""
+"""The figures that were promised and the table that is printed, from the result of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Time the attention cores on the device, each shape only after every candidate has given the right answer."""
+"""The attention cores timed on the device, each shape only after every candidate has given the right answer."""
 
 from __future__ import annotations
 

@@ -12,7 +12,6 @@ is written again after every entry, and entries of an earlier run that are not m
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import math
 import os
@@ -23,7 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.process import ROOT, environment, note, program
+from benchmarks.harness.arguments import names, numbers
+from benchmarks.harness.process import ROOT, environment, note, now, program
 
 DTYPES = ("bfloat16", "float16", "float32")
 DIMS = (64, 32, 128, 256)
@@ -41,9 +41,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         prog="python -m benchmarks tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--dtypes", default="", help=f"comma-separated: {', '.join(DTYPES)}")
-    parser.add_argument("--dims", default="", help=f"comma-separated head sizes; {', '.join(map(str, DIMS))}")
-    parser.add_argument("--directions", default="", help=f"comma-separated: {', '.join(DIRECTIONS)}")
+    parser.add_argument("--dtypes", default="", type=names(DTYPES), help=f"comma-separated: {', '.join(DTYPES)}")
+    parser.add_argument(
+        "--dims", default="", type=numbers, help=f"comma-separated head sizes; {', '.join(map(str, DIMS))}"
+    )
+    parser.add_argument(
+        "--directions", default="", type=names(DIRECTIONS), help=f"comma-separated: {', '.join(DIRECTIONS)}"
+    )
     parser.add_argument("--seconds", type=float, default=0.0, help="start no entry after this many seconds")
     parser.add_argument("--output", default="", help="write here, not into the package")
     parser.add_argument("--share", default="", help=argparse.SUPPRESS)
@@ -53,9 +57,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def entries(options: argparse.Namespace) -> list[tuple[str, int, str]]:
     """Return (dtype, head size, direction) of every entry wanted, the most used first."""
     small = options.device == "cpu"
-    dtypes = [x for x in options.dtypes.split(",") if x] or (["float16"] if small else list(DTYPES))
-    dims = [int(x) for x in options.dims.split(",") if x] or ([16] if small else list(DIMS))
-    directions = [x for x in options.directions.split(",") if x] or list(DIRECTIONS)
+    dtypes = options.dtypes or (("float16",) if small else DTYPES)
+    dims = options.dims or ((16,) if small else DIMS)
+    directions = options.directions or DIRECTIONS
     return [(dtype, dim, direction) for dim in dims for dtype in dtypes for direction in directions]
 
 
@@ -198,8 +202,8 @@ def compile_share(options: argparse.Namespace, key: str) -> int:
 def precompile(options: argparse.Namespace) -> None:
     """Compile in as many processes as there are cores."""
     count = max(1, min(MOST_PROCESSES, os.cpu_count() or 1))
-    command = program("tune", "--device", options.device, "--dtypes", options.dtypes)
-    command += ["--dims", options.dims, "--directions", options.directions, "--share"]
+    command = program("tune", "--device", options.device, "--dtypes", ",".join(options.dtypes))
+    command += ["--dims", ",".join(map(str, options.dims)), "--directions", ",".join(options.directions), "--share"]
     running = [
         subprocess.Popen([*command, f"{i}/{count}"], stdout=subprocess.DEVNULL, env=environment()) for i in range(count)
     ]
@@ -247,7 +251,7 @@ def main(arguments: list[str] | None = None) -> int:
         note("compiling all candidates")
         precompile(options)
     about = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": now(),
         "commit": machine.commit(),
         "device": describe(options.device),
         "shapes": TINY_SHAPES if small else SHAPES,

@@ -1,4 +1,4 @@
-"""Measure CPU time of several candidates interleaved in one run, so that drift hits all of them."""
+"""CPU time of several candidates, interleaved in one run, so that drift hits all of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["Block", "Pace", "Samples", "interleave", "rotating"]
+__all__ = ["Block", "Pace", "Samples", "interleave", "least_cpu_time", "rotating"]
 
 # Runs a call for `inner` counters from `first` on; returns two times of one call in seconds, the one that counts first.
 Block = Callable[[Callable[[int], object], int, int], tuple[float, float]]
@@ -87,6 +87,17 @@ def _block(call: Callable[[int], object], first: int, inner: int) -> tuple[float
     for index in range(first, first + inner):
         call(index)
     return (time.process_time() - cpu) / inner, (time.perf_counter() - wall) / inner
+
+
+def least_cpu_time(call: Callable[[], object], rounds: int, calls: int = 1) -> float:
+    """Return the least CPU time of a call in seconds, over rounds of `calls` in a row."""
+    times = []
+    for _ in range(rounds):
+        start = time.process_time()
+        for _ in range(calls):
+            call()
+        times.append(time.process_time() - start)
+    return min(times) / calls
 
 
 def rotating(call: Callable[[Any], Any], inputs: Sequence[Any]) -> Callable[[int], Any]:

@@ -1,10 +1,11 @@
-"""Describe the machine, the software and the rates they reach: without these a ratio cannot be compared."""
+"""The machine, the software and the rates they reach: without these a ratio cannot be compared."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.metadata
 import importlib.util
+import itertools
 import os
 import platform
 import re
@@ -22,6 +23,7 @@ from torch import nn
 from benchmarks.harness.clock import Pace, interleave
 from benchmarks.harness.process import ROOT
 from benchmarks.harness.work import GEOMETRY
+from deberta_kernels import env
 from deberta_kernels.native import processor
 
 __all__ = ["commit", "describe", "device_name", "library", "own_peak", "package_versions", "rates", "versions"]
@@ -29,7 +31,8 @@ __all__ = ["commit", "describe", "device_name", "library", "own_peak", "package_
 # The first linear of the feed-forward layer of v3-base at 512 tokens.
 ROWS, INNER, COLUMNS = 512, GEOMETRY.hidden, GEOMETRY.intermediate
 PACKAGES = ("transformers", "numpy", "onnx", "onnxruntime", "openvino", "adapters", "peft")
-FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "avx512_vnni", "amx_bf16", "asimd", "bf16")
+# What the variants of the native library use, and what else makes products faster: PyTorch's, or those of ARM.
+FLAGS = (*dict.fromkeys(itertools.chain(*env.ISA_FEATURES.values())), "avx512_vnni", "amx_bf16", "asimd", "bf16")
 
 
 def describe() -> dict[str, Any]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import os
 import time
 from collections.abc import Iterable
@@ -17,11 +15,12 @@ import torch
 from benchmarks.harness import machine
 from benchmarks.harness.clock import Pace
 from benchmarks.harness.figures import Figure, Line, judge
-from benchmarks.harness.process import RESULTS, note
+from benchmarks.harness.process import RESULTS, file_name, note, now, write_json
 
 __all__ = ["Progress", "Run", "options", "store"]
 
 SCHEMA = 1
+BACKENDS = ("cpu", "torch", "reference")  # those that compute on a processor
 
 
 def options(kind: str, about: str | None, *, strict: bool = True, backend: bool = True) -> argparse.ArgumentParser:
@@ -43,7 +42,7 @@ def options(kind: str, about: str | None, *, strict: bool = True, backend: bool 
     parser.add_argument("--threads", type=int, default=1, help="above 1, the wall clock counts instead of CPU time")
     parser.add_argument("--json", default="", help="write here, not to benchmarks/results/<device>/; '-': nowhere")
     if backend:
-        parser.add_argument("--backend", default="cpu", help="which backend is ours: cpu, torch or reference")
+        parser.add_argument("--backend", default="cpu", choices=BACKENDS, help="which backend is ours")
     if strict:
         parser.add_argument("--strict", action="store_true", help="exit with 1 when a figure misses its must")
     return parser
@@ -155,7 +154,7 @@ def preamble(kind: str, threads: int, backend: str, *, quick: bool) -> dict[str,
     return {
         "schema": SCHEMA,
         "kind": kind,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": now(),
         "commit": machine.commit(),
         "device": machine.device_name(),
         "machine": machine.describe(),
@@ -181,17 +180,10 @@ def store(result: dict[str, Any], where: str) -> None:
     if where == "-":
         return
     settings = result["settings"]
-    parts = [
-        result["kind"],
-        result["date"][:19].replace(":", "").replace("T", "-"),
-        result["commit"]["id"] or "unknown",
-    ]
-    parts[2] = parts[2][:8]
-    parts += [settings["isa"]] if settings.get("isa") else []
-    parts += [f"{settings['threads']}threads"] if settings["threads"] > 1 else []
-    path = Path(where) if where else RESULTS / result["device"] / f"{'-'.join(parts)}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    more = [settings["isa"]] if settings.get("isa") else []
+    more += [f"{settings['threads']}threads"] if settings["threads"] > 1 else []
+    path = Path(where) if where else RESULTS / result["device"] / file_name(result["kind"], result, *more)
     new = not path.exists()
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_json(path, result)
     if new:
         note(f"written: {path}")

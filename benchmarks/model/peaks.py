@@ -1,13 +1,8 @@
-"""Memory that a whole model needs beyond its weights and inputs, in a process of its own.
-
-Run as a program it measures one candidate on one batch, or one `LARGE` case, and prints JSON.
-"""
+"""Memory that a whole model needs beyond its weights and inputs, in a process of its own."""
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -25,7 +20,7 @@ from benchmarks.registry import CANDIDATES, LARGE, MODEL_SHAPES, RUNTIMES, Large
 from deberta_kernels.testing.geometries import settings
 from deberta_kernels.testing.memory import free, peak
 
-__all__ = ["measure_large", "measure_peaks"]
+__all__ = ["measure_candidate", "measure_large", "measure_large_alone", "measure_peaks"]
 
 WARM_UP = 8  # tokens
 # Short, long and ragged: a process for each candidate takes its time, and the other sizes follow from these.
@@ -51,11 +46,9 @@ def measure_peaks(run: Run, models: Models, shapes: list[ModelShape]) -> None:
         for name in candidate_names(shape):
             if CANDIDATES["model"][name].missing:
                 continue
-            arguments = ["candidate", name, "--batch", str(shape.batch), "--length", str(shape.length)]
-            arguments += ["--dtype", shape.dtype, "--fill", str(shape.fill), "--backend", run.backend]
-            arguments += ["--source", models.source, "--threads", str(run.threads)]
-            arguments += ["--exported", str(models.exported())] if name in RUNTIMES else []
-            outcome = run_alone("benchmarks.model.peaks", arguments)
+            exported = str(models.exported()) if name in RUNTIMES else ""
+            chosen_model = {"name": name, "backend": run.backend, "source": models.source, "exported": exported}
+            outcome = run_alone(measure_candidate, run.threads, shape=shape.__dict__, **chosen_model)
             found["bytes"][name] = outcome.get("bytes", outcome.get("error"))
         progress.step(f"peak memory {shape.label} {shape.dtype}: {found['bytes']}")
         records.append(found)
@@ -68,22 +61,23 @@ def measure_large(run: Run) -> None:
     lines: list[Line] = []
     found: dict[str, dict[str, Any]] = {}
     # A loaded model, and pairs of tokens in every layer.
-    progress = Progress(1e9 + x.length**2 * x.settings.get("num_hidden_layers", 12) for x in LARGE.values())
     skipped = set(LARGE) - set(GROWTH) if run.quick else set()
+    measured = [x for name, x in LARGE.items() if name not in skipped]
+    progress = Progress(1e9 + x.length**2 * x.settings.get("num_hidden_layers", 12) for x in measured)
     for name, large in LARGE.items():
         if name in skipped:
             outcome: dict[str, Any] = {"error": "not in --quick"}
         elif free() < large.needs:
             outcome = {"error": f"{free() / 1e9:.1f} GB of memory are free, {large.needs / 1e9:.0f} needed"}
         else:
-            arguments = ["large", name, "--backend", run.backend, "--threads", str(run.threads)]
-            outcome = run_alone("benchmarks.model.peaks", arguments)
+            outcome = run_alone(measure_large_alone, run.threads, name=name, backend=run.backend)
         found[name] = outcome
         # A file says what differs from the model of all other measurements.
         sizes, usual = settings(large.model, **large.settings), settings("v3-base", vocab_size=1024)
         differing = {key: value for key, value in sizes.items() if usual.get(key) != value}
         records.append({"name": name, **large.__dict__, "settings": differing, **outcome})
-        progress.step(f"{name}: {outcome}")
+        if name not in skipped:
+            progress.step(f"{name}: {outcome}")
         lines.append(_large_line(large, outcome))
     growth = [found[name] for name in GROWTH]
     values: dict[str, Any] = {"reason": "not available: a case before it failed"}
@@ -107,15 +101,16 @@ def _large_line(large: Large, outcome: dict[str, Any]) -> Line:
     return Line("memory", title, f"{large.batch}x{large.length} {large.dtype}", must, None, False, "MB", **values)
 
 
-def _candidate(options: argparse.Namespace) -> dict[str, Any]:
-    shape = ModelShape(options.batch, options.length, options.dtype, fill=options.fill)
+def measure_candidate(shape: dict[str, Any], name: str, backend: str, source: str, exported: str) -> dict[str, Any]:
+    """Measure one candidate on one batch in this process."""
+    chosen = ModelShape(**shape)
     plain = None
-    if options.name not in RUNTIMES:
-        plain = load_plain(options.source).to(getattr(torch, options.dtype))
-    call = build(options.name, shape, plain, Path(options.exported), options.backend)
-    batch = draw_batches(shape, 1024, 1)[0]
+    if name not in RUNTIMES:
+        plain = load_plain(source).to(getattr(torch, chosen.dtype))
+    call = build(name, chosen, plain, Path(exported), backend)
+    batch = draw_batches(chosen, 1024, 1)[0]
     if plain is not None:
-        if options.name == "bert":
+        if name == "bert":
             del plain
         call(batch.first(1, WARM_UP))
     # The runtimes start their threads when they load, and OpenVINO is compiled for one size.
@@ -145,7 +140,9 @@ def _random_model(large: Large) -> Any:
     return model
 
 
-def _large(large: Large, backend: str) -> dict[str, Any]:
+def measure_large_alone(name: str, backend: str) -> dict[str, Any]:
+    """Measure one `LARGE` case in this process."""
+    large = LARGE[name]
     started = time.perf_counter()
     plain = _random_model(large)
     loaded = time.perf_counter() - started
@@ -193,26 +190,3 @@ def _wrong_answer(plain: Any, large: Large, backend: str) -> str:
     limits = tolerance(shape, batch, eager, truth, [])
     outcome = check_call(build("patched", shape, short, None, backend), eager, batch, truth, limits)
     return "" if outcome.ok else outcome.text
-
-
-def main() -> None:
-    """Measure one case."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("kind", choices=("candidate", "large"))
-    parser.add_argument("name")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--fill", type=float, default=1.0)
-    parser.add_argument("--source", default="")
-    parser.add_argument("--exported", default="")
-    parser.add_argument("--backend", default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    large = LARGE.get(options.name) if options.kind == "large" else None
-    print(json.dumps(_candidate(options) if large is None else _large(large, options.backend)))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""Build the whole models that are timed: eager, patched, ONNX Runtime, OpenVINO and a BERT of the same size.
+"""The whole models that are timed: eager, patched, ONNX Runtime, OpenVINO and a BERT of the same size.
 
 All but BERT hold the same weights. ONNX Runtime and OpenVINO get the eager model, exported with dynamic batch and
 length; the exported file is kept under build/.

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import record, tables
+from benchmarks.harness.arguments import existing_folder, names
 from benchmarks.harness.clock import Pace, interleave, rotating
 from benchmarks.harness.figures import Line
 from benchmarks.harness.process import note
@@ -24,7 +25,7 @@ from benchmarks.model.batches import Batch, draw_batches
 from benchmarks.model.checking import Tolerance, Truth, check_call, tolerance, truths
 from benchmarks.model.peaks import measure_large, measure_peaks
 from benchmarks.model.rivals import Call, Models, candidate_names, forward, load_plain, patched
-from benchmarks.registry import CANDIDATES, CORE_MODEL_FIGURES, MODEL_FIGURES, MODEL_SHAPES, ModelShape
+from benchmarks.registry import CANDIDATES, CORE_MODEL_FIGURES, DTYPES, MODEL_FIGURES, MODEL_SHAPES, ModelShape
 
 __all__ = ["judged", "main", "measure_lengths"]
 
@@ -36,8 +37,10 @@ QUICK_TOKENS = 512
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = record.options("model", __doc__)
-    parser.add_argument("source", nargs="?", default="", help="directory of a DeBERTa-v2 or v3 checkpoint")
-    parser.add_argument("--only", default="", help="dtypes, comma-separated: float32, bfloat16")
+    parser.add_argument(
+        "source", nargs="?", default="", type=existing_folder, help="directory of a DeBERTa-v2 or v3 checkpoint"
+    )
+    parser.add_argument("--only", default="", type=names(DTYPES), help=f"dtypes, comma-separated: {', '.join(DTYPES)}")
     parser.add_argument("--memory", action="store_true", help="measure the memory of long documents and large models")
     parser.add_argument("--no-peaks", action="store_true", help="leave out the peak memory of each candidate")
     return parser.parse_args(arguments)
@@ -154,9 +157,8 @@ def main(arguments: list[str] | None = None) -> int:
         measure_large(run)
         print(tables.text(run.result))
         return run.status
-    dtypes = set(filter(None, options.only.split(","))) or {"float32", "bfloat16"}
     largest = QUICK_TOKENS if run.quick else max(shape.batch * shape.length for shape in MODEL_SHAPES)
-    shapes = [s for s in MODEL_SHAPES if s.dtype in dtypes and s.batch * s.length <= largest]
+    shapes = [s for s in MODEL_SHAPES if s.dtype in (options.only or DTYPES) and s.batch * s.length <= largest]
     shapes.sort(key=lambda shape: (shape.batch * shape.length, shape.length))
     models = Models(options.source, run.backend)
     measure_shapes(run, models, shapes)

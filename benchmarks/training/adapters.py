@@ -21,18 +21,23 @@ import torch
 
 import deberta_kernels as dk
 from benchmarks.harness import record, tables
+from benchmarks.harness.arguments import names
 from benchmarks.harness.clock import Pace, interleave
 from benchmarks.harness.record import Progress, Run
 from benchmarks.registry import ADAPTERS, Workload
 from deberta_kernels.testing import budget
 from deberta_kernels.testing.geometries import settings
 
+METHODS = tuple(dict.fromkeys(workload.method for found in ADAPTERS.values() for workload in found))
+
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = record.options("adapters", __doc__)
     parser.add_argument("--library", choices=tuple(ADAPTERS), help="default: adapters where it imports, else peft")
-    parser.add_argument("--only", default="", help="methods, comma-separated: lora, prefix, prompt, bottleneck")
+    parser.add_argument(
+        "--only", default="", type=names(METHODS), help=f"methods, comma-separated: {', '.join(METHODS)}"
+    )
     parser.add_argument("--layers", type=int, default=12, help="layers of the model; the figures are those of 12")
     return parser.parse_args(arguments)
 
@@ -167,8 +172,7 @@ def main(arguments: list[str] | None = None) -> int:
     plain, fused = build(library, options.layers), build(library, options.layers)
     dk.patch(fused, backend=run.backend, strict=True)
     run.measure_rates()
-    methods = set(filter(None, options.only.split(",")))
-    workloads = [x for x in ADAPTERS[library] if (x.must or not run.quick) and (not methods or x.method in methods)]
+    workloads = [x for x in ADAPTERS[library] if (x.must or not run.quick) and x.method in (options.only or METHODS)]
     progress = Progress(x.batch * (1 + 2 * x.train) for x in workloads)
     records, lines = [], []
     for workload in workloads:

@@ -23,6 +23,7 @@ import torch
 
 import deberta_kernels as dk
 from benchmarks.harness import record, tables
+from benchmarks.harness.arguments import existing_file, existing_folder
 from benchmarks.harness.process import note
 from benchmarks.harness.record import Progress, Run
 
@@ -132,8 +133,10 @@ def verdict(ours: list[float], stock: list[float]) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> int:
     """Run; return 1 when the mean difference is over the bound."""
     parser = record.options("convergence", __doc__, strict=False, backend=False)
-    parser.add_argument("--model", required=True, help="directory of a checkpoint with its tokenizer")
-    parser.add_argument("--data", required=True, type=Path, help="sentence_polarity.zip")
+    parser.add_argument(
+        "--model", required=True, type=existing_folder, help="directory of a checkpoint with its tokenizer"
+    )
+    parser.add_argument("--data", required=True, type=existing_file, help="sentence_polarity.zip")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--steps", type=int, default=0, help="of each model; default 100, with --quick 10")
     parser.add_argument("--batch-size", type=int, default=16)

@@ -7,7 +7,6 @@ are kept under build/, so that an interrupted run goes on where it was; delete t
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from typing import Any
@@ -21,7 +20,7 @@ from benchmarks.harness.tables import markdown_rows, replace_section
 from deberta_kernels.testing import geometries
 from deberta_kernels.testing.memory import free, peak
 
-__all__ = ["one_layer", "write_table"]
+__all__ = ["one_layer", "step", "write_table"]
 
 DOCUMENT = ROOT / "docs" / "training.md"
 KEPT = ROOT / "build" / "benchmarks" / "training-memory.json"
@@ -98,10 +97,7 @@ def measured(name: str, length: int, patched: bool, checkpointing: bool, expecte
         return float(kept[key])
     if not threads or expected * 1.15 + 2e9 > free():
         return None
-    flags = [*(["--patched"] if patched else []), *(["--checkpointing"] if checkpointing else [])]
-    found = run_alone(
-        "benchmarks.training.memory", ["--step", name, "--length", str(length), "--threads", str(threads), *flags]
-    )
+    found = run_alone(step, threads, name=name, length=length, patched=patched, checkpointing=checkpointing)
     if "error" in found:
         print(f"{name} {length}: {found['error']}", file=sys.stderr)
         return None
@@ -111,27 +107,26 @@ def measured(name: str, length: int, patched: bool, checkpointing: bool, expecte
     return float(kept[key])
 
 
-def step(options: argparse.Namespace) -> dict[str, Any]:
+def step(name: str, length: int, patched: bool, checkpointing: bool) -> dict[str, Any]:
     """Train one model for two steps and return the peak of the second."""
     from transformers import DebertaV2Config, DebertaV2Model
 
-    torch.set_num_threads(options.threads)
-    model = DebertaV2Model(DebertaV2Config(**geometries.settings(options.step))).train()
-    if options.patched:
+    model = DebertaV2Model(DebertaV2Config(**geometries.settings(name))).train()
+    if patched:
         dk.patch(model, strict=True)
-    if options.checkpointing:
+    if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     optimizer = torch.optim.AdamW(model.parameters(), 1e-6, fused=True)
 
-    def run(length: int) -> list[Any]:
-        ids = torch.randint(1, 1000, (1, length))
+    def run(tokens: int) -> list[Any]:
+        ids = torch.randint(1, 1000, (1, tokens))
         model(input_ids=ids, attention_mask=torch.ones_like(ids))[0].square().mean().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
         return []
 
     run(32)
-    return peak(lambda: run(options.length))
+    return peak(lambda: run(length))
 
 
 def tables(threads: int) -> tuple[list[list[str]], list[list[str]]]:
@@ -171,18 +166,3 @@ def write_table(threads: int) -> None:
     if threads <= 1:
         replace_section(DOCUMENT, "training-memory", lines)
     print("\n".join(lines))
-
-
-def main() -> None:
-    """Measure one step, and print JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--step", required=True)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--patched", action="store_true")
-    parser.add_argument("--checkpointing", action="store_true")
-    print(json.dumps(step(parser.parse_args())))
-
-
-if __name__ == "__main__":
-    main()

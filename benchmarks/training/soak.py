@@ -16,7 +16,7 @@ import torch
 import deberta_kernels as dk
 from benchmarks.harness import record
 from benchmarks.harness.process import note
-from benchmarks.harness.record import Progress
+from benchmarks.harness.record import Progress, Run
 from deberta_kernels.testing import geometries, memory
 
 __all__ = ["growth"]
@@ -24,6 +24,7 @@ __all__ = ["growth"]
 MUST = 1.0  # KiB a step
 WARM_UP = 0.2  # share of the steps in which allocators and caches fill
 EVERY = 10  # steps between two readings
+LEAST = 25
 LONGEST, LARGEST_BATCH = 160, 4
 NOTES, NOTED_FROM = 20, 1500  # a note after every twentieth; fewer steps take seconds
 SIZES = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 128, "max_position_embeddings": 512}
@@ -68,10 +69,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--stock", action="store_true", help="do not patch the model")
     options = parser.parse_args(arguments)
     steps = options.steps or (1000 if options.quick else 10_000)
-    torch.set_num_threads(options.threads)
+    if steps < LEAST:
+        parser.error(f"--steps must be at least {LEAST}, two readings after the warm-up, got {steps}")
+    run = Run("soak", options, steps=steps, stock=options.stock, onednn=not options.no_onednn)
     if options.no_onednn:
         torch.backends.mkldnn.set_flags(False)
     slope = growth(steps, options.stock)
+    run.keep(growth_kib_a_step=slope, must=MUST)
     what = f"{'stock' if options.stock else 'patched'}{', without oneDNN' if options.no_onednn else ''}"
     print(f"resident memory, {what}: {slope:+.3f} KiB a step over {steps} steps (at most {MUST})")
     return int(slope > MUST)

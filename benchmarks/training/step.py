@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from benchmarks.core.checking import Check
 from benchmarks.harness import record, tables
+from benchmarks.harness.arguments import names
 from benchmarks.harness.clock import Pace, interleave
 from benchmarks.harness.figures import Line
 from benchmarks.harness.process import note
@@ -26,7 +27,7 @@ from benchmarks.harness.record import Progress, Run
 from benchmarks.harness.work import needed_flops
 from benchmarks.model.batches import Batch, draw_batches
 from benchmarks.model.rivals import patched
-from benchmarks.registry import CANDIDATES, TRAIN_FIGURES, TRAIN_SHAPES, ModelShape
+from benchmarks.registry import CANDIDATES, DTYPES, TRAIN_FIGURES, TRAIN_SHAPES, ModelShape
 from deberta_kernels.testing import budget
 from deberta_kernels.testing.geometries import settings
 
@@ -35,14 +36,15 @@ __all__ = ["judged", "main"]
 PACE, QUICK_PACE = Pace(rounds=15, least=5, seconds=120.0), Pace(rounds=3, least=2, seconds=20.0)
 # What the check runs: one sample of this many tokens, long enough to leave the linear zone of the positions.
 CHECKED_TOKENS = 256
+SIZES = tuple(dict.fromkeys(shape.label for shape in TRAIN_SHAPES))
 FAST_LINEARS = {"patched": "auto", "native": True}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = record.options("train", __doc__)
-    parser.add_argument("--only", default="", help="dtypes, comma-separated: float32, bfloat16")
-    parser.add_argument("--sizes", default="", help="batches, comma-separated, such as 8x128")
+    parser.add_argument("--only", default="", type=names(DTYPES), help=f"dtypes, comma-separated: {', '.join(DTYPES)}")
+    parser.add_argument("--sizes", default="", type=names(SIZES), help=f"batches, comma-separated: {', '.join(SIZES)}")
     return parser.parse_args(arguments)
 
 
@@ -151,9 +153,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     run = Run("train", options)
     run.measure_rates()
-    dtypes = set(filter(None, options.only.split(","))) or {"float32", "bfloat16"}
-    sizes = set(filter(None, options.sizes.split(",")))
-    shapes = [s for s in TRAIN_SHAPES if s.dtype in dtypes and (not sizes or s.label in sizes)]
+    shapes = [s for s in TRAIN_SHAPES if s.dtype in (options.only or DTYPES) and s.label in (options.sizes or SIZES)]
     training = Training(run.backend)
     progress = Progress(1.0 for _ in shapes)
     records: list[dict[str, Any]] = []

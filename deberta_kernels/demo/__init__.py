@@ -1,1 +1,1 @@
-"""Measure a DeBERTa on real text before and after patching: what `python -m deberta_kernels demo` runs."""
+"""A DeBERTa measured on real text before and after patching: what `python -m deberta_kernels demo` runs."""

@@ -1,4 +1,4 @@
-"""Time the attention core without a checkout: the automatic backend against the reference and PyTorch's attention."""
+"""The attention core timed without a checkout: the automatic backend against the reference and PyTorch's attention."""
 
 from __future__ import annotations
 

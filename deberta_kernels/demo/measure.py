@@ -1,4 +1,4 @@
-"""Measure time and peak memory of two models, each measurement in a process of its own.
+"""Time and peak memory of two models, each measurement in a process of its own.
 
 A forked child shares the weights with its parent and starts with nothing else, so neither an earlier length nor the
 other model can hide or add memory. The parent must not have computed anything on several threads before: OpenMP's

@@ -1,4 +1,4 @@
-"""Find a DeBERTa for the demo: a checkpoint when one can be had, else random weights in the geometry of v3-base."""
+"""A DeBERTa for the demo: a checkpoint when one can be had, else random weights in the geometry of v3-base."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Show the demo's measurements: a table, a picture, and the numbers as JSON and CSV."""
+"""The demo's measurements shown: a table, a picture, and the numbers as JSON and CSV."""
 
 from __future__ import annotations
 

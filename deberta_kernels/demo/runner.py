@@ -1,4 +1,4 @@
-"""Run the demo: load, patch, measure each input before and after, show the results."""
+"""The demo itself: load, patch, measure each input before and after, show the results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compute disentangled attention as the paper writes it: the specification of every other backend.
+"""Disentangled attention as the paper writes it: the specification of every other backend.
 
 Plain PyTorch that autograd differentiates, with all Nq x Nk scores in memory. When a kernel and this file disagree,
 the kernel is wrong until proven otherwise.

@@ -1,4 +1,4 @@
-"""Compute disentangled attention in plain PyTorch, tile by tile: any device and dtype, no compiler, no N x N memory.
+"""Disentangled attention in plain PyTorch, tile by tile: any device and dtype, no compiler, no N x N memory.
 
 Samples and heads are taken a group at a time, queries a tile at a time against all keys, so that the largest
 temporary is one tile row. Both position terms are a product with the reachable rows of the table followed by a
@@ -207,7 +207,7 @@ def _backward_sample(
 
 
 class _Sums:
-    """Sum the gradients of one group over its tiles, in the accumulation dtype; what nobody needs stays None."""
+    """The gradients of one group, summed over its tiles in the accumulation dtype; what nobody needs stays None."""
 
     def __init__(self, group: _Group, table: _Table, prefix: int, grads: Gradients) -> None:
         """Start at zero; prefix is the number of leading keys without a position."""

@@ -1,4 +1,4 @@
-"""Compute Hugging Face's disentangled self-attention through the kernels.
+"""Hugging Face's disentangled self-attention, computed through the kernels.
 
 `attend` is the one implementation: the stand-alone module and patched Hugging Face modules both call it. It decides by
 the allow-list; a call outside it goes to the original code, or to what stands for it. Where a patched encoder has
@@ -127,8 +127,8 @@ def attend_fused(
     is_closed = isinstance(attention_mask, EncoderMask) and attention_mask.closed
     needs_gradient = hidden_states.requires_grad or queries.requires_grad
     if needs_gradient and (is_closed or not _has_hooks(module)):
-        queries = _apart(queries)
-        hidden_states = queries if query_states is None else _apart(hidden_states)
+        queries = _as_view(queries)
+        hidden_states = queries if query_states is None else _as_view(hidden_states)
     context = (compute or _fused)(module, options, hidden_states, queries, attention_mask, rel_embeddings)
     # Somebody may change it in place, and the backward needs it as it is.
     return context if is_closed or not context.requires_grad else context.clone(), None
@@ -139,7 +139,7 @@ def _has_hooks(module: AttentionModule) -> bool:
     return any(part is not None and part._forward_pre_hooks for part in module._modules.values())
 
 
-def _apart(states: Tensor) -> Tensor:
+def _as_view(states: Tensor) -> Tensor:
     """View states that need a gradient, so that the projections' gradients are summed before others are added.
 
     A reentrant checkpoint makes its inputs leaves, and autocast casts a leaf once for all products, as if it were a

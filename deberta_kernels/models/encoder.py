@@ -1,4 +1,4 @@
-"""Run Hugging Face's DeBERTa encoders without any N x N tensor and, where that pays, without padding.
+"""Hugging Face's DeBERTa encoders, run without any N x N tensor and, where that pays, without padding.
 
 The (B, N) mask is parsed once and carried to every layer; the layers get no relative positions, which means ordinary
 distances. When enough of a batch is padding, the layers get the real tokens packed one after the other.
@@ -32,6 +32,7 @@ __all__ = ["encode"]
 
 # Finding a packing takes a few passes over the states: it pays when a twentieth of them goes away.
 _FULLEST = 0.95
+# Up to about as many tokens a layer takes the time of reading its weights, padding or not: `benchmarks linear`.
 _FEWEST_TOKENS = 32
 _ITERATION = ("torch.nn.modules.container", "ModuleList.__iter__")
 

@@ -1,4 +1,4 @@
-"""Pack the real tokens of a padded batch one after the other, and lay them out again as they were.
+"""The real tokens of a padded batch one after the other, and laid out again as they were.
 
 The rows of a packed tensor are the real tokens, sample by sample, and then one row for each sample that has padding:
 all padding of a sample enters the encoder as zeros and meets the same mean of the values, so one row can stand for all

@@ -1,4 +1,4 @@
-"""Pack and unpack the states of one layer, with the gradient of every padded row its own.
+"""The states of one layer packed and unpacked, with the gradient of every padded row its own.
 
 In a packed batch one row stands for all padding of a sample. Their values are the same, but not their gradients where
 a loss reads padded rows. Let x be such a row of the layer's input, y of its output, and g(y) the gradients that come

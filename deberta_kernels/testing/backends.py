@@ -1,4 +1,4 @@
-"""List what the operator suite tests: one line per backend, with its limits, and one way to run any of them."""
+"""What the operator suite tests: one line per backend, with its limits, and one way to run any of them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _HOPPER = (9, 0)
 
 @dataclass(frozen=True)
 class Target:
-    """Name one thing to test: a backend, perhaps pinned to one instruction set.
+    """One thing to test: a backend, perhaps pinned to one instruction set.
 
     Attributes:
         name: id in test reports.

@@ -1,4 +1,4 @@
-"""Compute attention exactly as Hugging Face's eager code does: the yardstick of the error budget, not the truth.
+"""Attention exactly as Hugging Face's eager code computes it: the yardstick of the error budget, not the truth.
 
 Every rounding of the original is kept: K is divided by the scale first, c2p and p2c stay unscaled in the activation
 dtype and are divided afterwards, masked scores become finfo.min, and the softmax runs in the activation dtype. So it

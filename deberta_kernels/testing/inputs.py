@@ -1,4 +1,4 @@
-"""Draw attention problems: every shape, mask, stride and upstream gradient that a backend must get right.
+"""Attention problems to draw: every shape, mask, stride and upstream gradient that a backend must get right.
 
 A `Case` is plain numbers and names, so its id says everything and the same case always gives the same tensors.
 """

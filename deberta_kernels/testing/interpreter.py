@@ -1,4 +1,4 @@
-"""Let the tests run Triton's interpreter three times as fast, and beside any NumPy; what it computes stays the same."""
+"""Triton's interpreter, three times as fast in tests, and beside any NumPy; what it computes stays the same."""
 
 from __future__ import annotations
 

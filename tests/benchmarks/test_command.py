@@ -105,3 +105,34 @@ def test_the_time_left_follows_the_work_done(
     now[0] += 120
     assert progress.step("last") == "0 s"
     assert "1 of 3, 3 min left; first" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("environment")
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("core --only sdpa32,nonsense", "--only: unknown nonsense; there are sdpa32, sdpa16,"),
+        ("core --backend gpu", "--backend: invalid choice: 'gpu'"),
+        ("model --only float64", "--only: unknown float64; there are float32, bfloat16"),
+        ("model missing", "there is no folder 'missing'"),
+        ("train --sizes 8", "--sizes: unknown 8; there are 8x128, 4x512"),
+        ("linear --tokens 4,x", "--tokens: must be whole numbers from 1 on, separated by commas, got '4,x'"),
+        ("linear --tokens 0", "--tokens: must be whole numbers from 1 on"),
+        ("adapters --only zzz", "--only: unknown zzz; there are "),
+        ("convergence --model . --data missing", "--data: there is no file 'missing'"),
+        ("soak --steps 3", "--steps must be at least 25"),
+        ("gpu --stages zz", "--stages: unknown zz; there are ceilings, compile,"),
+        ("gpu --lengths -5", "--lengths: must be whole numbers from 1 on"),
+        ("tune --dims 0", "--dims: must be whole numbers from 1 on"),
+        ("report missing.json", "there is no file 'missing.json'"),
+        ("report --update missing.md", "--update: there is no file 'missing.md'"),
+    ],
+)
+def test_bad_options_are_named_before_anything_runs(
+    given: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, *rest = given.split()
+    with pytest.raises(SystemExit) as left:
+        command.main([name, *rest, *(["--threads", "1"] if command.KINDS[name].threaded else [])])
+    assert left.value.code == 2
+    assert message in capsys.readouterr().err

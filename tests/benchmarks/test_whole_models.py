@@ -97,7 +97,7 @@ def test_a_rival_that_raises_or_returns_another_shape_has_failed() -> None:
 def test_a_candidate_whose_package_is_missing_costs_no_other_its_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     needy = {name: replace(x, needs=("no_such_package",) if name in RUNTIMES else ()) for name, x in MODELS.items()}
     monkeypatch.setitem(CANDIDATES, "model", needy)
-    monkeypatch.setattr(peaks, "run_alone", lambda module, arguments: {"bytes": 5})
+    monkeypatch.setattr(peaks, "run_alone", lambda function, threads, **arguments: {"bytes": 5})
     kept: dict[str, Any] = {}
 
     class Run:
@@ -119,7 +119,7 @@ def test_a_candidate_whose_package_is_missing_costs_no_other_its_peak(monkeypatc
 
 def test_large_models_are_stored_by_what_differs_from_v3_base(monkeypatch: pytest.MonkeyPatch) -> None:
     found = {"bytes": 4e8, "weights": 3e9}
-    monkeypatch.setattr(peaks, "run_alone", lambda module, arguments: found)
+    monkeypatch.setattr(peaks, "run_alone", lambda function, threads, **arguments: found)
     monkeypatch.setattr(peaks, "free", lambda: 4e9)
     kept: dict[str, Any] = {}
 

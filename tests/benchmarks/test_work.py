@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from benchmarks.core.memory import measure
 from benchmarks.harness.process import run_alone
 from benchmarks.harness.work import GEOMETRY, needed_flops, plain_flops
 from benchmarks.registry import Shape
@@ -29,6 +30,6 @@ def test_sizes_are_those_of_v3_base() -> None:
 
 
 def test_a_program_that_fails_is_an_error_with_its_last_line() -> None:
-    error = run_alone("benchmarks.core.memory", ["12", "--dtype", "nonsense"])["error"]
+    error = run_alone(measure, 1, length=12, dtype="nonsense", backend="cpu", backward=False)["error"]
     assert "exit status 1: " in error
     assert "nonsense" in error

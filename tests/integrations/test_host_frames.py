@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks import host_frames
+from benchmarks.host import frames
 from tests import needs
 
 needs.native_library()
@@ -12,11 +12,11 @@ needs.native_library()
 
 @pytest.mark.parametrize(("mode", "most"), [("eval", 120), ("ragged", 150), ("training", 130)])
 def test_a_layer_enters_few_functions_of_this_package(mode, most):
-    found = host_frames.frames(mode, most=300)
+    found = frames.frames(mode, most=300)
     assert found.package <= most, found.top
     assert found.total > found.package
     assert sum(count for _, count in found.top) == pytest.approx(found.package)
 
 
 def test_times_are_taken():
-    assert 0 < host_frames.packing_decision_time() < host_frames.forward_time("ragged") * 2
+    assert 0 < frames.packing_decision_time() < frames.forward_time("ragged") * 2

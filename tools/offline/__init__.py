@@ -1,1 +1,1 @@
-"""Compile every Triton kernel for devices that are not here, and count what the compilers made of it."""
+"""Every Triton kernel compiled for devices that are not here, and what the compilers made of it counted."""

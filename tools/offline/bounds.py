@@ -1,4 +1,4 @@
-"""Hold compiled kernels to committed bounds.
+"""Committed bounds, to which compiled kernels are held.
 
 `bounds.json` holds, per Triton version, device and kernel, what was measured and the limit that follows from it: a
 regression is a number over its limit. Beside it stand promises that no measurement moves; one that is not kept yet is

@@ -1,4 +1,4 @@
-"""Compile one launch of a Triton kernel for a device that is not here."""
+"""One launch of a Triton kernel, compiled for a device that is not here."""
 
 from __future__ import annotations
 

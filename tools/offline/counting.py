@@ -1,4 +1,4 @@
-"""Count what matters in a compiled kernel: per kernel, per loop over near tiles, per loop over far tiles."""
+"""What matters in a compiled kernel, counted: per kernel, per loop over near tiles, per loop over far tiles."""
 
 from __future__ import annotations
 

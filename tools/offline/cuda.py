@@ -1,4 +1,4 @@
-"""Compile csrc/cuda with nvcc and count what comes out."""
+"""csrc/cuda, compiled with nvcc, and what comes out counted."""
 
 from __future__ import annotations
 

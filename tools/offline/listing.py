@@ -1,4 +1,4 @@
-"""Read disassembly: instructions, basic blocks, and the loops among them.
+"""Disassembly, read: instructions, basic blocks, and the loops among them.
 
 A loop is a natural loop of the flow graph, not a backward jump on the page: compilers put the slow half of a wait
 behind the end of the kernel and jump back from there, which is no loop of the program.

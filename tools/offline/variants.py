@@ -1,4 +1,4 @@
-"""List the launches to compile: every variant where it matters most, a representative elsewhere.
+"""The launches to compile: every variant where it matters most, a representative elsewhere.
 
 A variant is a kernel, a dtype, a head size and a set of features. All eight feature sets are compiled for bfloat16 with
 head size 64, which is where most users are, on one device of each kind and with the oldest and the newest Triton; other

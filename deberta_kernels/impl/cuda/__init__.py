@@ -1,4 +1,4 @@
-"""Run the CUDA C++ kernels of csrc/cuda on a Hopper GPU, over the driver.
+"""Attention in the CUDA C++ kernels of csrc/cuda on a Hopper GPU, over the driver.
 
 They are proven in emulation (`tests/cuda_emulation`), not on a device. What the backward refuses, `dispatch` gives to
 another backend.

@@ -1,4 +1,4 @@
-"""Prepare one launch of the CUDA forward: what csrc/cuda/README.md says under "What the host prepares".
+"""One launch of the CUDA forward: what csrc/cuda/README.md says under "What the host prepares".
 
 `Call` is what a launch of the backward needs as well, see backward_arguments.py.
 """

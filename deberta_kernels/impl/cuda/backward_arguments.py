@@ -1,4 +1,4 @@
-"""Prepare one launch of the CUDA backward, and read its results: csrc/cuda/README.md, "Launching the backward"."""
+"""One launch of the CUDA backward, and its results: csrc/cuda/README.md, "Launching the backward"."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keep compiled modules in a folder of the user's own; nobody else may have a say in what is loaded from there."""
+"""Compiled modules in a folder of the user's own; nobody else may have a say in what is loaded from there."""
 
 from __future__ import annotations
 

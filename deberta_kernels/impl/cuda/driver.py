@@ -1,4 +1,4 @@
-"""Call the NVIDIA driver, libcuda, through its C interface: devices, modules, tensor maps, launches."""
+"""The NVIDIA driver, libcuda, through its C interface: devices, modules, tensor maps, launches."""
 
 from __future__ import annotations
 

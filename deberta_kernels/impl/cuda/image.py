@@ -1,4 +1,4 @@
-"""Find the compiled module of a dtype and head size: built with the wheel, kept by an earlier process, or compiled now.
+"""The compiled module of a dtype and head size: built with the wheel, kept by an earlier process, or compiled now.
 
 The sources, and what nvcc made of them when the wheel was built, lie in the package's `lib/cuda`; `build.json` beside
 them says what belongs together. Everything is held to its digest before the driver sees it.

@@ -1,4 +1,4 @@
-"""Compile CUDA C++ at run time with NVRTC, which PyTorch's CUDA builds bring along."""
+"""NVRTC, which PyTorch's CUDA builds bring along: CUDA C++ compiled at run time."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
 
 
 class NvrtcError(RuntimeError):
-    """NVRTC is not there, or does not compile a program."""
+    """A program that NVRTC does not compile, or NVRTC that is not there."""
 
 
 def libraries() -> list[str]:

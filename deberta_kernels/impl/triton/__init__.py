@@ -1,4 +1,4 @@
-"""Run attention in Triton kernels on a GPU, or in Triton's interpreter; triton is imported at the first call."""
+"""Attention in Triton kernels on a GPU, or in Triton's interpreter; triton is imported at the first call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plan a backward: statistics of the queries, dq, dk and dv, then the gradients of the position tables."""
+"""The launches of a backward: statistics of the queries, dq, dk and dv, then the gradients of the position tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compile and run planned launches, with smaller tiles where a device lacks the memory for the planned ones."""
+"""Planned launches, compiled and run, with smaller tiles where a device lacks the memory for the planned ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Turn an attention problem into kernel launches, and compile or run one."""
+"""Kernel launches made of an attention problem, each compiled or run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plan what the launches of one call have in common: tables, masks, strides and compile-time features.
+"""What the launches of one call have in common: tables, masks, strides and compile-time features.
 
 Nothing in this file waits for a device or looks at the contents of a tensor, so it also works on `meta` tensors; a tool
 that compiles the kernels for a machine that is not there gets its signatures this way.

@@ -1,4 +1,4 @@
-"""Keep `delta` on a device, for the kernels that expand the position tables and fold the gradients back."""
+"""`delta` on a device, for the kernels that expand the position tables and fold the gradients back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Choose tile sizes: the committed table of the device, else its nearest entry, else a pinned default.
+"""Tile sizes: from the committed table of the device, else its nearest entry, else a pinned default.
 
 Nothing is timed in a user's step. `make tune` measures `candidates` on a device and writes `configs/<device>.json`.
 """

@@ -1,4 +1,4 @@
-"""Decide, at every call, what a patched encoder may hand to a layer: the one place that does.
+"""What a patched encoder may hand to a layer, decided at every call: the one place that does.
 
 A layer gets the package's own mask object, or packed states, only where nothing but Hugging Face's known code and this
 package's can see them. Every other layer gets what Hugging Face's encoder would hand over, tensor for tensor.

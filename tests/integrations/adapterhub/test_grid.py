@@ -40,7 +40,7 @@ _reasons: Counter[str] = Counter()
 
 
 class OtherOrder(TorchFunctionMode):
-    """Sum the products of matrices in another order: as exact, and rounded differently."""
+    """Products of matrices summed in another order: as exact, and rounded differently."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Differentiate by the keys and the values: one program per tile of keys, which meets the queries."""
+"""Gradients of keys and values: one program per tile of keys, which meets the queries."""
 
 import triton
 import triton.language as tl

@@ -1,4 +1,4 @@
-"""Differentiate by the position tables: one program per diagonal of tiles, which owns its rows and needs no atomics.
+"""Gradients of the position tables: one program per diagonal of tiles, which owns its rows and needs no atomics.
 
 All tiles of a diagonal read the same two blocks of the expanded tables, so their gradients are two sums that stay in
 registers. The scores are recomputed a third time; in exchange the sums have one fixed order, and the same call gives

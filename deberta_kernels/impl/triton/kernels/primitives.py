@@ -1,4 +1,4 @@
-"""Compute what every kernel needs: tiles of tokens, gathers through shared memory, dropout.
+"""What every kernel needs: tiles of tokens, gathers through shared memory, dropout.
 
 Values that travel together are tuples, always in this order:
 

@@ -1,4 +1,4 @@
-"""Differentiate by the queries: one program per tile of them, which meets its keys as the forward did."""
+"""Gradients of queries: one program per tile of them, which meets its keys as the forward did."""
 
 import triton
 import triton.language as tl

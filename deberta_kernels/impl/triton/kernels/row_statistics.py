@@ -1,4 +1,4 @@
-"""Prepare what the passes of the backward need of each query."""
+"""What the passes of the backward need of each query."""
 
 import triton
 import triton.language as tl

@@ -1,4 +1,4 @@
-"""Form the scores of a tile and the masks on them: the one place for the forward and for every backward pass.
+"""The scores of a tile and the masks on them: the one place for the forward and for every backward pass.
 
 One tile is T queries by T keys. With x0 the distance of its first pair, the pair (r, c) has distance x0 + r - c. Let
 y = (r - c) mod T: where r >= c the pair reads row x0 + y of the distance-expanded tables, elsewhere row x0 - T + y. So

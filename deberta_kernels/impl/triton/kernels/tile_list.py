@@ -1,4 +1,4 @@
-"""List the key (or query) tiles of each sample by what is in them, so that kernels skip the empty ones.
+"""The key (or query) tiles of each sample listed by what is in them, so that kernels skip the empty ones.
 
 A list is (B, ROWS, size) int32, size one more than there are tiles. Three kinds of tiles have two rows each: for each
 tile, how many tiles of the kind come before it (and at the end how many there are); then these tiles, ascending. The

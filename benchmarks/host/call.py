@@ -1,25 +1,23 @@
-"""Time what the package does on the host around one attention call: its kernel is replaced by one that does nothing.
-
-`run_attention_time` and `operator_time` return seconds, `frames_of_run_attention` the package's functions in between.
-"""
+"""Host time of one attention call around its kernel, which is replaced by one that does nothing."""
 
 from __future__ import annotations
 
 import ctypes
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
 from typing import Any
 
 import torch
 
+from benchmarks.harness.clock import least_cpu_time
+from benchmarks.host.frames import entered, package_name
 from deberta_kernels import api, dispatch, native
 from deberta_kernels.position import reachable_rows
 from deberta_kernels.types import AttentionProblem, Masks, PositionSpec
 
-BATCH, HEADS, LENGTH, HEAD_DIM = 1, 12, 4, 64
+__all__ = ["MEASURES", "SIZES", "functions_entered"]
+
+BATCH, HEADS, LENGTH, HEAD_DIM = SIZES = 1, 12, 4, 64
 _CALLS = 200  # in a row, so that reading the clock is no part of it
 _ROUNDS = 60  # of which the fastest counts: others were interrupted
 
@@ -56,72 +54,40 @@ def _idle_kernel() -> Iterator[None]:
         library.handle.dk_cpu_forward = kernel
 
 
-def _least(call: Callable[[], Any]) -> float:
-    """Return the least CPU time of a call, in seconds."""
-    times = []
-    for _ in range(_ROUNDS):
-        start = time.process_time()
-        for _ in range(_CALLS):
-            call()
-        times.append(time.process_time() - start)
-    return min(times) / _CALLS
-
-
-def run_attention_time() -> float:
+def run_attention_time(rounds: int = _ROUNDS) -> float:
     """Return the seconds of `run_attention` in inference, beside a native call that does nothing."""
     problem = _problem()
     with torch.no_grad(), _idle_kernel():
-        return _least(lambda: _call(problem))
+        return least_cpu_time(lambda: _call(problem), rounds, _CALLS)
 
 
-def operator_time() -> float:
+def operator_time(rounds: int = _ROUNDS) -> float:
     """Return the same of the operator that compiled and exported programs call."""
     arguments = (*_problem().arguments(), "auto")
     with torch.no_grad(), _idle_kernel():
-        return _least(lambda: torch.ops.deberta_kernels.attention(*arguments))
+        return least_cpu_time(lambda: torch.ops.deberta_kernels.attention(*arguments), rounds, _CALLS)
 
 
-def training_time() -> float:
+def training_time(rounds: int = _ROUNDS) -> float:
     """Return the same of a forward whose gradients will be asked for, without tables laid out before."""
     problem = _problem().changed(prepared=None)
     problem.q.requires_grad_()
     with _idle_kernel():
-        return _least(lambda: _call(problem))
+        return least_cpu_time(lambda: _call(problem), rounds, _CALLS)
 
 
-def frames_of_run_attention() -> list[str]:
-    """Return the package's functions that one call enters, in their order."""
-    problem, entered = _problem(), []
+MEASURES = {
+    "run_attention": run_attention_time,
+    "run_attention, differentiated": training_time,
+    "operator": operator_time,
+}
 
-    def note(frame: FrameType, event: str, _: Any) -> None:
-        if event == "call" and str(frame.f_globals.get("__name__")).startswith("deberta_kernels"):
-            entered.append(f"{frame.f_globals['__name__']}.{frame.f_code.co_name}")
 
+def functions_entered() -> list[str]:
+    """Return the package's functions that one call of `run_attention` enters, in their order."""
+    problem = _problem()
     with torch.no_grad():
         _call(problem)
-        sys.setprofile(note)
-        try:
+        with entered() as found:
             _call(problem)
-        finally:
-            sys.setprofile(None)
-    return entered
-
-
-def report() -> None:
-    """Print all of it."""
-    print(f"beside a native call that does nothing, (B, H, N, D) = {(BATCH, HEADS, LENGTH, HEAD_DIM)}:")
-    for name, measure in (
-        ("run_attention", run_attention_time),
-        ("run_attention, differentiated", training_time),
-        ("operator", operator_time),
-    ):
-        print(f"  {name:30} {measure() * 1e6:6.1f} µs")
-    frames = frames_of_run_attention()
-    print(f"  functions entered by run_attention: {len(frames)}")
-    for frame in frames:
-        print(f"    {frame}")
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    report()
+    return [name for code in found if (name := package_name(code)) is not None]

@@ -1,11 +1,9 @@
-"""Count what a patched model does in Python beside its kernels: frames entered per layer, and host time.
+"""Python frames entered per layer of a patched model, and the host time of its forwards.
 
 A frame is one entry into a Python function, counted by `sys.setprofile` over one forward of a patched encoder of 12
 layers (12 heads of 64, as v3-base) and divided by 12; a generator counts each time it goes on. Frames of the package
 are those whose code lies in `deberta_kernels`; the others are PyTorch's and transformers'. Faster linear layers
-(`fast_linears`) have frames of their own, so both ways are counted.
-
-To compare two checkouts, run it in each of them in turns: python benchmarks/host_frames.py
+(`fast_linears`) have frames of their own.
 """
 
 from __future__ import annotations
@@ -16,25 +14,23 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any, NamedTuple
-
-if __package__ in (None, ""):
-    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch
 from torch import Tensor
 from transformers import DebertaV2Config, DebertaV2Model
 
 import deberta_kernels as dk
+from benchmarks.harness.clock import least_cpu_time
 from deberta_kernels.testing.geometries import settings
 
-__all__ = ["MODES", "Frames", "forward_time", "frames", "packing_decision_time", "report"]
+__all__ = ["MODES", "Frames", "entered", "forward_time", "frames", "package_name", "packing_decision_time"]
 
 MODES = ("eval", "ragged", "training")
 _LAYERS = 12
 _BATCH, _TOKENS = 4, 16
-_REPEATS = 60
+_REPEATS = 60  # of which the fastest counts: others were interrupted
 _PACKAGE = os.path.dirname(os.path.abspath(dk.__file__)) + os.sep
 
 
@@ -82,17 +78,26 @@ def call_of(model: Any, mode: str) -> Callable[[], Any]:
 
 
 @contextmanager
-def _counted(found: Counter[tuple[str, str]]) -> Iterator[None]:
+def entered() -> Iterator[list[CodeType]]:
+    """Give a list of the Python functions that are entered inside, in their order."""
+    found: list[CodeType] = []
+
     def profile(frame: FrameType, event: str, _: Any) -> None:
         if event == "call":
-            code = frame.f_code
-            found[code.co_filename, getattr(code, "co_qualname", code.co_name)] += 1
+            found.append(frame.f_code)
 
     sys.setprofile(profile)
     try:
-        yield
+        yield found
     finally:
         sys.setprofile(None)
+
+
+def package_name(code: CodeType) -> str | None:
+    """Return file and name of a function of the package, as "api.py:run_attention"; None of another one."""
+    if not code.co_filename.startswith(_PACKAGE):
+        return None
+    return f"{code.co_filename.removeprefix(_PACKAGE)}:{getattr(code, 'co_qualname', code.co_name)}"
 
 
 def frames(mode: str, fast_linears: str | bool = False, most: int = 12) -> Frames:
@@ -106,29 +111,15 @@ def frames(mode: str, fast_linears: str | bool = False, most: int = 12) -> Frame
     call = call_of(build(fast_linears), mode)
     for _ in range(3):
         call()  # so that tables are kept, and what is looked up once is
-    found: Counter[tuple[str, str]] = Counter()
-    with _counted(found):
+    with entered() as found:
         call()
-    own: Counter[str] = Counter()
-    for (file, name), count in found.items():
-        if file.startswith(_PACKAGE):
-            own[f"{file.removeprefix(_PACKAGE)}:{name}"] += count
+    own = Counter(name for code in found if (name := package_name(code)) is not None)
     top = [(name, count / _LAYERS) for name, count in own.most_common(most)]
-    return Frames(own.total() / _LAYERS, found.total() / _LAYERS, top)
+    return Frames(own.total() / _LAYERS, len(found) / _LAYERS, top)
 
 
-def _least(call: Callable[[], Any]) -> float:
-    """Return the least CPU time of a call, in seconds."""
-    times = []
-    for _ in range(_REPEATS):
-        start = time.process_time()
-        call()
-        times.append(time.process_time() - start)
-    return min(times)
-
-
-def packing_decision_time() -> float:
-    """Return the CPU time, in milliseconds, that one ragged forward takes to decide whether to pack.
+def packing_decision_time(repeats: int = _REPEATS) -> float:
+    """Return the CPU time, in seconds, that one ragged forward takes to decide whether to pack.
 
     That is everything but the packed forward itself: finding the packing of the batch, and asking every layer whether
     it may be given packed states.
@@ -154,38 +145,18 @@ def packing_decision_time() -> float:
         setattr(module, name, timed(function))
     try:
         times = []
-        for _ in range(_REPEATS):
+        for _ in range(repeats):
             spent[0] = 0.0
             call()
             times.append(spent[0])
     finally:
         for name, function in functions.items():
             setattr(module, name, function)
-    return min(times) * 1e3
+    return min(times)
 
 
-def forward_time(mode: str, fast_linears: str | bool = False) -> float:
-    """Return the CPU time, in milliseconds, of a forward of 12 layers so narrow that most of it is Python."""
+def forward_time(mode: str, fast_linears: str | bool = False, repeats: int = _REPEATS) -> float:
+    """Return the CPU time, in seconds, of a forward of 12 layers so narrow that most of it is Python."""
     call = call_of(build(fast_linears, 4, 16), mode)
     call()
-    return _least(call) * 1e3
-
-
-def report(top: int = 0) -> None:
-    """Print all of it; of each mode also the `top` functions that are entered most often."""
-    torch.manual_seed(0)
-    print("frames of a layer, of this package and all; CPU time of a forward of 12 narrow layers:")
-    print(f"  {'mode':10}{'fast_linears':>14}{'package':>9}{'all':>9}{'forward':>12}")
-    for mode in MODES:
-        for fast_linears in (False, "auto"):
-            found = frames(mode, fast_linears, top)
-            spent = forward_time(mode, fast_linears)
-            print(f"  {mode:10}{fast_linears!s:>14}{found.package:9.1f}{found.total:9.1f}{spent:9.2f} ms")
-            for name, count in found.top:
-                print(f"      {count:7.1f}  {name}")
-    print(f"  deciding whether to pack: {packing_decision_time():.3f} ms of such a forward")
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    report()
+    return least_cpu_time(call, repeats)

@@ -1,0 +1,1 @@
+"""What a patched model does beside its kernels."""
