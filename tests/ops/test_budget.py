@@ -183,7 +183,7 @@ def test_check_raises_the_report():
     problem = inputs.problem(Case(batch=1, heads=1, nq=20, head_dim=16))
 
     def forgets_the_scale(given):
-        return reference.attention(type(given)(**{**vars(given), "scale": 1.0}))
+        return reference.attention(given.changed(scale=1.0))
 
     with pytest.raises(budget.BudgetError, match=r"mine[\s\S]*out .*OVER BUDGET"):
         budget.check(forgets_the_scale, problem, label="mine")
