@@ -60,7 +60,7 @@ OFFLINE = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-sanitized test-tf4 test-triton test-ecosystem lint format types build bench-cpu bench-model bench-train
 .PHONY: env-demo env-test env-bench env-tf4 env-triton env-ecosystem env-gpu clean kernels-offline cuda-offline
-.PHONY: gpu gpu-smoke tune bench-adapters test-fast test-versions test-oldest test-newest test-upstream env-oldest env-newest
+.PHONY: gpu gpu-smoke tune bench-adapters test-fast test-ptx test-versions test-oldest test-newest test-upstream env-oldest env-newest
 MAKEFLAGS += --no-print-directory
 
 help: ## list these targets
@@ -88,6 +88,9 @@ test-sanitized: env-test ## run the operator tests and linear layers under Addre
 
 test-triton: env-triton ## test the Triton kernels in Triton's interpreter, on the CPU
 	@$(OFFLINE) $(INTERPRETED) $(RUN) $(PYTEST) $(INTERPRETED_TESTS) $(ARGS)
+
+test-ptx: env-test ## test the machine that executes PTX on the CPU
+	@$(OFFLINE) $(RUN) $(PYTEST) tests/ptx --require compiler $(ARGS)
 
 test-versions: test-oldest test-newest ## run the tests with the oldest and the newest of what is promised; an hour, 15 GB
 
