@@ -28,15 +28,15 @@ class Device:
     """What is loaded, and how launches are to be run.
 
     Attributes:
-        compiler: see `compile_module`.
+        compiler, changes: see `compile_module`.
         seed: of the order of warps in the last launch; each launch takes the next one.
         late: warps that fall behind.
         machines: by the name of their kernel.
         memory: what the next launch may touch: tensors, and whether it writes them.
     """
 
-    def __init__(self, compiler: str | None = None) -> None:
-        self.compiler = compiler
+    def __init__(self, compiler: str | None = None, changes: tuple[tuple[str, str], ...] = ()) -> None:
+        self.compiler, self.changes = compiler, changes
         self.seed, self.late = 0, tuple[int, ...]()
         self.machines: dict[str, Machine] = {}
         self.memory: list[tuple[torch.Tensor, bool]] = []
@@ -187,7 +187,7 @@ def installed(device: Device) -> Iterator[Device]:
         launch(self, name, arguments, blocks, stream)
 
     def images(which: str, dtype: torch.dtype, head_dim: int) -> Iterator[bytes]:
-        yield module_file(compile_module(image.spec_of(which, dtype, head_dim), device.compiler))
+        yield module_file(compile_module(image.spec_of(which, dtype, head_dim), device.compiler, device.changes))
 
     with (
         mock.patch.object(driver.Module, "launch", allowed),

@@ -7,6 +7,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import tempfile
 from ctypes import c_size_t, c_void_p
 from functools import lru_cache
 from pathlib import Path
@@ -61,12 +62,13 @@ def compilers() -> tuple[str, ...]:
 
 
 @lru_cache(maxsize=16)
-def compile_module(spec: ModuleSpec, compiler: str | None = None) -> str:
+def compile_module(spec: ModuleSpec, compiler: str | None = None, changes: tuple[tuple[str, str], ...] = ()) -> str:
     """Return the PTX of a module for sm_90a, compiled before unless these very sources have been.
 
     Args:
         spec: which module.
         compiler: one of `compilers()`; None: the first.
+        changes: pieces of the sources to replace, (old, new); each old piece must be there.
 
     Raises:
         NoCudaCompiler: there is none.
@@ -75,12 +77,12 @@ def compile_module(spec: ModuleSpec, compiler: str | None = None) -> str:
     if not compilers():
         raise NoCudaCompiler("there is no nvcc, and no NVRTC; set NVCC, or pip install nvidia-cuda-nvrtc")
     compiler = compiler or compilers()[0]
-    sources = {path.name: path.read_text(encoding="utf-8") for path in sorted(_SOURCES.glob("*.*"))}
+    sources = _changed({path.name: path.read_text(encoding="utf-8") for path in sorted(_SOURCES.glob("*.*"))}, changes)
     digest = hashlib.sha256(repr((compiler, _nvcc(), spec, NVCC_FLAGS, NVRTC_FLAGS, sources)).encode()).hexdigest()[:16]
 
     def compile_to(target: Path) -> None:
         if compiler == "nvcc":
-            _run_nvcc(spec, target)
+            _run_nvcc(spec, sources, target)
             return
         options = tuple(flag.replace("=sm_", "=compute_") for flag in NVRTC_FLAGS)
         target.write_bytes(_Nvrtc().cubin(sources, spec.source, (*options, "-lineinfo", *spec.definitions)))
@@ -88,9 +90,21 @@ def compile_module(spec: ModuleSpec, compiler: str | None = None) -> str:
     return made_once(f"{spec.name}-{compiler}-{digest}.ptx", compile_to).read_text(encoding="utf-8")
 
 
-def _run_nvcc(spec: ModuleSpec, target: Path) -> None:
+def _changed(sources: dict[str, str], changes: tuple[tuple[str, str], ...]) -> dict[str, str]:
+    for old, new in changes:
+        if not any(old in text for text in sources.values()):
+            raise ValueError(f"{old!r} is not in the sources")
+        sources = {name: text.replace(old, new) for name, text in sources.items()}
+    return sources
+
+
+def _run_nvcc(spec: ModuleSpec, sources: dict[str, str], target: Path) -> None:
     flags = [flag.replace("code=sm_", "code=compute_") for flag in NVCC_FLAGS if flag != "-cubin"]
-    command = [str(_nvcc()), *flags, "-ptx", "-lineinfo", *spec.definitions, "-o", str(target)]
-    done = subprocess.run([*command, str(_SOURCES / spec.source)], capture_output=True, text=True, check=False)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        for name, text in sources.items():
+            (Path(folder) / name).write_text(text, encoding="utf-8")
+        command = [str(_nvcc()), *flags, "-ptx", "-lineinfo", *spec.definitions, "-o", str(target)]
+        command.append(str(Path(folder) / spec.source))
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"nvcc fails on {spec.source}:\n{done.stderr[-4000:]}")
