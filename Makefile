@@ -18,6 +18,8 @@ VENV_NEWEST ?= .venv-newest
 # The newest Triton the kernels are compiled with, and the oldest that is supported.
 TRITON ?= 3.9.0
 TRITON_OLDEST ?= 3.6.0
+# What compiles the CUDA kernels where there is no nvcc.
+NVRTC ?= 13.0.88
 # The Python of the GPU programs: one that has a torch which sees a GPU already, else the environment made here.
 GPU_PYTHON ?= $(eval GPU_PYTHON := $(shell python3 -c "$(SEES_GPU)" 2>/dev/null))$(GPU_PYTHON)
 SEES_GPU = import torch; print('python3' if torch.cuda.is_available() else '')
@@ -45,6 +47,9 @@ NEWEST_PINS = --torch "$(TORCH_NEWEST)" --pin "$(TORCH_NEWEST)" --pin transforme
 INTERPRETED = TRITON_INTERPRET=1 OMP_NUM_THREADS=1
 INTERPRETED_TESTS = tests/ops -k "triton_interpreted or test_triton" --require triton
 PYTEST = -m pytest -n auto --maxprocesses 8 --dist worksteal
+# What Triton compiles is kept; tests of one variant share a process, so that it is compiled once.
+EXECUTED = $(OFFLINE) OMP_NUM_THREADS=1 TRITON_CACHE_DIR=build/triton-cache
+BY_VARIANT = --dist loadgroup
 # The sanitizers have to be there before Python, and libstdc++ beside them: PyTorch, which comes later, throws exceptions.
 # New memory holds NaN.
 CXX_FILE = $(shell $${CXX:-c++} -print-file-name=$(1))
@@ -60,7 +65,7 @@ OFFLINE = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-sanitized test-tf4 test-triton test-ecosystem lint format types build bench-cpu bench-model bench-train
 .PHONY: env-demo env-test env-bench env-tf4 env-triton env-ecosystem env-gpu clean kernels-offline cuda-offline
-.PHONY: gpu gpu-smoke tune bench-adapters test-fast test-versions test-oldest test-newest test-upstream env-oldest env-newest
+.PHONY: gpu gpu-smoke tune bench-adapters test-fast test-ptx test-versions test-oldest test-newest test-upstream env-oldest env-newest
 MAKEFLAGS += --no-print-directory
 
 help: ## list these targets
@@ -88,6 +93,14 @@ test-sanitized: env-test ## run the operator tests and linear layers under Addre
 
 test-triton: env-triton ## test the Triton kernels in Triton's interpreter, on the CPU
 	@$(OFFLINE) $(INTERPRETED) $(RUN) $(PYTEST) $(INTERPRETED_TESTS) $(ARGS)
+
+test-ptx: env-test build/triton-$(TRITON) build/triton-$(TRITON_OLDEST) build/nvrtc-$(NVRTC) ## execute the GPU kernels' PTX on the CPU
+	@echo "=== Triton $(TRITON_OLDEST)"
+	@$(EXECUTED) PYTHONPATH=build/triton-$(TRITON_OLDEST) $(RUN) $(PYTEST) $(BY_VARIANT) \
+		tests/ptx/kernels/test_triton.py --require triton $(ARGS)
+	@echo "=== Triton $(TRITON), the CUDA kernels, the machine itself"
+	@$(EXECUTED) PYTHONPATH=build/triton-$(TRITON):build/nvrtc-$(NVRTC) $(RUN) $(PYTEST) $(BY_VARIANT) \
+		tests/ptx --require triton,compiler,nvrtc $(ARGS)
 
 test-versions: test-oldest test-newest ## run the tests with the oldest and the newest of what is promised; an hour, 15 GB
 
@@ -191,6 +204,9 @@ env-gpu:
 # Beside the environment, not in it: two versions side by side, and neither is needed to use the package on a CPU.
 build/triton-%:
 	@rm -rf $@.partial && $(RUN) -m pip install -q --no-deps --target $@.partial triton==$* && mv $@.partial $@
+
+build/nvrtc-%:
+	@rm -rf $@.partial && $(RUN) -m pip install -q --no-deps --target $@.partial nvidia-cuda-nvrtc==$* && mv $@.partial $@
 
 env-tf4:
 	@$(ENVIRONMENT) --venv $(VENV_TF4) --extras test $(TF4_PINS)

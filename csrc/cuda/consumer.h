@@ -55,6 +55,7 @@ class Consumer {
   DK_DEVICE uint32_t values() const { return shared_ + L::kValues + stage_.entry * L::kTileBytes; }
   // The products with the tile before are done.
   DK_DEVICE void release_stage_before() {
+    sync_warp();  // every lane has read what the stage says of its keys
     if ((thread_ & 31) == 0) barrier_arrive(shared_ + L::kStageEmpty + before_ * 8);
   }
   DK_DEVICE void wait_slot(const RingPosition<L::kSlots>& slot) const {

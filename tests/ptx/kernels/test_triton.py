@@ -1,0 +1,82 @@
+"""The Triton kernels as Triton compiles them for sm_80 and sm_90, executed: by its own binder and the package's plans.
+
+Ten seconds a variant are the compiler's, and kept in TRITON_CACHE_DIR; a case then takes a second or less.
+"""
+
+from dataclasses import replace
+
+import pytest
+from ptx import triton_driver
+from ptx.errors import PtxError
+
+from deberta_kernels.testing.inputs import Case
+from tests.ptx.kernels import problems
+from tests.ptx.kernels.problems import BF16, FAR, FP16, FP32, GENERAL, SHORT
+
+ARCHITECTURES = (80, 90)
+CASES = [
+    *GENERAL,
+    *(Case(batch=2, heads=1, nq=150, dtype=dtype, mask="holes") for dtype in (FP16, FP32)),
+    Case(batch=1, heads=1, nq=330, dtype=FP16, mask="right_tokens", **SHORT),
+    Case(batch=1, heads=1, nq=200, dtype=FP32, mask="right", **SHORT),
+    *(Case(batch=1, heads=1, nq=n, head_dim=d, dtype=BF16, **SHORT) for d in (32, 40, 128) for n in (77, 200)),
+]
+# Warps that fall behind: one, and all but one.
+LATE = [(0,), (1, 2, 3)]
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES, ids=lambda architecture: f"sm_{architecture}")
+def device(request):
+    fences = triton_driver.LACKS_FENCES and request.param == 90
+    with triton_driver.installed(triton_driver.Device(request.param, add_fences=fences)) as device:
+        yield device
+
+
+@pytest.fixture(autouse=True)
+def in_order(request):
+    """Start every test with the same order of warps."""
+    if "device" in request.fixturenames:
+        device = request.getfixturevalue("device")
+        device.seed, device.late = 0, ()
+
+
+def named(cases):
+    return [pytest.param(c, id=c.id, marks=pytest.mark.xdist_group(f"triton {problems.variant(c)}")) for c in cases]
+
+
+@pytest.mark.parametrize("case", named(CASES))
+def test_results_and_gradients_are_within_the_budget(device, check, case):
+    check("triton", case)
+
+
+@pytest.mark.parametrize("late", LATE, ids=str)
+@pytest.mark.parametrize("case", named([Case(batch=1, heads=1, nq=330, dtype=BF16, **SHORT)]))
+def test_a_warp_may_fall_behind(device, check, case, late):
+    device.seed, device.late = 7 * len(late), late
+    check("triton", case)
+
+
+@pytest.mark.every_case
+@pytest.mark.parametrize("case", named(problems.every_case()))
+def test_every_case_of_the_gpu_program(device, check, case):
+    check("triton", case)
+
+
+def test_devices_are_told_apart(check):
+    case = Case(batch=1, heads=1, nq=64, dtype=BF16, **SHORT)
+    opcodes = {}
+    for architecture in ARCHITECTURES:
+        with triton_driver.installed(triton_driver.Device(architecture, add_fences=True)) as device:
+            check("triton", case)
+        opcodes[architecture] = {opcode for m in device.machines.values() for opcode in m.program.opcodes}
+    assert not any(opcode.startswith("wgmma") for opcode in opcodes[80])
+    assert any(opcode.startswith("wgmma") for opcode in opcodes[90])
+
+
+if triton_driver.LACKS_FENCES:
+
+    @pytest.mark.parametrize("case", named([replace(FAR, nq=1000)]))
+    def test_a_triton_that_forgets_fences_is_found_out(check, case):
+        missing = r"race: wgmma operand of shared memory .* a fence\.proxy\.async is missing between the two"
+        with triton_driver.installed(triton_driver.Device(90)), pytest.raises(PtxError, match=missing):
+            check("triton", case)

@@ -1,0 +1,218 @@
+// Loads, stores and atomic operations of every state space.
+#pragma once
+#include "block.h"
+
+namespace ptx {
+
+enum Space { kGlobal, kShared, kParam, kGeneric };
+
+// ld and st. Settings: state space, registers a lane, bytes of each, whether they are signed, whether registers are
+// wide. Operands: the data and the address; of a load the data first, of a store behind.
+struct Move {
+  Space space;
+  int vector, bytes;
+  bool sign, wide;
+  const int32_t* data;
+  int32_t address;
+};
+
+inline Move move_of(const Block& block, const Instruction& i, bool load) {
+  const int32_t *s = block.settings(i), *o = block.operands(i);
+  return {Space(s[0]), s[1], s[2], s[3] != 0, s[4] != 0, load ? o : o + 1, load ? o[s[1]] : o[0]};
+}
+
+inline uint64_t from_memory(const void* memory, int bytes, bool sign) {
+  switch (bytes) {
+    case 1: {
+      uint8_t x;
+      memcpy(&x, memory, 1);
+      return sign ? uint64_t(int64_t(int8_t(x))) : x;
+    }
+    case 2: {
+      uint16_t x;
+      memcpy(&x, memory, 2);
+      return sign ? uint64_t(int64_t(int16_t(x))) : x;
+    }
+    case 4: {
+      uint32_t x;
+      memcpy(&x, memory, 4);
+      return sign ? uint64_t(int64_t(int32_t(x))) : x;
+    }
+    default: {
+      uint64_t x;
+      memcpy(&x, memory, 8);
+      return x;
+    }
+  }
+}
+
+inline void load_lane(const Warp& warp, const Move& move, int lane, const uint8_t* memory) {
+  for (int v = 0; v < move.vector; v++) {
+    uint64_t value = from_memory(memory + v * move.bytes, move.bytes, move.sign);
+    if (move.wide) warp.wide(move.data[v])[lane] = value;
+    else warp.reg(move.data[v])[lane] = uint32_t(value);
+  }
+}
+
+inline void store_lane(const Warp& warp, const Move& move, int lane, uint8_t* memory) {
+  for (int v = 0; v < move.vector; v++) {
+    uint64_t value = move.wide ? warp.wide(move.data[v])[lane] : warp.reg(move.data[v])[lane];
+    memcpy(memory + v * move.bytes, &value, move.bytes);
+  }
+}
+
+inline void check_aligned(uint64_t at, unsigned bytes, int lane, const char* what) {
+  if (at % bytes) fault(lane, "misaligned %s: %u bytes at address 0x%llx", what, bytes, (unsigned long long)at);
+}
+
+inline void check_shared(const Block& block, uint32_t at, unsigned bytes, int lane, const char* what) {
+  if (uint64_t(at) + bytes > block.shared.size())
+    fault(lane, "%s out of range: %u bytes at byte %u of shared memory, which has %zu", what, bytes, at,
+          block.shared.size());
+}
+
+inline void shared_move(Block& block, Warp& warp, const Instruction& i, uint32_t lanes, const Move& move,
+                        const uint32_t* at, bool load) {
+  unsigned bytes = move.vector * move.bytes;
+  const char* verb = load ? "load" : "store";
+  for (int lane = 0; lane < kLanes; lane++) {
+    if (!(lanes >> lane & 1)) continue;
+    check_aligned(at[lane], bytes, lane, load ? "load of shared memory" : "store to shared memory");
+    check_shared(block, at[lane], bytes, lane, verb);
+    uint8_t* memory = block.shared.data() + at[lane];
+    Access access = block.by_lane(warp, lane, verb);
+    if (load) {
+      block.shadow.read(at[lane], bytes, access);
+      load_lane(warp, move, lane, memory);
+    } else {
+      uint8_t data[16];
+      store_lane(warp, move, lane, data);
+      block.shadow.write(at[lane], bytes, access, data, memory);
+      memcpy(memory, data, bytes);
+    }
+  }
+  warp.clock.unsynchronised |= lanes;
+  count_wavefronts(at, lanes, bytes, block.count(i));
+}
+
+inline void global_move(Block& block, Warp& warp, const Instruction& i, uint32_t lanes, const Move& move,
+                        const uint64_t* at, bool load) {
+  unsigned bytes = move.vector * move.bytes;
+  for (int lane = 0; lane < kLanes; lane++) {
+    if (!(lanes >> lane & 1)) continue;
+    check_aligned(at[lane], bytes, lane, load ? "load of global memory" : "store to global memory");
+    Access access = block.by_lane(warp, lane, load ? "load" : "store");
+    uint8_t *memory = reinterpret_cast<uint8_t*>(at[lane]), data[16];
+    if (!load) store_lane(warp, move, lane, data);
+    block.global.access(at[lane], bytes, access, !load, false, load ? nullptr : data);
+    if (load) load_lane(warp, move, lane, memory);
+    else memcpy(memory, data, bytes);
+  }
+  warp.clock.unsynchronised |= lanes;
+  count_sectors(at, lanes, bytes, block.count(i));
+}
+
+inline void parameter_load(Block& block, Warp& warp, uint32_t lanes, const Move& move, const uint64_t* at) {
+  unsigned bytes = move.vector * move.bytes;
+  for (int lane = 0; lane < kLanes; lane++) {
+    if (!(lanes >> lane & 1)) continue;
+    uint64_t offset = at[lane] & ~kWindowMask;
+    check_aligned(offset, bytes, lane, "load of a parameter");
+    if (offset + bytes > block.parameters.size())
+      fault(lane, "load out of range: byte %llu of the parameters", (unsigned long long)offset);
+    load_lane(warp, move, lane, block.parameters.data() + offset);
+  }
+}
+
+inline void move(Block& block, Warp& warp, const Instruction& i, uint32_t lanes, bool load) {
+  Move move = move_of(block, i, load);
+  uint64_t at[kLanes];
+  bool narrow = block.settings(i)[5] == 0;  // the address is a register of 32 bits
+  for (int lane = 0; lane < kLanes; lane++)
+    at[lane] = (narrow ? warp.reg(move.address)[lane] : warp.wide(move.address)[lane]) + i.offset;
+  if (move.space == kGeneric) {
+    uint64_t window = at[first_lane(lanes)] & kWindowMask;
+    for (int lane = 0; lane < kLanes; lane++)
+      if (lanes >> lane & 1 && (at[lane] & kWindowMask) != window)
+        fault(lane, "generic addresses of one instruction are in several state spaces");
+    move.space = window == kSharedWindow ? kShared : window == kParamWindow ? kParam : kGlobal;
+  }
+  if (move.space == kGlobal) return global_move(block, warp, i, lanes, move, at, load);
+  if (move.space == kParam && load) return parameter_load(block, warp, lanes, move, at);
+  if (move.space == kParam) fault(first_lane(lanes), "store to a parameter");
+  uint32_t shared_at[kLanes];
+  for (int lane = 0; lane < kLanes; lane++) shared_at[lane] = uint32_t(at[lane]);
+  shared_move(block, warp, i, lanes, move, shared_at, load);
+}
+
+inline void do_load(Block& block, Warp& warp, const Instruction& i, uint32_t lanes) {
+  move(block, warp, i, lanes, true);
+}
+inline void do_store(Block& block, Warp& warp, const Instruction& i, uint32_t lanes) {
+  move(block, warp, i, lanes, false);
+}
+
+// atom and red, of global memory. Settings: operation, type, whether there is a result. Operands: the result, if any,
+// the address, b, and c of cas.
+enum AtomicOperation {
+  kAtomicAdd,
+  kAtomicMin,
+  kAtomicMax,
+  kAtomicAnd,
+  kAtomicOr,
+  kAtomicXor,
+  kAtomicExchange,
+  kAtomicCompare
+};
+
+template <class T>
+inline T atomic_result(AtomicOperation operation, T old, T b, T c) {
+  switch (operation) {
+    case kAtomicAdd: return old + b;
+    case kAtomicMin: return old < b ? old : b;
+    case kAtomicMax: return old > b ? old : b;
+    case kAtomicExchange: return b;
+    case kAtomicCompare: return old == b ? c : old;
+    default: break;
+  }
+  if constexpr (std::is_integral_v<T>) {
+    if (operation == kAtomicAnd) return old & b;
+    if (operation == kAtomicOr) return old | b;
+    return old ^ b;
+  }
+  return old;
+}
+
+template <class T>
+inline void atomic(Block& block, Warp& warp, const Instruction& i, uint32_t lanes) {
+  const int32_t *s = block.settings(i), *o = block.operands(i);
+  bool result = s[2] != 0;
+  int32_t address = o[result], b = o[result + 1], c = o[i.count - 1];
+  uint64_t at[kLanes] = {};
+  for (int lane = 0; lane < kLanes; lane++) {
+    if (!(lanes >> lane & 1)) continue;
+    at[lane] = warp.wide(address)[lane] + i.offset;
+    check_aligned(at[lane], sizeof(T), lane, "atomic operation");
+    block.global.access(at[lane], sizeof(T), block.by_lane(warp, lane, "atomic operation"), true, true);
+    T old, *memory = reinterpret_cast<T*>(at[lane]);
+    memcpy(&old, memory, sizeof(T));
+    T value = atomic_result<T>(AtomicOperation(s[0]), old, Lane<T>::read(warp.reg(b), lane),
+                               Lane<T>::read(warp.reg(c), lane));
+    memcpy(memory, &value, sizeof(T));
+    if (result) Lane<T>::write(warp.reg(o[0]), lane, old);
+  }
+  count_sectors(at, lanes, sizeof(T), block.count(i));
+}
+
+inline void do_atomic(Block& block, Warp& warp, const Instruction& i, uint32_t lanes) {
+  switch (block.settings(i)[1]) {
+    case 0: return atomic<uint32_t>(block, warp, i, lanes);
+    case 1: return atomic<int32_t>(block, warp, i, lanes);
+    case 2: return atomic<uint64_t>(block, warp, i, lanes);
+    case 3: return atomic<int64_t>(block, warp, i, lanes);
+    case 4: return atomic<float>(block, warp, i, lanes);
+    default: return atomic<double>(block, warp, i, lanes);
+  }
+}
+
+}  // namespace ptx
