@@ -27,7 +27,6 @@ __all__ = [
     "has_positions",
     "head_dim_refusal",
     "inputs",
-    "is_plain_tensor",
     "masked",
     "padded_row_value",
     "positioned_keys",
@@ -44,7 +43,6 @@ __all__ = [
 # Whether q, k, v, pos_key and pos_query need a gradient.
 Needs = tuple[bool, bool, bool, bool, bool]
 LOG2E = math.log2(math.e)
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class Extent(NamedTuple):
@@ -150,11 +148,6 @@ def steps(x: Tensor) -> list[int]:
 def unit_stride(x: Tensor) -> Tensor:
     """Return x with neighbours in its last dimension side by side in memory, and no negation pending."""
     return x if x.stride(-1) == 1 and not x.is_neg() else x.resolve_neg().contiguous()
-
-
-def is_plain_tensor(x: Tensor) -> bool:
-    """Return whether x is a plain tensor: one that a tracer made has no values, and perhaps no device."""
-    return type(x) in _PLAIN
 
 
 # ---- Precision

@@ -71,17 +71,10 @@ def encode(
             more tokens and samples than the mask has.
     """
     adapted = mask_type is not EncoderMask
-    if (
-        not isinstance(hidden_states, Tensor)
-        or hidden_states.dim() != 3
-        or not isinstance(attention_mask, Tensor)
-        or attention_mask.dim() not in (2, 3, 4)
-        or output_attentions
-        or relative_pos is not None
-        or (query_states is not None and not _takes_queries(module, query_states, hidden_states))
-        or runs_original_code()
-        or (found := _read(hidden_states, attention_mask)) is _Values.OTHERS
-    ):
+    is_plain = not output_attentions and relative_pos is None and not runs_original_code()
+    fits = is_plain and _fits(module, hidden_states, attention_mask, query_states)
+    found = _read(hidden_states, attention_mask) if fits else _Values.OTHERS
+    if found is _Values.OTHERS:
         return original(
             module, hidden_states, attention_mask, output_hidden_states=output_hidden_states,
             output_attentions=output_attentions, query_states=query_states, relative_pos=relative_pos,
@@ -104,10 +97,16 @@ def encode(
     return BaseModelOutput(last_hidden_state=last, hidden_states=states, attentions=None)
 
 
-def _takes_queries(module: Any, query_states: Tensor, hidden_states: Tensor) -> bool:
-    return query_states.shape == hidden_states.shape and all(
-        anatomy_of(part).takes_queries for part in module.modules()
-    )
+def _fits(module: Any, hidden_states: Any, attention_mask: Any, query_states: Tensor | None) -> bool:
+    """Tell whether the states and the mask have types and dimensions that Hugging Face's encoder is meant for."""
+    if not isinstance(hidden_states, Tensor) or hidden_states.dim() != 3:
+        return False
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() not in (2, 3, 4):
+        return False
+    if query_states is None:
+        return True
+    same = query_states.shape == hidden_states.shape
+    return same and all(anatomy_of(part).takes_queries for part in module.modules())
 
 
 def _packing(options: AttentionOptions, hidden_states: Tensor, keep: Tensor, first: Handover) -> Packing | None:

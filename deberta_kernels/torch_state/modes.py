@@ -32,6 +32,7 @@ __all__ = [
     "forward_mode",
     "function_mode",
     "is_mapped",
+    "is_plain_tensor",
     "needs_operator",
     "plain_eager",
     "traced",
@@ -130,6 +131,11 @@ def values_readable(*tensors: Tensor) -> bool:
         if type(x) not in _PLAIN or x.is_meta or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
             return False
     return True
+
+
+def is_plain_tensor(x: Tensor) -> bool:
+    """Tell whether x is a plain tensor: one that a tracer made has no values, and perhaps no device."""
+    return type(x) in _PLAIN
 
 
 def is_mapped(tensor: Tensor) -> bool:

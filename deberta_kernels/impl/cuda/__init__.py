@@ -17,13 +17,13 @@ from deberta_kernels.impl.common import (
     device_refusal,
     dtype_refusal,
     empty_results,
-    is_plain_tensor,
     scale_refusal,
 )
 from deberta_kernels.impl.cuda import driver, image
 from deberta_kernels.impl.cuda.arguments import Arguments, ForwardInfo, Info, expand, grid
 from deberta_kernels.impl.cuda.backward_arguments import CONVERSION_THREADS, BackwardArguments, BackwardInfo, plan
 from deberta_kernels.impl.cuda.modules import CAPABILITY, HEAD_DIMS
+from deberta_kernels.torch_state.modes import is_plain_tensor
 from deberta_kernels.types import AttentionProblem, Gradients, PositionSpec
 
 __all__ = ["backward", "backward_refusal", "forward", "prepare", "refusal", "status"]

@@ -15,9 +15,9 @@ from deberta_kernels.impl.common import (
     device_refusal,
     dtype_refusal,
     head_dim_refusal,
-    is_plain_tensor,
     scale_refusal,
 )
+from deberta_kernels.torch_state.modes import is_plain_tensor
 from deberta_kernels.types import AttentionProblem, Gradients, PositionSpec
 
 __all__ = ["backward", "forward", "prepare", "refusal"]
