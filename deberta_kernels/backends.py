@@ -23,6 +23,7 @@ class Backend:
             the rows of sliced tables, and its results are no views, of which autograd remembers where they were made.
         own_graph: its `attention` is made of differentiable operators, and autograd, forward-mode differentiation and
             functional transforms work on those, to any order.
+        self_tested: it answers on a device only after `proof.self_test`.
     """
 
     module: str
@@ -32,6 +33,7 @@ class Backend:
     prepares: bool = False
     direct: bool = False
     own_graph: bool = False
+    self_tested: bool = False
 
 
 # Slowest first. The CUDA kernels lose "by_name_only" where a committed measurement shows them right and ahead: on those
@@ -40,8 +42,10 @@ REGISTRY = {
     "reference": Backend("deberta_kernels.impl.reference", by_name_only=True, own_graph=True),
     "torch": Backend("deberta_kernels.impl.torch_tiled"),
     "cpu": Backend("deberta_kernels.impl.cpu", ("cpu",), prepares=True, direct=True),
-    "triton": Backend("deberta_kernels.impl.triton", ("cuda",), prepares=True),
-    "cuda": Backend("deberta_kernels.impl.cuda", ("cuda",), by_name_only=True, gradients="triton", prepares=True),
+    "triton": Backend("deberta_kernels.impl.triton", ("cuda",), prepares=True, self_tested=True),
+    "cuda": Backend(
+        "deberta_kernels.impl.cuda", ("cuda",), by_name_only=True, gradients="triton", prepares=True, self_tested=True
+    ),
 }
 BACKENDS = tuple(REGISTRY)
 

@@ -13,6 +13,7 @@ import torch
 from deberta_kernels import env
 from deberta_kernels.backends import BACKENDS, REGISTRY, order
 from deberta_kernels.notices import DebertaKernelsWarning, warn_once
+from deberta_kernels.proof import self_test
 from deberta_kernels.types import AttentionProblem
 
 __all__ = [
@@ -62,8 +63,14 @@ def load(name: str) -> ModuleType:
     return module
 
 
-def refusal(name: str, problem: AttentionProblem) -> str | None:
-    """Return why backend `name` cannot run `problem`, or None when it can."""
+def refusal(name: str, problem: AttentionProblem, *, backward: bool = False) -> str | None:
+    """Return why backend `name` cannot run `problem`, or None when it can.
+
+    Args:
+        name: of the backend.
+        problem: the call.
+        backward: its gradients are wanted, even where no tensor says so.
+    """
     module = _loaded.get(name)
     if module is None:
         try:
@@ -72,13 +79,21 @@ def refusal(name: str, problem: AttentionProblem) -> str | None:
             return str(error)
     reason: str | None = module.refusal(problem)
     other = REGISTRY[name].gradients
-    if reason is not None or other is None or not _differentiated(problem):
+    if reason is not None:
         return reason
-    own = _backward_refusal(name, problem)
-    if own is None:
-        return None
-    reason = refusal(other, problem)
-    return None if reason is None else _neither(own, other, reason)
+    if other is not None and _differentiated(problem) and (own := _backward_refusal(name, problem)) is not None:
+        reason = refusal(other, problem)
+        if reason is not None:
+            return _neither(own, other, reason)
+    return _untested(name, problem, backward) if REGISTRY[name].self_tested else None
+
+
+def _untested(name: str, problem: AttentionProblem, backward: bool) -> str | None:
+    """Return why a backend must not answer on this device, see `self_test`."""
+    # Whatever the mode: a compiled graph chooses without gradients what it will run with them.
+    backward = backward or any(x is not None and x.requires_grad for x in _inputs(problem))
+    own_gradients = backward and _backward_refusal(name, problem) is None
+    return self_test.refusal(name, load(name), problem, own_gradients)
 
 
 def backward_of(name: str, problem: AttentionProblem) -> tuple[Any, AttentionProblem]:
@@ -91,7 +106,7 @@ def backward_of(name: str, problem: AttentionProblem) -> tuple[Any, AttentionPro
     if own is None:
         return load(name).backward, problem
     other = str(REGISTRY[name].gradients)
-    reason = refusal(other, problem)
+    reason = refusal(other, problem, backward=True)
     if reason is not None:
         raise NotImplementedError(f"backend {name!r}: {_neither(own, other, reason)}; pass backend='torch'.")
     return load(other).backward, problem.changed(prepared=None)  # that layout is of the forward's own
@@ -110,11 +125,14 @@ def _neither(own: str, other: str, reason: str) -> str:
 
 
 def _differentiated(problem: AttentionProblem) -> bool:
-    inputs = (problem.q, problem.k, problem.v, problem.pos_key, problem.pos_query)
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in _inputs(problem))
 
 
-def choose(problem: AttentionProblem, backend: str = "auto", *, strict: bool = False) -> str:
+def _inputs(problem: AttentionProblem) -> tuple[torch.Tensor | None, ...]:
+    return problem.q, problem.k, problem.v, problem.pos_key, problem.pos_query
+
+
+def choose(problem: AttentionProblem, backend: str = "auto", *, strict: bool = False, backward: bool = False) -> str:
     """Return the name of the backend that runs `problem`: the one place where that is decided.
 
     Args:
@@ -122,6 +140,7 @@ def choose(problem: AttentionProblem, backend: str = "auto", *, strict: bool = F
         backend: "auto" takes the first of the device's order that can run it and warns once about a faster one that
             was refused; a name takes that backend or raises.
         strict: raise instead of that warning.
+        backward: the gradients are about to be computed, even where no tensor says so.
 
     Raises:
         ValueError: `backend`, or the environment variable that forces one, is unknown.
@@ -132,7 +151,7 @@ def choose(problem: AttentionProblem, backend: str = "auto", *, strict: bool = F
     if backend == "auto":
         forced = env.forced_backend()
         if forced is None:
-            return _automatic(problem, strict)
+            return _automatic(problem, strict, backward)
         backend, asked_by = forced, env.BACKEND
         if backend not in BACKENDS:
             raise ValueError(f"{env.BACKEND} must be one of {', '.join(BACKENDS)}, got {backend!r}; unset it.")
@@ -140,7 +159,7 @@ def choose(problem: AttentionProblem, backend: str = "auto", *, strict: bool = F
         check_backend(backend)
     if problem.q.is_meta:
         return backend  # shapes only: nothing will run
-    reason = refusal(backend, problem)
+    reason = refusal(backend, problem, backward=backward)
     if reason is not None:
         raise NotImplementedError(
             f"{asked_by}={backend!r} cannot run this call: {reason}; "
@@ -149,11 +168,11 @@ def choose(problem: AttentionProblem, backend: str = "auto", *, strict: bool = F
     return backend
 
 
-def _automatic(problem: AttentionProblem, strict: bool) -> str:
+def _automatic(problem: AttentionProblem, strict: bool, backward: bool) -> str:
     skipped = ""
     device_type = "cpu" if problem.q.is_cpu else problem.q.device.type  # which takes longer to ask
     for name in order(device_type):
-        reason = refusal(name, problem)
+        reason = refusal(name, problem, backward=backward)
         if reason is None:
             if skipped:
                 message = (
@@ -212,7 +231,7 @@ class Explanation:
 
 
 def explain(problem: AttentionProblem, backend: str = "auto") -> Explanation:
-    """Explain what `choose` would do with `problem`, without running, warning or counting anything.
+    """Explain what `choose` would do with `problem`, without running it, warning or counting anything.
 
     Args:
         problem: the call.

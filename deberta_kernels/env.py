@@ -11,12 +11,14 @@ __all__ = [
     "CPU_ISAS",
     "ISA_FEATURES",
     "LIBRARY",
+    "SELF_TEST",
     "VARIABLES",
     "cache_folder",
     "cpu_isa",
     "forced_backend",
     "importing_from",
     "library_path",
+    "self_tests",
     "triton_interpreted",
     "variables_set",
 ]
@@ -25,6 +27,7 @@ BACKEND = "DEBERTA_KERNELS_BACKEND"
 CACHE = "DEBERTA_KERNELS_CACHE"
 CPU_ISA = "DEBERTA_KERNELS_CPU_ISA"
 LIBRARY = "DEBERTA_KERNELS_LIBRARY"
+SELF_TEST = "DEBERTA_KERNELS_SELF_TEST"
 
 # What os.environ keeps its variables in. Looking for one there takes a twentieth of the time, and every call looks.
 _environ, _held = os.environ, getattr(os.environ, "_data", None)
@@ -40,9 +43,11 @@ CPU_ISAS = tuple(ISA_FEATURES)
 VARIABLES = {
     BACKEND: "what backend='auto' means: the name of a backend; one that cannot run the call raises, as if the "
     "call had named it",
-    CACHE: "folder for CUDA modules compiled on this machine, instead of deberta_kernels in the user's cache folder",
+    CACHE: "folder for CUDA modules compiled on this machine and for what its self-tests found, instead of "
+    "deberta_kernels in the user's cache folder",
     CPU_ISA: f"instruction set of the native CPU library: {', '.join(CPU_ISAS)}; read when the library is first used",
     LIBRARY: "path of the native CPU library to load instead of the installed one; read when it is first used",
+    SELF_TEST: "0: GPU kernels answer on a device that has not been proven, without a self-test at the first use",
 }
 
 
@@ -59,7 +64,7 @@ def importing_from(folder: str) -> dict[str, str]:
 
 
 def cache_folder() -> str | None:
-    """Return the folder for compiled CUDA modules, or None where no home directory is known."""
+    """Return the folder for compiled CUDA modules and self-tests, or None where no home directory is known."""
     if chosen := os.environ.get(CACHE):
         return chosen
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
@@ -88,6 +93,18 @@ def library_path() -> str | None:
     """
     path = os.environ.get(LIBRARY)
     return os.path.abspath(path) if path else None
+
+
+def self_tests() -> bool:
+    """Tell whether GPU kernels are tested at their first use on a device that has not been proven.
+
+    Raises:
+        ValueError: the variable holds something else than 0 or 1.
+    """
+    chosen = os.environ.get(SELF_TEST) or "1"
+    if chosen not in ("0", "1"):
+        raise ValueError(f"{SELF_TEST} must be 0 or 1, got {chosen!r}; unset it for the self-test.")
+    return chosen == "1"
 
 
 def triton_interpreted() -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import deberta_kernels
 from deberta_kernels import dispatch, env, native
 from deberta_kernels.native import processor
+from deberta_kernels.proof import self_test
 
 __all__ = ["format_info", "info"]
 
@@ -29,7 +30,8 @@ def info() -> dict[str, Any]:
     Returns:
         "version": of this package; "python", "platform": strings; "packages": {name: version or None};
         "cpu": {"model", "features", "cores", "threads"}; "library": {"loaded", "path", "reason", "isa", "variants"};
-        "cuda": what the CUDA kernels would be loaded from, see `impl.cuda.status`;
+        "cuda": what the CUDA kernels would be loaded from, see `impl.cuda.status`; "self_test": whether GPU kernels
+        are tested on a device that has not been proven, see `proof.self_test.status`;
         "backends": {name: None if it runs a plain float32 call on the CPU, else why not}; "auto": the backend chosen
         for that call, or None; "environment": the package's variables that are set.
     """
@@ -42,6 +44,7 @@ def info() -> dict[str, Any]:
         "cpu": _cpu(),
         "library": _library(),
         "cuda": _cuda(),
+        "self_test": self_test.status(),
         "backends": refusals,
         "auto": explanation,
         "environment": env.variables_set(),
@@ -63,6 +66,7 @@ def format_info() -> str:
         f"  library      {_library_line(library)}",
         f"  variants     {', '.join(library['variants']) or 'none'}",
         f"  cuda         {_cuda_line(found['cuda'])}",
+        f"  self-test    {_self_test_line(found['self_test'])}",
         "  backends     for a float32 call on the CPU:",
     ]
     for name, reason in found["backends"].items():
@@ -123,6 +127,13 @@ def _cuda_line(cuda: dict[str, Any]) -> str:
     nvrtc = f"NVRTC {cuda['nvrtc']}" if cuda["nvrtc"][:1].isdigit() else cuda["nvrtc"]
     modules = f"{len(cuda['built'])} modules built with the package" if cuda["built"] else "no module built, " + nvrtc
     return f"{state}; {modules}"
+
+
+def _self_test_line(state: dict[str, Any]) -> str:
+    if state["on"] is not True:
+        return state["on"] or f"off, {env.SELF_TEST}=0: GPU kernels answer on any device"
+    covered = f"committed results cover {state['covered'] or 'no'} devices"
+    return f"on at the first use on a GPU; {covered}, {state['kept']} variants are proven on this machine"
 
 
 def _probe() -> tuple[str | None, dict[str, str | None]]:

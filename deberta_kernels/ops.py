@@ -169,7 +169,7 @@ def _run_backward(
         pairs = zip(inputs, needs, strict=True)
         return Gradients(*(torch.zeros_like(x) if need and x is not None else None for x, need in pairs))
     check_reachable_rows(problem)
-    backend = dispatch.choose(problem, backend)
+    backend = dispatch.choose(problem, backend, backward=True)
     backward, problem = dispatch.backward_of(backend, problem)
     with ExitStack() as stack:
         if torch._C._is_any_autocast_enabled():

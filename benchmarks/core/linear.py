@@ -28,7 +28,7 @@ from benchmarks.harness.work import GEOMETRY, needed_flops
 from benchmarks.registry import LINEAR_FIGURES, LINEAR_TOKENS
 from deberta_kernels import dtypes, native
 from deberta_kernels.linear import products
-from deberta_kernels.testing.budget import MEAN_FACTOR, allowance
+from deberta_kernels.proof.budget import MEAN_FACTOR, allowance
 
 # (in, out, GELU, how many in an encoder layer)
 _WIDE, _WIDER = GEOMETRY.hidden, GEOMETRY.intermediate

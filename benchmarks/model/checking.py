@@ -1,7 +1,7 @@
 """The tolerance of whole models, which comes from eager's own error, and what is held to it before it is timed.
 
 E_eager is the largest error of Hugging Face's eager model, in the dtype of the shape, against the same model in float64
-with the float32 weights. With a and f of `deberta_kernels.testing.budget`, on the rows of real tokens,
+with the float32 weights. With a and f of `deberta_kernels.proof.budget`, on the rows of real tokens,
 
     max |x - float64| <= bound = a * (E_eager + f * max(1, max|float64|))
     max |x - eager|   <= bound * (a + 1) / a

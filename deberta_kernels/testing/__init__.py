@@ -1,4 +1,8 @@
-"""Attention problems drawn, their errors measured against float64, and every backend held to the error budget.
+"""Attention problems drawn, and every backend held to the error budget of `proof`.
 
 Nothing here needs pytest, so that benchmarks use the same inputs and the same budget as the tests.
 """
+
+from deberta_kernels.proof import budget, eager
+
+__all__ = ["budget", "eager"]

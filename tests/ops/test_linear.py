@@ -7,7 +7,7 @@ from torch import nn
 from deberta_kernels import native
 from deberta_kernels.linear import products
 from deberta_kernels.linear.layers import apply_linear, apply_linear_gelu
-from deberta_kernels.testing.budget import MEAN_FACTOR, allowance
+from deberta_kernels.proof.budget import MEAN_FACTOR, allowance
 from tests import needs
 
 needs.native_library()

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from deberta_kernels import env
-from deberta_kernels.impl import cuda
-from deberta_kernels.impl.cuda import cache, driver, image, nvrtc
+from deberta_kernels.impl import cache, cuda
+from deberta_kernels.impl.cuda import driver, image, nvrtc
 from deberta_kernels.impl.cuda.arguments import ForwardInfo
 from deberta_kernels.types import AttentionProblem, Masks, PositionSpec
 

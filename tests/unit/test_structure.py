@@ -14,6 +14,7 @@ FLOORS = (
     {"checks", "native"},
     {"masks"},
     {"impl"},
+    {"proof"},
     {"dispatch", "flops"},
     {"ops", "linear"},
     {"api"},

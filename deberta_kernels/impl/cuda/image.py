@@ -19,7 +19,8 @@ from typing import Any, TypeVar
 import torch
 
 from deberta_kernels import dtypes
-from deberta_kernels.impl.cuda import cache, modules, nvrtc
+from deberta_kernels.impl import cache
+from deberta_kernels.impl.cuda import modules, nvrtc
 from deberta_kernels.impl.cuda.arguments import Info
 from deberta_kernels.impl.cuda.modules import ModuleSpec
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from deberta_kernels import dtypes
 from deberta_kernels.impl import reference
-from deberta_kernels.testing import eager
+from deberta_kernels.proof import eager
 from deberta_kernels.types import AttentionProblem
 
 __all__ = ["BudgetError", "Report", "Row", "Truth", "allowance", "check", "evaluate", "measure", "truth"]

@@ -1,4 +1,4 @@
-"""Compiled modules in a folder of the user's own; nobody else may have a say in what is loaded from there."""
+"""Small files in a folder of the user's own: compiled modules, proofs. Nobody else may have a say in what is there."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 
 from deberta_kernels import env
 
-__all__ = ["CacheError", "read", "write"]
+__all__ = ["CacheError", "names", "read", "write"]
 
 _DIGEST_BYTES = 32
 
@@ -77,3 +77,16 @@ def write(name: str, content: bytes) -> None:
             os.replace(half_written, name, src_dir_fd=folder, dst_dir_fd=folder)
         except OSError as error:
             raise CacheError(f"the cache cannot be written ({error.strerror}); set {env.CACHE}") from error
+
+
+def names() -> list[str]:
+    """Return the names of all that is kept; nothing is made for it.
+
+    Raises:
+        CacheError: the folder cannot be used.
+    """
+    path = env.cache_folder()
+    if path is None or not os.path.isdir(path):
+        return []
+    with _folder() as folder:
+        return [name for name in os.listdir(folder) if not name.startswith(".")]

@@ -1,0 +1,219 @@
+"""The self-test of a GPU backend: the first use of a variant on a device that no committed result covers.
+
+A small problem of the variant runs on the device and is held to the error budget; its truth and its yardstick are
+computed on the CPU, where the device cannot spoil them. What is right is kept for later processes (`record`), what is
+wrong is refused for the rest of this one, and then another backend answers.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+from types import ModuleType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from deberta_kernels import env
+from deberta_kernels.proof import record
+from deberta_kernels.proof.variants import Variant, drawn, on_device, variant_of
+from deberta_kernels.torch_state.modes import is_plain_tensor
+from deberta_kernels.types import AttentionProblem
+
+__all__ = ["refusal", "status"]
+
+Result = TypeVar("Result")
+_TESTED_DEVICES = "cuda"
+_GRADIENTS = ("dq", "dk", "dv", "dpos_key", "dpos_query")
+
+# By device and variant: None where it is right, else why it is refused.
+_found: dict[tuple[torch.device, Variant], str | None] = {}
+# A finalizer may call attention in the thread that tests.
+_lock = threading.RLock()
+
+
+def _renew_lock() -> None:
+    """Forget the lock in a forked child: a thread that does not exist there may have held it."""
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
+class _PassingError(RuntimeError):
+    """A self-test that says nothing of the kernels; the next one may."""
+
+
+def refusal(name: str, backend: ModuleType, problem: AttentionProblem, backward: bool) -> str | None:
+    """Return why a backend must not answer a call on this device, or None when it is known to be right.
+
+    Args:
+        name: of the backend.
+        backend: its module; it does not refuse the call itself.
+        problem: the call.
+        backward: whether the backend computes its gradients as well.
+
+    Raises:
+        ValueError: the environment variable that turns self-tests off has an unknown value.
+    """
+    device = problem.q.device
+    if device.type != _TESTED_DEVICES or not is_plain_tensor(problem.q):
+        return None  # a tensor without values may have no device either, and nothing will run
+    variant = variant_of(name, problem, backward)
+    found = _found.get((device, variant), "")
+    if found is None or not env.self_tests():
+        return None
+    return found or _tested(backend, variant, device)
+
+
+def status() -> dict[str, Any]:
+    """Describe the self-tests.
+
+    Returns:
+        "on": whether they run, or what is wrong with the variable that says so; "covered": how many devices and
+        backends committed results prove; "kept": how many proofs are kept in the cache folder; "refused": what this
+        process refuses.
+    """
+    try:
+        on: bool | str = env.self_tests()
+    except ValueError as error:
+        on = str(error)
+    refused = sorted({reason for reason in _found.values() if reason is not None})
+    return {"on": on, "covered": len(record.covered()), "kept": record.kept(), "refused": refused}
+
+
+def _tested(backend: ModuleType, variant: Variant, device: torch.device) -> str | None:
+    """Look a variant up or test it, one at a time; return why it is refused."""
+    with _lock:
+        key = device, variant
+        if key in _found:
+            return _found[key]
+        identity = record.identity(variant.backend, device)
+        if record.known(variant, identity):
+            _found[key] = None
+            return None
+        if _capturing(device):
+            return (
+                "its first use on this device is a self-test, which cannot run while a CUDA graph is captured; make "
+                f"one such call before the capture, or set {env.SELF_TEST}=0"
+            )
+        try:
+            _found[key] = _tell(_apart(_test, backend, variant, device, _stream(device)), variant, identity)
+        except _PassingError as error:
+            return f"its self-test on this device could not run now ({error}); {env.SELF_TEST}=0 turns it off"
+        if _found[key] is None:
+            record.keep(variant, identity)
+        return _found[key]
+
+
+def _tell(wrong: str, variant: Variant, identity: record.Identity) -> str | None:
+    """Return the reason for a refusal, with all that a report needs; None when nothing is wrong."""
+    if not wrong:
+        return None
+    return (
+        f"its self-test on this device failed: {wrong} ({variant}; {record.described(identity)}); please report this "
+        f"sentence to the maintainers; {env.SELF_TEST}=0 turns the test off"
+    )
+
+
+def _test(backend: ModuleType, variant: Variant, device: torch.device, stream: Any) -> str:
+    """Run the problem of a variant; return what is wrong with the answer, or "".
+
+    Raises:
+        _PassingError: the failure lies around it.
+    """
+    from deberta_kernels.proof import budget
+
+    try:
+        problem, dout = drawn(variant)
+        truth = budget.truth(problem, dout if variant.backward else None)
+        given = on_device(problem, variant.dtype, device)
+        upstream = dout.to(device=device, dtype=variant.dtype)
+    except Exception as error:  # nothing of the backend has run
+        raise _PassingError(_shown(error)) from error
+    try:
+        with ExitStack() as stack:
+            if stream is not None:
+                stack.enter_context(torch.cuda.device(device))
+                stack.enter_context(torch.cuda.stream(stream))
+            results = _answer(backend, given, upstream, variant)
+    except Exception as error:
+        if _is_passing(error):
+            raise _PassingError(_shown(error)) from error
+        return f"it raised {_shown(error)}"
+    # As float16 for TF32: see `drawn`.
+    results = {name: x if name == "lse" else x.to(problem.q.dtype) for name, x in results.items()}
+    wrong = [row for row in budget.measure(results, truth).rows if not row.ok]
+    return ", ".join(
+        f"{row.name} {row.problem or f'is off by {row.max_error:.1e} where {row.max_allowed:.1e} is allowed'}"
+        for row in wrong
+    )
+
+
+def _answer(backend: ModuleType, problem: AttentionProblem, dout: Tensor, variant: Variant) -> dict[str, Tensor]:
+    """Return the results and gradients by name, copied to the CPU: errors of the device show while it waits."""
+    with torch.no_grad():
+        out, lse = backend.forward(problem)
+        found = {"out": out, "lse": lse}
+        if variant.backward:
+            needs = (True, True, True, variant.positions, variant.positions)
+            gradients = backend.backward(problem, dout, None, out, lse, needs)
+            found.update(zip(_GRADIENTS, gradients, strict=True))
+        return {name: x.cpu() for name, x in found.items() if x is not None}
+
+
+def _apart(function: Callable[..., Result], *arguments: Any) -> Result:
+    """Call a function in a thread of its own: autocast, gradient and dispatch modes, transforms, hooks on saved tensors
+    and a default device are all of the thread that set them.
+    """  # noqa: D205
+    results: list[Result] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(function(*arguments))
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="deberta_kernels self-test", daemon=True)
+    try:
+        thread.start()
+    except RuntimeError as error:  # the system has no more, or Python is about to end
+        raise _PassingError(_shown(error)) from error
+    thread.join()
+    if errors:
+        raise errors[0]
+    return results[0]
+
+
+def _stream(device: torch.device) -> Any:
+    """Return the stream of the call, for the test to run on, once what was launched before has ended.
+
+    An error of the user's own kernels is raised here, and is not taken for one of the test's.
+    """
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    return torch.cuda.current_stream(device)
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _is_passing(error: BaseException) -> bool:
+    """Tell whether an error is about memory, a file or the moment, and not about the answer."""
+    of_the_moment = isinstance(error, MemoryError | OSError | torch.OutOfMemoryError) or getattr(
+        error, "passing", False
+    )
+    return bool(of_the_moment) or "out of memory" in str(error)
+
+
+def _shown(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}"
