@@ -32,7 +32,7 @@ _SHARED = ("impl/common.py", "impl/gpu_tables.py", "dropout.py", "position.py")
 _SUFFIXES = (".py", ".json", ".h", ".cu")
 _COVERED = _PACKAGE / "proof" / "covered.json"
 _PREFIX = "self_test_"
-# Without a folder that can be trusted, or where the system has no such thing, nothing is kept, and nothing else happens.
+# Without a folder that can be trusted, or on a system that has no such thing, nothing is kept and nothing is said.
 _NO_CACHE = (cache.CacheError, OSError, AttributeError)
 
 
