@@ -6,6 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import deberta_kernels as dk
 from tests import needs
+from tests.unit import new_device
 
 
 class Watch(TorchDispatchMode):
@@ -52,3 +53,9 @@ def counted():
     dk.reset_stats()
     yield
     dk.reset_stats()
+
+
+@pytest.fixture
+def kernels(monkeypatch, tmp_path):
+    """The backend "triton" of a machine whose only device is new to everybody."""
+    return new_device.installed(monkeypatch, tmp_path / "cache")

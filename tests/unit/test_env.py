@@ -24,6 +24,9 @@ def test_values_are_returned_and_listed(monkeypatch):
     monkeypatch.setenv(env.CPU_ISA, "avx2")
     monkeypatch.setenv(env.LIBRARY, "/somewhere/lib.so")
     monkeypatch.setenv(env.CACHE, "/somewhere/cache")
+    assert env.self_tests()
+    monkeypatch.setenv(env.SELF_TEST, "0")
+    assert not env.self_tests()
     assert (env.forced_backend(), env.cpu_isa(), env.library_path()) == ("torch", "avx2", "/somewhere/lib.so")
     assert env.cache_folder() == "/somewhere/cache"
     assert set(env.variables_set()) == set(env.VARIABLES)

@@ -1,7 +1,7 @@
 """The self-test: what a GPU backend must show before it first answers on a device, and what comes of it."""
 
-import json
 import threading
+import time
 import warnings
 from types import SimpleNamespace
 
@@ -11,81 +11,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import deberta_kernels as dk
-from deberta_kernels import api, backends, dispatch, env, notices
+from deberta_kernels import dispatch
 from deberta_kernels.impl import torch_tiled
-from deberta_kernels.proof import record, self_test, variants
+from deberta_kernels.proof import budget, self_test, variants
 from deberta_kernels.testing import inputs
 from deberta_kernels.testing.inputs import Case
-from tests.checkout import ROOT
-
-IDENTITY = {
-    "backend": "triton", "device": "NVIDIA Made Up", "capability": "9.0", "deberta_kernels": "1", "torch": "2",
-    "triton": "3", "cuda": "13", "driver": "580.1", "kernels": "abc",
-}  # fmt: skip
-PLAIN = Case(batch=1, heads=2, nq=20, head_dim=16)
-FAILED = r"its self-test on this device failed"
-
-
-class Kernels:
-    """A GPU backend on the CPU: the tiled path, whose results a test may spoil."""
-
-    def __init__(self):
-        self.forwards = self.backwards = 0
-        self.out = self.dk = lambda x: x
-
-    def refusal(self, problem):
-        return None
-
-    def forward(self, problem):
-        self.forwards += 1
-        out, lse = torch_tiled.forward(problem)
-        return self.out(out), lse
-
-    def backward(self, problem, *rest):
-        self.backwards += 1
-        found = torch_tiled.backward(problem, *rest)
-        return found._replace(dk=self.dk(found.dk))
-
-
-@pytest.fixture
-def kernels(monkeypatch, tmp_path):
-    """The backend "triton" of a machine whose only device is new to everybody."""
-    found = Kernels()
-    monkeypatch.setattr(self_test, "_TESTED_DEVICES", "cpu")
-    monkeypatch.setattr(self_test, "_found", {})
-    monkeypatch.setattr(record, "identity", lambda backend, device: dict(IDENTITY))
-    monkeypatch.setattr(dispatch, "_loaded", {"triton": found})
-    monkeypatch.setattr(dispatch, "order", lambda device_type: backends.order("cuda"))
-    monkeypatch.setattr(notices, "_warned", set())
-    monkeypatch.setenv(env.CACHE, str(tmp_path / "cache"))
-    for name in (env.BACKEND, env.SELF_TEST):
-        monkeypatch.delenv(name, raising=False)
-    return found
-
-
-def call(case=PLAIN, *, grad=False, **options):
-    problem = inputs.problem(case)
-    tensors = [problem.q, problem.k, problem.v, problem.pos_key, problem.pos_query]
-    if grad:
-        tensors = [x.detach().requires_grad_() for x in tensors]
-    return api.run_attention(
-        *tensors, masks=problem.masks, position=problem.position, scale=problem.scale, dropout_p=problem.dropout_p,
-        cu_seqlens=problem.cu_seqlens, max_seqlen=problem.max_seqlen, return_lse=True,
-        **{"backend": "auto", **options},
-    )  # fmt: skip
-
-
-def chosen(case=PLAIN, **options):
-    return dispatch.choose(inputs.problem(case), **options)
-
-
-def new_process(monkeypatch):
-    monkeypatch.setattr(self_test, "_found", {})
-
-
-def spoiled(x):
-    return x + 0.1
-
+from tests.unit.new_device import FAILED, PLAIN, call, chosen, spoiled
 
 # ---- Right
 
@@ -132,6 +63,17 @@ def test_lengths_and_layouts_are_no_variants(kernels):
 def test_the_tiled_path_passes_with_every_mask_and_dtype(masks, dtype):
     variant = variants.Variant("torch", dtype, 32, masks, True, True, True, False, False)
     assert self_test._test(torch_tiled, variant, torch.device("cpu"), None) == ""
+
+
+def test_truth_and_yardstick_take_less_than_half_a_second():
+    slowest = variants.Variant("torch", torch.float16, 256, "pairs", True, True, True, False, False)
+    seconds = []
+    for _ in range(2):  # the first may have code to load
+        start = time.process_time()
+        problem, dout = variants.drawn(slowest)
+        budget.truth(problem, dout)
+        seconds.append(time.process_time() - start)
+    assert min(seconds) < 0.5
 
 
 def test_rounding_to_tf32_is_right_where_it_is_asked_for_alone():
@@ -257,125 +199,6 @@ def test_a_compiled_graph_takes_the_gradients_of_the_next_backend(kernels):
         torch.ones_like(out), None, out, lse, *arguments, "torch", [True] * 5
     )
     assert torch.equal(found[1], right[1])
-
-
-# ---- What is kept
-
-
-def test_a_proof_is_kept_for_later_processes(kernels, monkeypatch):
-    chosen()
-    new_process(monkeypatch)
-    chosen()
-    assert kernels.forwards == 1
-    assert self_test.status()["kept"] == 1
-
-
-@pytest.mark.parametrize("changed", [*(name for name in IDENTITY if name != "backend")])
-def test_a_proof_is_worth_nothing_elsewhere(kernels, monkeypatch, changed):
-    chosen()
-    new_process(monkeypatch)
-    monkeypatch.setitem(IDENTITY, changed, "another")
-    chosen()
-    assert kernels.forwards == 2
-
-
-def test_a_damaged_file_is_no_proof(kernels, monkeypatch, tmp_path):
-    chosen()
-    (path,) = (tmp_path / "cache").iterdir()
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-    new_process(monkeypatch)
-    chosen()
-    assert kernels.forwards == 2
-
-
-def test_a_wrong_answer_is_not_kept(kernels, monkeypatch):
-    kernels.out = spoiled
-    with pytest.warns(dk.DebertaKernelsWarning, match=FAILED):
-        assert chosen() == "torch"
-    new_process(monkeypatch)
-    kernels.out = lambda x: x
-    assert chosen() == "triton"
-
-
-def test_without_a_folder_every_process_tests(kernels, monkeypatch, tmp_path):
-    (tmp_path / "cache").write_text("a file")
-    for _ in range(2):
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            assert chosen() == "triton"
-        new_process(monkeypatch)
-    assert kernels.forwards == 2
-    assert self_test.status()["kept"] == 0
-
-
-def test_without_a_home_nothing_is_kept(kernels, monkeypatch):
-    monkeypatch.setattr(env, "cache_folder", lambda: None)
-    assert chosen() == "triton"
-
-
-# ---- Committed results
-
-
-def test_a_committed_result_makes_the_test_unnecessary(kernels, monkeypatch):
-    row = {name: IDENTITY[name] for name in ("backend", "device", "capability", "triton", "kernels")}
-    monkeypatch.setattr(record, "covered", lambda: [{**row, "result": "some.json"}])
-    assert chosen() == "triton"
-    assert kernels.forwards == 0
-    monkeypatch.setitem(IDENTITY, "triton", "4")
-    assert chosen(Case(nq=3)) == "triton"
-    assert kernels.forwards == 1
-
-
-def unfounded(rows):
-    """Return the rows that no committed result bears out."""
-    return [row for row in rows if not _borne_out(row)]
-
-
-def _borne_out(row):
-    if not {"backend", "device", "capability", "kernels", "result"} <= set(row):
-        return False
-    path = ROOT / "benchmarks" / "results" / row["result"]
-    if not path.is_file():
-        return False
-    proven = json.loads(path.read_text()).get("proven", [])
-    return {name: value for name, value in row.items() if name != "result"} in proven
-
-
-def test_every_row_is_borne_out_by_its_result(monkeypatch):
-    assert unfounded(record.covered()) == []
-    row = {"backend": "triton", "device": "x", "capability": "9.0", "kernels": "abc", "result": "x/gpu.json"}
-    assert unfounded([row, {"device": "x"}]) == [row, {"device": "x"}]
-
-
-def test_the_digest_is_of_the_source_of_a_backend():
-    digests = {name: record._digest(name) for name, x in backends.REGISTRY.items() if x.self_tested}
-    assert len(set(digests.values())) == len(digests) == 2
-
-
-# ---- Turned off
-
-
-def test_a_variable_turns_it_off(kernels, monkeypatch):
-    monkeypatch.setenv(env.SELF_TEST, "0")
-    assert chosen() == "triton"
-    assert kernels.forwards == 0
-
-
-def test_turned_off_even_a_wrong_backend_answers(kernels, monkeypatch):
-    kernels.out = spoiled
-    with pytest.warns(dk.DebertaKernelsWarning, match=FAILED):
-        assert chosen() == "torch"
-    monkeypatch.setenv(env.SELF_TEST, "0")
-    assert chosen() == "triton"
-
-
-def test_another_value_is_an_error(kernels, monkeypatch):
-    monkeypatch.setenv(env.SELF_TEST, "off")
-    with pytest.raises(ValueError, match=r"DEBERTA_KERNELS_SELF_TEST must be 0 or 1, got 'off'; unset it"):
-        chosen()
-    assert self_test.status()["on"].startswith("DEBERTA_KERNELS_SELF_TEST must be")
 
 
 # ---- Who calls, and when
