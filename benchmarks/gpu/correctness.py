@@ -18,6 +18,7 @@ from benchmarks.gpu.cases import cases, long_cases
 from benchmarks.gpu.device import captured, free_memory
 from benchmarks.gpu.plan import Plan
 from benchmarks.gpu.stages import Item
+from benchmarks.harness import proving
 from benchmarks.harness.work import GEOMETRY
 from benchmarks.registry import Shape
 from deberta_kernels import dispatch
@@ -42,6 +43,11 @@ def items(plan: Plan) -> list[Item]:
     if not plan.small:
         special.append(Item("graph: replays equal eager", lambda: _graph_forward(plan)))
         special.append(Item("graph: dropout differs by replay, backward agrees", lambda: _graph_dropout(plan)))
+        special += [
+            Item(proving.NAMED + name, lambda name=name: proving.measured(name, plan.device, name == plan.backend))
+            for name in proving.DEPENDS_ON
+            if name in (plan.backend, "cuda")
+        ]
     found[6:6] = special  # after every dtype, short and long
     if plan.backend != "cuda" and not plan.small:
         other = replace(plan, backend="cuda")

@@ -104,8 +104,11 @@ def worker(options: argparse.Namespace) -> int:
     from benchmarks.gpu.device import healthy
     from benchmarks.gpu.plan import Plan
     from benchmarks.gpu.stages import work
+    from deberta_kernels import env
 
     plan = Plan.from_text(options.plan)
+    # What runs here is the proof; one item has the package test itself.
+    os.environ.setdefault(env.SELF_TEST, "0")
     # cuBLAS repeats its bits only with a workspace of a fixed size, which must be asked for before it starts.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if plan.device == "cpu":
@@ -160,12 +163,14 @@ class Run:
             "rates": {},
             "stages": {},
             "figures": [],
+            "proven": [],
             "seconds": 0.0,
         }
 
     def update(self, stage: str, record: dict[str, Any]) -> None:
         """Take in what a stage has so far and write the file."""
         from benchmarks.gpu.table import figures
+        from benchmarks.harness.proving import proven
 
         self.result["stages"][stage] = record
         if stage == "ceilings":
@@ -173,6 +178,7 @@ class Run:
             self.result["rates"] = record["items"].get("rates", {})
             os.environ["GPU_RATES"] = json.dumps(self.result["rates"])
         self.result["figures"] = figures(self.result)
+        self.result["proven"] = proven(self.result)
         self.result["seconds"] = round(time.monotonic() - self.started, 1)
         write_json(self.path, self.result)
 
