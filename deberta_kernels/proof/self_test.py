@@ -103,7 +103,8 @@ def _tested(backend: ModuleType, variant: Variant, device: torch.device) -> str 
                 f"one such call before the capture, or set {env.SELF_TEST}=0"
             )
         try:
-            _found[key] = _tell(_apart(_test, backend, variant, device, _stream(device)), variant, identity)
+            _settle(device)
+            _found[key] = _tell(_apart(_test, backend, variant, device), variant, identity)
         except _PassingError as error:
             return f"its self-test on this device could not run now ({error}); {env.SELF_TEST}=0 turns it off"
         if _found[key] is None:
@@ -121,7 +122,7 @@ def _tell(wrong: str, variant: Variant, identity: record.Identity) -> str | None
     )
 
 
-def _test(backend: ModuleType, variant: Variant, device: torch.device, stream: Any) -> str:
+def _test(backend: ModuleType, variant: Variant, device: torch.device) -> str:
     """Run the problem of a variant; return what is wrong with the answer, or "".
 
     Raises:
@@ -129,23 +130,24 @@ def _test(backend: ModuleType, variant: Variant, device: torch.device, stream: A
     """
     from deberta_kernels.proof import budget
 
-    try:
-        problem, dout = drawn(variant)
-        truth = budget.truth(problem, dout if variant.backward else None)
-        given = on_device(problem, variant.dtype, device)
-        upstream = dout.to(device=device, dtype=variant.dtype)
-    except Exception as error:  # nothing of the backend has run
-        raise _PassingError(_shown(error)) from error
-    try:
-        with ExitStack() as stack:
-            if stream is not None:
+    with ExitStack() as stack:
+        try:
+            problem, dout = drawn(variant)
+            truth = budget.truth(problem, dout if variant.backward else None)
+            if device.type == "cuda":
+                # On a stream of its own: what is allocated on the caller's may come from the pool of a graph.
                 stack.enter_context(torch.cuda.device(device))
-                stack.enter_context(torch.cuda.stream(stream))
-            results = _answer(backend, given, upstream, variant)
-    except Exception as error:
-        if _is_passing(error):
+                stack.enter_context(torch.cuda.stream(torch.cuda.Stream(device)))
+            given = on_device(problem, variant.dtype, device)
+            upstream = dout.to(device=device, dtype=variant.dtype)
+        except Exception as error:  # nothing of the backend has run
             raise _PassingError(_shown(error)) from error
-        return f"it raised {_shown(error)}"
+        try:
+            results = _answer(backend, given, upstream, variant)
+        except Exception as error:
+            if _is_passing(error):
+                raise _PassingError(_shown(error)) from error
+            return f"it raised {_shown(error)}"
     # As float16 for TF32: see `drawn`.
     results = {name: x if name == "lse" else x.to(problem.q.dtype) for name, x in results.items()}
     wrong = [row for row in budget.measure(results, truth).rows if not row.ok]
@@ -168,9 +170,10 @@ def _answer(backend: ModuleType, problem: AttentionProblem, dout: Tensor, varian
 
 
 def _apart(function: Callable[..., Result], *arguments: Any) -> Result:
-    """Call a function in a thread of its own: autocast, gradient and dispatch modes, transforms, hooks on saved tensors
-    and a default device are all of the thread that set them.
-    """  # noqa: D205
+    """Call a function in a thread of its own, where nothing is set that the caller has set for its thread.
+
+    That is autocast, modes of gradients, functions and dispatch, transforms, hooks on saved tensors, a default device.
+    """
     results: list[Result] = []
     errors: list[BaseException] = []
 
@@ -191,15 +194,10 @@ def _apart(function: Callable[..., Result], *arguments: Any) -> Result:
     return results[0]
 
 
-def _stream(device: torch.device) -> Any:
-    """Return the stream of the call, for the test to run on, once what was launched before has ended.
-
-    An error of the user's own kernels is raised here, and is not taken for one of the test's.
-    """
-    if device.type != "cuda":
-        return None
-    torch.cuda.synchronize(device)
-    return torch.cuda.current_stream(device)
+def _settle(device: torch.device) -> None:
+    """Wait for what the caller has launched: its errors are raised here, and not taken for those of the test."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
 
 
 def _capturing(device: torch.device) -> bool:

@@ -4,6 +4,7 @@ import threading
 import time
 import warnings
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -62,7 +63,7 @@ def test_lengths_and_layouts_are_no_variants(kernels):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_the_tiled_path_passes_with_every_mask_and_dtype(masks, dtype):
     variant = variants.Variant("torch", dtype, 32, masks, True, True, True, False, False)
-    assert self_test._test(torch_tiled, variant, torch.device("cpu"), None) == ""
+    assert self_test._test(torch_tiled, variant, torch.device("cpu")) == ""
 
 
 def test_truth_and_yardstick_take_less_than_half_a_second():
@@ -85,8 +86,8 @@ def test_rounding_to_tf32_is_right_where_it_is_asked_for_alone():
 
     variant = variants.Variant("torch", torch.float32, 32, "none", True, False, False, True, False)
     backend = SimpleNamespace(forward=forward)
-    assert self_test._test(backend, variant, torch.device("cpu"), None) == ""
-    assert "out is off by" in self_test._test(backend, variant._replace(tf32=False), torch.device("cpu"), None)
+    assert self_test._test(backend, variant, torch.device("cpu")) == ""
+    assert "out is off by" in self_test._test(backend, variant._replace(tf32=False), torch.device("cpu"))
 
 
 def test_the_settings_of_torch_make_another_variant():
@@ -325,3 +326,38 @@ def test_the_cpu_is_no_concern_of_it(monkeypatch):
 
     monkeypatch.setattr(self_test, "refusal", never)
     assert dispatch.choose(inputs.problem(PLAIN), "torch") == "torch"
+
+
+def test_the_device_is_asked_as_cuda_wants_it(monkeypatch):
+    """What the caller has launched is waited for on its stream, and the test runs on another one, of that device."""
+    events, on = [], torch.device("cuda", 1)
+
+    def noted(name):
+        return lambda device: mock.MagicMock(
+            __enter__=lambda self: events.append(f"{name} {device}"), synchronize=lambda: events.append("synchronize")
+        )
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", noted("current stream"))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"a stream of {device}")
+    for name in ("device", "stream"):
+        monkeypatch.setattr(torch.cuda, name, noted(name))
+    monkeypatch.setattr(self_test, "on_device", lambda problem, dtype, device: problem)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *arguments, **given: self)
+    monkeypatch.setattr(budget, "truth", lambda problem, dout: None)
+    monkeypatch.setattr(budget, "measure", lambda results, truth: mock.Mock(rows=()))
+    assert self_test._capturing(on)
+    self_test._settle(on)
+    variant = variants.Variant("torch", torch.float32, 16, "none", True, False, False, False, False)
+    assert self_test._test(torch_tiled, variant, on) == ""
+    assert events == ["synchronize", "device cuda:1", "stream a stream of cuda:1"]
+
+
+def test_an_error_of_the_caller_is_the_callers(kernels, monkeypatch):
+    def settle(device):
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr(self_test, "_settle", settle)
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        chosen()
+    assert kernels.forwards == 0

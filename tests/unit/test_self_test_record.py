@@ -2,8 +2,10 @@
 
 import json
 import warnings
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import deberta_kernels as dk
 from deberta_kernels import backends, env, info
@@ -66,6 +68,19 @@ def test_without_a_folder_every_process_tests(kernels, monkeypatch, tmp_path):
 def test_without_a_home_nothing_is_kept(kernels, monkeypatch):
     monkeypatch.setattr(env, "cache_folder", lambda: None)
     assert chosen() == "triton"
+
+
+def test_a_proof_names_everything_that_takes_part(monkeypatch):
+    properties = SimpleNamespace(name="NVIDIA Made Up", major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    record._device.cache_clear()
+    try:
+        found = record.identity("triton", torch.device("cuda", 3))
+    finally:
+        record._device.cache_clear()
+    assert (found["device"], found["capability"], found["torch"]) == ("NVIDIA Made Up", "9.0", torch.__version__)
+    assert set(found) == set(IDENTITY)
+    assert record.described(found).startswith("NVIDIA Made Up of capability 9.0, deberta_kernels 0.1.0, torch 2.")
 
 
 # ---- Committed results

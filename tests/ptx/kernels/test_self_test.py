@@ -62,14 +62,14 @@ TRITON = [
 @pytest.mark.parametrize("tested", named(CUDA))
 def test_the_cuda_kernels_pass(tested):
     with on_machine("cuda"):
-        assert self_test._test(dispatch.load("cuda"), tested, CPU, None) == ""
+        assert self_test._test(dispatch.load("cuda"), tested, CPU) == ""
 
 
 @pytest.mark.parametrize("architecture", [80, 90])
 @pytest.mark.parametrize("tested", named(TRITON))
 def test_the_triton_kernels_pass(tested, architecture):
     with on_machine("triton", architecture):
-        assert self_test._test(dispatch.load("triton"), tested, CPU, None) == ""
+        assert self_test._test(dispatch.load("triton"), tested, CPU) == ""
 
 
 @pytest.fixture
