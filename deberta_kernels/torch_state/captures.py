@@ -20,13 +20,7 @@ _Made = TypeVar("_Made")
 
 
 class CaptureError(RuntimeError):
-    """A call under a CUDA graph's capture that needs something a capture cannot do.
-
-    Attributes:
-        passing: the same call may succeed later.
-    """
-
-    passing = True
+    """A call under a CUDA graph's capture that needs something a capture cannot do; after a call outside it succeeds."""
 
 
 def capturing(device: torch.device) -> bool:

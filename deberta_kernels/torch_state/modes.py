@@ -129,7 +129,7 @@ def values_readable(*tensors: Tensor) -> bool:
     """Tell whether the values of tensors can be read: of plain ones, outside tracing, transforms and graph captures."""
     if not values_exist() or transformed():
         return False
-    for x in tensors:
+    for x in tensors:  # noqa: SIM110, as above
         if type(x) not in _PLAIN or x.is_meta or (x.is_cuda and capturing(x.device)):
             return False
     return True
