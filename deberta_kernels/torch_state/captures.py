@@ -20,7 +20,7 @@ _Made = TypeVar("_Made")
 
 
 class CaptureError(RuntimeError):
-    """A call under a CUDA graph's capture that needs something a capture cannot do; after a call outside it succeeds."""
+    """A call under a CUDA graph's capture that needs what a capture cannot do; after a call outside it succeeds."""
 
 
 def capturing(device: torch.device) -> bool:
