@@ -171,14 +171,15 @@ def test_the_tables_of_every_backend_are_kept_and_not_made_during_a_capture(capt
 def test_a_first_call_of_the_cuda_kernels_during_a_capture_says_what_to_do(capture, monkeypatch):
     monkeypatch.setattr(cuda, "_ordinal", lambda device: 5)
     monkeypatch.setattr(cuda, "device_refusal", lambda *_: None)
-    opened = mock.Mock(side_effect=AssertionError("the driver was touched"))
+    opened = mock.Mock(side_effect=cuda.driver.DriverError("there is no driver"))
     monkeypatch.setattr(cuda.driver, "driver", opened)
     problem = inputs.problem(Case(nq=4, head_dim=64, dtype=torch.bfloat16))
     capture(True)
     with pytest.raises(CaptureError, match="load the CUDA kernels"):
         dispatch.choose(problem, "cuda")
+    opened.assert_not_called()
     capture(False)
-    with pytest.raises(AssertionError, match="was touched"):  # no refusal was kept: it is tried anew
+    with pytest.raises(NotImplementedError, match="there is no driver"):  # tried anew
         dispatch.choose(problem, "cuda")
 
 
