@@ -115,7 +115,6 @@ CANDIDATES: dict[str, dict[str, Candidate]] = {
     "adapters": {"eager": Candidate("eager"), "patched": Candidate("patched")},
     "gpu": {
         "bare": Candidate("ours"),
-        "prepared": Candidate("prepared"),
         "triton": Candidate("triton"),
         "cuda": Candidate("cuda"),
         "sdpa": Candidate("SDPA flash"),

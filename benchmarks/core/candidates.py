@@ -93,8 +93,8 @@ def ours(inputs: Inputs, backend: str, *, prepare: bool, lse: bool = False) -> C
     Args:
         inputs: what it runs on.
         backend: explicit backend name.
-        prepare: True does what a patched model does in eval: the tables are brought into the backend's own layout
-            beforehand. False hands over the bare tables.
+        prepare: True does what a patched model does in eval on the CPU: the tables are brought into the backend's own
+            layout beforehand. False hands over the bare tables.
         lse: return (out, lse) instead of out.
     """
     from deberta_kernels.api import run_attention

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from deberta_kernels import dtypes
+from deberta_kernels.torch_state import captures
 from deberta_kernels.types import AttentionProblem, Gradients
 
 __all__ = [
@@ -67,7 +68,16 @@ def extent(problem: AttentionProblem) -> Extent:
 
 
 def sequences(cu_seqlens: Tensor) -> list[slice]:
-    """Return the tokens of each packed sequence; waits for the device."""
+    """Return the tokens of each packed sequence; waits for the device.
+
+    Raises:
+        CaptureError: a CUDA graph is being captured.
+    """
+    if not cu_seqlens.is_cpu and captures.capturing(cu_seqlens.device):
+        raise captures.CaptureError(
+            f"a CUDA graph is being captured on {cu_seqlens.device}, and this backend reads the values of cu_seqlens, "
+            "which no capture can; pass backend='triton', or padded sequences."
+        )
     bounds = cu_seqlens.tolist()
     return [slice(start, stop) for start, stop in pairwise(bounds)]
 

@@ -28,8 +28,9 @@ from deberta_kernels.impl.common import (
     sequences,
     wanted,
 )
-from deberta_kernels.position import position_index, reachable_rows
-from deberta_kernels.types import AttentionProblem, Gradients, Masks
+from deberta_kernels.position import plain_tensors, position_index, reachable_rows
+from deberta_kernels.torch_state.captures import kept_on_device
+from deberta_kernels.types import AttentionProblem, Gradients, Masks, PositionSpec
 
 __all__ = ["backward", "forward", "refusal"]
 
@@ -284,10 +285,24 @@ def _reachable(problem: AttentionProblem) -> _Table:
     rows = slice(start - first_row, stop - first_row)
     dtype = accumulation_dtype(problem.q.dtype)
     pos_key, pos_query = (None if x is None else x[:, rows].to(dtype) for x in (problem.pos_key, problem.pos_query))
-    index = position_index(max(nq, positioned), problem.position)
+    spec, device = problem.position, problem.q.device
+    known = (nq, positioned, spec.position_buckets, spec.max_relative_positions)
+    row = _row_of_distances(*known) if device.type == "cpu" else _row_on_device(device, *known)
+    return _Table(pos_key, pos_query, rows, row)
+
+
+def _row_of_distances(nq: int, positioned: int, position_buckets: int, max_relative_positions: int) -> Tensor:
+    """Return `_Table.row`, on the CPU."""
+    spec = PositionSpec(position_buckets, max_relative_positions)
+    start, _ = reachable_rows(nq, positioned, spec)
     distances = torch.arange(1 - positioned, nq, device="cpu")
-    row = index.rows(distances).to(torch.int64) - start
-    return _Table(pos_key, pos_query, rows, row.to(problem.q.device))
+    return position_index(max(nq, positioned), spec).rows(distances).to(torch.int64) - start
+
+
+@kept_on_device(64)
+def _row_on_device(device: torch.device, *known: int) -> Tensor:
+    with plain_tensors():
+        return _row_of_distances(*known).to(device)
 
 
 def _groups(problem: AttentionProblem, table: _Table) -> Iterator[tuple[_Group, list[range]]]:
@@ -364,8 +379,9 @@ def _kept(problem: AttentionProblem, group: _Group, rows: range, first: int) -> 
     """Return the factors of dropout for one tile."""
     if problem.dropout_p == 0:
         return None
-    samples = torch.arange(first + group.batch.start, first + group.batch.stop, device="cpu")[:, None]
-    batch_heads = samples * problem.q.shape[1] + torch.arange(group.heads.start, group.heads.stop, device="cpu")
+    device = problem.q.device
+    samples = torch.arange(first + group.batch.start, first + group.batch.stop, device=device)[:, None]
+    batch_heads = samples * problem.q.shape[1] + torch.arange(group.heads.start, group.heads.stop, device=device)
     nk = problem.k.shape[2]
     kept = keep_mask(seed_of(problem), problem.dropout_p, batch_heads.flatten(), rows, range(nk))
     return kept.view(*batch_heads.shape, len(rows), nk).to(group.k.dtype) * keep_scale(problem.dropout_p)

@@ -1,8 +1,8 @@
-"""The projected relative embeddings of one attention module: only the rows a call can reach, kept in eval.
+"""The projected relative embeddings of one attention module: only the rows a call can reach, kept in eval on the CPU.
 
 The projections are called as modules, never by their weights, so that whatever wraps them (LoRA, hooks, quantised
-layers) takes part. In eval the projected tables of a module are kept. `_validity` is the one place that decides
-whether they may be kept, and what they depend on; kept tables whose dependencies changed are never used.
+layers) takes part. In eval, on the CPU, the projected tables of a module are kept. `_validity` is the one place that
+decides whether they may be kept, and what they depend on; kept tables whose dependencies changed are never used.
 """
 
 from __future__ import annotations

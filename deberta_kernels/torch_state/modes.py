@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext
 
+from deberta_kernels.torch_state.captures import capturing
+
 __all__ = [
     "dispatch_mode",
     "exporting",
@@ -127,8 +129,8 @@ def values_readable(*tensors: Tensor) -> bool:
     """Tell whether the values of tensors can be read: of plain ones, outside tracing, transforms and graph captures."""
     if not values_exist() or transformed():
         return False
-    for x in tensors:
-        if type(x) not in _PLAIN or x.is_meta or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+    for x in tensors:  # noqa: SIM110, as above
+        if type(x) not in _PLAIN or x.is_meta or (x.is_cuda and capturing(x.device)):
             return False
     return True
 

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from benchmarks.gpu import timings
 from benchmarks.gpu.cases import cases, long_cases
 from benchmarks.gpu.plan import Plan
 from benchmarks.gpu.table import figures, table
@@ -85,6 +86,14 @@ def test_cases_have_names_of_their_own(smoke):
     names = [case.id for case in (*cases(plan), *long_cases(plan))]
     assert len(set(names)) == len(names)
     assert len(names) > (100 if not smoke else 10)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_no_candidate_keeps_tables_which_a_patched_model_on_a_gpu_does_not(backward, monkeypatch):
+    asked = []
+    monkeypatch.setattr(timings, "_item", lambda plan, shape, names, rates: asked.append((shape.backward, names)))
+    timings.core_items(Plan(device="cpu", backend="triton"), {})
+    assert all(names == {"bare", "sdpa", "huggingface"} for way, names in asked if way is backward)
 
 
 def test_floors_count_what_cannot_be_avoided():

@@ -23,6 +23,7 @@ from deberta_kernels.impl.cuda import driver, image
 from deberta_kernels.impl.cuda.arguments import Arguments, ForwardInfo, Info, expand, grid
 from deberta_kernels.impl.cuda.backward_arguments import CONVERSION_THREADS, BackwardArguments, BackwardInfo, plan
 from deberta_kernels.impl.cuda.modules import CAPABILITY, HEAD_DIMS
+from deberta_kernels.torch_state.captures import check_not_capturing
 from deberta_kernels.torch_state.modes import is_plain_tensor
 from deberta_kernels.types import AttentionProblem, Gradients, PositionSpec
 
@@ -189,6 +190,7 @@ def _load(which: str, x: Tensor) -> _Loaded | str:
 
 
 def _loaded_module(which: str, device: int, dtype: torch.dtype, head_dim: int) -> _Loaded | str:
+    check_not_capturing(torch.device("cuda", device), "load the CUDA kernels")
     opened = driver.driver()
     capability = opened.capability(device)
     if capability != CAPABILITY:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +17,7 @@ from deberta_kernels import dropout
 from deberta_kernels.impl.common import LOG2E, extent, has_positions, padded_row_value, steps
 from deberta_kernels.impl.gpu_tables import check_prepared, ends_of, shared_index
 from deberta_kernels.position import plain_tensors
+from deberta_kernels.torch_state.captures import kept_on_device
 from deberta_kernels.types import AttentionProblem, PositionSpec
 
 __all__ = [
@@ -261,7 +261,7 @@ def _expanded(
     given = pos_key if pos_key is not None else pos_query
     if given is None:
         raise ValueError("there are no position tables to expand.")
-    return select(pos_key, pos_query, rows_of_distances(position, first, last, given.shape[1], given.device))
+    return select(pos_key, pos_query, rows_of_distances(given.device, position, first, last, given.shape[1]))
 
 
 def select(pos_key: Tensor | None, pos_query: Tensor | None, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -276,9 +276,9 @@ def select(pos_key: Tensor | None, pos_query: Tensor | None, rows: Tensor) -> tu
     return one(pos_key, pos_query), one(pos_query, pos_key)
 
 
-@lru_cache(maxsize=256)
+@kept_on_device(256)
 def rows_of_distances(
-    position: PositionSpec, first: int, last: int, count: int, device: torch.device, sign: int = 1
+    device: torch.device, position: PositionSpec, first: int, last: int, count: int, sign: int = 1
 ) -> Tensor:
     """Return the row of tables of `count` rows for each distance, first ... last - 1 times `sign`, (n,) int64."""
     index = shared_index(max(-first, last), position)

@@ -200,7 +200,7 @@ class BackwardArguments(Call):
         if given is None or size.table_rows == 0:
             return
         last = size.first + size.table_rows
-        self._rows = rows_of_distances(problem.position, size.first, last, given.shape[1], given.device, -1)
+        self._rows = rows_of_distances(given.device, problem.position, size.first, last, given.shape[1], -1)
         pos_key, pos_query = select(problem.pos_key, problem.pos_query, self._rows)
         self.tables(size.first, (pos_key, pos_query))
         if size.is_far:

@@ -13,8 +13,10 @@ from triton.runtime.errors import OutOfResources
 
 from deberta_kernels.impl.common import Needs, has_positions, inputs
 from deberta_kernels.impl.triton import launch, tuning
+from deberta_kernels.impl.triton.compiled_before import compiled_before
 from deberta_kernels.impl.triton.plan import mask_kind
 from deberta_kernels.impl.triton.tables import device_tables
+from deberta_kernels.torch_state.captures import check_not_capturing
 from deberta_kernels.types import AttentionProblem, Gradients, Masks, PositionSpec
 
 __all__ = ["backward", "compile_refusal", "forward", "prepare"]
@@ -43,6 +45,7 @@ def compile_refusal(problem: AttentionProblem) -> str | None:
 
 
 def _compile(problem: AttentionProblem, differentiated: bool) -> str | None:
+    check_not_capturing(problem.q.device, "compile and load the Triton kernels")
     q, shapes = problem.q, _without_values(problem)
     key, precision = tuning.device_key(q.device), _precision()
 
@@ -108,7 +111,7 @@ def prepare(pos_key: Tensor | None, pos_query: Tensor | None, position: Position
     if covered is None:
         return None
     planned, expanded = launch.expand_launch(pos_key, pos_query, position, tables, covered)
-    with _on(table.device):
+    with _on(table.device), compiled_before(table.device):
         launch.run(planned)
     return expanded
 
@@ -120,7 +123,8 @@ class _TooLargeError(RuntimeError):
 def _run(q: Tensor, key: str, direction: str, plan: Callable[[], launch.Plan]) -> Any:
     """Plan and run; return the results."""
     try:
-        return _fitted(q, key, direction, plan, launch.run).results
+        with compiled_before(q.device):
+            return _fitted(q, key, direction, plan, launch.run).results
     except _TooLargeError as error:
         raise RuntimeError(f"{error}; pass backend='torch'.") from error
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -11,6 +10,7 @@ from torch import Tensor
 from deberta_kernels.impl.gpu_tables import Ends, Window, ends_of, shared_length
 from deberta_kernels.impl.triton.tuning import LARGEST_TILE
 from deberta_kernels.position import attention_span, plain_tensors, position_index
+from deberta_kernels.torch_state.captures import kept_on_device
 from deberta_kernels.types import PositionSpec
 
 __all__ = ["MARGIN", "DeviceTables", "device_tables", "near_reach"]
@@ -74,12 +74,12 @@ def device_tables(length: int, spec: PositionSpec, device: torch.device) -> Devi
         spec: only the buckets and the maximum matter.
         device: where the kernels run.
     """
-    return _cached_tables(shared_length(length), spec.position_buckets, spec.max_relative_positions, device)
+    return _position_tables(device, shared_length(length), spec.position_buckets, spec.max_relative_positions)
 
 
-@lru_cache(maxsize=64)
-def _cached_tables(
-    length: int, position_buckets: int, max_relative_positions: int, device: torch.device
+@kept_on_device(64)
+def _position_tables(
+    device: torch.device, length: int, position_buckets: int, max_relative_positions: int
 ) -> DeviceTables:
     spec = PositionSpec(position_buckets, max_relative_positions)
     index = position_index(length, spec)

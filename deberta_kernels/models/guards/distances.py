@@ -9,6 +9,7 @@ from torch import Tensor
 
 from deberta_kernels.models.anatomy import AttentionModule, anatomy_of
 from deberta_kernels.position import log_bucket, plain_tensors
+from deberta_kernels.torch_state.captures import capturing
 from deberta_kernels.torch_state.modes import transformed, values_exist
 from deberta_kernels.types import PositionSpec
 
@@ -40,7 +41,7 @@ def are_ordinary(relative_pos: Tensor, module: AttentionModule, length: int) -> 
     spec = anatomy_of(module).position_spec(module)
     if relative_pos.device.type == "cpu":
         return _reads_ordinary(relative_pos, spec)
-    if relative_pos.is_cuda and torch.cuda.is_current_stream_capturing():
+    if capturing(relative_pos.device):
         return False
     return _read_once(relative_pos, spec)
 
