@@ -40,9 +40,10 @@ class Backward(Call):
     """The launches of one backward: statistics of the rows, dq, dk and dv, position gradients."""
 
     def __init__(
-        self, problem: AttentionProblem, config: tuning.TileConfig, precision: str, dout: Tensor, needs: Needs
-    ) -> None:
-        super().__init__(problem, config, precision)
+        self, problem: AttentionProblem, config: tuning.TileConfig, precision: str, device_key: str, dout: Tensor,
+        needs: Needs,
+    ) -> None:  # fmt: skip
+        super().__init__(problem, config, precision, device_key)
         self.dout, self.needs = dout, needs
         self.wanted = wanted(problem, needs)
         self.wants_tables = has_positions(problem) and any(x is not None for x in self.wanted[3:])

@@ -163,7 +163,7 @@ def _disentangled_bwd_dq_kernel(
     stride_pn: tl.int64, heads, nq, nk, prefix, packed, row_tiles, list_size, low_end, high_start, table_offset,
     table_rows, stats_size: tl.int64, far_size: tl.int64, threshold, has_pair, qk_scale, scale, keep_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, UNIT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, FENCED: tl.constexpr,
 ):  # fmt: skip
     """Write dq of one tile of queries and its share of the saturated rows' gradients; the grid is (B * H * row_tiles,).
 
