@@ -1,8 +1,8 @@
 """Proxy fences between asynchronous copies and the matrix instructions that read shared memory, looked for in PTX.
 
-`cp.async` writes shared memory through the generic proxy; `wgmma` and `tcgen05` read it through the async proxy. A wait for
-the copies is not enough: without a `fence.proxy.async` behind it the products may read what was there before (PTX ISA,
-"Async proxy"). The rule here is stricter than that: behind every wait, on every path to a matrix instruction, is a fence.
+`cp.async` writes shared memory through the generic proxy; `wgmma` and `tcgen05` read it through the async proxy. A wait
+for the copies is not enough: without a `fence.proxy.async` behind it the products may read what was there before (PTX
+ISA, "Async proxy"). The rule here is stricter: behind every wait, on every path to a matrix instruction, is a fence.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Proxy fences that Triton 3.6 forgets, put into the kernels it compiles.
 
-`cp.async` writes shared memory through the generic proxy, the matrix units of newer devices read it through the async proxy,
-and only a fence lets them see what was written. Triton has one in its pipelined loops since 3.7, see
+`cp.async` writes shared memory through the generic proxy, the matrix units of newer devices read it through the async
+proxy, and only a fence lets them see what was written. Triton has one in its pipelined loops since 3.7, see
 https://github.com/triton-lang/triton/pull/9610. Before, none can be written in the source of a kernel: the pipeliner
 moves or refuses what it does not know.
 """

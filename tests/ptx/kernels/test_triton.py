@@ -13,11 +13,12 @@ from triton import knobs
 from deberta_kernels.impl.triton import fences
 from deberta_kernels.testing.inputs import Case
 from tests.ptx.kernels import problems
-from tests.ptx.kernels.problems import BF16, FAR, FP16, FP32, GENERAL, SHORT
+from tests.ptx.kernels.problems import BF16, FAR, FEW_KEYS, FP16, FP32, GENERAL, SHORT
 
 ARCHITECTURES = (80, 90)
 CASES = [
     *GENERAL,
+    *FEW_KEYS,
     *(Case(batch=2, heads=1, nq=150, dtype=dtype, mask="holes") for dtype in (FP16, FP32)),
     Case(batch=1, heads=1, nq=330, dtype=FP16, mask="right_tokens", **SHORT),
     Case(batch=1, heads=1, nq=200, dtype=FP32, mask="right", **SHORT),
