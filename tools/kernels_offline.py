@@ -6,7 +6,8 @@
     python tools/kernels_offline.py --update                 write new bounds instead of holding to the old ones
 
 No GPU is needed: ptxas, cuobjdump and nvdisasm come with Triton. One line is printed per kernel; the exit status is 1
-when one is over a bound, is a stub, lacks its matrix instructions, or wants more shared memory than the device has.
+when one is over a bound, is a stub, lacks its matrix instructions or a fence between asynchronous copies and those, or
+wants more shared memory than the device has.
 Instructions are counted as they stand in the code, per warp; "near" and "far" are one pass of the loops over tiles.
 """
 
@@ -76,11 +77,13 @@ def compile_unit(variant: Any, number: int) -> dict[str, Any]:
     from offline import compiling, variants
     from offline.chips import CHIPS
 
+    from deberta_kernels.impl.triton import launch as launching
+
     chip = CHIPS[variant.chip]
     launch = variants.launches(variant)[number]
     record: dict[str, Any] = {}
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     try:
+        options = launching.options(launch)
         report = compiling.compile_launch(launch.kernel, {**launch.arguments, **launch.constants}, chip, options)
         record["report"] = report.as_json()
         if report.far is not None:

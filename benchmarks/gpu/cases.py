@@ -76,6 +76,9 @@ def _dropout() -> list[Case]:
     found += [Case(nq=300, dtype=dtype, dropout_p=0.3) for dtype in (FP16, FP32)]
     found += [Case(nq=300, dtype=BF16, dropout_p=0.1, mask=name) for name in ("right_tokens", "holes", "sparse")]
     found += [Case(nq=FAR, heads=2, dtype=BF16, dropout_p=0.1), Case(nq=100, dtype=BF16, dropout_p=0.9)]
+    found += [Case(nq=n, dtype=dtype, dropout_p=0.1) for n in (1, 2, 3) for dtype in (BF16, FP16)]
+    found += [Case(nq=300, dtype=BF16, dropout_p=0.1, mask="one_token")]
+    found += [Case(batch=40, nq=1, dtype=BF16, packed=True, dropout_p=0.1), Case(nq=2, dtype=BF16, dropout_p=0.5)]
     return found
 
 

@@ -22,11 +22,13 @@ DK_DEVICE Place load_place(uint32_t shared) {
   return Place{(int)x[0], (int)x[1], (int)x[2], (int)x[3], (int)x[4], (int)x[5], 0};
 }
 
-// What the consumers are told of a tile, in the place of `StageInfo::zone`: its zone, and the number of the block of keys.
+// What the consumers are told of a tile, in the place of `StageInfo::zone`: its zone, whether the block of keys
+// has all that there are, and its number.
 struct Visit {
   int word;
   DK_DEVICE int zone() const { return word & 7; }
-  DK_DEVICE int number() const { return word >> 3; }
+  DK_DEVICE bool has_all_keys() const { return word & 8; }
+  DK_DEVICE int number() const { return word >> 4; }
 };
 
 // A position in a ring, in one register where `RingPosition` takes two; kEntries is a power of two.

@@ -327,23 +327,82 @@ class KeyConsumer {
     }
   }
 
+  // A gradient of a probability after dropout, of one before.
+  DK_DEVICE float before_dropout(float dp, const Draws& draws, int i) const {
+    return !kDropout ? dp : draws.kept >> i & 1 ? dp * (float)p_.keep_scale : 0.0f;
+  }
+
   // Turn probabilities p and gradients dp of dropped ones into gradients of scores, p (dp - out_dot_dout), as an operand.
   DK_DEVICE void score_gradients(
       const float (&p)[32], const float (&dp)[32], const Draws& draws, uint32_t (&ds)[16]) const {
-    const float keep_scale = (float)p_.keep_scale;
+    uint32_t sums = statistics() + kTile * 4;
+    // A pair mask leaves no registers for it; without dropout few keys are a matter of a tenth of the error budget.
+    if ((kDropout || !kPair) && visit().has_all_keys()) sums = sum_anew(p, dp, draws);
     DK_UNROLL
     for (int n = 0; n < 8; n++) {
       float out_dot_dout[2], x[4];
-      load_shared_2(statistics() + kTile * 4 + 8 * n * 4, out_dot_dout[0], out_dot_dout[1]);
+      load_shared_2(sums + 8 * n * 4, out_dot_dout[0], out_dot_dout[1]);
       DK_UNROLL
       for (int i = 0; i < 4; i++) {
-        x[i] = dp[4 * n + i];
-        if (kDropout) x[i] = draws.kept >> (4 * n + i) & 1 ? x[i] * keep_scale : 0.0f;
-        x[i] = p[4 * n + i] * (x[i] - out_dot_dout[i & 1]);
+        x[i] = p[4 * n + i] * (before_dropout(dp[4 * n + i], draws, 4 * n + i) - out_dot_dout[i & 1]);
       }
       DK_UNROLL
       for (int h = 0; h < 2; h++) ds[2 * n + h] = Element::pack(x[2 * h], x[2 * h + 1]);
     }
+  }
+
+  // The sums of out * dout, where this block has all keys: `out` is rounded to 16 bits, and where few keys share the
+  // weight of a query its gradients are small differences, of numbers that must be computed alike. Returns where this
+  // thread's lie, in the frame.
+  DK_DEVICE uint32_t sum_anew(const float (&p)[32], const float (&dp)[32], const Draws& draws) const {
+    constexpr int kPart = kTile * 8;  // of a warp: both sums of each query
+    const int thread = (int)computed_anew((uint32_t)thread_);
+    const uint32_t frame = computed_anew(own_) + L::kFrame;
+    sums_.await_all();
+    DK_UNROLL
+    for (int n = 0; n < 8; n++) {
+      DK_UNROLL
+      for (int i = 0; i < 2; i++) {
+        const int upper = 4 * n + i, lower = upper + 2;
+        float total = p[upper] + p[lower];
+        float sum = p[upper] * before_dropout(dp[upper], draws, upper);
+        sum = multiply_add(p[lower], before_dropout(dp[lower], draws, lower), sum);
+        DK_UNROLL
+        for (int lanes = 4; lanes < 32; lanes *= 2) {
+          total += shuffle_xor(total, lanes);
+          sum += shuffle_xor(sum, lanes);
+        }
+        if ((thread & 31) < 4) {
+          const uint32_t target = computed_anew(frame) + thread / 32 * kPart + (8 * n + 2 * (thread & 3) + i) * 8;
+          store_shared(target, total);
+          store_shared(target + 4, sum);
+        }
+      }
+    }
+    sums_.sync_consumers();
+    const uint32_t found = frame + 4 * kPart;
+    if (thread < kTile) {
+      float total = 0.0f, sum = 0.0f;
+#pragma unroll 1
+      for (int part = 0; part < 4 * L::kConsumers; part++) {
+        float x, y;
+        load_shared_2(
+            shared_ + L::kConsumer + part / 4 * L::kConsumerBytes + L::kFrame + part % 4 * kPart + thread * 8, x, y);
+        total += x;
+        sum += y;
+      }
+      store_shared(found + thread * 4, sum / (total > 0.0f ? total : 1.0f) - gradient_of_lse(first_query() + thread));
+    }
+    sums_.sync_consumers();  // the other consumer has read these parts
+    return found + 8 * (thread & 3);
+  }
+
+  DK_DEVICE float gradient_of_lse(int row) const {
+    const Place place = load_place<D>(shared_);
+    if (row >= place.nq) return 0.0f;
+    const int64_t batch = p_.cu_seqlens ? 0 : place.batch, samples = p_.cu_seqlens ? 1 : p_.batch;
+    return load_global(
+        p_.out_dot_dout + (samples * p_.heads + batch * p_.heads + place.head) * p_.nq + place.first_token + row);
   }
 
   // Zero queries without a softmax, so that a NaN there meets no zero probability.

@@ -87,7 +87,8 @@ struct BackwardParams {
   void* dq;                       // (batch, nq, heads, D) contiguous; packed: (tokens, heads, D)
 
   const float* lse2;              // (batch, heads, nq): lse in units of log2; +inf where a query has no softmax
-  const float* out_dot_dout;      // (batch, heads, nq): sum of out * dout, less dlse
+  const float* out_dot_dout;      // (2, batch, heads, nq): sum of out * dout, less dlse; behind that dlse, likewise: a
+                                  // block that has all keys of a query knows the sum better than `out`
   const float* far_constants;     // (2, batch, heads, nq): q . a in units of log2, with the end rows a of pos_key
   const float* dmean;             // (batch, heads, D): what rows without a softmax add to each row of dv; or null
 

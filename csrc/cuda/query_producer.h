@@ -17,7 +17,7 @@ class QueryProducer {
     const KeyBlock block(load_place<D>(shared_), number, L::kRows);
     const QueryWalk<D> walk(p_, load_place<D>(shared_), block);
     bool carried = false;  // whether the tile before was near and visited
-    const int tiles = any_key(block) ? walk.tiles : 0;
+    const int tiles = any_key(block) ? walk.tiles : 0, of_block = number << 4 | has_all_keys(block) << 3;
     Tile next = tile_of(0, tiles);
     for (int tile = 0; tile < tiles; tile++) {
       const Tile now = next;
@@ -26,12 +26,12 @@ class QueryProducer {
       const bool near = zone == kNear, visited = now.valid[0] | now.valid[1];
       if (visited) {
         if (near && !carried) zone = kNearFirst;
-        put(now, tile * kTile, zone, number);
+        put(now, tile * kTile, zone | of_block);
         if (near) put_tables(walk.x0 - tile * kTile, carried);
       }
       carried = near && visited;
     }
-    put(Tile{}, 0, kEnd, number);
+    put(Tile{}, 0, kEnd | of_block);
   }
 
  private:
@@ -50,6 +50,18 @@ class QueryProducer {
       valid |= !p_.key_mask || load_global(p_.key_mask + place.batch * p_.key_mask_stride_b + key) != 0;
     }
     return ballot(valid) != 0;
+  }
+
+  DK_DEVICE bool has_all_keys(const KeyBlock& block) const {
+    const Place place = load_place<D>(shared_);
+    const int first = at_least(block.first_key, block.start), last = at_most(block.first_key + L::kRows, block.stop);
+    if (!p_.key_mask) return last - first == place.nk;
+    const uint8_t* mask = p_.key_mask + place.batch * p_.key_mask_stride_b;
+    for (int i = 0; i < place.nk; i += 32) {
+      const int key = i + lane_;
+      if (ballot(key < place.nk && (key < first || key >= last) && load_global(mask + key) != 0) != 0) return false;
+    }
+    return true;
   }
 
   // Where a query's number lies among those of all queries.
@@ -71,13 +83,14 @@ class QueryProducer {
     return tile;
   }
 
-  DK_DEVICE void put(const Tile& tile, int first_query, int zone, int number) {
+  DK_DEVICE void put(const Tile& tile, int first_query, int word) {
+    const int zone = Visit{word}.zone();
     const uint32_t full = shared_ + L::kStageFull + stage_.entry() * 8;
     barrier_wait(shared_ + L::kStageEmpty + stage_.entry() * 8, stage_.parity() ^ 1);
     if (lane_ == 0) {
       store_shared_4(
           shared_ + L::kStageInfo + stage_.entry() * 16, tile.valid[0], tile.valid[1], (uint32_t)first_query,
-          (uint32_t)(zone | number << 3));
+          (uint32_t)word);
       if (zone == kEnd) barrier_arrive(full);
       else put_queries(full, first_query, zone);
     }

@@ -43,7 +43,7 @@ def _device(name):
         return cuda_driver, cuda_driver.Device()
     from ptx import triton_driver
 
-    return triton_driver, triton_driver.Device(int(name.split("_")[2]), add_fences=triton_driver.LACKS_FENCES)
+    return triton_driver, triton_driver.Device(int(name.split("_")[2]))
 
 
 def pytest_configure():

@@ -77,6 +77,8 @@ def judge(report: Report, chip: str, name: str, bound: dict[str, list[int]] | No
     device, wrong = CHIPS[chip], []
     if report.shared > device.shared:
         wrong.append(f"shared memory {report.shared} is more than the {device.shared} bytes of the device")
+    if report.unfenced:
+        wrong.append(f"no fence.proxy.async between copies and {report.unfenced} matrix instructions that read them")
     if attends(name):
         if report.whole.instructions < LEAST_INSTRUCTIONS:
             wrong.append(f"a stub: {report.whole.instructions} instructions")

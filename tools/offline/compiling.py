@@ -14,6 +14,7 @@ import torch
 
 from offline.chips import Chip
 from offline.counting import Report, count, matrix_name, zones
+from offline.fences import unfenced
 from offline.listing import read_amdgcn, read_sass
 
 # Triton 3.9 asks for a decision about contracting a * b + c, which changes its default later. Contraction is on here.
@@ -108,7 +109,8 @@ def compile_launch(kernel: Any, arguments: Mapping[str, Any], chip: Chip, option
     near, far = zones(listing)
     opcodes = listing.opcodes()
     shared = int(compiled.metadata.shared)
-    return Report(registers, stack, shared, matrix_name(opcodes), count(opcodes), near, far)
+    lacking = unfenced(compiled.asm["ptx"]) if chip.backend == "cuda" else 0
+    return Report(registers, stack, shared, matrix_name(opcodes), count(opcodes), near, far, lacking)
 
 
 def _read_nvidia(binaries: Mapping[str, Any]) -> tuple[Any, int, int]:

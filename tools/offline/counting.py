@@ -69,6 +69,7 @@ class Report:
         whole: counts of the kernel.
         near: counts of the loop over tiles near the diagonal, or of the only loop; None without a loop.
         far: counts of the loop over saturated tiles; None when no loop multiplies less than another.
+        unfenced: matrix instructions that may read what an asynchronous copy wrote without a fence between them.
     """
 
     registers: int
@@ -78,6 +79,7 @@ class Report:
     whole: Counts
     near: Counts | None
     far: Counts | None
+    unfenced: int = 0
 
     def as_json(self) -> dict[str, Any]:
         """Return the fields, counts as dictionaries."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,15 +19,10 @@ from deberta_kernels.impl import triton as backend
 from deberta_kernels.impl.triton import backward_plan, execute, plan, tuning
 from ptx.machine import Machine, Memory
 
-__all__ = ["LACKS_FENCES", "Device", "installed"]
+__all__ = ["Device", "installed"]
 
 # Bytes of shared memory that a block may have, by compute capability: Triton compares before it loads a kernel.
 _SHARED = {80: 163 << 10, 90: 227 << 10}
-# Up to 3.6, Triton puts no fence between what cp.async has written and the wgmma that reads it; see
-# https://github.com/triton-lang/triton/pull/9610, in 3.7.
-LACKS_FENCES = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 7)
-
-
 _NUMBERS = itertools.count()
 
 
@@ -39,12 +33,11 @@ class Device:
         architecture: 80 or 90.
         seed: of the order of warps in the last launch; each launch takes the next one.
         late: warps that fall behind.
-        add_fences: put the fence behind every wait for cp.async that Triton up to 3.6 forgets.
         machines: by the key that Triton gives a compiled kernel.
     """
 
-    def __init__(self, architecture: int, *, add_fences: bool = False) -> None:
-        self.architecture, self.add_fences = architecture, add_fences
+    def __init__(self, architecture: int) -> None:
+        self.architecture = architecture
         self.seed, self.late = 0, tuple[int, ...]()
         # Triton keeps what it has compiled by the number of the device.
         self.number = next(_NUMBERS)
@@ -53,10 +46,7 @@ class Device:
 
     def keep(self, kernel: CompiledKernel) -> None:
         """Keep a compiled kernel, to be read when it is launched."""
-        text = kernel.asm["ptx"]
-        if self.add_fences:
-            text = re.sub(r"(cp\.async\.wait_group\s+\d+\s*;)", r"\1 fence.proxy.async.shared::cta;", text)
-        self._compiled[kernel.metadata.hash] = text, kernel.metadata.shared, kernel.metadata.num_warps
+        self._compiled[kernel.metadata.hash] = kernel.asm["ptx"], kernel.metadata.shared, kernel.metadata.num_warps
 
     def launch(self, key: str, grid: tuple[int, int, int], arguments: list[Any]) -> None:
         """Launch a compiled kernel."""

@@ -179,19 +179,21 @@ class BackwardArguments(Call):
         p, problem = self.params, self.problem
         self.map("q", readable(problem.q, 8), (3, 2, 1, 0))
         self.map("dout", readable(dout, 8), (3, 2, 1, 0))
-        out_dot_dout = dout.to(torch.float32, copy=True).mul_(out).sum(-1)
+        sums = torch.zeros(2, *lse.shape, dtype=torch.float32, device=lse.device)
+        torch.sum(dout.to(torch.float32, copy=True).mul_(out), -1, out=sums[0])
         if dlse is not None:
-            out_dot_dout = out_dot_dout - dlse
+            sums[0] -= dlse
+            sums[1] = dlse
         # Rounded once: a large score makes the last bit of a weight coarse.
         lse2 = (lse.double() * LOG2E).float()
         if masked(problem):
             padded = lse == -torch.inf
-            out_dot_dout, lse2 = out_dot_dout.masked_fill_(padded, 0.0), lse2.masked_fill_(padded, torch.inf)
+            sums, lse2 = sums.masked_fill_(padded, 0.0), lse2.masked_fill_(padded, torch.inf)
             dmean = dout.masked_fill(~padded[..., None], 0.0).sum(2, dtype=torch.float32).div_(p.nk)
             p.dmean = self.address(dmean.contiguous())
             self.token_mask("key_mask", problem.masks.key)
             self.pair_mask()
-        p.lse2, p.out_dot_dout = self.address(lse2.contiguous()), self.address(out_dot_dout.contiguous())
+        p.lse2, p.out_dot_dout = self.address(lse2.contiguous()), self.address(sums)
 
     def _fill_tables(self) -> None:
         p, problem, size = self.params, self.problem, self.plan

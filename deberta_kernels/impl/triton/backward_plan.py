@@ -40,9 +40,10 @@ class Backward(Call):
     """The launches of one backward: statistics of the rows, dq, dk and dv, position gradients."""
 
     def __init__(
-        self, problem: AttentionProblem, config: tuning.TileConfig, precision: str, dout: Tensor, needs: Needs
-    ) -> None:
-        super().__init__(problem, config, precision)
+        self, problem: AttentionProblem, config: tuning.TileConfig, precision: str, device_key: str, dout: Tensor,
+        needs: Needs,
+    ) -> None:  # fmt: skip
+        super().__init__(problem, config, precision, device_key)
         self.dout, self.needs = dout, needs
         self.wanted = wanted(problem, needs)
         self.wants_tables = has_positions(problem) and any(x is not None for x in self.wanted[3:])
@@ -54,8 +55,8 @@ class Backward(Call):
         shared.update(self.key_masks())
         self.preprocess(shared, out, lse, dlse)
         far, by_keys = None, self.needs[1] or self.needs[2]
-        # In float32 the pass by keys reads what the pass by queries writes.
-        if self.needs[0] or self.wants_tables or (by_keys and q.dtype == torch.float32):
+        # The pass by keys reads what the pass by queries writes: in float32, and where there is one tile of keys.
+        if self.needs[0] or self.wants_tables or (by_keys and (q.dtype == torch.float32 or self.key_tiles == 1)):
             far = self.query_pass(shared, q)
         if by_keys:
             self.key_pass(shared, k, v)

@@ -8,18 +8,18 @@ import torch
 from torch import Tensor
 
 from deberta_kernels.impl.common import Needs, empty_results, padded_row_value
-from deberta_kernels.impl.triton import tuning
+from deberta_kernels.impl.triton import fences, tuning
 from deberta_kernels.impl.triton.backward_plan import Backward
 from deberta_kernels.impl.triton.kernels.forward_kernels import _disentangled_fwd_kernel
 from deberta_kernels.impl.triton.plan import Call, Launch, Plan, expand_launch
 from deberta_kernels.types import AttentionProblem
 
-__all__ = ["Launch", "Plan", "backward_launches", "build", "expand_launch", "forward_launches", "run"]
+__all__ = ["Launch", "Plan", "backward_launches", "build", "expand_launch", "forward_launches", "options", "run"]
 
 
 def run(launch: Launch) -> None:
     """Run one launch on the current stream."""
-    launch.kernel[launch.grid](**launch.arguments, **launch.constants, **_options(launch))
+    launch.kernel[launch.grid](**launch.arguments, **launch.constants, **options(launch))
 
 
 def build(launch: Launch) -> None:
@@ -29,13 +29,16 @@ def build(launch: Launch) -> None:
         triton.runtime.errors.OutOfResources: the device has less memory than its tiles need.
     """
     compiled = launch.kernel.warmup(
-        **launch.arguments, **launch.constants, grid=launch.grid, **_options(launch)
+        **launch.arguments, **launch.constants, grid=launch.grid, **options(launch)
     )  # fmt: skip
     if compiled is not None:  # the interpreter compiles nothing
         _ = compiled.run  # the property loads the kernel
 
 
-def _options(launch: Launch) -> dict[str, Any]:
+def options(launch: Launch) -> dict[str, Any]:
+    """Return what to compile a kernel with; call it first."""
+    if launch.constants.get("FENCED"):
+        fences.let_triton_add()
     # Triton's default for fusing products and sums depends on its version; the bounds on the code hold with fusion.
     return {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
 
@@ -47,16 +50,15 @@ def forward_launches(
 
     Args:
         problem: the call; tensors may be on the `meta` device.
-        device_key: which tile table to use, see `tuning.device_key`.
+        device_key: of the device that will run it, see `tuning.device_key`.
         config: tiles to use instead of the table's.
         precision: of float32 products: "ieee" or "tf32".
 
     Returns:
         a plan whose results are out: (B, H, Nq, D), a view of (B, Nq, H, D) memory, and lse: (B, H, Nq) float32.
     """
-    call = Call(
-        problem, config or tuning.config(device_key, problem.q.dtype, problem.q.shape[-1], "forward"), precision
-    )
+    config = config or tuning.config(device_key, problem.q.dtype, problem.q.shape[-1], "forward")
+    call = Call(problem, config, precision, device_key)
     q = problem.q
     out, lse = empty_results(q)
     mean = padded_row_value(problem)
@@ -94,4 +96,4 @@ def backward_launches(
         a plan whose results are `Gradients`.
     """
     config = config or tuning.config(device_key, problem.q.dtype, problem.q.shape[-1], "backward")
-    return Backward(problem, config, precision, dout, needs).plan(out, lse, dlse)
+    return Backward(problem, config, precision, device_key, dout, needs).plan(out, lse, dlse)

@@ -15,7 +15,7 @@ from torch import Tensor
 from deberta_kernels import dropout
 from deberta_kernels.impl.common import LOG2E, extent, has_positions, masked, steps, unit_stride
 from deberta_kernels.impl.gpu_tables import PREFIX_STEP, Window, check_prepared
-from deberta_kernels.impl.triton import tuning
+from deberta_kernels.impl.triton import fences, tuning
 from deberta_kernels.impl.triton.kernels import tile_list
 from deberta_kernels.impl.triton.kernels.table_kernels import _disentangled_expand_kernel
 from deberta_kernels.impl.triton.tables import DeviceTables, device_tables
@@ -94,7 +94,9 @@ def expand_launch(
 class Call:
     """What the launches of one call have in common."""
 
-    def __init__(self, problem: AttentionProblem, config: tuning.TileConfig, precision: str) -> None:
+    def __init__(
+        self, problem: AttentionProblem, config: tuning.TileConfig, precision: str, device_key: str
+    ) -> None:  # fmt: skip
         self.problem, self.config = problem, config
         q = problem.q
         _, self.heads, self.nq, self.head_dim = q.shape
@@ -120,6 +122,7 @@ class Call:
             # Masks without positions are rare: they take the kernel with positions, all keys being prefix keys, so
             # that there are eight variants: (no bias; bias without masks, with token masks, with pair masks) x dropout.
             "HAS_BIAS": self.biased or self.masked > 0, "MASKED": self.masked, "DROPOUT": problem.dropout_p > 0,
+            "FENCED": fences.needed(device_key, config.num_stages),
             "PRECISION": precision if q.dtype == torch.float32 else "ieee",
         }  # fmt: skip
         self.sizes = {

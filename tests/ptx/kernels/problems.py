@@ -9,7 +9,7 @@ from deberta_kernels.testing import budget, inputs
 from deberta_kernels.testing.backends import Target
 from deberta_kernels.testing.inputs import DOUTS, KEY_MASKS, LAYOUTS, PAIR_MASKS, Case
 
-__all__ = ["FAR", "GENERAL", "SHORT", "check", "every_case", "variant"]
+__all__ = ["FAR", "FEW_KEYS", "GENERAL", "SHORT", "check", "every_case", "variant"]
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # Longer than what saturates: tiles of every zone.
@@ -37,6 +37,18 @@ GENERAL = [
     Case(batch=1, heads=2, nq=100, dtype=BF16, terms="none", dropout_p=0.5),
     Case(batch=1, heads=1, nq=330, dtype=BF16, **SHORT),
     Case(batch=1, heads=2, nq=50, dtype=BF16, reachable=True),
+]  # fmt: skip
+
+# A query with one key has no gradient of scores, one with few a small one.
+FEW_KEYS = [
+    *(Case(batch=2, heads=2, nq=n, dtype=BF16, dropout_p=0.1, seed=seed) for n in (1, 2, 3) for seed in range(2)),
+    *(Case(batch=2, heads=2, nq=n, dtype=FP16, dropout_p=p) for n, p in ((1, 0.1), (2, 0.5))),
+    Case(batch=2, heads=2, nq=2, dtype=BF16),
+    Case(batch=2, heads=1, nq=40, dtype=BF16, dropout_p=0.1, mask="one_token"),
+    Case(batch=2, heads=1, nq=140, dtype=BF16, dropout_p=0.1, mask="one_token"),
+    Case(batch=3, heads=2, nq=1, dtype=BF16, dropout_p=0.1, packed=True),
+    Case(batch=2, heads=2, nq=3, nk=1, dtype=BF16, dropout_p=0.1, terms="none"),
+    Case(batch=1, heads=1, nq=90, nk=1, dtype=BF16, dropout_p=0.1, prefix_length=1),
 ]  # fmt: skip
 
 

@@ -12,10 +12,11 @@ from deberta_kernels.impl.cuda.modules import HEAD_DIMS
 from deberta_kernels.testing import inputs
 from deberta_kernels.testing.inputs import Case
 from tests.ptx.kernels import problems
-from tests.ptx.kernels.problems import BF16, FAR, FP16, GENERAL, SHORT
+from tests.ptx.kernels.problems import BF16, FAR, FEW_KEYS, FP16, GENERAL, SHORT
 
 CASES = [
     *GENERAL,
+    *FEW_KEYS,
     *(replace(case, dtype=FP16) for case in GENERAL[4::6]),
     replace(FAR, dtype=FP16),
     *(Case(batch=1, heads=1, nq=n, head_dim=128, dtype=BF16, **SHORT) for n in (65, 330)),

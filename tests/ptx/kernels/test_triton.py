@@ -8,14 +8,17 @@ from dataclasses import replace
 import pytest
 from ptx import triton_driver
 from ptx.errors import PtxError
+from triton import knobs
 
+from deberta_kernels.impl.triton import fences
 from deberta_kernels.testing.inputs import Case
 from tests.ptx.kernels import problems
-from tests.ptx.kernels.problems import BF16, FAR, FP16, FP32, GENERAL, SHORT
+from tests.ptx.kernels.problems import BF16, FAR, FEW_KEYS, FP16, FP32, GENERAL, SHORT
 
 ARCHITECTURES = (80, 90)
 CASES = [
     *GENERAL,
+    *FEW_KEYS,
     *(Case(batch=2, heads=1, nq=150, dtype=dtype, mask="holes") for dtype in (FP16, FP32)),
     Case(batch=1, heads=1, nq=330, dtype=FP16, mask="right_tokens", **SHORT),
     Case(batch=1, heads=1, nq=200, dtype=FP32, mask="right", **SHORT),
@@ -27,8 +30,7 @@ LATE = [(0,), (1, 2, 3)]
 
 @pytest.fixture(scope="module", params=ARCHITECTURES, ids=lambda architecture: f"sm_{architecture}")
 def device(request):
-    fences = triton_driver.LACKS_FENCES and request.param == 90
-    with triton_driver.installed(triton_driver.Device(request.param, add_fences=fences)) as device:
+    with triton_driver.installed(triton_driver.Device(request.param)) as device:
         yield device
 
 
@@ -66,17 +68,19 @@ def test_devices_are_told_apart(check):
     case = Case(batch=1, heads=1, nq=64, dtype=BF16, **SHORT)
     opcodes = {}
     for architecture in ARCHITECTURES:
-        with triton_driver.installed(triton_driver.Device(architecture, add_fences=True)) as device:
+        with triton_driver.installed(triton_driver.Device(architecture)) as device:
             check("triton", case)
         opcodes[architecture] = {opcode for m in device.machines.values() for opcode in m.program.opcodes}
     assert not any(opcode.startswith("wgmma") for opcode in opcodes[80])
     assert any(opcode.startswith("wgmma") for opcode in opcodes[90])
 
 
-if triton_driver.LACKS_FENCES:
+if fences.needed("sm_90", 2):
 
     @pytest.mark.parametrize("case", named([replace(FAR, nq=1000)]))
-    def test_a_triton_that_forgets_fences_is_found_out(check, case):
+    def test_what_triton_compiles_without_added_fences_is_a_race(check, case, monkeypatch):
+        monkeypatch.setattr(fences, "needed", lambda *given: False)
+        monkeypatch.setattr(knobs.runtime, "add_stages_inspection_hook", None)
         missing = r"race: wgmma operand of shared memory .* a fence\.proxy\.async is missing between the two"
         with triton_driver.installed(triton_driver.Device(90)), pytest.raises(PtxError, match=missing):
             check("triton", case)

@@ -200,7 +200,7 @@ def _disentangled_fwd_kernel(
     stride_pb: tl.int64, stride_ph: tl.int64, stride_pm: tl.int64, stride_pn: tl.int64, heads, nq, nk, prefix, packed,
     row_tiles, list_size, low_end, high_start, table_offset, table_rows, threshold, has_pair, qk_scale, keep_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, UNIT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, FENCED: tl.constexpr,
 ):  # fmt: skip
     """Write out and lse of one tile of queries; the grid is (B * H * row_tiles,)."""
     # Program ids.

@@ -171,7 +171,7 @@ def _disentangled_bwd_dkv_kernel(
     stride_pn: tl.int64, heads, nq, nk, prefix, packed, key_tiles, list_size, row_list_size, low_end, high_start,
     table_offset, table_rows, stats_size: tl.int64, threshold, has_pair, qk_scale, scale, keep_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, UNIT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, FENCED: tl.constexpr,
 ):  # fmt: skip
     """Write dk and dv of one tile of keys; tiles are (keys, queries); the grid is (B * H * key_tiles,)."""
     # Program ids.

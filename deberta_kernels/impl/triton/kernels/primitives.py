@@ -8,7 +8,8 @@ Values that travel together are tuples, always in this order:
     place    nq, nk, prefix, tiles of prefix keys, all tiles, first key of the tiles with a position (`key_segments`)
     drop     pointer to the seed, b * H + h, threshold
 
-MASKED says which masks a kernel is compiled for: 0 none, 1 of keys and queries, 2 of pairs as well.
+MASKED says which masks a kernel is compiled for: 0 none, 1 of keys and queries, 2 of pairs as well. FENCED changes
+nothing in the source: it tells the kernels apart that `fences` adds to.
 
 Kernels run over keys in two segments: the prefix keys, which have no position, and the others, whose tiles start at a
 multiple of `gpu_tables.PREFIX_STEP`.

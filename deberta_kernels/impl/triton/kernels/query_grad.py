@@ -19,10 +19,11 @@ from deberta_kernels.impl.triton.kernels.primitives import (
     when,
 )
 from deberta_kernels.impl.triton.kernels.scores import (
+    after_dropout,
     allowed,
     far_query,
     near_score,
-    score_gradient,
+    sum_of_only_tile,
     valid_keys,
     weights,
 )
@@ -33,16 +34,16 @@ __all__ = ["_disentangled_bwd_dq_kernel"]
 
 @triton.jit
 def _dq_far_zones(
-    q, dout, stats, keys, masks, tables, place, drop, i0, near_start, near_stop, far_ptr, far_table, far_side, qk_scale,
-    keep_scale, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
+    q, dout, stats, is_only, keys, masks, tables, place, drop, i0, near_start, near_stop, far_ptr, far_table, far_side,
+    qk_scale, keep_scale, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
     HAS_BIAS: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return what prefix keys and saturated keys add to dq and to the sums of p.
+    """Return what prefix keys and saturated keys add to dq and to the sums of p, and the sums of out * dout.
 
     What they add to the gradients of the saturated table rows is stored.
 
     Args:
-        stats: (lse, out_dot_dout, where the saturated constants are, their distance, which rows there are).
+        stats: (lse, out_dot_dout, dlse, where the saturated constants are, their distance, which rows there are).
         far_ptr: where the sums of pos_key and the smallest distances of this tile go.
         far_table: from there to those of pos_query, in elements.
         far_side: from there to those of the largest distances.
@@ -50,7 +51,7 @@ def _dq_far_zones(
     key_mask, tile_list, list_size, pair_mask, has_pair, stride_pm, stride_pn = masks
     pos_key, pos_query, table_rows, table_offset = tables
     nq, nk, prefix, prefix_tiles, tiles, key_start = place
-    lse, out_dot_dout, constants, stats_size, m_mask = stats
+    lse, out_dot_dout, dlse, constants, stats_size, m_mask = stats
     offs_t = tl.arange(0, TILE)
     offs_d = tl.arange(0, BLOCK_D)
     dq = tl.zeros([TILE, BLOCK_D], tl.float32)
@@ -87,7 +88,10 @@ def _dq_far_zones(
                 score = allowed(score, valid, partial, masks, place, i0, j0, False, MASKED, TILE)
                 p = weights(score, shift[:, None], qk_scale, q)
                 dp = tl.dot(dout, v.T, input_precision=PRECISION)
-                _, ds = score_gradient(p, dp, out_dot_dout[:, None], drop, i0, j0, keep_scale, False, DROPOUT, TILE)
+                _, dp = after_dropout(p, dp, drop, i0, j0, keep_scale, False, DROPOUT, TILE)
+                if q.dtype != tl.float32:
+                    out_dot_dout = sum_of_only_tile(p, dp, out_dot_dout, dlse, is_only)
+                ds = p * (dp - out_dot_dout[:, None])
                 if q.dtype == tl.float32:
                     p_sum += tl.sum(p, 1)
                 ds_sum += tl.sum(ds, 1)
@@ -100,19 +104,20 @@ def _dq_far_zones(
                     far = far_ptr + (2 - zone) * far_side + offs_d
                     tl.store(far, tl.sum(ds_sum[:, None] * q.to(tl.float32), 0))
                     tl.store(far + far_table, tl.sum(dq_zone, 0))
-    return dq, p_sum
+    return dq, p_sum, out_dot_dout
 
 
 @triton.jit
 def _dq_near_zone(
-    q, dout, lse, out_dot_dout, dq, p_sum, keys, masks, tables, place, drop, i0, near_start, near_stop, qk_scale,
+    q, dout, stats, is_only, dq, p_sum, keys, masks, tables, place, drop, i0, near_start, near_stop, qk_scale,
     keep_scale, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return dq and the sums of p with what the near keys add."""
+    """Return dq and the sums of p with what the near keys add, and the sums of out * dout."""
     key_mask, tile_list, list_size, pair_mask, has_pair, stride_pm, stride_pn = masks
     pos_key, pos_query, table_rows, table_offset = tables
     nq, nk, prefix, prefix_tiles, tiles, key_start = place
+    lse, out_dot_dout, dlse, constants, stats_size, m_mask = stats
     offs_t = tl.arange(0, TILE)
     offs_d = tl.arange(0, BLOCK_D)
     distance = difference(TILE)
@@ -138,7 +143,10 @@ def _dq_near_zone(
         score = allowed(score, valid, partial, masks, place, i0, j0, False, MASKED, TILE)
         p = weights(score, -lse[:, None], qk_scale, q)
         dp = tl.dot(dout, v.T, input_precision=PRECISION)
-        _, ds = score_gradient(p, dp, out_dot_dout[:, None], drop, i0, j0, keep_scale, False, DROPOUT, TILE)
+        _, dp = after_dropout(p, dp, drop, i0, j0, keep_scale, False, DROPOUT, TILE)
+        if q.dtype != tl.float32:
+            out_dot_dout = sum_of_only_tile(p, dp, out_dot_dout, dlse, is_only)
+        ds = p * (dp - out_dot_dout[:, None])
         if q.dtype == tl.float32:
             p_sum += tl.sum(p, 1)
         ds = ds.to(q.dtype)
@@ -150,7 +158,7 @@ def _dq_near_zone(
         dq = tl.dot(block_ds, key_block, dq, input_precision=PRECISION)
         key_block = low_key_block
     last_ds = tl.where(high_row, tl.zeros_like(ds_high), ds_high)
-    return tl.dot(last_ds, key_block, dq, input_precision=PRECISION), p_sum
+    return tl.dot(last_ds, key_block, dq, input_precision=PRECISION), p_sum, out_dot_dout
 
 
 @triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=POINTERS)
@@ -163,11 +171,12 @@ def _disentangled_bwd_dq_kernel(
     stride_pn: tl.int64, heads, nq, nk, prefix, packed, row_tiles, list_size, low_end, high_start, table_offset,
     table_rows, stats_size: tl.int64, far_size: tl.int64, threshold, has_pair, qk_scale, scale, keep_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, UNIT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, FENCED: tl.constexpr,
 ):  # fmt: skip
     """Write dq of one tile of queries and its share of the saturated rows' gradients; the grid is (B * H * row_tiles,).
 
-    In float32 it also writes 1 / the sum of p of each query to the last row of the statistics (`weights`).
+    In float32 it also writes 1 / the sum of p of each query to the last row of the statistics (`weights`), in 16 bits a
+    better sum of out * dout where one tile has all keys (`sum_of_only_tile`).
 
     far: (2 tables, 2 sides, H, far_size = B * row_tiles, BLOCK_D) float32; side 0 holds the smallest distances.
     """
@@ -195,7 +204,10 @@ def _disentangled_bwd_dq_kernel(
     of_rows = stats_ptr + (batch * heads + h) * memory_rows + first_row
     lse = tl.load(of_rows + offs_t, mask=m_mask, other=float("inf"))
     out_dot_dout = tl.load(of_rows + stats_size + offs_t, mask=m_mask, other=0.0)
-    stats = (lse, out_dot_dout, of_rows + 2 * stats_size, stats_size, m_mask)
+    dlse = out_dot_dout
+    if q_ptr.dtype.element_ty != tl.float32:
+        dlse = tl.load(of_rows + 4 * stats_size + offs_t, mask=m_mask, other=0.0)
+    stats = (lse, out_dot_dout, dlse, of_rows + 2 * stats_size, stats_size, m_mask)
     row_valid = lse != float("inf")
     stride_qn = stride_qn * UNIT
     stride_kn = stride_kn * UNIT
@@ -223,9 +235,13 @@ def _disentangled_bwd_dq_kernel(
         left, right = near_reach(prefix - key_start, low_end, high_start, TILE)
         near_start = tl.minimum(prefix_tiles + tl.maximum(tile_row + 1 - left, 0), tiles)
         near_stop = tl.minimum(prefix_tiles + tl.maximum(tile_row + right, 0), tiles)
+    first, last = 0, tiles
+    if MASKED:
+        first, last = kind_range(tile_list, list_size, 0, tiles, ALL)
+    is_only = last - first == 1
     far = far_ptr + (h * far_size + b * row_tiles + tile_row) * BLOCK_D
-    dq, p_sum = _dq_far_zones(
-        q, dout, stats, keys, masks, tables, place, drop, i0, near_start, near_stop, far,
+    dq, p_sum, out_dot_dout = _dq_far_zones(
+        q, dout, stats, is_only, keys, masks, tables, place, drop, i0, near_start, near_stop, far,
         2 * heads * far_size * BLOCK_D, heads * far_size * BLOCK_D, qk_scale, keep_scale, HEAD_DIM, BLOCK_D, TILE,
         HAS_BIAS, MASKED, DROPOUT, PRECISION,
     )  # fmt: skip
@@ -233,8 +249,8 @@ def _disentangled_bwd_dq_kernel(
         if MASKED:
             near_start, near_stop = occupied(tile_list, list_size, near_start, near_stop)
         if near_start < near_stop:
-            dq, p_sum = _dq_near_zone(
-                q, dout, lse, out_dot_dout, dq, p_sum, keys, masks, tables, place, drop, i0, near_start, near_stop,
+            dq, p_sum, out_dot_dout = _dq_near_zone(
+                q, dout, stats, is_only, dq, p_sum, keys, masks, tables, place, drop, i0, near_start, near_stop,
                 qk_scale, keep_scale, HEAD_DIM, BLOCK_D, TILE, MASKED, DROPOUT, PRECISION,
             )  # fmt: skip
 
@@ -242,5 +258,7 @@ def _disentangled_bwd_dq_kernel(
     if q.dtype == tl.float32:
         # Queries without a key, and those that a NaN reached, keep a factor of 1.
         tl.store(of_rows + 4 * stats_size + offs_t, 1.0 / tl.where(p_sum > 0.0, p_sum, 1.0), mask=m_mask)
+    elif is_only:
+        tl.store(of_rows + stats_size + offs_t, out_dot_dout, mask=m_mask)
     dq_base = dq_ptr + ((batch * memory_rows + first_row) * heads + h) * HEAD_DIM
     store_rows(dq_base, offs_t, offs_d, heads * HEAD_DIM, m_mask, dq * scale, HEAD_DIM, BLOCK_D)

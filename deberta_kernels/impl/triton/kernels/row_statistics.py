@@ -30,7 +30,8 @@ def _disentangled_bwd_preprocess_kernel(
     """Write what the other kernels need of each query; the grid is (B * H * row_tiles,).
 
     stats: (5, B, H, Nq) float32: the log-sum-exp in units of a raw score, +inf on padded rows; sum of out * dout less
-    dlse; q . pos_key of the saturated distances, smallest, then largest; what the pass by queries writes.
+    dlse; q . pos_key of the saturated distances, smallest, then largest; dlse, or in float32 what the pass by
+    queries writes.
     dmean: (B * H, row_tiles, BLOCK_D) float32: what the padded rows of the tile add to every dv.
     """
     pid = tl.program_id(0)
@@ -60,6 +61,7 @@ def _disentangled_bwd_preprocess_kernel(
     raw = ((wide * LOG2E_HIGH + wide * LOG2E_LOW) / qk_scale).to(tl.float32)
     tl.store(stats_ptr + stats, tl.where(padded, float("inf"), raw), mask=m_mask)
     tl.store(stats_ptr + stats_size + stats, tl.where(padded, 0.0, out_dot_dout), mask=m_mask)
+    tl.store(stats_ptr + 4 * stats_size + stats, tl.where(padded, 0.0, dlse), mask=m_mask)
     if HAS_BIAS:
         q_base = q_ptr + (batch * stride_qb + h * stride_qh + first_row * stride_qn) * UNIT
         q = load_rows(q_base, offs_t, offs_d, stride_qn * UNIT, m_mask & (padded == 0), HEAD_DIM, BLOCK_D)

@@ -147,24 +147,59 @@ def weights(score, shift, qk_scale, x):
 
 
 @triton.jit
+def after_dropout(p, dp, drop, i0, j0, keep_scale, KEYS_FIRST: tl.constexpr, DROPOUT: tl.constexpr, TILE: tl.constexpr):
+    """Return p and dp with what dropout does to them, both (T, T) float32.
+
+    Args:
+        p: see `weights`; keys by queries when KEYS_FIRST, else queries by keys.
+        dp: dout . v, raw.
+        drop: see `primitives`.
+        i0: first query of the tile.
+        j0: first key.
+        keep_scale: what a kept probability is multiplied by.
+    """
+    if DROPOUT:
+        seed_ptr, batch_head, threshold = drop
+        keep = kept(seed_ptr, batch_head, i0, j0, threshold, KEYS_FIRST, TILE)
+        dp = tl.where(keep, dp * keep_scale, 0.0)
+        p = tl.where(keep, p * keep_scale, 0.0)
+    return p, dp
+
+
+@triton.jit
 def score_gradient(
     p, dp, out_dot_dout, drop, i0, j0, keep_scale, KEYS_FIRST: tl.constexpr, DROPOUT: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
     """Return (p after dropout, ds), ds without the factor `scale`; both (T, T) float32.
 
     Args:
-        p: see `weights`; keys by queries when KEYS_FIRST, else queries by keys.
-        dp: dout . v, raw.
+        p: as in `after_dropout`, like the others.
+        dp: as there.
         out_dot_dout: broadcast along the keys.
-        drop: see `primitives`.
-        i0: first query of the tile.
-        j0: first key.
-        keep_scale: what a kept probability is multiplied by.
+        drop: as there.
+        i0: as there.
+        j0: as there.
+        keep_scale: as there.
     """
-    dropped = p
-    if DROPOUT:
-        seed_ptr, batch_head, threshold = drop
-        keep = kept(seed_ptr, batch_head, i0, j0, threshold, KEYS_FIRST, TILE)
-        dp = tl.where(keep, dp * keep_scale, 0.0)
-        dropped = tl.where(keep, p * keep_scale, 0.0)
+    dropped, dp = after_dropout(p, dp, drop, i0, j0, keep_scale, KEYS_FIRST, DROPOUT, TILE)
     return dropped, p * (dp - out_dot_dout)
+
+
+@triton.jit
+def sum_of_only_tile(p, dp, out_dot_dout, dlse, is_only):
+    """Return `out_dot_dout` of each query, (T,) float32: anew where the tile at hand has all its keys.
+
+    `out` is rounded to 16 bits. Where few keys share the weight of a query, ds is small, or 0 with one key, and so must
+    be the difference that makes it: of numbers computed alike.
+
+    Args:
+        p: queries by keys, before dropout.
+        dp: after dropout.
+        out_dot_dout: what is known from `out`.
+        dlse: gradient of lse.
+        is_only: whether it has.
+    """
+    if is_only:
+        total = tl.sum(p, 1)
+        out_dot_dout = tl.sum(p * dp, 1) / tl.where(total > 0.0, total, 1.0) - dlse
+    return out_dot_dout
