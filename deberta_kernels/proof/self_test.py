@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
 from contextlib import ExitStack
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,12 +19,13 @@ from torch import Tensor
 from deberta_kernels import env
 from deberta_kernels.proof import record
 from deberta_kernels.proof.variants import Variant, drawn, on_device, variant_of
+from deberta_kernels.torch_state import captures
+from deberta_kernels.torch_state.apart import ThreadError, apart
 from deberta_kernels.torch_state.modes import is_plain_tensor
 from deberta_kernels.types import AttentionProblem
 
 __all__ = ["refusal", "status"]
 
-Result = TypeVar("Result")
 _TESTED_DEVICES = "cuda"
 _GRADIENTS = ("dq", "dk", "dv", "dpos_key", "dpos_query")
 
@@ -60,6 +60,7 @@ def refusal(name: str, backend: ModuleType, problem: AttentionProblem, backward:
 
     Raises:
         ValueError: the environment variable that turns self-tests off has an unknown value.
+        CaptureError: a CUDA graph is being captured, and the variant has not been tested.
     """
     device = problem.q.device
     if device.type != _TESTED_DEVICES or not is_plain_tensor(problem.q):
@@ -97,15 +98,12 @@ def _tested(backend: ModuleType, variant: Variant, device: torch.device) -> str 
         if record.known(variant, identity):
             _found[key] = None
             return None
-        if _capturing(device):
-            return (
-                "its first use on this device is a self-test, which cannot run while a CUDA graph is captured; make "
-                f"one such call before the capture, or set {env.SELF_TEST}=0"
-            )
+        captures.check_not_capturing(device, f"test itself ({env.SELF_TEST}=0 turns that off)")
         try:
             _settle(device)
-            _found[key] = _tell(_apart(_test, backend, variant, device), variant, identity)
-        except _PassingError as error:
+            # Whatever the caller has set for its thread is not set for the test.
+            _found[key] = _tell(apart(_test, backend, variant, device), variant, identity)
+        except (_PassingError, ThreadError) as error:
             return f"its self-test on this device could not run now ({error}); {env.SELF_TEST}=0 turns it off"
         if _found[key] is None:
             record.keep(variant, identity)
@@ -169,39 +167,10 @@ def _answer(backend: ModuleType, problem: AttentionProblem, dout: Tensor, varian
         return {name: x.cpu() for name, x in found.items() if x is not None}
 
 
-def _apart(function: Callable[..., Result], *arguments: Any) -> Result:
-    """Call a function in a thread of its own, where nothing is set that the caller has set for its thread.
-
-    That is autocast, modes of gradients, functions and dispatch, transforms, hooks on saved tensors, a default device.
-    """
-    results: list[Result] = []
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            results.append(function(*arguments))
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=run, name="deberta_kernels self-test", daemon=True)
-    try:
-        thread.start()
-    except RuntimeError as error:  # the system has no more, or Python is about to end
-        raise _PassingError(_shown(error)) from error
-    thread.join()
-    if errors:
-        raise errors[0]
-    return results[0]
-
-
 def _settle(device: torch.device) -> None:
     """Wait for what the caller has launched: its errors are raised here, and not taken for those of the test."""
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
-
-
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _is_passing(error: BaseException) -> bool:

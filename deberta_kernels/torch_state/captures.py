@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from deberta_kernels.torch_state.apart import apart
+
 __all__ = ["CaptureError", "capturing", "check_not_capturing", "kept_on_device"]
 
 _Made = TypeVar("_Made")
@@ -53,9 +55,8 @@ def check_not_capturing(device: torch.device, work: str) -> None:
 def kept_on_device(most: int) -> Callable[[Callable[..., _Made]], Callable[..., _Made]]:
     """Keep what a function makes on a device for later calls, on any stream, and in memory that is no graph's.
 
-    It is made in a thread of its own: what allocates into a graph's memory, or into that of `torch.cuda.use_mem_pool`,
-    is a thread, and so is what has a stream, a mode or inference mode. What a captured graph reads is kept for the life
-    of the process, for replays follow its addresses.
+    It is made in a thread of its own, see `apart`: graphs take what their thread allocates. What a captured graph reads
+    is kept for the life of the process, for replays follow its addresses.
 
     Args:
         most: values kept; the oldest makes room, once its device has finished what may read it.
@@ -83,7 +84,7 @@ def kept_on_device(most: int) -> Callable[[Callable[..., _Made]], Callable[..., 
                     if found is None:
                         if len(kept) >= most:
                             _drop_oldest(kept)
-                        found = kept[key] = _apart(make, key)
+                        found = kept[key] = apart(make, *key)
             elif capturing(device):
                 read_by_graphs[key] = found
             return found
@@ -98,22 +99,3 @@ def _drop_oldest(kept: dict[tuple[Any, ...], Any]) -> None:
     if key[0].type == "cuda":
         torch.cuda.synchronize(key[0])  # a kernel on a stream that the allocator does not know of may still read it
     del kept[key]
-
-
-def _apart(make: Callable[..., _Made], arguments: tuple[Any, ...]) -> _Made:
-    """Return what a function makes in another thread."""
-    made: list[_Made] = []
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            made.append(make(*arguments))
-        except BaseException as error:  # raised again where it was asked for
-            errors.append(error)
-
-    thread = threading.Thread(target=run, name="deberta_kernels constants", daemon=True)
-    thread.start()
-    thread.join()
-    if errors:
-        raise errors[0]
-    return made[0]
