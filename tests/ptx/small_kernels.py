@@ -2,6 +2,7 @@
 
 import numpy as np
 from ptx.machine import Machine, Memory
+from ptx.unwritten import pattern
 
 _REGISTERS = """
     .reg .pred %p<40>; .reg .b16 %h<40>; .reg .b32 %r<400>; .reg .b64 %rd<200>; .reg .f32 %f<400>; .reg .f64 %fd<40>;
@@ -58,9 +59,11 @@ class Run:
         **inputs,
     ):
         self.out = np.zeros(out, dtype) if isinstance(out, int) else out
+        if not defined:
+            self.out.view(np.uint16)[...] = pattern()
         self.machine = Machine(module(body, inputs, threads), shared_bytes=shared)
         arrays = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
-        memory = [Memory(self.out.ctypes.data, self.out.nbytes, granule, defined=defined)]
+        memory = [Memory(self.out.ctypes.data, self.out.nbytes, granule)]
         memory += [Memory(x.ctypes.data, x.nbytes, min(x.itemsize, 4), writable=False) for x in arrays.values()]
         addresses = np.array([self.out.ctypes.data, *(x.ctypes.data for x in arrays.values())], np.uint64).tobytes()
 

@@ -16,6 +16,7 @@ from deberta_kernels.impl.cuda import driver, image
 from ptx.cuda_modules import compile_module
 from ptx.machine import Machine, Memory
 from ptx.tensor_map import SWIZZLES, tensor_map
+from ptx.unwritten import new_memory_is_unwritten
 
 __all__ = ["Device", "installed"]
 
@@ -197,5 +198,6 @@ def installed(device: Device) -> Iterator[Device]:
         mock.patch.object(cuda, "_ordinal", return_value=0),
         mock.patch.object(cuda, "_stream", return_value=0),
         mock.patch.object(image, "images", images),
+        new_memory_is_unwritten(),
     ):
         yield device

@@ -1,7 +1,7 @@
 """Read PTX: one kernel of a module, as statements with the line they stand in.
 
 Follows "Syntax" and "State Spaces, Types, and Variables" of the PTX ISA, as far as compilers use them: no functions, no
-variables but arrays in shared memory.
+variables but arrays in shared and in local memory.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _SIZES = {"b8": 1, "u8": 1, "s8": 1, "b16": 2, "u16": 2, "s16": 2, "f16": 2, "bf
           "f32": 4, "b64": 8, "u64": 8, "s64": 8, "f64": 8, "pred": 0}  # fmt: skip
 _ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\(([^)]*)\)([^{]*)\{")
 _PARAMETER = re.compile(r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)[^[]*?([\w$]+)(?:\[(\d+)\])?$", re.S)
-_SHARED = re.compile(r"\.shared\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)(?:\[(\d*)\])?")
+_ARRAY = re.compile(r"\.(?:shared|local)\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)(?:\[(\d*)\])?")
 _ITEM = re.compile(
     r"""\s*(?: (?P<open>\{) | (?P<close>\}) | (?P<label>[\w$]+)\s*:(?!:) | (?P<location>\.(?:loc|file)\b[^\n]*)
     | (?P<directive>\.[a-z][^;]*);
@@ -72,6 +72,7 @@ class Kernel:
         ranges: type and number by prefix, of registers declared as `%r<40>`.
         shared: offset by name, of arrays in shared memory.
         shared_bytes: where dynamic memory begins.
+        local, local_bytes: the same of arrays in local memory.
     """
 
     name: str
@@ -83,6 +84,8 @@ class Kernel:
     ranges: dict[str, tuple[str, int]] = field(default_factory=dict)
     shared: dict[str, int] = field(default_factory=dict)
     shared_bytes: int = 0
+    local: dict[str, int] = field(default_factory=dict)
+    local_bytes: int = 0
     parents: list[int] = field(default_factory=lambda: [-1])
 
     def register(self, name: str, scope: int) -> tuple[str, str] | None:
@@ -126,7 +129,7 @@ def parse(text: str, name: str | None = None) -> Kernel:
         kernel.threads = x * y * z
     before = text[: entry.start()]
     outside = before[: before.find(".entry")] if ".entry" in before else before
-    declarations = list(_SHARED.finditer(outside))
+    declarations = [m for m in _ARRAY.finditer(outside) if m[0].startswith(".shared")]
     for declaration in declarations:
         if declaration[4] != "":
             _declare_shared(kernel, declaration)
@@ -159,11 +162,15 @@ def _read_parameters(kernel: Kernel, text: str) -> None:
 
 
 def _declare_shared(kernel: Kernel, found: re.Match[str]) -> None:
+    kernel.shared[found[3]], kernel.shared_bytes = _placed(found, kernel.shared_bytes)
+
+
+def _placed(found: re.Match[str], used: int) -> tuple[int, int]:
+    """Return where an array begins behind what is used, and how much is used then; without a size it has none."""
     size = _SIZES[found[2]]
     align = int(found[1] or size)
-    at = -(-kernel.shared_bytes // align) * align
-    kernel.shared[found[3]] = at
-    kernel.shared_bytes = at + (size * int(found[4] or 1) if found[4] != "" else 0)
+    at = -(-used // align) * align
+    return at, at + (size * int(found[4] or 1) if found[4] != "" else 0)
 
 
 def _read_body(kernel: Kernel, text: str, at: int) -> None:
@@ -198,8 +205,11 @@ def _read_body(kernel: Kernel, text: str, at: int) -> None:
 
 def _read_directive(kernel: Kernel, text: str, scope: int, line: int) -> None:
     word = text.split(None, 1)[0]
-    if word == ".shared" and (found := _SHARED.match(text)):
+    if word == ".shared" and (found := _ARRAY.match(text)):
         _declare_shared(kernel, found)
+        return
+    if word == ".local" and (found := _ARRAY.match(text)):
+        kernel.local[found[3]], kernel.local_bytes = _placed(found, kernel.local_bytes)
         return
     if word == ".pragma":
         return

@@ -19,6 +19,7 @@ from triton.compiler.compiler import CompiledKernel
 from deberta_kernels.impl import triton as backend
 from deberta_kernels.impl.triton import backward_plan, execute, plan, tuning
 from ptx.machine import Machine, Memory
+from ptx.unwritten import new_memory_is_unwritten
 
 __all__ = ["LACKS_FENCES", "Device", "installed"]
 
@@ -168,6 +169,7 @@ def installed(device: Device) -> Iterator[Device]:
         mock.patch.object(plan, "rows_of_program", all_rows),
         mock.patch.object(backward_plan, "rows_of_program", all_rows),
         mock.patch.object(execute, "_compiled", {}),
+        new_memory_is_unwritten(),
     ):
         triton.runtime.driver.set_active(_Driver(device))
         try:
