@@ -75,7 +75,7 @@ def test_an_unknown_opcode_is_named_with_its_line_and_what_to_do():
     ("body", "message"),
     [
         ("bra nowhere;", "there is no label nowhere"),
-        (".local .b8 depot[16];", "the directive .local is unknown"),
+        (".callprototype _ ();", "the directive .callprototype is unknown"),
         ("add.s64 %rd5, %r5, %rd6;", "%r5 is declared as .b32 and used as .u64"),
         ("add.s32 %r5, %r6;", "expected 3 operands"),
         ("add.s32 %r5, %r6, elsewhere;", "elsewhere is no register, number, parameter or shared array"),

@@ -23,7 +23,8 @@ HANDLERS = (
     "do_atomic", "do_shuffle", "do_vote", "do_redux", "do_elect", "do_join", "do_part", "do_matrix", "do_mma",
     "do_copy", "do_copy_commit", "do_copy_wait", "do_product", "do_product_fence", "do_product_commit",
     "do_product_wait", "do_mbarrier_init", "do_mbarrier_fence", "do_proxy_fence", "do_mbarrier_arrive",
-    "do_mbarrier_wait", "do_mbarrier_test", "do_setmaxnreg", "do_tile_copy", "do_bulk_sum", "do_bulk_commit", "do_bulk_wait",
+    "do_mbarrier_wait", "do_mbarrier_test", "do_setmaxnreg", "do_tile_copy", "do_bulk_sum", "do_bulk_commit",
+    "do_bulk_wait",
 )  # fmt: skip
 
 
