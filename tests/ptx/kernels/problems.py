@@ -9,7 +9,7 @@ from deberta_kernels.testing import budget, inputs
 from deberta_kernels.testing.backends import Target
 from deberta_kernels.testing.inputs import DOUTS, KEY_MASKS, LAYOUTS, PAIR_MASKS, Case
 
-__all__ = ["FAR", "GENERAL", "SHORT", "check", "every_case", "variant"]
+__all__ = ["FAR", "GENERAL", "SHORT", "check", "every_case"]
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # Longer than what saturates: tiles of every zone.
@@ -38,19 +38,6 @@ GENERAL = [
     Case(batch=1, heads=1, nq=330, dtype=BF16, **SHORT),
     Case(batch=1, heads=2, nq=50, dtype=BF16, reachable=True),
 ]  # fmt: skip
-
-
-def variant(case: Case) -> str:
-    """Return what is compiled for a case, in words: cases of one variant should run in one process."""
-    masked = "pair" if case.mask in PAIR_MASKS else "mask" if case.mask != "none" else ""
-    parts = (
-        str(case.dtype).removeprefix("torch."),
-        f"D{case.head_dim}",
-        case.terms == "none",
-        masked,
-        case.dropout_p > 0,
-    )
-    return "-".join(map(str, parts))
 
 
 def every_case() -> list[Case]:

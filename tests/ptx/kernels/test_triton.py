@@ -41,7 +41,7 @@ def in_order(request):
 
 
 def named(cases):
-    return [pytest.param(c, id=c.id, marks=pytest.mark.xdist_group(f"triton {problems.variant(c)}")) for c in cases]
+    return [pytest.param(c, id=c.id) for c in cases]
 
 
 @pytest.mark.parametrize("case", named(CASES))
