@@ -14,7 +14,7 @@ sys.path[:0] = [str(ROOT / "tools")]
 
 def pytest_ignore_collect():
     """Leave this folder out without a compiler; `make test-ptx` requires one."""
-    return True if needs.COMPILER is None and "compiler" not in needs.required else None
+    return True if needs.machine_absence() else None
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -122,6 +122,8 @@ def _launch(
     device: Device, function: Any, x: int, y: int, z: int, threads: int, threads_y: int, threads_z: int, shared: int,
     stream: int, parameters: Any, extra: Any,
 ) -> None:  # fmt: skip
+    if (threads_y, threads_z) != (1, 1):
+        raise ValueError("a block of more than one dimension, which the machine does not know")
     machine = device.machines[device.named(function.value)]
     machine.threads, machine.shared_bytes = threads, machine.program.kernel.shared_bytes + shared
     device.launch(machine.name, x, parameters[0])

@@ -5,6 +5,7 @@ A handler is a function of cpp/, which documents what settings and operands it w
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Callable
 
@@ -55,7 +56,17 @@ def encode(assembler: Assembler, statement: Statement) -> Encoded:
             encoded = encoder(assembler, operands, found)
             encoded.target = statement.target
             return encoded
-    raise UnknownOpcode(statement.opcode, statement.line, " ".join((statement.opcode, *operands)))
+    raise _unknown(statement)
+
+
+def _unknown(statement: Statement) -> UnknownOpcode:
+    opcode, name = statement.opcode, statement.opcode.split(".")[0]
+    forms = [known for known in OPCODES if known.split(".")[0] == name]
+    table = "opcodes.py" if forms else None
+    if table is None and any(name in re.split(r"\W+", section) for _, section, _ in _ENCODERS):
+        table = "instructions.py"
+    nearest = difflib.get_close_matches(opcode, forms, 3, 0)
+    return UnknownOpcode(opcode, nearest, table, statement.line, " ".join((opcode, *statement.operands)))
 
 
 # ---- Control Flow Instructions

@@ -13,7 +13,11 @@ def pytest_ignore_collect(collection_path):
         return True
     if collection_path.name == "test_cuda_faults.py" and "cuda_compiler" not in needs.required:
         return True  # a compilation each
-    if collection_path.name == "test_cuda.py" and not cuda_modules.compilers() and "cuda_compiler" not in needs.required:
+    if (
+        collection_path.name == "test_cuda.py"
+        and not cuda_modules.compilers()
+        and "cuda_compiler" not in needs.required
+    ):
         return True
     return None
 
