@@ -61,11 +61,11 @@ def pytest_configure():
 def pytest_collection_modifyitems(config, items):
     """Run operator tests on the machine alone: those of Triton's variants that tests beside them compile anyway.
 
-    Ten seconds go to each further variant. All run where there is nothing beside them, and with --every-case.
+    Ten seconds go to each further variant. A sample of all runs where there is nothing beside them.
     """
     others = [item for item in items if "/ops/" not in item.nodeid]
     executed = [item for item in items if item not in set(others) and isinstance(target_of(item), OnPtx)]
-    if others and not config.getoption("--every-case"):
+    if others:
         compiled = {variant(item.nodeid) for item in others} - {None}
         executed = [item for item in executed if target_of(item).backend == "cuda" or variant(item.nodeid) in compiled]
     keep(config, items, [*others, *executed])
