@@ -11,6 +11,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+import torch.utils._device
 
 from ptx.build import library
 
@@ -33,6 +34,8 @@ def new_memory_is_unwritten() -> Iterator[None]:
 
     The mark is the content: it goes when a kernel or the host writes, and stays between the launches of a call.
     """
+    # torch.device as a context knows what makes tensors by the functions themselves, from its first use on.
+    torch.utils._device._device_constructors()
     with ExitStack() as stack:
         for owner, name in _FACTORIES:
             stack.enter_context(mock.patch.object(owner, name, _marking(getattr(owner, name))))
