@@ -1,8 +1,8 @@
 """Small kernels for the tests of the PTX machine: a body is written, what stands around it is added."""
 
 import numpy as np
+from ptx.drivers.unwritten import pattern
 from ptx.machine import Machine, Memory
-from ptx.unwritten import pattern
 
 _REGISTERS = """
     .reg .pred %p<40>; .reg .b16 %h<40>; .reg .b32 %r<400>; .reg .b64 %rd<200>; .reg .f32 %f<400>; .reg .f64 %fd<40>;

@@ -18,8 +18,8 @@ from triton.compiler.compiler import CompiledKernel
 
 from deberta_kernels.impl import triton as backend
 from deberta_kernels.impl.triton import backward_plan, execute, plan, tuning
+from ptx.drivers.unwritten import new_memory_is_unwritten
 from ptx.machine import Machine, Memory
-from ptx.unwritten import new_memory_is_unwritten
 
 __all__ = ["LACKS_FENCES", "Device", "installed"]
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from ptx import cuda_driver, cuda_modules
+from ptx.drivers.unwritten import new_memory_is_unwritten, pattern
 from ptx.errors import PtxError
-from ptx.unwritten import new_memory_is_unwritten, pattern
 
 from deberta_kernels.impl import cuda
 from deberta_kernels.testing import inputs

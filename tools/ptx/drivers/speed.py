@@ -1,4 +1,4 @@
-"""How fast the machine is: `PYTHONPATH=.:tools python -m ptx.speed`, with Triton on the path where it is to count.
+"""How fast the machine is: `PYTHONPATH=.:tools python -m ptx.drivers.speed`, with Triton on the path if it is to count.
 
 Forward and backward of 1,200 tokens, one head of 64, bfloat16, after a first run that compiles. On one core; the time
 is that of the process, so that others on the machine count little.
