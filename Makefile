@@ -49,7 +49,7 @@ INTERPRETED_TESTS = tests/ops -k "triton_interpreted or test_triton" --require t
 PYTEST = -m pytest -n auto --maxprocesses 8 --dist worksteal
 # What Triton compiles is kept. Of the oldest one a sample: every zone, and variants whose code differs most.
 EXECUTED = $(OFFLINE) OMP_NUM_THREADS=1 TRITON_CACHE_DIR=build/triton-cache
-OLDEST_SAMPLE = N1200 or prefix21 or sparse-dropout or fp32 or forgets or told_apart
+OLDEST_SAMPLE = N1200 or prefix21 or sparse-dropout or fp32 or fences or told_apart
 CUDA_COMPILER = $(if $(shell command -v $${NVCC:-nvcc}),,build/nvrtc-$(NVRTC))
 # The sanitizers have to be there before Python, and libstdc++ beside them: PyTorch, which comes later, throws exceptions.
 # New memory holds NaN.
