@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 from functools import lru_cache
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -126,6 +127,9 @@ def pytest_report_header(config):
     here = ", ".join(reasons.pop(None))
     if not config.getoption("--sanitized", False):
         reasons["--sanitized is not set (make test-sanitized)"] = ["planted faults"]
+    if absence := needs.machine_absence():
+        count = len(list((Path(__file__).parent / "ptx").rglob("test_*.py")))
+        reasons.setdefault(absence, []).append(f"the machine for PTX ({count} files of tests/ptx)")
     for package, target in needs.PACKAGES.items():
         if needs.missing(package):
             reasons.setdefault(f"not installed (make {target})", []).append(package)

@@ -23,6 +23,7 @@ __all__ = [
     "COMPILER",
     "PACKAGES",
     "library_absence",
+    "machine_absence",
     "missing",
     "native_library",
     "package",
@@ -30,7 +31,8 @@ __all__ = [
     "vector_library",
 ]
 
-COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+_COMPILERS = (*os.environ.get("CXX", "").split()[:1], "c++", "g++", "clang++")
+COMPILER = next(filter(None, map(shutil.which, _COMPILERS)), None)
 _SKIP_BUILD = "DEBERTA_KERNELS_SKIP_NATIVE"
 
 # Packages that only some environments have, and the target of make that makes one with them.
@@ -58,6 +60,13 @@ def library_absence() -> str | None:
     if status["loaded"] or (COMPILER is not None and not os.environ.get(_SKIP_BUILD)):
         return None
     return f"no native library: {status['reason']}"
+
+
+def machine_absence() -> str | None:
+    """Return why this machine cannot execute PTX, in the words of pytest's header, or None where it can or has to."""
+    if COMPILER is not None or "compiler" in required:
+        return None
+    return "there is no C++ compiler (install g++ or set CXX; make test-ptx)"
 
 
 def native_library() -> None:

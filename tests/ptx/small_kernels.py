@@ -1,6 +1,7 @@
 """Small kernels for the tests of the PTX machine: a body is written, what stands around it is added."""
 
 import numpy as np
+from ptx.drivers.unwritten import pattern
 from ptx.machine import Machine, Memory
 
 _REGISTERS = """
@@ -58,9 +59,11 @@ class Run:
         **inputs,
     ):
         self.out = np.zeros(out, dtype) if isinstance(out, int) else out
+        if not defined:
+            self.out.view(np.uint16)[...] = pattern()
         self.machine = Machine(module(body, inputs, threads), shared_bytes=shared)
         arrays = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
-        memory = [Memory(self.out.ctypes.data, self.out.nbytes, granule, defined=defined)]
+        memory = [Memory(self.out.ctypes.data, self.out.nbytes, granule)]
         memory += [Memory(x.ctypes.data, x.nbytes, min(x.itemsize, 4), writable=False) for x in arrays.values()]
         addresses = np.array([self.out.ctypes.data, *(x.ctypes.data for x in arrays.values())], np.uint64).tobytes()
 

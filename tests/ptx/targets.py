@@ -1,7 +1,7 @@
-"""Let the operator tests run on the machine: `pytest -p tests.ptx.targets tests/ops -k on_ptx`.
+"""Let the operator tests run on the machine: `pytest -p tests.ptx.targets tests/ops`.
 
 Each backend that is executed is one more target, like an instruction set of the CPU kernel: cuda_on_ptx, and
-triton_sm_80_on_ptx and triton_sm_90_on_ptx where Triton is.
+triton_sm_80_on_ptx and triton_sm_90_on_ptx where Triton is. No other target runs then.
 """
 
 import sys
@@ -10,10 +10,13 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
+import pytest
 import torch
 
 from deberta_kernels.testing import backends
 from deberta_kernels.testing.backends import Target
+from tests.ptx.sharing import variant
+from tests.selection import keep, target_of
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2] / "tools")]
 
@@ -52,3 +55,17 @@ def pytest_configure():
         dtypes = (torch.float32, *_LOW)
         found += [OnPtx(f"triton_sm_{n}_on_ptx", "triton", dtypes, most_tiles=24) for n in (80, 90)]
     backends.TARGETS += tuple(found)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """Run operator tests on the machine alone: those of Triton's variants that tests beside them compile anyway.
+
+    Ten seconds go to each further variant. A sample of all runs where there is nothing beside them.
+    """
+    others = [item for item in items if "/ops/" not in item.nodeid]
+    executed = [item for item in items if item not in set(others) and isinstance(target_of(item), OnPtx)]
+    if others:
+        compiled = {variant(item.nodeid) for item in others} - {None}
+        executed = [item for item in executed if target_of(item).backend == "cuda" or variant(item.nodeid) in compiled]
+    keep(config, items, [*others, *executed])

@@ -71,6 +71,34 @@ def test_handing_over_wrongly(changes, message):
         run(**changes)
 
 
+# Nothing waits: the kernel asks again until the answer is yes.
+POLL = """
+again{n}:
+    mbarrier.test_wait.parity.shared::cta.b64 %p9, [memory+1024], {parity};
+    add.u32 %r40, %r40, 1;
+    @!%p9 bra again{n};
+"""
+
+
+@pytest.mark.parametrize("late", [(), (0,), (1,)])
+def test_a_warp_may_ask_instead_of_waiting(late):
+    polled = run(late=late, wait=POLL.format(n="", parity=0), sync="mov.u32 %r40, 0;")
+    assert polled.out.tolist() == list(range(32))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"arrivals": 33}, "deadlock: warp 1 waits"),
+        # Asked once, and gone on whatever the answer was.
+        ({"wait": "mbarrier.test_wait.parity.shared.b64 %p9, [memory+1024], 0;", "arrivals": 33}, "race|nobody wrote"),
+    ],
+)
+def test_asking_wrongly(changes, message):
+    with pytest.raises(PtxError, match=message):
+        run(**{"wait": POLL.format(n="", parity=0), **changes})
+
+
 def test_phases_follow_each_other():
     body = (
         INIT.format(arrivals=64, fence="")

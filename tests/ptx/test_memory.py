@@ -114,6 +114,108 @@ def test_accesses_that_are_wrong(body, message):
         Run(body, shared=256, a=np.zeros(4, np.uint32))
 
 
+LOCAL = """
+    .local .align 8 .b8 depot[24];
+    mov.u64 %rd10, depot;
+    cvta.local.u64 %rd11, %rd10;
+    st.local.u32 [%rd10+4], %r2;
+    st.local.v2.b32 [depot+16], {%r1, %r2};
+    and.b32 %r5, %r2, 1;
+    mul.wide.u32 %rd12, %r5, 4;
+    add.s64 %rd11, %rd11, %rd12;
+"""
+
+
+def test_local_memory_is_a_lane_s_own():
+    body = f"{LOCAL}    add.u32 %r6, %r2, 100;\n    st.u32 [%rd11], %r6;\n    ld.local.u32 %r7, [depot+4];\n"
+    body += "    st.global.u32 [%rd2], %r7;\n    ld.local.u32 %r8, [%rd10+20];\n    xor.b32 %r8, %r8, %r2;\n"
+    body += "    setp.ne.u32 %p5, %r8, 0;\n    @%p5 trap;\n"
+    assert Run(body, threads=64, out=64).out.tolist() == [t % 32 + 100 * (t % 2) for t in range(64)]
+
+
+@pytest.mark.parametrize(
+    ("rest", "message"),
+    [
+        ("ld.local.u32 %r6, [depot+8];", "load of local memory that nobody wrote, at byte 8 .*lane 0"),
+        ("ld.u32 %r6, [%rd11];", "load of local memory that nobody wrote, at byte 0"),
+        ("st.local.u32 [%rd10+24], %r6;", "store out of range: 4 bytes at byte 24 of local memory, which has 24"),
+        ("ld.local.u32 %r6, [%rd10+-4];", "load out of range"),
+        ("st.local.u32 [%rd10+2], %r6;", "misaligned store to local memory: 4 bytes at address 0x2"),
+    ],
+)
+def test_local_memory_used_wrongly(rest, message):
+    with pytest.raises(PtxError, match=message):
+        Run(LOCAL + rest)
+
+
+ZERO = "    setp.eq.u32 %p1, %r1, 0;\n    @%p1 st.shared.b64 [memory], 0;\n    bar.sync 0;\n"
+CHANGE = "red.shared.add.u32 [memory], 1;"
+
+
+@pytest.mark.parametrize("address", ["memory", "%r5", "%rd5"])
+def test_atomic_operations_of_shared_memory(address):
+    body = ZERO + "    mov.u32 %r5, memory;\n    mov.u64 %rd5, memory;\n"
+    body += f"    atom.shared.add.u32 %r6, [{address}], 1;\n    red.shared::cta.max.u32 [{address}+4], %r1;\n"
+    body += "    bar.sync 0;\n    ld.shared.v2.b32 {%r7, %r8}, [memory];\n    add.u32 %r7, %r7, %r8;\n"
+    body += "    sub.u32 %r7, %r7, %r6;\n    st.global.u32 [%rd2], %r7;\n"
+    found = Run(body, threads=64, out=64, shared=16, seed=2).out
+    # What the counter was is different for every thread.
+    assert sorted(found.tolist()) == list(range(64, 128))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        (CHANGE, "ld.shared.u32 %r5, [memory];", "changed atomically|which warp . lane .* read"),
+        (CHANGE, "st.shared.u32 [memory], 7;", "changed atomically|which warp . lane .* wrote"),
+        ("st.shared.u32 [memory], 7;", CHANGE, "which warp . lane .* wrote|changed atomically"),
+        ("ld.shared.u32 %r5, [memory];", CHANGE, "which warp . lane .* read|changed atomically"),
+    ],
+)
+@pytest.mark.parametrize("late", [0, 1])
+def test_atomic_operations_race_with_plain_accesses(first, second, message, late):
+    body = (
+        ZERO + f"    setp.lt.u32 %p2, %r1, 32;\n    setp.eq.u32 %p3, %r1, 32;\n    @%p3 {second}\n    @!%p2 bra over;\n"
+    )
+    body += f"    @%p1 {first}\nover:\n"
+    with pytest.raises(PtxError, match=message):
+        Run(body, threads=64, shared=16, late=[late])
+
+
+def test_an_atomic_operation_hides_none_before_it():
+    """Warp 2 knows of what warp 1 has done, which came last, and not of what warp 0 has."""
+    body = ZERO + "    setp.lt.u32 %p2, %r1, 64;\n    @%p2 red.shared.add.u32 [memory], 1;\n"
+    body += "    setp.lt.u32 %p3, %r1, 32;\n    @%p3 bra over;\n    bar.sync 1, 64;\n"
+    body += "    ld.shared.u32 %r5, [memory];\nover:\n"
+    with pytest.raises(PtxError, match=r"race: load of shared memory at byte 0, which warp 0 .*changed atomically"):
+        Run(body, threads=96, shared=16, late=[1, 2])
+
+
+@pytest.mark.parametrize("body", ["red.shared.add.u32 [memory], 1;", "atom.shared.add.u32 %r5, [memory+2], 1;",
+                                  "atom.shared.add.u32 %r5, [memory+16], 1;"])  # fmt: skip
+def test_atomic_operations_of_shared_memory_used_wrongly(body):
+    with pytest.raises(
+        PtxError, match=r"atomic operation (of shared memory that nobody wrote|out of range)|misaligned"
+    ):
+        Run(body, shared=16)
+
+
+@pytest.mark.parametrize("body", ["red.global.add.u32 [%rd2], 1;", "atom.global.cas.b32 %r5, [%rd2], %r2, 77;"])
+def test_an_atomic_operation_reads_what_it_changes(body):
+    with pytest.raises(PtxError, match="atomic operation of memory that nobody wrote, at byte 0"):
+        Run(body, defined=False)
+
+
+@pytest.mark.parametrize(("kind", "granule", "at"), [("b8", 1, 1), ("b16", 2, 2), ("b32", 4, 4), ("b64", 4, 8)])
+def test_unwritten_memory_is_told_by_elements(kind, granule, at):
+    """What stands beside a written element is still unwritten."""
+    wide = "%rd9" if kind == "b64" else "%h1" if kind in ("b8", "b16") else "%r5"
+    body = f"    setp.ne.u32 %p1, %r1, 0;\n    @%p1 bra over;\n    st.global.{kind} [%rd1], 0;\n"
+    body += f"    ld.global.{kind} {wide}, [%rd1];\n    ld.global.{kind} {wide}, [%rd1+{at}];\nover:\n"
+    with pytest.raises(PtxError, match=f"load of memory that nobody wrote, at byte {at} of memory range 0"):
+        Run(body, granule=granule, defined=False)
+
+
 def test_undefined_global_memory():
     with pytest.raises(PtxError, match="load of memory that nobody wrote, at byte 128 of memory range 0"):
         Run(

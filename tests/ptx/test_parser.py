@@ -5,7 +5,7 @@ import re
 import pytest
 from ptx.errors import PtxSyntaxError, UnknownOpcode
 from ptx.machine import Machine
-from ptx.parser import entries, parse
+from ptx.parser import NEWEST, entries, parse
 
 from tests.ptx.small_kernels import Run, module
 
@@ -13,7 +13,7 @@ from tests.ptx.small_kernels import Run, module
 def test_parameters_lie_where_their_sizes_and_alignments_put_them():
     text = """
 .visible .entry two(.param .u32 a, .param .u64 .ptr .global .align 1 b, .param .u16 c, .param .align 64 .b8 d[100])
-.reqntid 64, 2
+.reqntid 128, 1
 { ret; }
 .entry other() { ret; }
 """
@@ -72,10 +72,53 @@ def test_an_unknown_opcode_is_named_with_its_line_and_what_to_do():
 
 
 @pytest.mark.parametrize(
+    ("instruction", "message"),
+    [
+        ("add.rz.f32 %f1, %f1, %f1;", "is unknown with these modifiers, only as add.rn.f32, "),
+        ("ld.global.future.u32 %r1, [%rd1];", "is unknown in this form; add it to tools/ptx/instructions.py"),
+        ("barrier.cluster.arrive;", "is unknown in this form; add it to tools/ptx/instructions.py"),
+        ("call.uni other, ();", "is unknown; add it to tools/ptx/opcodes.py, or to tools/ptx/instructions.py when"),
+        ("tex.1d.v4.f32.s32 {%f1, %f2, %f3, %f4}, [%rd1, {%r1}];", "is unknown; add it to tools/ptx/opcodes.py"),
+    ],
+)
+def test_an_opcode_is_told_from_its_modifiers(instruction, message):
+    opcode = instruction.split()[0].rstrip(";")
+    with pytest.raises(UnknownOpcode, match=re.escape(f"opcode {opcode} {message}")):
+        Machine(module(instruction))
+
+
+def test_ptx_of_a_newer_isa_is_refused_with_what_to_do():
+    text = module("").replace(".version 8.7", ".version 10.1")
+    wanted = "PTX line 2: PTX of ISA 10.1, and this machine knows 9.4; read what changed since in the chapter Release"
+    with pytest.raises(PtxSyntaxError, match=re.escape(wanted)):
+        Machine(text)
+    assert NEWEST == (9, 4)
+    Machine(text.replace(".version 10.1", ".version 9.4"))
+
+
+@pytest.mark.parametrize(
+    ("directive", "message"),
+    [
+        (".reqnctapercluster 2", "the directive .reqnctapercluster of a kernel is unknown; add what it means to"),
+        (".explicitcluster", "the directive .explicitcluster of a kernel is unknown"),
+        (".reqntid 32, 2", "blocks have one dimension here"),
+        (".maxntid 32", None),
+    ],
+)
+def test_kernels_of_clusters_and_of_several_dimensions_are_refused(directive, message):
+    text = module("", threads=32).replace(".reqntid 32", directive)
+    if message is None:
+        Machine(text, threads=32)
+        return
+    with pytest.raises(PtxSyntaxError, match=rf"PTX line \d+: {re.escape(message)}"):
+        Machine(text)
+
+
+@pytest.mark.parametrize(
     ("body", "message"),
     [
         ("bra nowhere;", "there is no label nowhere"),
-        (".local .b8 depot[16];", "the directive .local is unknown"),
+        (".callprototype _ ();", "the directive .callprototype is unknown"),
         ("add.s64 %rd5, %r5, %rd6;", "%r5 is declared as .b32 and used as .u64"),
         ("add.s32 %r5, %r6;", "expected 3 operands"),
         ("add.s32 %r5, %r6, elsewhere;", "elsewhere is no register, number, parameter or shared array"),

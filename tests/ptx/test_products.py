@@ -74,39 +74,46 @@ fill:
     bar.sync 0;
 """
 COLUMNS = 32
-RESULTS = "{" + ", ".join(f"%f{100 + i}" for i in range(COLUMNS // 2)) + "}"
-STORE = "    mul.wide.u32 %rd7, %r1, 64;\n    add.s64 %rd7, %rd1, %rd7;\n" + "".join(
-    f"    st.global.f32 [%rd7+{4 * i}], %f{100 + i};\n" for i in range(COLUMNS // 2)
-)
+
+
+def store(columns):
+    """Return instructions that store what a thread has of a result."""
+    lines = [f"    st.global.f32 [%rd7+{4 * i}], %f{100 + i};\n" for i in range(columns // 2)]
+    return "".join([f"    mul.wide.u32 %rd7, %r1, {2 * columns};\n    add.s64 %rd7, %rd1, %rd7;\n", *lines])
+
+
+STORE = store(COLUMNS)
 WAIT = "    wgmma.commit_group.sync.aligned;\n    wgmma.wait_group.sync.aligned 0;\n"
 
 
-def product(a, b, accumulate="0", kind="f16", tail="1, 1, 0, 0"):
-    opcode = f"wgmma.mma_async.sync.aligned.m64n{COLUMNS}k16.f32.{kind}.{kind}"
-    return f"    {opcode} {RESULTS}, {a}, {b}, {accumulate}, {tail};\n"
+def product(a, b, accumulate="0", kind="f16", tail="1, 1, 0, 0", columns=COLUMNS):
+    depth = 8 if kind == "tf32" else 16
+    opcode = f"wgmma.mma_async.sync.aligned.m64n{columns}k{depth}.f32.{kind}.{kind}"
+    results = "{" + ", ".join(f"%f{100 + i}" for i in range(columns // 2)) + "}"
+    return f"    {opcode} {results}, {a}, {b}, {accumulate}, {tail};\n"
 
 
-def fragments(out):
+def fragments(out, columns=COLUMNS):
     """Put registers together.
 
     d_i of a thread lies in row 16 * warp + lane / 4 + 8 * (i / 2 % 2), column 8 * (i / 4) + 2 * (lane % 4) + i % 2.
     """
-    d = np.zeros((64, COLUMNS), np.float32)
+    d = np.zeros((64, columns), np.float32)
     t = np.arange(128)
-    for i in range(COLUMNS // 2):
+    for i in range(columns // 2):
         d[16 * (t // 32) + t % 32 // 4 + 8 * (i // 2 % 2), 8 * (i // 4) + 2 * (t % 4) + i % 2] = out.reshape(128, -1)[
             :, i
         ]
     return d
 
 
-def operands(kind="f16"):
+def operands(kind="f16", columns=COLUMNS):
     g = np.random.default_rng(3)
-    a, b = g.integers(-8, 9, (64, 16)).astype(np.float32), g.integers(-8, 9, (COLUMNS, 16)).astype(np.float32)
+    a, b = g.integers(-8, 9, (64, 16)).astype(np.float32), g.integers(-8, 9, (columns, 16)).astype(np.float32)
     return a, b, halves(a, kind), halves(b, kind)
 
 
-def run(body, memory, **more):
+def run(body, memory, columns=COLUMNS, **more):
     padded = np.zeros(-(-memory.nbytes // 2048) * 1024, np.uint16)
     padded[: memory.size] = memory
     fill = FILL.replace("SIZE", str(padded.nbytes))
@@ -114,27 +121,61 @@ def run(body, memory, **more):
         body = body.replace("{fill}", fill)
     else:
         body = fill + body
-    return Run(body, out=128 * COLUMNS // 2, dtype=np.float32, threads=128, shared=32768, a=padded, **more)
+    return Run(body, out=64 * columns, dtype=np.float32, threads=128, shared=65536, a=padded, **more)
+
+
+def multiplied(layouts, swizzles, kind, columns):
+    """Return what a product makes of operands in these layouts, and what it should."""
+    a, b, half_a, half_b = operands(kind, columns)
+    memory_a, lead_a, stride_a = (mn_major if layouts[0] else k_major)(half_a, swizzles[0])
+    memory_b, lead_b, stride_b = (mn_major if layouts[1] else k_major)(half_b, swizzles[1])
+    start = -(-memory_a.nbytes // 1024) * 1024
+    memory = np.concatenate([memory_a, np.zeros(start // 2 - memory_a.size, np.uint16), memory_b])
+    first, second = descriptor(0, lead_a, stride_a, swizzles[0]), descriptor(start, lead_b, stride_b, swizzles[1])
+    asked = product(first, second, kind=kind, tail=f"1, 1, {layouts[0]}, {layouts[1]}", columns=columns)
+    out = run("    wgmma.fence.sync.aligned;\n" + asked + WAIT + store(columns), memory, columns).out
+    return fragments(out, columns), a @ b.T
 
 
 @pytest.mark.parametrize("swizzle", [128, 64, 32, 0])
 @pytest.mark.parametrize("transposed", [(0, 0), (1, 0), (0, 1), (1, 1)])
 @pytest.mark.parametrize("kind", ["f16", "bf16"])
 def test_descriptors(swizzle, transposed, kind):
-    a, b, half_a, half_b = operands(kind)
-    memory_a, lead_a, stride_a = (mn_major if transposed[0] else k_major)(half_a, swizzle)
-    memory_b, lead_b, stride_b = (mn_major if transposed[1] else k_major)(
-        half_b, min(swizzle, 64) if transposed[1] else swizzle
-    )
-    swizzle_b = min(swizzle, 64) if transposed[1] else swizzle
-    start = -(-memory_a.nbytes // 1024) * 1024
-    memory = np.concatenate([memory_a, np.zeros(start // 2 - memory_a.size, np.uint16), memory_b])
-    first, second = descriptor(0, lead_a, stride_a, swizzle), descriptor(start, lead_b, stride_b, swizzle_b)
-    body = "    wgmma.fence.sync.aligned;\n" + product(
-        first, second, kind=kind, tail=f"1, 1, {transposed[0]}, {transposed[1]}"
-    )
-    out = run(body + WAIT + STORE, memory).out
-    np.testing.assert_array_equal(fragments(out), a @ b.T)
+    found, expected = multiplied(transposed, (swizzle, swizzle), kind, 64)
+    np.testing.assert_array_equal(found, expected)
+
+
+# All that the kernels use, and the largest.
+@pytest.mark.parametrize("columns", [8, 16, 32, 64, 128, 256])
+@pytest.mark.parametrize("transposed", [0, 1])
+def test_numbers_of_columns(columns, transposed):
+    # A swizzled row of a transposed matrix holds up to 64 columns.
+    swizzle = {8: 0, 16: 32, 32: 64}.get(columns, 128) if transposed else 128
+    found, expected = multiplied((0, transposed), (128, swizzle), "bf16", columns)
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("registers", [False, True])
+@pytest.mark.parametrize("columns", [8, 64])
+def test_products_of_tf32(registers, columns):
+    g = np.random.default_rng(3)
+    a, b = g.integers(-99, 99, (64, 8)).astype(np.float32), g.integers(-99, 99, (columns, 8)).astype(np.float32)
+    # Bits below those of tf32 do not count.
+    bits_a, bits_b = a.view(np.uint32) | 0xFFF, b.view(np.uint32) | 0xFFF
+    memory_b, lead, stride = k_major(bits_b.view(np.uint16), 128)
+    memory_a, _, _ = k_major(bits_a.view(np.uint16), 128)
+    first, body = descriptor(memory_b.nbytes, lead, stride, 128), ""
+    t = np.arange(128)
+    # a_i: row = groupID, + 8 for odd i; column = threadID_in_group, + 4 for i >= 2.
+    words = [bits_a[16 * (t // 32) + t % 32 // 4 + 8 * (i % 2), t % 4 + 4 * (i // 2)] for i in range(4)]
+    if registers:
+        first = "{%r20, %r21, %r22, %r23}"
+        body = "    ld.param.u64 %rd10, [x];\n    mul.wide.u32 %rd11, %r1, 16;\n    add.s64 %rd10, %rd10, %rd11;\n"
+        body += f"    ld.global.v4.b32 {first}, [%rd10];\n"
+    asked = product(first, descriptor(0, lead, stride, 128), kind="tf32", tail="1, 1", columns=columns)
+    body += "    wgmma.fence.sync.aligned;\n" + asked + WAIT + store(columns)
+    out = run(body, np.concatenate([memory_b, memory_a]), columns, x=np.stack(words, 1)).out
+    np.testing.assert_array_equal(fragments(out, columns), a @ b.T)
 
 
 def simple():

@@ -132,6 +132,8 @@ class Assembler:
     def _number(self, text: str, kind: str) -> int:
         if text in self.kernel.shared:
             return self.kernel.shared[text]
+        if text in self.kernel.local:
+            return self.kernel.local[text]
         if text in self._parameters:
             return self._parameters[text]
         if re.fullmatch(r"0[fF][0-9a-fA-F]{8}", text):

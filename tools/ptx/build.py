@@ -6,6 +6,7 @@ import ctypes
 import fcntl
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -31,15 +32,16 @@ class NoCompiler(RuntimeError):
     """There is no C++ compiler on this machine."""
 
 
-def compiler() -> str:
-    """Return the C++ compiler: CXX, else g++ or c++ on the PATH.
+def compiler() -> list[str]:
+    """Return the command of the C++ compiler: CXX, else g++, c++ or clang++ on the PATH.
 
     Raises:
         NoCompiler: there is none.
     """
-    names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "c++"]
+    given = shlex.split(os.environ.get("CXX", ""))
+    names = given[:1] or ["g++", "c++", "clang++"]
     if found := next(filter(None, map(shutil.which, names)), None):
-        return found
+        return [found, *given[1:]]
     named = " or ".join(names)
     raise NoCompiler(f"the PTX machine needs a C++ compiler, and there is no {named}; install g++ or set CXX")
 
@@ -91,7 +93,7 @@ def library() -> ctypes.CDLL:
 
     Raises:
         NoCompiler: there is no compiler.
-        RuntimeError: the compiler fails.
+        RuntimeError: the compiler fails, or the build folder cannot be written.
     """
     header = cases()
     sources = sorted(_SOURCES.glob("*"))
@@ -102,24 +104,35 @@ def library() -> ctypes.CDLL:
         generated = target.with_name("opcodes.h")
         generated.write_text(header, encoding="utf-8")
         main = _SOURCES / "machine.cpp"
-        command = [compiler(), *_FLAGS, f'-DOPCODES_H="{generated}"', str(main), "-o", str(target)]
+        command = [*compiler(), *_FLAGS, f'-DOPCODES_H="{generated}"', str(main), "-o", str(target)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RuntimeError(f"the PTX machine does not compile:\n{done.stderr[:4000]}")
+        if done.returncode or not target.exists():
+            what = done.stderr[:4000] or f"it returned {done.returncode} and said nothing"
+            raise RuntimeError(f"the PTX machine does not compile with {shlex.join(compiler())}; set CXX:\n{what}")
 
     return ctypes.CDLL(str(made_once(f"machine-{digest}.so", compile_to)))
 
 
 def made_once(name: str, make: Callable[[Path], None]) -> Path:
-    """Return a file of the build folder, which `make` writes unless it is there; other processes wait meanwhile."""
-    _BUILD.mkdir(parents=True, exist_ok=True)
+    """Return a file of the build folder, which `make` writes unless it is there; other processes wait meanwhile.
+
+    Raises:
+        RuntimeError: it is not there, and the folder cannot be written.
+    """
     target = _BUILD / name
-    with (_BUILD / f".{name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not target.exists():
-            with tempfile.TemporaryDirectory(dir=_BUILD) as folder:
-                make(Path(folder) / name)
-                os.replace(Path(folder) / name, target)
+    if target.exists():
+        return target
+    try:
+        _BUILD.mkdir(parents=True, exist_ok=True)
+        with (_BUILD / f".{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not target.exists():
+                with tempfile.TemporaryDirectory(dir=_BUILD) as folder:
+                    make(Path(folder) / name)
+                    os.replace(Path(folder) / name, target)
+    except OSError as error:
+        why = f"{name} is to be made in {_BUILD}, which fails ({error}); let that folder be written"
+        raise RuntimeError(why) from error
     return target
 
 

@@ -14,6 +14,7 @@ import torch
 from deberta_kernels.impl import cuda
 from deberta_kernels.impl.cuda import driver, image
 from ptx.cuda_modules import compile_module
+from ptx.drivers.unwritten import new_memory_is_unwritten
 from ptx.machine import Machine, Memory
 from ptx.tensor_map import SWIZZLES, tensor_map
 
@@ -121,6 +122,8 @@ def _launch(
     device: Device, function: Any, x: int, y: int, z: int, threads: int, threads_y: int, threads_z: int, shared: int,
     stream: int, parameters: Any, extra: Any,
 ) -> None:  # fmt: skip
+    if (threads_y, threads_z) != (1, 1):
+        raise ValueError("a block of more than one dimension, which the machine does not know")
     machine = device.machines[device.named(function.value)]
     machine.threads, machine.shared_bytes = threads, machine.program.kernel.shared_bytes + shared
     device.launch(machine.name, x, parameters[0])
@@ -197,5 +200,6 @@ def installed(device: Device) -> Iterator[Device]:
         mock.patch.object(cuda, "_ordinal", return_value=0),
         mock.patch.object(cuda, "_stream", return_value=0),
         mock.patch.object(image, "images", images),
+        new_memory_is_unwritten(),
     ):
         yield device

@@ -38,13 +38,19 @@ class PtxSyntaxError(ValueError):
 
 
 class UnknownOpcode(PtxSyntaxError):
-    """An instruction that is in neither table."""
+    """An instruction that is in neither table.
 
-    def __init__(self, opcode: str, line: int, text: str) -> None:
+    Args:
+        opcode: with all modifiers.
+        forms: that the tables have of it, with other modifiers.
+        table: file that has it with others; None: neither.
+        line, text: where it stands.
+    """
+
+    def __init__(self, opcode: str, forms: list[str], table: str | None, line: int, text: str) -> None:
         self.opcode = opcode
-        super().__init__(
-            f"opcode {opcode} is unknown; add it to tools/ptx/opcodes.py, or to tools/ptx/instructions.py when it is "
-            f"more than an expression of one lane",
-            line,
-            text,
-        )
+        where = f"tools/ptx/{table}" if table else (
+            "tools/ptx/opcodes.py, or to tools/ptx/instructions.py when it is more than an expression of one lane"
+        )  # fmt: skip
+        known = f" with these modifiers, only as {', '.join(forms)}" if forms else " in this form" if table else ""
+        super().__init__(f"opcode {opcode} is unknown{known}; add it to {where}", line, text)

@@ -5,6 +5,7 @@ A handler is a function of cpp/, which documents what settings and operands it w
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Callable
 
@@ -23,7 +24,8 @@ HANDLERS = (
     "do_atomic", "do_shuffle", "do_vote", "do_redux", "do_elect", "do_join", "do_part", "do_matrix", "do_mma",
     "do_copy", "do_copy_commit", "do_copy_wait", "do_product", "do_product_fence", "do_product_commit",
     "do_product_wait", "do_mbarrier_init", "do_mbarrier_fence", "do_proxy_fence", "do_mbarrier_arrive",
-    "do_mbarrier_wait", "do_setmaxnreg", "do_tile_copy", "do_bulk_sum", "do_bulk_commit", "do_bulk_wait",
+    "do_mbarrier_wait", "do_mbarrier_test", "do_setmaxnreg", "do_tile_copy", "do_bulk_sum", "do_bulk_commit",
+    "do_bulk_wait",
 )  # fmt: skip
 
 
@@ -54,7 +56,17 @@ def encode(assembler: Assembler, statement: Statement) -> Encoded:
             encoded = encoder(assembler, operands, found)
             encoded.target = statement.target
             return encoded
-    raise UnknownOpcode(statement.opcode, statement.line, " ".join((statement.opcode, *operands)))
+    raise _unknown(statement)
+
+
+def _unknown(statement: Statement) -> UnknownOpcode:
+    opcode, name = statement.opcode, statement.opcode.split(".")[0]
+    forms = [known for known in OPCODES if known.split(".")[0] == name]
+    table = "opcodes.py" if forms else None
+    if table is None and any(name in re.split(r"\W+", section) for _, section, _ in _ENCODERS):
+        table = "instructions.py"
+    nearest = difflib.get_close_matches(opcode, forms, 3, 0)
+    return UnknownOpcode(opcode, nearest, table, statement.line, " ".join((opcode, *statement.operands)))
 
 
 # ---- Control Flow Instructions
@@ -99,9 +111,9 @@ def _vector_move(a: Assembler, o: list[str], m: re.Match[str]) -> Encoded:
     return Encoded("do_part", [*a.vector(o[0], part), a.register(o[1], whole)], 2, [size])
 
 
-_SPACES = {"global": 0, "shared": 1, "param": 2, None: 3}
+_SPACES = {"global": 0, "shared": 1, "param": 2, None: 3, "local": 4}
 _ACCESS = (
-    r"(ld|st)(?:\.volatile|\.weak|\.relaxed\.\w+)?(?:\.(global|shared|param)(?:::cta)?)?(?:\.nc)?"
+    r"(ld|st)(?:\.volatile|\.weak|\.relaxed\.\w+)?(?:\.(global|shared|param|local)(?:::cta)?)?(?:\.nc)?"
     r"(?:\.(?:ca|cg|cs|lu|cv|wb|wt))?(?:\.L\d(?:::\w+)+)*(?:\.v([24]))?\.([busf])(8|16|32|64)"
 )
 
@@ -113,7 +125,7 @@ def _access(a: Assembler, o: list[str], m: re.Match[str]) -> Encoded:
     first = data.strip("{}").split(",")[0].strip()
     wide = a.is_wide(first) or m[5] == "64"
     # An address is a register of 64 bits, or of 32 in shared memory; a symbol is a number that fits both.
-    narrow = m[2] in ("shared", "param") and not a.address_is_wide(address)
+    narrow = m[2] in ("shared", "param", "local") and not a.address_is_wide(address)
     place, offset = a.address(address, not narrow)
     places = a.vector(data, m[4] + "64" if wide else m[4] + m[5])
     settings = [_SPACES[m[2]], len(places), int(m[5]) // 8, int(m[4] == "s"), int(wide), int(not narrow)]
@@ -127,15 +139,18 @@ _ATOMIC_TYPES = {"u32": 0, "b32": 0, "s32": 1, "u64": 2, "b64": 2, "s64": 3, "f3
 
 @_encodes(
     "Parallel Synchronization and Communication Instructions: atom, red",
-    r"(atom|red)(?:\.(?:relaxed|acq_rel|acquire|release))?(?:\.(?:gpu|cta|sys))?\.global(?:\.(?:gpu|cta|sys))?"
-    r"\.(add|min|max|and|or|xor|exch|cas)\.(\w+)",
+    r"(atom|red)(?:\.(?:relaxed|acq_rel|acquire|release))?(?:\.(?:gpu|cta|sys))?"
+    r"\.(global|shared)(?:::cta)?(?:\.(?:gpu|cta|sys))?\.(add|min|max|and|or|xor|exch|cas)\.(\w+)",
 )
 def _atomic(a: Assembler, o: list[str], m: re.Match[str]) -> Encoded:
     result = m[1] == "atom"
-    places = [a.register(o[0], m[3])] if result else []
-    address, offset = a.address(o[result], True)
-    places += [address, *(a.register(text, m[3]) for text in o[1 + result :])]
-    return Encoded("do_atomic", places, int(result), [_ATOMIC[m[2]], _ATOMIC_TYPES[m[3]], int(result)], offset)
+    places = [a.register(o[0], m[4])] if result else []
+    shared = m[2] == "shared"
+    wide = not shared or a.address_is_wide(o[result])
+    address, offset = a.address(o[result], wide)
+    places += [address, *(a.register(text, m[4]) for text in o[1 + result :])]
+    settings = [_ATOMIC[m[3]], _ATOMIC_TYPES[m[4]], int(result), int(shared), int(wide)]
+    return Encoded("do_atomic", places, int(result), settings, offset)
 
 
 # ---- Data Movement and Conversion Instructions: Asynchronous copy
@@ -262,10 +277,14 @@ def _mbarrier_arrive(a: Assembler, o: list[str], m: re.Match[str]) -> Encoded:
     return Encoded("do_mbarrier_arrive", places, 0, [int(bool(m[1])), int(bool(m[2]))], offset)
 
 
-@_encodes("mbarrier.try_wait", r"mbarrier\.try_wait\.parity(?:\.acquire\.cta)?(?:\.shared(?:::cta)?)?\.b64")
+@_encodes(
+    "mbarrier.test_wait, mbarrier.try_wait",
+    r"mbarrier\.(test|try)_wait\.parity(?:\.acquire\.cta)?(?:\.shared(?:::cta)?)?\.b64",
+)
 def _mbarrier_wait(a: Assembler, o: list[str], m: re.Match[str]) -> Encoded:
     place, offset = a.address(o[1], False)
-    return Encoded("do_mbarrier_wait", [a.register(o[0], "pred"), place, a.register(o[2], "u32")], 1, offset=offset)
+    handler = "do_mbarrier_test" if m[1] == "test" else "do_mbarrier_wait"
+    return Encoded(handler, [a.register(o[0], "pred"), place, a.register(o[2], "u32")], 1, offset=offset)
 
 
 @_encodes("fence.mbarrier_init", r"fence\.mbarrier_init\.release\.cluster")
@@ -317,20 +336,26 @@ def _mma(a: Assembler, o: list[str], m: re.Match[str]) -> Encoded:
 # ---- Asynchronous Warpgroup Level Matrix Multiply-Accumulate Instructions
 
 
-@_encodes("wgmma.mma_async", r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k16\.f32\.(bf16|f16)\.\2")
+@_encodes(
+    "wgmma.mma_async",
+    r"wgmma\.mma_async\.sync\.aligned\.m64n(?P<n>\d+)"
+    r"(?:k16\.f32\.(?P<half>bf16|f16)\.(?P=half)|k8\.f32\.(?P<single>tf32)\.tf32)",
+)
 def _product(a: Assembler, o: list[str], m: re.Match[str]) -> Encoded:
     results = a.vector(o[0], "b32")
-    columns, registers = int(m[1]), o[1].startswith("{")
+    columns, registers = int(m["n"]), o[1].startswith("{")
+    if columns % 8 or not 8 <= columns <= 256:
+        raise a.fail("the columns of a product are a multiple of 8, from 8 to 256")
     if len(results) != columns // 2:
         raise a.fail(f"expected {columns // 2} registers of the result")
     if o[4:6] != ["1", "1"]:
         raise a.fail("products of negated operands are not known here")
     number, predicate = (int(o[3], 0), []) if re.fullmatch(r"-?\d+", o[3]) else (-1, [a.register(o[3], "pred")])
-    transposed = [0, int(o[6])] if registers else [int(o[6]), int(o[7])]
+    transposed = [0, 0] if m["single"] else [0, int(o[6])] if registers else [int(o[6]), int(o[7])]
     first = a.vector(o[1], "b32") if registers else [a.register(o[1], "b64")]
     places = [*results, *first, a.register(o[2], "b64"), *predicate]
     number = int(number != 0) if not predicate else -1
-    settings = [columns, int(registers), *transposed, _ELEMENTS[m[2]], number]
+    settings = [columns, int(registers), *transposed, _ELEMENTS[m["half"] or m["single"]], number]
     return Encoded("do_product", places, len(results), settings)
 
 

@@ -31,20 +31,17 @@ class Memory:
         address, size: in bytes.
         granule: bytes of an element; accesses to different elements never race.
         writable: whether the kernel may write it.
-        defined: whether it holds something already; reading what nobody wrote is an error.
     """
 
     address: int
     size: int
     granule: int = 4
     writable: bool = True
-    defined: bool = True
 
 
 class _Range(ctypes.Structure):
     _fields_ = (
-        ("begin", c_uint64), ("end", c_uint64), ("granule", c_int32), ("writable", c_int32), ("defined", c_int32),
-        ("unused", c_int32),
+        ("begin", c_uint64), ("end", c_uint64), ("granule", c_int32), ("writable", c_int32),
     )  # fmt: skip
 
 
@@ -52,7 +49,7 @@ class _Program(ctypes.Structure):
     _fields_ = (
         ("instructions", c_void_p), ("length", c_int64), ("operands", c_void_p), ("settings", c_void_p),
         ("initial", c_void_p), ("initials", c_int64), ("words", c_int64), ("shared", c_int64), ("threads", c_int64),
-        ("products", c_int64), ("unit", c_int64),
+        ("products", c_int64), ("unit", c_int64), ("local", c_int64),
     )  # fmt: skip
 
 
@@ -146,7 +143,7 @@ class Machine:
             wanted = self.program.kernel.parameter_bytes
             raise ValueError(f"arguments must have {wanted} bytes, got {len(arguments)}.")
         order = np.array(blocks, np.int64)
-        ranges = [_Range(m.address, m.address + m.size, m.granule, m.writable, m.defined) for m in memory]
+        ranges = [_Range(m.address, m.address + m.size, m.granule, m.writable) for m in memory]
         table = (_Range * max(len(ranges), 1))(*ranges)
         # Tensor maps stand on boundaries of 64 bytes.
         held = ctypes.create_string_buffer(len(arguments) + 64)
@@ -166,7 +163,7 @@ class Machine:
         return _Program(
             p.instructions.ctypes.data, len(p.instructions), p.operands.ctypes.data, p.settings.ctypes.data,
             p.initial.ctypes.data, len(p.initial), p.words, self.shared_bytes, self.threads, int(p.products),
-            p.smallest_access,
+            p.smallest_access, p.kernel.local_bytes,
         )  # fmt: skip
 
     def _error(self, error: _Error, seed: int) -> PtxError:

@@ -213,9 +213,9 @@ def _conversions() -> None:
         _add(section, f"cvt.rn.{kind}.f32", "u16 f32", f"to_{kind}(a)")
         _add(section, f"cvt.rn.{kind}x2.f32", "u32 f32 f32", f"uint32_t(to_{kind}(a)) << 16 | to_{kind}(b)")
     _add(section, "cvt.rna.tf32.f32", "u32 u32", "(a + 0x1000) & 0xffffe000")
-    for space in ("shared", "param"):
+    for space in ("shared", "param", "local"):
         section = "Data Movement and Conversion Instructions: cvta"
-        window = {"shared": "kSharedWindow", "param": "kParamWindow"}[space]
+        window = {"shared": "kSharedWindow", "param": "kParamWindow", "local": "kLocalWindow"}[space]
         _add(section, f"cvta.{space}.u64", "u64 u64", f"a | {window}")
         _add(section, f"cvta.to.{space}.u64", "u64 u64", "a & ~kWindowMask")
     _add("Data Movement and Conversion Instructions: cvta", "cvta.to.global.u64 cvta.global.u64", "u64 u64", "a")

@@ -1,7 +1,7 @@
 """Read PTX: one kernel of a module, as statements with the line they stand in.
 
 Follows "Syntax" and "State Spaces, Types, and Variables" of the PTX ISA, as far as compilers use them: no functions, no
-variables but arrays in shared memory.
+variables but arrays in shared and in local memory.
 """
 
 from __future__ import annotations
@@ -12,19 +12,24 @@ from dataclasses import dataclass, field
 
 from ptx.errors import PtxSyntaxError
 
-__all__ = ["Kernel", "Parameter", "Statement", "entries", "parse"]
+__all__ = ["NEWEST", "Kernel", "Parameter", "Statement", "entries", "parse"]
 
+# The PTX ISA that the machine was checked against.
+NEWEST = (9, 4)
+# What may stand between the parameters of a kernel and its body; all but the first is for the assembler.
+_ABOUT_KERNELS = frozenset((".reqntid", ".maxntid", ".minnctapersm", ".maxnreg", ".maxnctapersm", ".pragma"))
 _SIZES = {"b8": 1, "u8": 1, "s8": 1, "b16": 2, "u16": 2, "s16": 2, "f16": 2, "bf16": 2, "b32": 4, "u32": 4, "s32": 4,
           "f32": 4, "b64": 8, "u64": 8, "s64": 8, "f64": 8, "pred": 0}  # fmt: skip
 _ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\(([^)]*)\)([^{]*)\{")
 _PARAMETER = re.compile(r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)[^[]*?([\w$]+)(?:\[(\d+)\])?$", re.S)
-_SHARED = re.compile(r"\.shared\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)(?:\[(\d*)\])?")
+_ARRAY = re.compile(r"\.(?:shared|local)\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)(?:\[(\d*)\])?")
 _ITEM = re.compile(
     r"""\s*(?: (?P<open>\{) | (?P<close>\}) | (?P<label>[\w$]+)\s*:(?!:) | (?P<location>\.(?:loc|file)\b[^\n]*)
     | (?P<directive>\.[a-z][^;]*);
     | (?:@(?P<not>!?)(?P<guard>[%\w$.]+)\s+)? (?P<opcode>[a-z][\w.:]*)\s*(?P<rest>[^;]*); )""",
     re.X,
 )
+_ADD_DIRECTIVE = "add what it means to tools/ptx/parser.py"
 _REGISTERS = re.compile(r"(%?[\w$]+)(?:<(\d+)>)?")
 
 
@@ -72,6 +77,7 @@ class Kernel:
         ranges: type and number by prefix, of registers declared as `%r<40>`.
         shared: offset by name, of arrays in shared memory.
         shared_bytes: where dynamic memory begins.
+        local, local_bytes: the same of arrays in local memory.
     """
 
     name: str
@@ -83,6 +89,8 @@ class Kernel:
     ranges: dict[str, tuple[str, int]] = field(default_factory=dict)
     shared: dict[str, int] = field(default_factory=dict)
     shared_bytes: int = 0
+    local: dict[str, int] = field(default_factory=dict)
+    local_bytes: int = 0
     parents: list[int] = field(default_factory=lambda: [-1])
 
     def register(self, name: str, scope: int) -> tuple[str, str] | None:
@@ -115,18 +123,17 @@ def parse(text: str, name: str | None = None) -> Kernel:
         ValueError: there is no such kernel.
     """
     text = _without_comments(text)
+    _check_version(text)
     found = [m for m in _ENTRY.finditer(text) if name in (None, m[1])]
     if len(found) != 1:
         raise ValueError(f"expected one kernel named {name or '(any)'}, the module has {', '.join(entries(text))}")
     entry = found[0]
     kernel = Kernel(entry[1])
     _read_parameters(kernel, entry[2])
-    if threads := re.search(r"\.reqntid\s+(\d+)(?:\s*,\s*(\d+))?(?:\s*,\s*(\d+))?", entry[3]):
-        x, y, z = (int(n or 1) for n in threads.groups())
-        kernel.threads = x * y * z
+    _read_about_kernel(kernel, entry[3], text.count("\n", 0, entry.start(3)) + 1)
     before = text[: entry.start()]
     outside = before[: before.find(".entry")] if ".entry" in before else before
-    declarations = list(_SHARED.finditer(outside))
+    declarations = [m for m in _ARRAY.finditer(outside) if m[0].startswith(".shared")]
     for declaration in declarations:
         if declaration[4] != "":
             _declare_shared(kernel, declaration)
@@ -141,6 +148,28 @@ def parse(text: str, name: str | None = None) -> Kernel:
 def _without_comments(text: str) -> str:
     """Return the text with blanks for comments, so that places in it stay where they are."""
     return re.sub(r"//[^\n]*|/\*.*?\*/", lambda m: re.sub(r"[^\n]", " ", m[0]), text, flags=re.S)
+
+
+def _check_version(text: str) -> None:
+    found = re.search(r"^\s*\.version\s+(\d+)\.(\d+)", text, re.M)
+    if found and (int(found[1]), int(found[2])) > NEWEST:
+        known = ".".join(map(str, NEWEST))
+        why = (
+            f"PTX of ISA {found[1]}.{found[2]}, and this machine knows {known}; read what changed since in the chapter "
+            "Release Notes of the PTX ISA, add it to tools/ptx/instructions.py and opcodes.py, and raise NEWEST in "
+            "tools/ptx/parser.py"
+        )
+        raise PtxSyntaxError(why, text.count("\n", 0, found.start(1)) + 1, found[0])
+
+
+def _read_about_kernel(kernel: Kernel, text: str, line: int) -> None:
+    for word in re.findall(r"\.[a-z]\w*", text):
+        if word not in _ABOUT_KERNELS:
+            raise PtxSyntaxError(f"the directive {word} of a kernel is unknown; {_ADD_DIRECTIVE}", line, text)
+    if threads := re.search(r"\.reqntid\s+(\d+)((?:\s*,\s*\d+)*)", text):
+        if any(int(n) != 1 for n in re.findall(r"\d+", threads[2])):
+            raise PtxSyntaxError("blocks have one dimension here", line, text)
+        kernel.threads = int(threads[1])
 
 
 def _read_parameters(kernel: Kernel, text: str) -> None:
@@ -159,11 +188,15 @@ def _read_parameters(kernel: Kernel, text: str) -> None:
 
 
 def _declare_shared(kernel: Kernel, found: re.Match[str]) -> None:
+    kernel.shared[found[3]], kernel.shared_bytes = _placed(found, kernel.shared_bytes)
+
+
+def _placed(found: re.Match[str], used: int) -> tuple[int, int]:
+    """Return where an array begins behind what is used, and how much is used then; without a size it has none."""
     size = _SIZES[found[2]]
     align = int(found[1] or size)
-    at = -(-kernel.shared_bytes // align) * align
-    kernel.shared[found[3]] = at
-    kernel.shared_bytes = at + (size * int(found[4] or 1) if found[4] != "" else 0)
+    at = -(-used // align) * align
+    return at, at + (size * int(found[4] or 1) if found[4] != "" else 0)
 
 
 def _read_body(kernel: Kernel, text: str, at: int) -> None:
@@ -198,13 +231,16 @@ def _read_body(kernel: Kernel, text: str, at: int) -> None:
 
 def _read_directive(kernel: Kernel, text: str, scope: int, line: int) -> None:
     word = text.split(None, 1)[0]
-    if word == ".shared" and (found := _SHARED.match(text)):
+    if word == ".shared" and (found := _ARRAY.match(text)):
         _declare_shared(kernel, found)
+        return
+    if word == ".local" and (found := _ARRAY.match(text)):
+        kernel.local[found[3]], kernel.local_bytes = _placed(found, kernel.local_bytes)
         return
     if word == ".pragma":
         return
     if word != ".reg":
-        raise PtxSyntaxError(f"the directive {word} is unknown", line, text)
+        raise PtxSyntaxError(f"the directive {word} is unknown; {_ADD_DIRECTIVE}", line, text)
     _, kind, names = text.split(None, 2)
     for name, count in _REGISTERS.findall(names):
         if count:

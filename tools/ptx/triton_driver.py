@@ -17,6 +17,7 @@ from triton.compiler.compiler import CompiledKernel
 
 from deberta_kernels.impl import triton as backend
 from deberta_kernels.impl.triton import backward_plan, execute, plan, tuning
+from ptx.drivers.unwritten import new_memory_is_unwritten
 from ptx.machine import Machine, Memory
 
 __all__ = ["Device", "installed"]
@@ -158,6 +159,7 @@ def installed(device: Device) -> Iterator[Device]:
         mock.patch.object(plan, "rows_of_program", all_rows),
         mock.patch.object(backward_plan, "rows_of_program", all_rows),
         mock.patch.object(execute, "_compiled", {}),
+        new_memory_is_unwritten(),
     ):
         triton.runtime.driver.set_active(_Driver(device))
         try:

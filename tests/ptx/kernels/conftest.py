@@ -11,9 +11,13 @@ def pytest_ignore_collect(collection_path):
     """Triton takes ten seconds a variant, so `make test-ptx` alone asks for it."""
     if collection_path.name in ("test_triton.py", "test_self_test.py") and "triton" not in needs.required:
         return True
-    if collection_path.name == "test_cuda_faults.py" and "nvrtc" not in needs.required:
+    if collection_path.name == "test_cuda_faults.py" and "cuda_compiler" not in needs.required:
         return True  # a compilation each
-    if collection_path.name == "test_cuda.py" and not cuda_modules.compilers() and "nvrtc" not in needs.required:
+    if (
+        collection_path.name == "test_cuda.py"
+        and not cuda_modules.compilers()
+        and "cuda_compiler" not in needs.required
+    ):
         return True
     return None
 

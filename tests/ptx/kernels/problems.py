@@ -9,7 +9,7 @@ from deberta_kernels.testing import budget, inputs
 from deberta_kernels.testing.backends import Target
 from deberta_kernels.testing.inputs import DOUTS, KEY_MASKS, LAYOUTS, PAIR_MASKS, Case
 
-__all__ = ["FAR", "FEW_KEYS", "GENERAL", "SHORT", "check", "every_case", "variant"]
+__all__ = ["FAR", "FEW_KEYS", "GENERAL", "SHORT", "check", "every_case"]
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # Longer than what saturates: tiles of every zone.
@@ -50,19 +50,6 @@ FEW_KEYS = [
     Case(batch=2, heads=2, nq=3, nk=1, dtype=BF16, dropout_p=0.1, terms="none"),
     Case(batch=1, heads=1, nq=90, nk=1, dtype=BF16, dropout_p=0.1, prefix_length=1),
 ]  # fmt: skip
-
-
-def variant(case: Case) -> str:
-    """Return what is compiled for a case, in words: cases of one variant should run in one process."""
-    masked = "pair" if case.mask in PAIR_MASKS else "mask" if case.mask != "none" else ""
-    parts = (
-        str(case.dtype).removeprefix("torch."),
-        f"D{case.head_dim}",
-        case.terms == "none",
-        masked,
-        case.dropout_p > 0,
-    )
-    return "-".join(map(str, parts))
 
 
 def every_case() -> list[Case]:

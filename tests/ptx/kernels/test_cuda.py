@@ -45,7 +45,7 @@ def in_order(device):
 
 
 def named(cases):
-    return [pytest.param(c, id=c.id, marks=pytest.mark.xdist_group(f"cuda {c.dtype} {c.head_dim}")) for c in cases]
+    return [pytest.param(c, id=c.id) for c in cases]
 
 
 @pytest.mark.parametrize("case", named(CASES))

@@ -14,7 +14,8 @@
 namespace ptx {
 
 // Addresses of the generic space that are not global memory.
-constexpr uint64_t kSharedWindow = 1ull << 60, kParamWindow = 2ull << 60, kWindowMask = 15ull << 60;
+constexpr uint64_t kSharedWindow = 1ull << 60, kParamWindow = 2ull << 60, kLocalWindow = 3ull << 60,
+                   kWindowMask = 15ull << 60;
 
 struct NamedBarrier {
   int expected = 0, arrived = 0;  // warps
@@ -82,6 +83,7 @@ struct Block {
   std::vector<BulkCopy*> bulk;
   int bulk_agents = 0, next_agent = 0;
   int64_t events = 0;  // things that a waiting warp may have waited for
+  int polls = 0;       // turns of warps that poll, since something else happened
   int registers_free = 0;
   uint32_t late = 0;  // warps that run only while no other can
 

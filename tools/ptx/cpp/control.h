@@ -181,6 +181,21 @@ inline void do_mbarrier_wait(Block& block, Warp& warp, const Instruction& i, uin
   warp.reg(o[0])[0] |= lanes;
 }
 
+// mbarrier.test_wait.parity: tells, and waits for nothing. A warp that is told no gives way to those that can go on.
+inline void do_mbarrier_test(Block& block, Warp& warp, const Instruction& i, uint32_t lanes) {
+  const int32_t* o = block.operands(i);
+  uint32_t over = 0;
+  for (int lane = 0; lane < kLanes; lane++) {
+    if (!(lanes >> lane & 1)) continue;
+    Mbarrier& m = mbarrier_at(block, warp, shared_address(warp, i, o[1], lane), lane);
+    if ((m.phase & 1) == (warp.reg(o[2])[lane] & 1)) continue;
+    over |= 1u << lane;
+    warp.clock.known.join(m.done);
+  }
+  warp.reg(o[0])[0] = (warp.reg(o[0])[0] & ~lanes) | over;
+  if (over != lanes) warp.waits_for = Ask::kTurn, warp.asked_at = block.events;
+}
+
 // ---- setmaxnreg. Settings: 1 to take registers, 0 to give some; how many a thread has then.
 
 inline void do_setmaxnreg(Block& block, Warp& warp, const Instruction& i, uint32_t lanes) {

@@ -12,13 +12,15 @@
 
 namespace ptx {
 
+// What memory that nobody has written holds, by 2 bytes: a NaN in every type of floats that no computation yields. It is
+// put there by who allocates, and tells what was never written across launches, views and work of the host.
+constexpr uint16_t kUnwritten = 0xffa5;
+
 // Mirrored in tools/ptx/machine.py.
 struct Range {
   uint64_t begin, end;
   int32_t granule;  // bytes of an element: 1, 2 or 4
   int32_t writable;
-  int32_t defined;  // whether it holds something when the launch starts
-  int32_t unused;
 };
 
 class GlobalMemory {
@@ -38,6 +40,7 @@ class GlobalMemory {
               const void* data = nullptr) {
     Region& region = find(at, bytes, access);
     uint64_t offset = at - region.range.begin / kChunk * kChunk;  // so that vectors are whole chunks
+    if (!write || atomic) check_written(region, at, bytes, access);
     if (!write) {
       region.chunks.for_each(offset, bytes, [&](Cell& cell, uint64_t) { read_cell(cell, access, region, at); });
       return;
@@ -95,14 +98,37 @@ class GlobalMemory {
           (unsigned long long)(nearest->range.end - nearest->range.begin));
   }
 
+  // Whether one of these elements holds nothing but what new memory holds.
+  void check_written(const Region& region, uint64_t at, unsigned bytes, const Access& access) const {
+    if (!looks_unwritten(at, bytes)) return;
+    unsigned granule = region.range.granule;
+    for (uint64_t element = at / granule * granule; element < at + bytes; element += granule) {
+      bool written = false;
+      for (uint64_t byte = element; byte < element + granule; byte++)
+        written |= *reinterpret_cast<const uint8_t*>(byte) != (byte & 1 ? kUnwritten >> 8 : kUnwritten & 0xff);
+      if (!written)
+        fault(access.lane, "%s of memory that nobody wrote, at %s", access.verb, place(region, element).c_str());
+    }
+  }
+
+  // Quick, and true too often: some two bytes look so, or one that is alone.
+  static bool looks_unwritten(uint64_t at, unsigned bytes) {
+    const uint8_t* memory = reinterpret_cast<const uint8_t*>(at);
+    if (bytes == 1 || at & 1) return true;
+    bool found = false;
+    for (unsigned i = 0; i < bytes; i += 2) {
+      uint16_t pair;
+      memcpy(&pair, memory + i, 2);
+      found |= pair == kUnwritten;
+    }
+    return found;
+  }
+
   void read_cell(Cell& cell, const Access& access, const Region& region, uint64_t at) {
     uint32_t writer = cell.write_block & ~kAtomic;
-    if (writer == 0) {
-      if (!region.range.defined)
-        fault(access.lane, "%s of memory that nobody wrote, at %s", access.verb, place(region, at).c_str());
-    } else if (writer != block_) {
+    if (writer && writer != block_) {
       fault(access.lane, "race: %s of what block %u wrote, at %s", access.verb, writer - 1, place(region, at).c_str());
-    } else if (!access.after_write(cell.write)) {
+    } else if (writer && !access.after_write(cell.write)) {
       conflict(access, region, at, cell.write, "wrote");
     }
     if (cell.read_block != block_) cell.read_block = cell.read_block ? kManyBlocks : block_;

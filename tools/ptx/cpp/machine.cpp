@@ -99,6 +99,8 @@ void start_block(Block& block, uint32_t* registers, const int64_t* at, const int
     warp.id = warp.clock.self = w;
     warp.registers = registers + program.words * w;
     warp.registers_per_thread = each;
+    warp.local.assign(kLanes * program.local, 0xff);
+    warp.local_written.assign(kLanes * program.local, 0);
     warp.busy.assign(program.words / kLanes + 1, 0);
     warp.busy_until.assign(program.words / kLanes + 1, 0);
     warp.accessed.assign(program.words / kLanes + 1, 0);
@@ -120,18 +122,24 @@ std::string who_waits(const Block& block) {
   return text;
 }
 
+// Turns without any event after which warps that poll are taken to wait for ever.
+constexpr int kMostPolls = 100000;
+
 // One turn of the block. Returns whether it goes on.
 bool turn(Block& block, Warp*& current) {
-  uint32_t ready = 0, running = 0;
+  uint32_t ready = 0, running = 0, polling = 0;
   for (Warp& warp : block.warps) {
     if (warp.waits_for == Ask::kEvent && warp.asked_at != block.events) warp.wake();
+    if (warp.waits_for == Ask::kTurn && warp.asked_at != block.events) warp.waits_for = Ask::kNothing, block.polls = 0;
     if (warp.done()) continue;
     running |= 1u << warp.id;
     if (warp.waits_for == Ask::kNothing) ready |= 1u << warp.id;
+    if (warp.waits_for == Ask::kTurn) polling |= 1u << warp.id;
   }
   if (!running) return false;
   bool land = !block.bulk.empty() && (!ready || block.draw(4) == 0);
   if (land) land_bulk(block, block.draw(block.bulk.size()));
+  if (!ready && !land && block.polls++ < kMostPolls) ready = polling;
   if (!ready && !land) {
     for (Warp& warp : block.warps)
       if (!warp.done()) {
@@ -145,6 +153,7 @@ bool turn(Block& block, Warp*& current) {
   int skip = block.draw(__builtin_popcount(ready));
   while (skip--) ready &= ready - 1;
   current = &block.warps[__builtin_ctz(ready)];
+  if (current->waits_for == Ask::kTurn) current->waits_for = Ask::kNothing;
   run_warp(block, *current, 1 + (block.draw(8) ? block.draw(4000) : block.draw(20)));
   return true;
 }
@@ -216,6 +225,7 @@ bool run_block(Block& block, int64_t number, PtxError& error) {
 extern "C" const int64_t ptx_sizes[] = {sizeof(PtxLaunch),     sizeof(PtxError),   sizeof(ptx::Instruction),
                                         sizeof(ptx::Initial),  sizeof(ptx::Range), sizeof(ptx::Count),
                                         sizeof(ptx::TensorMap)};
+extern "C" const uint16_t ptx_unwritten = ptx::kUnwritten;
 
 // Returns 0, or 1 with the error filled in.
 extern "C" int ptx_run(const PtxLaunch* launch, PtxError* error) {

@@ -4,7 +4,7 @@
 
 namespace ptx {
 
-enum Space { kGlobal, kShared, kParam, kGeneric };
+enum Space { kGlobal, kShared, kParam, kGeneric, kLocal };
 
 // ld and st. Settings: state space, registers a lane, bytes of each, whether they are signed, whether registers are
 // wide. Operands: the data and the address; of a load the data first, of a store behind.
@@ -124,6 +124,25 @@ inline void parameter_load(Block& block, Warp& warp, uint32_t lanes, const Move&
   }
 }
 
+// Local memory is a lane's own.
+inline void local_move(Warp& warp, uint32_t lanes, const Move& move, const uint64_t* at, bool load) {
+  unsigned bytes = move.vector * move.bytes;
+  size_t size = warp.local.size() / kLanes;
+  for (int lane = 0; lane < kLanes; lane++) {
+    if (!(lanes >> lane & 1)) continue;
+    uint64_t offset = at[lane] & ~kWindowMask;
+    check_aligned(offset, bytes, lane, load ? "load of local memory" : "store to local memory");
+    if (offset + bytes > size)
+      fault(lane, "%s out of range: %u bytes at byte %llu of local memory, which has %zu", load ? "load" : "store",
+            bytes, (unsigned long long)offset, size);
+    uint8_t *memory = &warp.local[lane * size + offset], *written = &warp.local_written[lane * size + offset];
+    if (load && !std::all_of(written, written + bytes, [](uint8_t x) { return x != 0; }))
+      fault(lane, "load of local memory that nobody wrote, at byte %llu", (unsigned long long)offset);
+    if (load) load_lane(warp, move, lane, memory);
+    else store_lane(warp, move, lane, memory), std::fill_n(written, bytes, 1);
+  }
+}
+
 inline void move(Block& block, Warp& warp, const Instruction& i, uint32_t lanes, bool load) {
   Move move = move_of(block, i, load);
   uint64_t at[kLanes];
@@ -135,9 +154,13 @@ inline void move(Block& block, Warp& warp, const Instruction& i, uint32_t lanes,
     for (int lane = 0; lane < kLanes; lane++)
       if (lanes >> lane & 1 && (at[lane] & kWindowMask) != window)
         fault(lane, "generic addresses of one instruction are in several state spaces");
-    move.space = window == kSharedWindow ? kShared : window == kParamWindow ? kParam : kGlobal;
+    move.space = window == kSharedWindow  ? kShared
+                 : window == kParamWindow ? kParam
+                 : window == kLocalWindow ? kLocal
+                                          : kGlobal;
   }
   if (move.space == kGlobal) return global_move(block, warp, i, lanes, move, at, load);
+  if (move.space == kLocal) return local_move(warp, lanes, move, at, load);
   if (move.space == kParam && load) return parameter_load(block, warp, lanes, move, at);
   if (move.space == kParam) fault(first_lane(lanes), "store to a parameter");
   uint32_t shared_at[kLanes];
@@ -152,8 +175,8 @@ inline void do_store(Block& block, Warp& warp, const Instruction& i, uint32_t la
   move(block, warp, i, lanes, false);
 }
 
-// atom and red, of global memory. Settings: operation, type, whether there is a result. Operands: the result, if any,
-// the address, b, and c of cas.
+// atom and red. Settings: operation, type, whether there is a result, whether it is of shared memory, whether the
+// address is wide. Operands: the result, if any, the address, b, and c of cas. They order nothing but each other.
 enum AtomicOperation {
   kAtomicAdd,
   kAtomicMin,
@@ -186,22 +209,34 @@ inline T atomic_result(AtomicOperation operation, T old, T b, T c) {
 template <class T>
 inline void atomic(Block& block, Warp& warp, const Instruction& i, uint32_t lanes) {
   const int32_t *s = block.settings(i), *o = block.operands(i);
-  bool result = s[2] != 0;
+  bool result = s[2] != 0, shared = s[3] != 0, wide = s[4] != 0;
   int32_t address = o[result], b = o[result + 1], c = o[i.count - 1];
   uint64_t at[kLanes] = {};
   for (int lane = 0; lane < kLanes; lane++) {
     if (!(lanes >> lane & 1)) continue;
-    at[lane] = warp.wide(address)[lane] + i.offset;
+    at[lane] = (wide ? warp.wide(address)[lane] : warp.reg(address)[lane]) + i.offset;
     check_aligned(at[lane], sizeof(T), lane, "atomic operation");
-    block.global.access(at[lane], sizeof(T), block.by_lane(warp, lane, "atomic operation"), true, true);
-    T old, *memory = reinterpret_cast<T*>(at[lane]);
+    Access access = block.by_lane(warp, lane, "atomic operation");
+    if (shared) {
+      check_shared(block, uint32_t(at[lane]), sizeof(T), lane, "atomic operation");
+      block.shadow.atomic(uint32_t(at[lane]), sizeof(T), access);
+    } else {
+      block.global.access(at[lane], sizeof(T), access, true, true);
+    }
+    T old;
+    void* memory = shared ? static_cast<void*>(&block.shared[uint32_t(at[lane])]) : reinterpret_cast<void*>(at[lane]);
     memcpy(&old, memory, sizeof(T));
     T value = atomic_result<T>(AtomicOperation(s[0]), old, Lane<T>::read(warp.reg(b), lane),
                                Lane<T>::read(warp.reg(c), lane));
     memcpy(memory, &value, sizeof(T));
     if (result) Lane<T>::write(warp.reg(o[0]), lane, old);
   }
-  count_sectors(at, lanes, sizeof(T), block.count(i));
+  warp.clock.unsynchronised |= lanes;
+  if (!shared) return count_sectors(at, lanes, sizeof(T), block.count(i));
+  // At least these: lanes that meet in a word take turns.
+  uint32_t shared_at[kLanes];
+  std::copy_n(at, kLanes, shared_at);
+  count_wavefronts(shared_at, lanes, sizeof(T), block.count(i));
 }
 
 inline void do_atomic(Block& block, Warp& warp, const Instruction& i, uint32_t lanes) {

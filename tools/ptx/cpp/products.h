@@ -7,7 +7,8 @@
 
 namespace ptx {
 
-constexpr int kMaxColumns = 256, kDepth = 16;
+// A product is 32 bytes deep: 16 halves, or 8 numbers of tf32.
+constexpr int kMaxColumns = 256, kMaxDepth = 16;
 
 // Settings: columns, whether a comes from registers, whether a and b are transposed, element type, whether there is a
 // number instead of a predicate for accumulating (-1: a predicate). Operands: d, a (4 registers or a descriptor), the
@@ -53,31 +54,32 @@ struct Descriptor {
 
 using Convert = float (*)(uint32_t);
 
-// Read rows x 16 elements and hand each out: store(row, k, value).
-template <Convert kFrom, class Store>
+// Read rows of elements of type T and hand each out: store(row, k, value).
+template <class T, Convert kFrom, class Store>
 inline void read_operand(Block& block, const Access& access, uint64_t bits, int rows, bool transposed, Store store) {
+  constexpr int kPiece = 16 / sizeof(T), kDepth = 2 * kPiece;
   Descriptor descriptor(bits);
-  int outer = transposed ? kDepth : rows, pieces = (transposed ? rows : kDepth) / 8;
+  int outer = transposed ? kDepth : rows, pieces = (transposed ? rows : kDepth) / kPiece;
   for (int x = 0; x < outer; x++)
     for (int p = 0; p < pieces; p++) {
       uint32_t at = transposed ? descriptor.transposed_piece(x, p) : descriptor.piece(x, p);
       check_shared(block, at, 16, -1, access.verb);
       block.shadow.read(at, 16, access);
-      uint16_t values[8];
+      T values[kPiece];
       memcpy(values, &block.shared[at], 16);
-      for (int j = 0; j < 8; j++)
-        transposed ? store(8 * p + j, x, kFrom(values[j])) : store(x, 8 * p + j, kFrom(values[j]));
+      for (int j = 0; j < kPiece; j++)
+        transposed ? store(kPiece * p + j, x, kFrom(values[j])) : store(x, kPiece * p + j, kFrom(values[j]));
     }
 }
 
 // Operands in the order in which lanes want them: a[warp][row / 8][k][row % 8], b[2 * (column / 8) + column %
 // 2][k][...].
 struct ProductOperands {
-  float a[4][2][kDepth][8];
-  float b[kMaxColumns / 4][kDepth][4];
+  float a[4][2][kMaxDepth][8];
+  float b[kMaxColumns / 4][kMaxDepth][4];
 };
 
-template <Convert kFrom>
+template <class T, Convert kFrom>
 inline void read_operands(Block& block, int group, const Product& product, const Access& access, ProductOperands& to) {
   ProductShape shape = shape_of(block, *product.instruction);
   const int32_t* o = block.operands(*product.instruction) + shape.results();
@@ -86,18 +88,23 @@ inline void read_operands(Block& block, int group, const Product& product, const
       for (int r = 0; r < 4; r++)
         for (int lane = 0; lane < kLanes; lane++) {
           uint32_t pair = block.warps[4 * group + w].reg(o[r])[lane];
+          if (sizeof(T) == 4) {
+            to.a[w][r % 2][lane % 4 + 4 * (r / 2)][lane / 4] = kFrom(pair);
+            continue;
+          }
           int k = 2 * (lane % 4) + 8 * (r / 2);
           to.a[w][r % 2][k][lane / 4] = kFrom(pair & 0xffff), to.a[w][r % 2][k + 1][lane / 4] = kFrom(pair >> 16);
         }
   } else {
-    read_operand<kFrom>(block, access, product.first, 64, shape.transpose_a,
-                        [&](int row, int k, float x) { to.a[row / 16][row / 8 % 2][k][row % 8] = x; });
+    read_operand<T, kFrom>(block, access, product.first, 64, shape.transpose_a,
+                           [&](int row, int k, float x) { to.a[row / 16][row / 8 % 2][k][row % 8] = x; });
   }
-  read_operand<kFrom>(block, access, product.second, shape.columns, shape.transpose_b,
-                      [&](int column, int k, float x) { to.b[2 * (column / 8) + column % 2][k][column % 8 / 2] = x; });
+  read_operand<T, kFrom>(block, access, product.second, shape.columns, shape.transpose_b,
+                         [&](int column, int k, float x) { to.b[2 * (column / 8) + column % 2][k][column % 8 / 2] = x; });
 }
 
 // Register 2 * pair + ... of lane l holds rows l / 4 and l / 4 + 8, columns 8 * (pair / 2) + 2 * (l % 4) + pair % 2.
+template <int kDepth>
 inline void multiply(Block& block, int group, const Product& product, const ProductOperands& from) {
   ProductShape shape = shape_of(block, *product.instruction);
   const int32_t* results = block.operands(*product.instruction);
@@ -136,10 +143,14 @@ inline void compute(Block& block, int number, Product& product) {
                 -1,
                 "wgmma operand"};
   static thread_local ProductOperands operands;
-  if (shape_of(block, *product.instruction).element == kBf16)
-    read_operands<from_bf16>(block, number, product, access, operands);
-  else read_operands<from_f16>(block, number, product, access, operands);
-  multiply(block, number, product, operands);
+  switch (shape_of(block, *product.instruction).element) {
+    case kBf16: read_operands<uint16_t, from_bf16>(block, number, product, access, operands); break;
+    case kF16: read_operands<uint16_t, from_f16>(block, number, product, access, operands); break;
+    default:
+      read_operands<uint32_t, from_tf32>(block, number, product, access, operands);
+      return multiply<8>(block, number, product, operands);
+  }
+  multiply<16>(block, number, product, operands);
 }
 
 // ---- Registers in flight: d may be touched by products alone, a may be read

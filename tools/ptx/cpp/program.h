@@ -46,6 +46,7 @@ struct Program {
   int64_t threads;
   int64_t products;  // whether wgmma is used
   int64_t unit;      // bytes of the smallest access to shared memory
+  int64_t local;     // bytes of a lane
 };
 
 }  // namespace ptx

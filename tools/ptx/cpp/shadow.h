@@ -1,6 +1,7 @@
 // The past of shared memory: who wrote an element last, who has read it since. Two accesses of which one writes, and
 // that nothing orders, are a race (FastTrack, Flanagan and Freund 2009, with one clock per warp).
 #pragma once
+#include <map>
 #include <vector>
 
 #include "chunks.h"
@@ -67,9 +68,11 @@ class Shadow {
   void reset(size_t bytes, unsigned unit, int agents) {
     chunks_.reset(bytes, unit);
     pool_.reset(agents);
+    atomics_.clear();
   }
 
   void read(uint32_t at, unsigned bytes, const Access& access) {
+    if (!atomics_.empty()) check_atomics(at, bytes, access, false);
     chunks_.for_each(at, bytes, [&](Cell& cell, uint64_t byte) { read_cell(cell, access, byte); });
   }
 
@@ -77,8 +80,24 @@ class Shadow {
   // no race, since Triton writes values that several warps hold from each of them. Null: never the same.
   void write(uint32_t at, unsigned bytes, const Access& access, const uint8_t* data = nullptr,
              const uint8_t* memory = nullptr) {
+    if (!atomics_.empty()) check_atomics(at, bytes, access, true);
     bool same = data != nullptr && std::equal(data, data + bytes, memory);
     chunks_.for_each(at, bytes, [&](Cell& cell, uint64_t byte) { write_cell(cell, access, byte, same); });
+  }
+
+  // An atomic operation races with no other one, but with every other access that nothing orders.
+  void atomic(uint32_t at, unsigned bytes, const Access& access) {
+    for (uint32_t word = at / 4; word < (at + bytes) / 4; word++) {
+      std::vector<Record>& earlier = atomics_[word];
+      chunks_.for_each(4 * word, 4, [&](Cell& cell, uint64_t byte) {
+        if (cell.write == 0) nobody_wrote(access, byte);
+        if (!earlier.empty()) cell.write = access.record;
+        write_cell(cell, access, byte, false);
+      });
+      earlier.erase(std::remove_if(earlier.begin(), earlier.end(), [&](Record old) { return access.after(old); }),
+                    earlier.end());
+      earlier.push_back(access.record);
+    }
   }
 
   // Set the past of these bytes without asking about the one they had.
@@ -111,8 +130,7 @@ class Shadow {
 
   void read_cell(Cell& cell, const Access& access, uint64_t byte) {
     if (!access.after_write(cell.write)) conflict(access, byte, cell.write, "wrote");
-    if (cell.write == 0)
-      fault(access.lane, "%s of shared memory that nobody wrote, at byte %llu", access.verb, (unsigned long long)byte);
+    if (cell.write == 0) nobody_wrote(access, byte);
     for (Record& old : cell.reads)
       if (replace(old, access)) return;
     if (cell.more == 0) cell.more = pool_.allot();
@@ -147,6 +165,20 @@ class Shadow {
     cell = Cell();
   }
 
+  void check_atomics(uint32_t at, unsigned bytes, const Access& access, bool write) {
+    for (uint32_t word = at / 4; word <= (at + bytes - 1) / 4; word++) {
+      auto found = atomics_.find(word);
+      if (found == atomics_.end()) continue;
+      for (Record old : found->second)
+        if (!access.after_write(old)) conflict(access, 4 * word, old, "changed atomically");
+      if (write) atomics_.erase(found);
+    }
+  }
+
+  [[noreturn, gnu::cold]] static void nobody_wrote(const Access& access, uint64_t byte) {
+    fault(access.lane, "%s of shared memory that nobody wrote, at byte %llu", access.verb, (unsigned long long)byte);
+  }
+
   [[noreturn, gnu::cold]] static void conflict(const Access& access, uint64_t byte, Record other, const char* did) {
     int agent = agent_of(other), lane = lane_of(other);
     unsigned long long at = byte;
@@ -159,6 +191,8 @@ class Shadow {
 
   Chunks<Cell, Shadow> chunks_{*this};
   ReaderPool pool_;
+  // By word of 4 bytes, the atomic operations that are not in the past of a later one.
+  std::map<uint32_t, std::vector<Record>> atomics_;
 };
 
 }  // namespace ptx

@@ -16,7 +16,8 @@ struct Path {
   bool meets;        // it waits for the other lanes of the warp
 };
 
-enum class Ask { kNothing, kEvent, kBarrier };
+// A warp that waits for its turn could go on, and would find what it found.
+enum class Ask { kNothing, kEvent, kBarrier, kTurn };
 
 struct Warp {
   int id = 0;
@@ -56,6 +57,9 @@ struct Warp {
   // cp.reduce.async.bulk: groups in flight
   uint32_t bulk_clock = 0, bulk_lanes = 0;
   std::vector<uint32_t> bulk_groups;
+
+  // Local memory, lane by lane, and which bytes of it were written.
+  std::vector<uint8_t> local, local_written;
 
   int registers_per_thread = 0;
 

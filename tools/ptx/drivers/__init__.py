@@ -1,0 +1,1 @@
+"""What the drivers of both backends share, and what is measured through them."""
