@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from ptx.machine import Machine, Memory
-from ptx.errors import PtxError
 from ptx.mutations import Mutant, is_ordering, mutants, try_mutant, without
 from ptx.redundancy import reason
 from ptx.triton_driver import Device, laid_out, memory_of
@@ -169,7 +168,7 @@ def outcomes(launches: list[Launch]) -> dict[Mutant, tuple[str, str]]:
         if what := try_mutant(machine, mutant, runs):
             found[mutant] = "noticed", what
             continue
-        why = reason(machine.program, mutant.index)
+        why = reason(machine.program, mutant.index, machine.counts[:, 0])
         if why == "other bytes":
             with without(machine, mutant):
                 why = why if list(map(_excused, every)) == excused else ""

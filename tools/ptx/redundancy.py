@@ -10,27 +10,31 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
 from ptx.program import Program
 
 __all__ = ["CLASSES", "reason"]
 
 # By name: what the program says, and for which instructions.
 CLASSES = {
-    "no access between": "no memory that somebody writes is accessed between it and the barriers before, or those behind",
+    "no access between": "no memory that is written is accessed between it and the barriers before, or those behind",
     "loads alone": "on both sides up to the next barriers, memory is only read",
     "other bytes": "what is written on one side of it is not touched on the other, except by the same lane",
     "next group": "another commit comes before any wait, so that what was started is waited for as well",
     "later group": "another commit comes behind it, and a wait, before what was started is touched",
     "nothing in flight": "on every path another wait, no weaker, comes before it, and nothing was started since",
+    "nothing started": "what it would wait for is started only where no call comes",
     "later wait": "on every path another wait, no weaker, comes behind it, before what it waits for is touched",
-    "nothing written": "on every path another proxy fence comes before it, and nothing was written to shared memory since",
+    "nothing written": "on every path another proxy fence comes before it, and no store to shared memory since",
+    "fence behind": "on every path another proxy fence comes behind it, before any product of tensor cores",
     "another fence": "what was written since the fence before is not read by tensor cores before the fence behind",
     "registers untouched": "the registers of the products behind it have not been accessed since the fence before",
 }
 
 _SHARED = re.compile(r"(ld|st)\.(volatile\.)?shared|(ld|st)matrix|cp\.async\.c|wgmma\.(mma|wait)|cp\.async\.wait")
 _SHARED_WRITE = re.compile(r"st\.(volatile\.)?shared|stmatrix|cp\.async\.c|cp\.async\.wait")
-_GLOBAL = re.compile(r"(ld|st|atom|red)\.(volatile\.)?global|(ld|st)\.(relaxed|acquire|release)|cp\.async\.c|atom|red\.")
+_GLOBAL = re.compile(r"(ld|st)\.(volatile\.)?global|(ld|st)\.(relaxed|acquire|release)|cp\.async\.c|atom|red\.")
 _GLOBAL_WRITE = re.compile(r"st\.(volatile\.)?global|st\.(relaxed|release)|atom|red\.")
 _BARRIER = re.compile(r"bar(rier)?\.(cta\.)?sync")
 _PROXY_FENCE = re.compile(r"fence\.proxy\.async")
@@ -90,12 +94,13 @@ class _Flow:
         return any(pattern.match(self.opcodes[i]) for i in passed)
 
 
-def reason(program: Program, index: int) -> str:
+def reason(program: Program, index: int, executed: np.ndarray) -> str:
     """Return the name of the class that an instruction is of which nobody misses, or "".
 
     Args:
         program: of the kernel.
         index: of an instruction that orders something, and without which the machine found nothing wrong.
+        executed: how often each instruction was.
     """
     flow, opcode = _Flow(program), program.opcodes[index]
     if _BARRIER.match(opcode):
@@ -109,7 +114,7 @@ def reason(program: Program, index: int) -> str:
     if ".commit_group" in opcode:
         return _commit(flow, index, kind)
     if ".wait_" in opcode:
-        return _wait(flow, program, index, kind)
+        return _wait(flow, program, index, kind, executed)
     return ""
 
 
@@ -128,6 +133,9 @@ def _proxy_fence(flow: _Flow, index: int) -> str:
     past = flow.reach(index, flow.before, lambda x: bool(_PROXY_FENCE.match(x)))
     if past.stops and not past.ends and not flow.meets(past.passed, _SHARED_WRITE):
         return "nothing written"
+    ahead = flow.reach(index, flow.behind, lambda x: bool(_PROXY_FENCE.match(x)))
+    if not flow.meets(ahead.passed, re.compile(r"wgmma\.mma")):
+        return "fence behind"
     return "another fence" if past.stops and not past.ends else ""
 
 
@@ -140,15 +148,20 @@ def _commit(flow: _Flow, index: int, kind: str) -> str:
     return ""
 
 
-def _wait(flow: _Flow, program: Program, index: int, kind: str) -> str:
+def _wait(flow: _Flow, program: Program, index: int, kind: str, executed: np.ndarray) -> str:
     wait = re.compile(rf"{kind}\.wait_")
     allowed = program.instructions["offset"]
 
     def as_strict(found: _Reach) -> bool:
-        return bool(found.stops) and not found.ends and all(allowed[i] <= allowed[index] for i in found.stops)
+        return all(allowed[i] <= allowed[index] for i in found.stops)
+
+    def met(found: _Reach) -> bool:
+        return bool(found.stops) and not found.ends and as_strict(found)
 
     past = flow.reach(index, flow.before, lambda x: bool(wait.match(x)))
     started = re.compile(r"wgmma\.mma" if kind == "wgmma" else r"cp\.async\.c[ag]")
-    if as_strict(past) and not flow.meets(past.passed, started):
+    if met(past) and not flow.meets(past.passed, started):
         return "nothing in flight"
-    return "later wait" if as_strict(flow.reach(index, flow.behind, lambda x: bool(wait.match(x)))) else ""
+    if as_strict(past) and not any(executed[i] for i in past.passed if started.match(flow.opcodes[i])):
+        return "nothing started"
+    return "later wait" if met(flow.reach(index, flow.behind, lambda x: bool(wait.match(x)))) else ""

@@ -67,9 +67,7 @@ def launches_of(architecture, cases):
             torch.manual_seed(case.seed)
             budget.evaluate(target.run, problem, inputs.dout(case, problem))
     return [
-        launches
-        for launches in found.values()
-        if any(map(mutations.is_ordering, launches[0].machine.program.opcodes))
+        launches for launches in found.values() if any(map(mutations.is_ordering, launches[0].machine.program.opcodes))
     ]
 
 
