@@ -9,13 +9,16 @@ import pytest
 from ptx import triton_driver
 from ptx.errors import PtxError
 
-from deberta_kernels.testing.inputs import Case
+from deberta_kernels.testing.inputs import MASKS, Case
 from tests.ptx.kernels import problems
 from tests.ptx.kernels.problems import BF16, FAR, FP16, FP32, GENERAL, SHORT
 
 ARCHITECTURES = (80, 90)
 CASES = [
     *GENERAL,
+    # Every mask in every zone.
+    *(Case(batch=2, heads=1, nq=150 if mask.endswith("tokens") else 81, nk=150, dtype=BF16, mask=mask,
+           position_buckets=8, max_relative_positions=20) for mask in MASKS),
     *(Case(batch=2, heads=1, nq=150, dtype=dtype, mask="holes") for dtype in (FP16, FP32)),
     Case(batch=1, heads=1, nq=330, dtype=FP16, mask="right_tokens", **SHORT),
     Case(batch=1, heads=1, nq=200, dtype=FP32, mask="right", **SHORT),
