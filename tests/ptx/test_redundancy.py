@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from ptx.program import Program
-from ptx.redundancy import CLASSES, reason
+from ptx.redundant.reasons import CLASSES, reason
 
 from tests.ptx.small_kernels import module
 

@@ -17,8 +17,19 @@ ARCHITECTURES = (80, 90)
 CASES = [
     *GENERAL,
     # Every mask in every zone.
-    *(Case(batch=2, heads=1, nq=150 if mask.endswith("tokens") else 81, nk=150, dtype=BF16, mask=mask,
-           position_buckets=8, max_relative_positions=20) for mask in MASKS),
+    *(
+        Case(
+            batch=2,
+            heads=1,
+            nq=150 if mask.endswith("tokens") else 81,
+            nk=150,
+            dtype=BF16,
+            mask=mask,
+            position_buckets=8,
+            max_relative_positions=20,
+        )
+        for mask in MASKS
+    ),
     # One number a lane: sums of products must be the same in all lanes that hold one.
     Case(batch=1, heads=1, nq=70, head_dim=17, dtype=FP32, position_buckets=8, max_relative_positions=20),
     *(Case(batch=2, heads=1, nq=150, dtype=dtype, mask="holes") for dtype in (FP16, FP32)),

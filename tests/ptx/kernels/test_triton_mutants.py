@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 import triton
-from ptx import mutations, recorded, redundancy, triton_driver
+from ptx import mutations, triton_driver
+from ptx.redundant import reasons, recorded
 
 from deberta_kernels.testing import budget, inputs
 from deberta_kernels.testing.backends import Target
@@ -96,7 +97,7 @@ def counted(launches, variant):
     return counts, unexplained
 
 
-@pytest.mark.parametrize("name", map(marked, VARIANTS))
+@pytest.mark.parametrize("name", [marked(name) for name in VARIANTS])
 @pytest.mark.parametrize("architecture", [80, 90], ids=lambda a: f"sm_{a}")
 def test_what_orders_something_is_missed_or_redundant(request, architecture, name):
     found, unexplained = {}, []
@@ -128,4 +129,4 @@ def write(found):
 def test_every_class_of_the_table_is_explained():
     table = json.loads(TABLE.read_text(encoding="utf-8"))
     named = {name for counts in table.values() for name in counts}
-    assert named - {"noticed", "not executed"} <= {*redundancy.CLASSES, "written reason"}
+    assert named - {"noticed", "not executed"} <= {*reasons.CLASSES, "written reason"}

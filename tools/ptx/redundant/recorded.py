@@ -12,7 +12,7 @@ import torch
 
 from ptx.machine import Machine, Memory
 from ptx.mutations import Mutant, is_ordering, mutants, try_mutant, without
-from ptx.redundancy import reason
+from ptx.redundant.reasons import reason
 from ptx.triton_driver import Device, laid_out, memory_of
 
 __all__ = ["Launch", "outcomes", "recorded"]
