@@ -1,7 +1,7 @@
 """What only the Triton kernels have: gathers along diagonals, zones, tile lists, tile sizes, variants, memory.
 
 In Triton's interpreter, which runs the source: what holds here holds for AMD, whose machine code is executed nowhere,
-and for tile sizes that no table has. What NVIDIA's machine code computes, tests/ptx/kernels and the operator tests tell.
+and for tile sizes of no table. What NVIDIA's machine code computes, tests/ptx/kernels and the operator tests tell.
 """
 
 import itertools
