@@ -45,7 +45,7 @@ OLDEST_PINS = --torch "$(TORCH_OLDEST)" --pin "$(TORCH_OLDEST)" --pin transforme
 NEWEST_PINS = --torch "$(TORCH_NEWEST)" --pin "$(TORCH_NEWEST)" --pin transformers==5.24.0
 # A process for each core, up to eight: one takes a gigabyte. ARGS="-n 0" runs the tests in one process.
 INTERPRETED = TRITON_INTERPRET=1 OMP_NUM_THREADS=1
-INTERPRETED_TESTS = tests/ops -k "triton_interpreted or test_triton" --require triton
+INTERPRETED_TESTS = tests/ops/test_triton.py --require triton
 PYTEST = -m pytest -n auto --maxprocesses 8 --dist worksteal
 # What Triton compiles is kept. Of the oldest one a sample: every zone, and variants whose code differs most.
 EXECUTED = $(OFFLINE) OMP_NUM_THREADS=1 TRITON_CACHE_DIR=build/triton-cache
@@ -66,7 +66,7 @@ OFFLINE = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-sanitized test-tf4 test-triton test-ecosystem lint format types build bench-cpu bench-model bench-train
 .PHONY: env-demo env-test env-bench env-tf4 env-triton env-ecosystem env-gpu clean kernels-offline cuda-offline
-.PHONY: gpu gpu-smoke tune bench-adapters test-fast test-ptx test-versions test-oldest test-newest test-upstream env-oldest env-newest
+.PHONY: gpu gpu-smoke tune bench-adapters test-fast test-ptx mutants test-versions test-oldest test-newest test-upstream env-oldest env-newest
 MAKEFLAGS += --no-print-directory
 
 help: ## list these targets
@@ -92,7 +92,7 @@ test-sanitized: env-test ## run the operator tests and linear layers under Addre
 	@$(SANITIZED) $(OFFLINE) OMP_NUM_THREADS=1 $(RUN) $(PYTEST) --sanitized $(SANITIZED_TESTS) $(ARGS) \
 		|| { cat build/sanitized/report.* 2>/dev/null; exit 1; }
 
-test-triton: env-triton ## test the Triton kernels in Triton's interpreter, on the CPU
+test-triton: env-triton ## test the source of the Triton kernels in Triton's interpreter, on the CPU
 	@$(OFFLINE) $(INTERPRETED) $(RUN) $(PYTEST) $(INTERPRETED_TESTS) $(ARGS)
 
 test-ptx: env-test build/triton-$(TRITON) build/triton-$(TRITON_OLDEST) $(CUDA_COMPILER) ## execute the GPU kernels' PTX on the CPU
@@ -102,6 +102,14 @@ test-ptx: env-test build/triton-$(TRITON) build/triton-$(TRITON_OLDEST) $(CUDA_C
 	@echo "=== Triton $(TRITON), the CUDA kernels, operator tests, the machine itself"
 	@$(EXECUTED) PYTHONPATH=build/triton-$(TRITON):$(CUDA_COMPILER) $(RUN) $(PYTEST) \
 		-p tests.ptx.targets tests/ptx tests/ops --require triton,compiler,cuda_compiler $(ARGS)
+
+# Two processes that write the tables would lose lines.
+mutants: env-test build/triton-$(TRITON) build/triton-$(TRITON_OLDEST) ## take each barrier, wait and fence out of the GPU kernels; compare tables
+	@for version in $(TRITON_OLDEST) $(TRITON); do \
+		echo "=== Triton $$version"; \
+		$(EXECUTED) PYTHONPATH=build/triton-$$version $(RUN) $(PYTEST) $(if $(findstring write-tables,$(ARGS)),-n 0) \
+			tests/ptx/kernels/test_triton_mutants.py --require triton,compiler --every-case $(ARGS) || exit 1; \
+	done
 
 test-versions: test-oldest test-newest ## run the tests with the oldest and the newest of what is promised; an hour, 15 GB
 

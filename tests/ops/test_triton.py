@@ -1,4 +1,8 @@
-"""What only the Triton kernels have: gathers along diagonals, zones, tile lists, tile sizes, variants, memory."""
+"""What only the Triton kernels have: gathers along diagonals, zones, tile lists, tile sizes, variants, memory.
+
+In Triton's interpreter, which runs the source: what holds here holds for AMD, whose machine code is executed nowhere,
+and for tile sizes of no table. What NVIDIA's machine code computes, tests/ptx/kernels and the operator tests tell.
+"""
 
 import itertools
 import warnings
@@ -148,21 +152,6 @@ LONG = (
 
 @pytest.mark.parametrize("case", LONG, ids=lambda case: case.id)
 def test_all_zones_stay_within_the_budget(case):
-    problem = inputs.problem(case)
-    torch.manual_seed(case.seed)
-    budget.check(TARGET.run, problem, inputs.dout(case, problem), label=case.id)
-
-
-EVERY_MASK = tuple(
-    Case(batch=2, heads=1, nq=nq, nk=150, head_dim=16, dtype=dtype, mask=mask, position_buckets=8,
-         max_relative_positions=20, dropout_p=p)
-    for mask in inputs.MASKS
-    for dtype, nq, p in ((torch.float32, 150 if mask.endswith("tokens") else 81, 0.2), (torch.float16, 150, 0.0))
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("case", EVERY_MASK, ids=lambda case: case.id)
-def test_every_mask_in_every_zone_stays_within_the_budget(case):
     problem = inputs.problem(case)
     torch.manual_seed(case.seed)
     budget.check(TARGET.run, problem, inputs.dout(case, problem), label=case.id)

@@ -116,3 +116,16 @@ def test_every_reader_counts_before_a_store():
     between = "setp.lt.u32 %p3, %r1, 128;\n @%p3 bra over;\n bar.sync 1, 128;\nover:\n"
     with pytest.raises(PtxError, match=r"race: store of shared memory at byte 0, which warp [0-3] .*read"):
         Run(body.format(between=between), threads=256, shared=16, late=[4, 5, 6, 7])
+
+
+@pytest.mark.parametrize(("between", "excused"), [("", 63), ("bar.sync 0;", 62)])
+def test_equal_stores_that_nothing_orders_are_no_race_and_counted(between, excused):
+    """Those of the lanes of a warp, and that of the first warp's before the other's."""
+    body = f"""
+    setp.lt.u32 %p1, %r1, 32;
+    @%p1 st.shared.b32 [memory], 7;
+    {between}
+    @!%p1 st.shared.b32 [memory], 7;
+    """
+    run = Run(body, out=64, threads=64, shared=16)
+    assert run.machine.excused == excused

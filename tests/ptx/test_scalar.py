@@ -275,3 +275,12 @@ def test_every_opcode_names_its_section_and_its_operands():
     assert all(
         f"{letter}" in opcode.expression for opcode in OPCODES.values() for letter in "abcd"[: len(opcode.types) - 1]
     )
+
+
+@pytest.mark.parametrize("opcode", ["add.f32", "sub.f32", "mul.rn.f32", "fma.rn.f32"])
+def test_there_is_one_nan(opcode):
+    """PTX ISA, Floating Point Instructions: NaN payloads are not kept."""
+    first = np.full(32, 0x7FC00123, np.uint32)
+    operands = "%r2, %r3, %r3" if opcode.startswith("fma") else "%r2, %r3"
+    body = load("first", "%r2") + f"mov.b32 %r3, 0xffc04567; {opcode} %r5, {operands}; st.global.b32 [%rd2], %r5;"
+    assert (Run(body, first=first).out == 0x7FFFFFFF).all()

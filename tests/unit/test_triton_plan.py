@@ -3,6 +3,7 @@
 import importlib.metadata
 import itertools
 import json
+import sys
 
 import pytest
 import torch
@@ -146,8 +147,8 @@ def test_tiles_shrink_until_nothing_is_left_and_are_remembered(configs):
     assert tuning.config("sm_90", torch.bfloat16, 64, "forward") == seen[0]
 
 
-def problem(device="meta", dtype=torch.float16, head_dim=64, scale=0.1):
-    q = torch.empty(1, 2, 8, head_dim, dtype=dtype, device=device)
+def problem(device="meta", dtype=torch.float16, head_dim=64, scale=0.1, nq=8):
+    q = torch.empty(1, 2, nq, head_dim, dtype=dtype, device=device)
     return AttentionProblem(q, q, q, None, None, Masks(), PositionSpec(), scale)
 
 
@@ -172,6 +173,13 @@ def test_interpreter_takes_cpu_tensors_and_refuses_bfloat16(monkeypatch):
     assert backend.refusal(problem("cpu")) is None
     assert backend.refusal(problem("cpu", torch.bfloat16)) == "Triton's interpreter does not compute bfloat16"
     assert "it runs on cpu tensors, not meta" in backend.refusal(problem("meta"))
+
+
+def test_a_call_without_queries_compiles_nothing(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setitem(sys.modules, "deberta_kernels.impl.triton.execute", None)  # importing it is an error
+    assert "does not import" in backend._compile_refusal(problem("cpu"))
+    assert backend._compile_refusal(problem("cpu", nq=0)) is None
 
 
 @pytest.mark.parametrize(

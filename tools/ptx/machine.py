@@ -57,7 +57,7 @@ class _Launch(ctypes.Structure):
     _fields_ = (
         ("program", _Program), ("grid", c_int64 * 3), ("blocks", c_void_p), ("block_count", c_int64),
         ("ranges", c_void_p), ("range_count", c_int64), ("parameters", c_void_p), ("parameter_bytes", c_int64),
-        ("seed", c_uint64), ("late", c_uint64), ("counts", c_void_p),
+        ("seed", c_uint64), ("late", c_uint64), ("counts", c_void_p), ("excused", c_int64),
     )  # fmt: skip
 
 
@@ -92,6 +92,7 @@ class Machine:
         program: the kernel as arrays.
         counts: by instruction: executed by warps, wavefronts of shared memory, wavefronts that would have been needed
             without bank conflicts, and sectors of global memory; added up over all launches.
+        excused: stores that would be races were the same value not there already; of the last launch.
     """
 
     def __init__(self, ptx: str, name: str | None = None, *, shared_bytes: int = 0, threads: int = 0) -> None:
@@ -112,6 +113,7 @@ class Machine:
             raise ValueError(f"threads must be a multiple of 32 from 32 to 1024, got {self.threads}.")
         self.shared_bytes = self.program.kernel.shared_bytes + shared_bytes
         self.counts = np.zeros((len(self.program.instructions), COUNTS), np.int64)
+        self.excused = 0
 
     @property
     def name(self) -> str:
@@ -152,11 +154,12 @@ class Machine:
         launch = _Launch(
             self._arrays(), (c_int64 * 3)(*sizes), order.ctypes.data, len(order), ctypes.addressof(table), len(ranges),
             ctypes.addressof(held) + start, len(arguments), seed, sum(1 << warp for warp in late),
-            self.counts.ctypes.data,
+            self.counts.ctypes.data, 0,
         )  # fmt: skip
         error = _Error()
         if _library().ptx_run(ctypes.byref(launch), ctypes.byref(error)):
             raise self._error(error, seed)
+        self.excused = launch.excused
 
     def _arrays(self) -> _Program:
         p = self.program

@@ -11,7 +11,7 @@ from ptx.build import numbers
 from ptx.errors import PtxError
 from ptx.machine import Machine
 
-__all__ = ["Mutant", "mutants", "try_mutant", "without"]
+__all__ = ["Mutant", "is_ordering", "mutants", "try_mutant", "without"]
 
 # What orders something.
 _ORDERING = re.compile(
@@ -34,13 +34,18 @@ class Mutant:
     opcode: str
 
 
+def is_ordering(opcode: str) -> bool:
+    """Tell whether an instruction orders something."""
+    return _ORDERING.match(opcode) is not None
+
+
 def mutants(machine: Machine) -> list[Mutant]:
     """Return one for each ordering instruction that has been executed."""
     program = machine.program
     return [
         Mutant(i, program.lines[i], opcode)
         for i, opcode in enumerate(program.opcodes)
-        if _ORDERING.match(opcode) and machine.counts[i, 0]
+        if is_ordering(opcode) and machine.counts[i, 0]
     ]
 
 

@@ -20,7 +20,7 @@ from deberta_kernels.impl.triton import backward_plan, execute, plan, tuning
 from ptx.drivers.unwritten import new_memory_is_unwritten
 from ptx.machine import Machine, Memory
 
-__all__ = ["Device", "installed"]
+__all__ = ["Device", "installed", "laid_out", "memory_of"]
 
 # Bytes of shared memory that a block may have, by compute capability: Triton compares before it loads a kernel.
 _SHARED = {80: 163 << 10, 90: 227 << 10}
@@ -56,10 +56,10 @@ class Device:
             self.machines[key] = Machine(text, shared_bytes=shared, threads=32 * warps)
         machine = self.machines[key]
         self.seed += 1
-        machine.launch(grid, _laid_out(machine, arguments), _memory(arguments), seed=self.seed, late=self.late)
+        machine.launch(grid, laid_out(machine, arguments), memory_of(arguments), seed=self.seed, late=self.late)
 
 
-def _memory(arguments: list[Any]) -> list[Memory]:
+def memory_of(arguments: list[Any]) -> list[Memory]:
     """Return the memory of the tensors among the arguments; which are written is not known."""
     storages = {}
     for x in arguments:
@@ -69,7 +69,7 @@ def _memory(arguments: list[Any]) -> list[Memory]:
     return list(storages.values())
 
 
-def _laid_out(machine: Machine, arguments: list[Any]) -> bytes:
+def laid_out(machine: Machine, arguments: list[Any]) -> bytes:
     """Return the arguments as the kernel has them; Triton adds scratch memory, which no kernel here uses."""
     kernel = machine.program.kernel
     data = bytearray(kernel.parameter_bytes)

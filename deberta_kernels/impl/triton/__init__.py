@@ -107,6 +107,8 @@ def _triton_refusal() -> str | None:
 def _compile_refusal(problem: AttentionProblem) -> str | None:
     if env.triton_interpreted() or not is_plain_tensor(problem.q):
         return None
+    if problem.q.numel() == 0:  # nothing is launched, and what that says must not stay with the variant
+        return None
     try:
         from deberta_kernels.impl.triton import execute
     except (ImportError, OSError) as error:

@@ -40,7 +40,7 @@ def device_of(backend, architecture):
     """Return one device for all tests, which keeps what is compiled."""
     if backend == "cuda":
         return cuda_driver.Device()
-    return triton_driver.Device(architecture, add_fences=triton_driver.LACKS_FENCES and architecture == 90)
+    return triton_driver.Device(architecture)
 
 
 def named(found):
@@ -126,7 +126,7 @@ class WrongExponential(triton_driver.Device):
 
 def test_the_next_backend_answers_for_a_wrong_triton_kernel(first_use):
     expected = call("torch")
-    with triton_driver.installed(WrongExponential(90, add_fences=True)):
+    with triton_driver.installed(WrongExponential(90)):
         with pytest.warns(dk.DebertaKernelsWarning, match=r"runs backend 'torch'.*self-test .* failed: out"):
             assert torch.equal(call("auto"), expected)
         with pytest.raises(NotImplementedError, match=r"bfloat16 with head_dim 64; a device of capability 9\.0"):

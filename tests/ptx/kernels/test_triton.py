@@ -11,7 +11,7 @@ from ptx.errors import PtxError
 from triton import knobs
 
 from deberta_kernels.impl.triton import fences, launch
-from deberta_kernels.testing.inputs import Case
+from deberta_kernels.testing.inputs import MASKS, Case
 from tests.ptx.kernels import problems
 from tests.ptx.kernels.problems import BF16, FAR, FEW_KEYS, FP16, FP32, GENERAL, SHORT
 
@@ -19,6 +19,22 @@ ARCHITECTURES = (80, 90)
 CASES = [
     *GENERAL,
     *FEW_KEYS,
+    # Every mask in every zone.
+    *(
+        Case(
+            batch=2,
+            heads=1,
+            nq=150 if mask.endswith("tokens") else 81,
+            nk=150,
+            dtype=BF16,
+            mask=mask,
+            position_buckets=8,
+            max_relative_positions=20,
+        )
+        for mask in MASKS
+    ),
+    # One number a lane: sums of products must be the same in all lanes that hold one.
+    Case(batch=1, heads=1, nq=70, head_dim=17, dtype=FP32, position_buckets=8, max_relative_positions=20),
     *(Case(batch=2, heads=1, nq=150, dtype=dtype, mask="holes") for dtype in (FP16, FP32)),
     Case(batch=1, heads=1, nq=330, dtype=FP16, mask="right_tokens", **SHORT),
     Case(batch=1, heads=1, nq=200, dtype=FP32, mask="right", **SHORT),

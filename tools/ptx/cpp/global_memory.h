@@ -58,6 +58,8 @@ class GlobalMemory {
     return "an address of no argument";
   }
 
+  int64_t excused = 0;  // as in shared memory
+
  private:
   static constexpr uint32_t kBlockMask = 0x3fffffff, kAtomic = 1u << 30, kManyBlocks = 0x3fffffff;
   struct Cell {
@@ -142,7 +144,10 @@ class GlobalMemory {
       if (writer != block_)
         fault(access.lane, "race: %s over what block %u wrote, at %s", access.verb, writer - 1,
               place(region, at).c_str());
-      if (!same && !access.after_write(cell.write)) conflict(access, region, at, cell.write, "wrote");
+      if (!access.after_write(cell.write)) {
+        if (!same) conflict(access, region, at, cell.write, "wrote");
+        excused++;
+      }
     }
     if (cell.read_block && cell.read_block != block_)
       fault(access.lane, "race: %s over what another block reads, at %s", access.verb, place(region, at).c_str());

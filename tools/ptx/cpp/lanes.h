@@ -1,8 +1,16 @@
 // Apply a function to the registers of 32 lanes. The loops are simple so that the compiler makes vectors of them.
 #pragma once
+#include <cstring>
+
 #include "warp.h"
 
 namespace ptx {
+
+inline uint32_t bits_or_nan(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return value == value ? bits : 0x7fffffff;
+}
 
 // How a type lies in registers: 8 bytes a lane for the wide ones; a predicate is one bit a lane.
 template <class T>
@@ -15,7 +23,9 @@ struct Lane {
   }
   // `keep` lanes hold what they held.
   static void write(uint32_t* r, int lane, T value) {
-    if constexpr (sizeof(T) == 8 || sizeof(T) == 4) reinterpret_cast<T*>(r)[lane] = value;
+    // A processor's NaN is that of an operand, and of which one depends on their order; PTX knows one only.
+    if constexpr (std::is_same_v<T, float>) reinterpret_cast<uint32_t*>(r)[lane] = bits_or_nan(value);
+    else if constexpr (sizeof(T) == 8 || sizeof(T) == 4) reinterpret_cast<T*>(r)[lane] = value;
     else r[lane] = std::make_unsigned_t<T>(value);
   }
 };

@@ -173,6 +173,7 @@ struct PtxLaunch {
   uint64_t seed;
   uint64_t late;  // warps
   ptx::Count* counts;
+  int64_t excused;  // writes of what is there already, by several at once
 };
 struct PtxError {
   int64_t instruction, block;
@@ -228,7 +229,7 @@ extern "C" const int64_t ptx_sizes[] = {sizeof(PtxLaunch),     sizeof(PtxError),
 extern "C" const uint16_t ptx_unwritten = ptx::kUnwritten;
 
 // Returns 0, or 1 with the error filled in.
-extern "C" int ptx_run(const PtxLaunch* launch, PtxError* error) {
+extern "C" int ptx_run(PtxLaunch* launch, PtxError* error) {
   using namespace ptx;
   const Program& program = launch->program;
   GlobalMemory global(launch->ranges, launch->range_count);
@@ -244,6 +245,8 @@ extern "C" int ptx_run(const PtxLaunch* launch, PtxError* error) {
     global.start_block(number);
     start_block(block, registers, at, launch->grid);
     if (!run_block(block, number, *error)) return 1;
+    launch->excused += block.shadow.excused;
   }
+  launch->excused += global.excused;
   return 0;
 }

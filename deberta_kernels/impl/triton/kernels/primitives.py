@@ -195,6 +195,17 @@ def load_tokens(pair, n0, offs_t, offs_d, row_mask, HEAD_DIM: tl.constexpr, BLOC
 
 
 @triton.jit
+def sum_of_products(a, b, AXIS: tl.constexpr):
+    """Return the sums of a * b over one of two dimensions, of float32 products that are rounded.
+
+    Where a lane has one product, the compiler would fuse it with what another lane sends, and that one fuses its own:
+    both store a sum in the same place, and the two differ.
+    """
+    a, b = tl.broadcast(a, b)
+    return tl.sum(tl.fma(a, b, tl.zeros_like(a)), AXIS)
+
+
+@triton.jit
 def kept(seed_ptr, batch_head, i0, j0, threshold, KEYS_FIRST: tl.constexpr, TILE: tl.constexpr):
     """Return which probabilities of a tile dropout keeps, (T, T) bool; `dropout.py` states the contract.
 

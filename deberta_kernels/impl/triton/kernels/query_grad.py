@@ -16,6 +16,7 @@ from deberta_kernels.impl.triton.kernels.primitives import (
     near_reach,
     sequence,
     store_rows,
+    sum_of_products,
     when,
 )
 from deberta_kernels.impl.triton.kernels.scores import (
@@ -102,7 +103,7 @@ def _dq_far_zones(
                     pos_row = load_table_row(pos_key, side_row, offs_d, zone, BLOCK_D)
                     dq += ds_sum[:, None] * pos_row[None, :]
                     far = far_ptr + (2 - zone) * far_side + offs_d
-                    tl.store(far, tl.sum(ds_sum[:, None] * q.to(tl.float32), 0))
+                    tl.store(far, sum_of_products(ds_sum[:, None], q.to(tl.float32), 0))
                     tl.store(far + far_table, tl.sum(dq_zone, 0))
     return dq, p_sum, out_dot_dout
 

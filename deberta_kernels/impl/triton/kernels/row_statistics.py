@@ -11,6 +11,7 @@ from deberta_kernels.impl.triton.kernels.primitives import (
     load_rows,
     load_table_row,
     sequence,
+    sum_of_products,
     when,
 )
 from deberta_kernels.impl.triton.kernels.scores import far_constant
@@ -55,7 +56,7 @@ def _disentangled_bwd_preprocess_kernel(
     dout = load_rows(dout_base, offs_t, offs_d, stride_on * UNIT, m_mask, HEAD_DIM, BLOCK_D).to(tl.float32)
     dlse_rows = batch * stride_lb + h * stride_lh + (first_row + offs_t) * stride_ln
     dlse = tl.load(dlse_ptr + dlse_rows, mask=when(m_mask, has_dlse), other=0.0)
-    out_dot_dout = tl.sum(out * dout, 1) - dlse
+    out_dot_dout = sum_of_products(out, dout, 1) - dlse
     # Rounded once: the weights are as exact as what is subtracted here, and a large score makes that coarse.
     wide = lse.to(tl.float64)
     raw = ((wide * LOG2E_HIGH + wide * LOG2E_LOW) / qk_scale).to(tl.float32)

@@ -14,7 +14,7 @@ In float32 every pass forms a score from the same products in the same order, so
 import triton
 import triton.language as tl
 
-from deberta_kernels.impl.triton.kernels.primitives import along_columns, along_rows, difference, kept
+from deberta_kernels.impl.triton.kernels.primitives import along_columns, along_rows, difference, kept, sum_of_products
 
 
 @triton.jit
@@ -29,7 +29,7 @@ def far_query(q, pos_query_row):
 @triton.jit
 def far_constant(q, pos_key_row):
     """Return q . a, (T,) float32; see `far_query`."""
-    return tl.sum(q.to(tl.float32) * pos_key_row[None, :], 1)
+    return sum_of_products(q.to(tl.float32), pos_key_row[None, :], 1)
 
 
 @triton.jit

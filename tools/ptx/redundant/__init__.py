@@ -1,0 +1,1 @@
+"""What a kernel does not need of what orders its accesses, and why."""
