@@ -17,6 +17,7 @@ from triton.backends.driver import DriverBase
 from triton.compiler.compiler import CompiledKernel
 
 from deberta_kernels.impl import triton as backend
+from deberta_kernels.impl.attempts import Attempts
 from deberta_kernels.impl.triton import backward_plan, execute, plan, tuning
 from ptx.machine import Machine, Memory
 
@@ -167,7 +168,7 @@ def installed(device: Device) -> Iterator[Device]:
         # As on a GPU; on the CPU these say how much the interpreter likes at once.
         mock.patch.object(plan, "rows_of_program", all_rows),
         mock.patch.object(backward_plan, "rows_of_program", all_rows),
-        mock.patch.object(execute, "_compiled", {}),
+        mock.patch.object(execute, "_compiled", Attempts()),
     ):
         triton.runtime.driver.set_active(_Driver(device))
         try:
