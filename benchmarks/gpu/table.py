@@ -10,6 +10,8 @@ from benchmarks.registry import CANDIDATES, GPU_FIGURES
 
 __all__ = ["figures", "table"]
 
+# What an item has that came to nothing, without being wrong.
+IDLE = ("skipped", "unfinished")
 HEADINGS = {name: candidate.heading for name, candidate in CANDIDATES["gpu"].items()}
 
 
@@ -101,9 +103,14 @@ def _state(record: dict[str, Any]) -> str:
     items = record["items"]
     failed = [name for name, item in items.items() if item.get("ok") is False]
     skipped = sorted({item["skipped"] for item in items.values() if "skipped" in item})
-    parts = [f"{len(items) - len(failed)} of {len(items)} fine"]
+    idle = [name for name, item in items.items() if item.get("ok") is not False and not item.keys().isdisjoint(IDLE)]
+    parts = [f"{len(items) - len(failed) - len(idle)} of {len(items)} fine"]
     parts += [f"FAILED: {', '.join(failed[:8])}{' ...' if len(failed) > 8 else ''}"] if failed else []
     parts += [f"skipped: {'; '.join(skipped)[:200]}"] if skipped else []
+    unfinished = [name for name, item in items.items() if "unfinished" in item]
+    parts += [f"unfinished: {', '.join(unfinished)}"] if unfinished else []
+    others = [text for item in items.values() for text in item.get("failed_of_others", ())]
+    parts += [f"of others failed: {'; '.join(others)[:300]}"] if others else []
     if not record["complete"]:
         parts.append(f"not complete: {record['broken'][:200] or 'running'}")
     return "; ".join(parts)
@@ -139,4 +146,7 @@ def table(result: dict[str, Any]) -> str:
         rows.append([x["title"], x["case"], f"{sign} {x['must']:g}", f"{sign} {x['aim']:g}", value, x["verdict"]])
     lines += [aligned(rows), ""]
     lines += [f"{name}: {_state(record)}, {record['seconds']:.0f} s" for name, record in result["stages"].items()]
-    return "\n".join([*lines, f"{result['seconds']:.0f} s in all"])
+    lines.append(f"{result['seconds']:.0f} s in all")
+    wrong = result.get("problems", [])
+    lines.append(f"FAILED, {len(wrong)}:" if wrong else "nothing is wrong with what ran")
+    return "\n".join([*lines, *(f"  {text}" for text in wrong)])
