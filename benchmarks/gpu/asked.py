@@ -19,7 +19,7 @@ def asked(plan: Plan) -> tuple[str, ...]:
 
 
 def _is_hopper(device: str) -> bool:
-    if device == "cpu" or torch.version.hip is not None:
+    if device == "cpu" or torch.version.hip is not None or not torch.cuda.is_available():
         return False
     return torch.cuda.get_device_capability() == modules.CAPABILITY
 
