@@ -276,11 +276,18 @@ def select(pos_key: Tensor | None, pos_query: Tensor | None, rows: Tensor) -> tu
     return one(pos_key, pos_query), one(pos_query, pos_key)
 
 
-@lru_cache(maxsize=256)
 def rows_of_distances(
     position: PositionSpec, first: int, last: int, count: int, device: torch.device, sign: int = 1
 ) -> Tensor:
     """Return the row of tables of `count` rows for each distance, first ... last - 1 times `sign`, (n,) int64."""
+    found = _cached_rows(position, first, last, count, device, sign)
+    if found.is_cuda:  # so that its memory is not given away while this stream reads it, once it is dropped
+        found.record_stream(torch.cuda.current_stream(found.device))
+    return found
+
+
+@lru_cache(maxsize=256)
+def _cached_rows(position: PositionSpec, first: int, last: int, count: int, device: torch.device, sign: int) -> Tensor:
     index = shared_index(max(-first, last), position)
     with plain_tensors():
         rows = index.rows(sign * torch.arange(first, last, device="cpu"))

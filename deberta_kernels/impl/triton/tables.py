@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -77,7 +77,9 @@ def device_tables(length: int, spec: PositionSpec, device: torch.device) -> Devi
     return _cached_tables(shared_length(length), spec.position_buckets, spec.max_relative_positions, device)
 
 
-@lru_cache(maxsize=64)
+# Kept for good: the memory of what is dropped is given away while another stream may still read it. A setting takes
+# some kilobytes.
+@cache
 def _cached_tables(
     length: int, position_buckets: int, max_relative_positions: int, device: torch.device
 ) -> DeviceTables:
