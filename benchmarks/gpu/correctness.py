@@ -14,8 +14,7 @@ from torch import Tensor
 from benchmarks.core.candidates import Inputs, draw, ours
 from benchmarks.core.candidates import problem as problem_of
 from benchmarks.core.checking import worst
-from benchmarks.gpu.asked import asked, has_own_backward, is_for
-from benchmarks.gpu.cases import cases, long_cases
+from benchmarks.gpu.cases import asked, cases, has_own_backward, is_for, long_cases
 from benchmarks.gpu.device import captured, free_memory
 from benchmarks.gpu.plan import Plan
 from benchmarks.gpu.stages import Item

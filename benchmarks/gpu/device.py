@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.asked import asked
+from benchmarks.gpu.cases import asked
 from benchmarks.gpu.plan import Plan
 from benchmarks.gpu.stages import Item
 from benchmarks.harness.machine import package_versions

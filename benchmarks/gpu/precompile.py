@@ -11,8 +11,7 @@ import torch
 
 from benchmarks.core.candidates import candidates
 from benchmarks.gpu import rivals, timings
-from benchmarks.gpu.asked import asked, is_for
-from benchmarks.gpu.cases import cases, long_cases
+from benchmarks.gpu.cases import asked, cases, is_for, long_cases
 from benchmarks.gpu.plan import Plan
 from benchmarks.gpu.stages import Item
 from benchmarks.harness.process import environment, program

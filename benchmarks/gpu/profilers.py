@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks.core.candidates import draw, ours
-from benchmarks.gpu.asked import asked, is_for
+from benchmarks.gpu.cases import asked, is_for
 from benchmarks.gpu.plan import Plan
 from benchmarks.gpu.stages import KEPT_TEXT, Item
 from benchmarks.harness.process import environment, program

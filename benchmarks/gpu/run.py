@@ -197,8 +197,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.plan:
         return child(options)
     from benchmarks.gpu.stages import Stage, supervise
-    from benchmarks.gpu.table import table
-    from benchmarks.gpu.verdict import problems
+    from benchmarks.gpu.table import problems, table
 
     if options.device == "cuda" and (missing := _missing()):
         print(f"python -m benchmarks gpu: {missing}", file=sys.stderr)

@@ -10,7 +10,7 @@ import torch
 from benchmarks.core.candidates import CORES, candidates, hugging_face_core, our_core
 from benchmarks.core.checking import check_candidates
 from benchmarks.gpu import rivals
-from benchmarks.gpu.asked import asked, is_for
+from benchmarks.gpu.cases import asked, is_for
 from benchmarks.gpu.device import Clock, free_memory, peak_memory
 from benchmarks.gpu.plan import Plan
 from benchmarks.gpu.stages import Item

@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from benchmarks.gpu import asked, correctness, device, models, precompile, timings
+from benchmarks.gpu import cases, correctness, device, models, precompile, timings
 from benchmarks.gpu.plan import Plan
-from benchmarks.gpu.table import table
-from benchmarks.gpu.verdict import problems
+from benchmarks.gpu.table import problems, table
 from deberta_kernels import dispatch
 from deberta_kernels.testing.inputs import Case
 
@@ -79,18 +78,18 @@ def test_the_table_counts_what_did_not_run_as_not_fine():
 @pytest.fixture
 def hopper(monkeypatch):
     """The CUDA kernels asked for beside another backend, as on a device that they are made for, which is not here."""
-    monkeypatch.setattr(asked, "_is_hopper", lambda device: True)
+    monkeypatch.setattr(cases, "_is_hopper", lambda device: True)
     return Plan(device="cpu", backend="torch", tokens=16, lengths=(16,), seconds=0.01)
 
 
 def test_the_cuda_kernels_are_asked_for_on_their_device_alone(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    assert asked.asked(Plan()) == ("triton", "cuda")
-    assert asked.asked(Plan(backend="cuda")) == ("cuda",)
-    assert asked.asked(Plan(device="cpu")) == ("triton",)
+    assert cases.asked(Plan()) == ("triton", "cuda")
+    assert cases.asked(Plan(backend="cuda")) == ("cuda",)
+    assert cases.asked(Plan(device="cpu")) == ("triton",)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    assert asked.asked(Plan()) == ("triton",)
+    assert cases.asked(Plan()) == ("triton",)
 
 
 def test_the_run_records_what_was_asked_for(hopper):
@@ -103,9 +102,9 @@ def test_cases_of_other_dtypes_and_head_sizes_are_not_asked_of_the_cuda_kernels(
         (torch.float32, 64, False),
         (torch.float16, 32, False),
     ):
-        assert asked.is_for("cuda", Case(dtype=dtype, head_dim=head_dim)) is expected
-        assert asked.is_for("triton", Case(dtype=dtype, head_dim=head_dim))
-    assert not asked.has_own_backward("cuda", Case(dtype=torch.bfloat16, head_dim=128))
+        assert cases.is_for("cuda", Case(dtype=dtype, head_dim=head_dim)) is expected
+        assert cases.is_for("triton", Case(dtype=dtype, head_dim=head_dim))
+    assert not cases.has_own_backward("cuda", Case(dtype=torch.bfloat16, head_dim=128))
 
 
 def test_cuda_kernels_that_do_not_run_fail_every_check(hopper, monkeypatch):
