@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks.core.candidates import Inputs, draw, ours
 from benchmarks.core.candidates import problem as problem_of
 from benchmarks.core.checking import worst
-from benchmarks.gpu.cases import cases, long_cases
+from benchmarks.gpu.cases import asked, cases, has_own_backward, is_for, long_cases
 from benchmarks.gpu.device import captured, free_memory
 from benchmarks.gpu.plan import Plan
 from benchmarks.gpu.stages import Item
@@ -22,10 +22,11 @@ from benchmarks.harness import proving
 from benchmarks.harness.work import GEOMETRY
 from benchmarks.registry import Shape
 from deberta_kernels import dispatch
+from deberta_kernels.backends import REGISTRY
 from deberta_kernels.testing import budget, inputs
 from deberta_kernels.testing.backends import Target
 from deberta_kernels.testing.inputs import Case
-from deberta_kernels.types import AttentionProblem, Masks, PositionSpec
+from deberta_kernels.types import AttentionProblem
 
 __all__ = ["items"]
 
@@ -34,7 +35,7 @@ ALL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def items(plan: Plan) -> list[Item]:
     """Return every check, the most telling first."""
-    found = [Item(case.id, lambda case=case: _check(plan, case)) for case in cases(plan)]
+    found = [Item(case.id, lambda case=case: _check(plan, case)) for case in cases(plan) if is_for(plan.backend, case)]
     special = [
         Item("deterministic gradients", lambda: _deterministic(plan)),
         Item("dropout: seeds, and the same mask again", lambda: _dropout_seeds(plan)),
@@ -49,14 +50,22 @@ def items(plan: Plan) -> list[Item]:
             if name in (plan.backend, "cuda")
         ]
     found[6:6] = special  # after every dtype, short and long
-    if plan.backend != "cuda" and not plan.small:
-        other = replace(plan, backend="cuda")
-        found += [
-            Item("cuda deterministic gradients", lambda: _where_it_runs(other, lambda: _deterministic(other))),
-            Item("cuda unwritten memory is never read", lambda: _where_it_runs(other, lambda: _poisoned(other))),
+    for backend in asked(plan)[1:]:
+        other = replace(plan, backend=backend)
+        theirs = [
+            Item(f"{backend} {case.id}", lambda case=case, other=other: _check(other, case))
+            for case in cases(plan)
+            if is_for(backend, case)
         ]
-        found += [Item(f"cuda {case.id}", lambda case=case: _check_where_it_runs(other, case)) for case in cases(plan)]
-    found += [Item(f"long {case.id}", lambda case=case: _check(plan, case)) for case in long_cases(plan)]
+        # The first of each kind beside those of the first backend: a run may be stopped by its time limit.
+        found[6:6] = theirs[:4]
+        found += [
+            Item(f"{backend} deterministic gradients", lambda other=other: _deterministic(other)),
+            Item(f"{backend} unwritten memory is never read", lambda other=other: _poisoned(other)),
+            *theirs[4:],
+        ]
+    long = [case for case in long_cases(plan) if is_for(plan.backend, case)]
+    found += [Item(f"long {case.id}", lambda case=case: _check(plan, case)) for case in long]
     if not (plan.small or plan.smoke):
         found.append(Item("more than 2**31 scores", lambda: _many_scores(plan)))
         found.append(Item("offsets beyond 2**31 elements", lambda: _large_offsets(plan)))
@@ -69,29 +78,24 @@ def _target(plan: Plan) -> Target:
 
 def _check(plan: Plan, case: Case) -> dict[str, Any]:
     problem = inputs.problem(case, plan.device)
+    elsewhere = _gradients_elsewhere(plan, case, problem)
+    if elsewhere and has_own_backward(plan.backend, case):
+        return {"ok": False, "text": f"its own backward did not run: {elsewhere}"}
     against = budget.truth(problem, inputs.dout(case, problem))
     torch.manual_seed(case.seed)
     report = budget.measure(
         budget.evaluate(_target(plan).run, against.problem, against.dout), against, f"{plan.backend} {case.id}"
     )
     free_memory(plan.device)
-    return _kept(report)
+    return {**_kept(report), "backend": plan.backend, **({"gradients": elsewhere} if elsewhere else {})}
 
 
-def _check_where_it_runs(plan: Plan, case: Case) -> dict[str, Any]:
-    """Check a case where its forward runs, and say whose gradients those are."""
-    problem = inputs.problem(case, plan.device)
-    problem = replace(problem, q=problem.q.requires_grad_())
-    explained = dispatch.explain(problem, plan.backend)
-    if explained.chosen is None:
-        return {"ok": True, "skipped": dispatch.refusal(plan.backend, problem)}
-    return {**_check(plan, case), "gradients": explained.gradients or "its own"}
-
-
-def _where_it_runs(plan: Plan, check: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    q = torch.empty(1, 1, 1, GEOMETRY.dim, dtype=torch.bfloat16, device=plan.device, requires_grad=True)
-    refused = dispatch.refusal(plan.backend, AttentionProblem(q, q, q, None, None, Masks(), PositionSpec(), 1.0))
-    return {"ok": True, "skipped": refused} if refused else check()
+def _gradients_elsewhere(plan: Plan, case: Case, problem: AttentionProblem) -> str:
+    """Return which other backend computes the gradients of a case, and why; "" when they are the backend's own."""
+    if REGISTRY[plan.backend].gradients is None:
+        return ""
+    explained = dispatch.explain(replace(problem, q=problem.q.detach().requires_grad_()), plan.backend)
+    return explained.gradients or ""
 
 
 def _kept(report: budget.Report) -> dict[str, Any]:

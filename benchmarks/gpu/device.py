@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu.cases import asked
 from benchmarks.gpu.plan import Plan
 from benchmarks.gpu.stages import Item
 from benchmarks.harness.machine import package_versions
@@ -38,7 +39,8 @@ CYCLES_PER_SECOND = 2.0e9
 
 def items(plan: Plan) -> list[Item]:
     """Return the description of the device and its rates."""
-    return [Item("device", lambda: describe(plan.device)), Item("rates", lambda: ceilings(plan.device))]
+    about = Item("device", lambda: {**describe(plan.device), "asked": list(asked(plan))})
+    return [about, Item("rates", lambda: ceilings(plan.device))]
 
 
 def describe(device: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from benchmarks.gpu.device import Clock, captured, peak_memory
 from benchmarks.gpu.plan import Plan
 from benchmarks.gpu.stages import Item
 from benchmarks.harness.clock import Pace, interleave
+from deberta_kernels import notices
 from deberta_kernels.testing.geometries import settings
 
 __all__ = ["items"]
@@ -43,6 +44,7 @@ def _pair(plan: Plan, name: str, *, training: bool = False, unpad: Any = "auto")
     plain = DebertaV2Model(DebertaV2Config(**chosen)).to(plan.device, getattr(torch, plan.dtype)).train(training)
     patched = copy.deepcopy(plain)
     deberta_kernels.patch(patched, backend=plan.backend, strict=True, unpad=unpad)
+    notices.reset_stats()
     return plain, patched
 
 
@@ -65,12 +67,23 @@ def _forward(model: nn.Module, ids: Tensor, mask: Tensor) -> Callable[[int], Ten
     return run
 
 
+def _ran(plan: Plan) -> str:
+    """Return "" when the backend of the run has computed all calls of the patched model, else what happened."""
+    stats = notices.stats()
+    calls = {name: count for name, count in stats["calls"].items() if count}
+    if set(calls) == {plan.backend} and not stats["fallbacks"]:
+        return ""
+    return f"backend {plan.backend} did not run every call: calls {calls}, original code {stats['fallbacks']}"
+
+
 def _compared(plan: Plan, plain: nn.Module, patched: nn.Module, ids: Tensor, mask: Tensor) -> dict[str, Any]:
     """Hold the patched model to twice the error of the plain one in the same dtype, on real tokens, against float32."""
     exact = _forward(copy.deepcopy(plain).float(), ids, mask)(0)
     errors = [(_forward(model, ids, mask)(0).float() - exact)[mask.bool()].abs() for model in (plain, patched)]
     theirs, ours = (float(error.mean()) for error in errors)
-    return {"ok": ours <= 2 * theirs + 1e-5, "mean_error": ours, "mean_error_unpatched": theirs}
+    elsewhere = _ran(plan)
+    ok = ours <= 2 * theirs + 1e-5 and not elsewhere
+    return {"ok": ok, "text": elsewhere, "mean_error": ours, "mean_error_unpatched": theirs}
 
 
 def _timed(plan: Plan, calls: dict[str, Callable[[int], Any]]) -> dict[str, Any]:
@@ -99,7 +112,12 @@ def _training(plan: Plan, batch: int, length: int) -> dict[str, Any]:
 
         return run
 
-    return {"ok": True, **_timed(plan, {"unpatched": step(plain), "patched": step(patched)})}
+    step(patched)(0)
+    gradients = [x.grad for x in patched.parameters() if x.grad is not None]
+    wrong = _ran(plan) or (
+        "" if gradients and all(bool(x.isfinite().all()) for x in gradients) else "no finite gradients"
+    )
+    return {"ok": not wrong, "text": wrong, **_timed(plan, {"unpatched": step(plain), "patched": step(patched)})}
 
 
 def _graph(plan: Plan) -> dict[str, Any]:
@@ -110,7 +128,8 @@ def _graph(plan: Plan) -> dict[str, Any]:
     calls = {"unpatched": _forward(plain, ids, mask), "patched": _forward(patched, ids, mask)}
     calls["patched, compiled to a graph"], out = _replayed(calls["patched"])
     calls["patched, compiled to a graph"](0)
-    check = {"ok": torch.equal(out, expected)}
+    elsewhere = _ran(plan)
+    check: dict[str, Any] = {"ok": torch.equal(out, expected) and not elsewhere, "text": elsewhere}
     try:
         calls["unpatched, compiled to a graph"], _ = _replayed(calls["unpatched"])
     except RuntimeError as error:  # the original asks the host for values

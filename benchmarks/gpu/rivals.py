@@ -24,8 +24,9 @@ from benchmarks.harness.work import GEOMETRY
 from benchmarks.registry import CANDIDATES
 from deberta_kernels.testing.geometries import settings
 
-__all__ = ["available", "disentangled_flash", "flashdeberta", "register"]
+__all__ = ["ABSENT", "available", "disentangled_flash", "flashdeberta", "register"]
 
+ABSENT = "not installed"
 SCALE = 1.0 / math.sqrt(3 * GEOMETRY.dim)
 
 
@@ -35,7 +36,7 @@ def available(name: str) -> str:
     try:
         found = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+        return ABSENT
     if found != release:
         return f"version {found} is installed, {release} was read"
     return "" if importlib.util.find_spec(package) else "not importable"

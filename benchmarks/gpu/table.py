@@ -1,4 +1,4 @@
-"""The figures that were promised and the table that is printed, from the result of a run."""
+"""What a run came to: the figures that were promised, what is wrong, and the table that is printed."""
 
 from __future__ import annotations
 
@@ -8,8 +8,14 @@ from benchmarks.harness.figures import Line
 from benchmarks.harness.tables import MEGABYTE, aligned
 from benchmarks.registry import CANDIDATES, GPU_FIGURES
 
-__all__ = ["figures", "table"]
+__all__ = ["figures", "problems", "table"]
 
+# What an item has that came to nothing, without being wrong.
+IDLE = ("skipped", "unfinished")
+# Stages in which every backend that is asked for has to run, and which candidate each is there.
+_PROVING = "correctness"
+_TIMING = ("core", "rivals", "compiled")
+_OUT_OF_TIME = ("stopped after", "no time left")
 HEADINGS = {name: candidate.heading for name, candidate in CANDIDATES["gpu"].items()}
 
 
@@ -101,9 +107,14 @@ def _state(record: dict[str, Any]) -> str:
     items = record["items"]
     failed = [name for name, item in items.items() if item.get("ok") is False]
     skipped = sorted({item["skipped"] for item in items.values() if "skipped" in item})
-    parts = [f"{len(items) - len(failed)} of {len(items)} fine"]
+    idle = [name for name, item in items.items() if item.get("ok") is not False and not item.keys().isdisjoint(IDLE)]
+    parts = [f"{len(items) - len(failed) - len(idle)} of {len(items)} fine"]
     parts += [f"FAILED: {', '.join(failed[:8])}{' ...' if len(failed) > 8 else ''}"] if failed else []
     parts += [f"skipped: {'; '.join(skipped)[:200]}"] if skipped else []
+    unfinished = [name for name, item in items.items() if "unfinished" in item]
+    parts += [f"unfinished: {', '.join(unfinished)}"] if unfinished else []
+    others = [text for item in items.values() for text in item.get("failed_of_others", ())]
+    parts += [f"of others failed: {'; '.join(others)[:300]}"] if others else []
     if not record["complete"]:
         parts.append(f"not complete: {record['broken'][:200] or 'running'}")
     return "; ".join(parts)
@@ -139,4 +150,40 @@ def table(result: dict[str, Any]) -> str:
         rows.append([x["title"], x["case"], f"{sign} {x['must']:g}", f"{sign} {x['aim']:g}", value, x["verdict"]])
     lines += [aligned(rows), ""]
     lines += [f"{name}: {_state(record)}, {record['seconds']:.0f} s" for name, record in result["stages"].items()]
-    return "\n".join([*lines, f"{result['seconds']:.0f} s in all"])
+    lines.append(f"{result['seconds']:.0f} s in all")
+    wrong = result.get("problems", [])
+    lines.append(f"FAILED, {len(wrong)}:" if wrong else "nothing is wrong with what ran")
+    return "\n".join([*lines, *(f"  {text}" for text in wrong)])
+
+
+def problems(result: dict[str, Any]) -> list[str]:
+    """Return what is wrong, a line each: wrong answers, what broke, and what was asked for and did not run.
+
+    A stage that ran out of time is none as long as something of everything that was asked for ran.
+    """
+    found = []
+    for name, record in result["stages"].items():
+        items = record["items"]
+        found += [f"{name}: {item} failed" for item, one in items.items() if one.get("ok") is False]
+        ran = {item: one for item, one in items.items() if "unfinished" not in one}
+        if record["broken"] and not record["broken"].startswith(_OUT_OF_TIME):
+            found.append(f"{name}: broke off: {record['broken'][:300]}")
+        elif not ran:
+            found.append(f"{name}: nothing of it ran: {record['broken'] or 'it has no items'}")
+        if name == _PROVING:
+            proven = {one.get("backend") for one in ran.values()}
+            found += [f"{name}: backend {backend} did not run" for backend in result["asked"] if backend not in proven]
+        if name in _TIMING:
+            found += [f"{name}: {candidate} was never timed: {why}" for candidate, why in _untimed(ran).items()]
+    return found
+
+
+def _untimed(items: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Return the candidates that were asked for and have no time at any shape, with a reason; memory may lack."""
+    timed = {name for one in items.values() for name in one.get("samples", {})}
+    found: dict[str, str] = {}
+    for one in items.values():
+        for name in set(one.get("asked", ())) - timed:
+            reason = one.get("reasons", {}).get(name, "no reason is known")
+            found[name] = found.get(name, "out of memory") if reason == "out of memory" else reason[:200]
+    return {name: why for name, why in sorted(found.items()) if why != "out of memory"}

@@ -10,6 +10,7 @@ import torch
 from benchmarks.core.candidates import CORES, candidates, hugging_face_core, our_core
 from benchmarks.core.checking import check_candidates
 from benchmarks.gpu import rivals
+from benchmarks.gpu.cases import asked, is_for
 from benchmarks.gpu.device import Clock, free_memory, peak_memory
 from benchmarks.gpu.plan import Plan
 from benchmarks.gpu.stages import Item
@@ -17,7 +18,7 @@ from benchmarks.harness.clock import Pace, interleave
 from benchmarks.harness.work import floor
 from benchmarks.registry import PEERS, Shape
 from deberta_kernels import dispatch
-from deberta_kernels.types import AttentionProblem, Masks, PositionSpec
+from deberta_kernels.testing.inputs import Case
 
 __all__ = ["compiled_items", "core_items", "register_compiled", "rival_items"]
 
@@ -36,7 +37,11 @@ def rival_items(plan: Plan, rates: dict[str, Any]) -> list[Item]:
     """Return one item per shape: the rivals, with ours beside them; and for an absent one an item that says why."""
     rivals.register()
     absent = {name: reason for name in PEERS if (reason := rivals.available(name))}
-    found = [Item(name, lambda reason=reason: {"ok": True, "skipped": reason}) for name, reason in absent.items()]
+    # One that was carried here and cannot be called was asked for.
+    found = [
+        Item(name, lambda reason=reason: {"ok": reason == rivals.ABSENT, "skipped": reason, "error": reason})
+        for name, reason in absent.items()
+    ]
     present = set(PEERS) - absent.keys()
     if present:
         found += [_item(plan, shape, {*present, "bare"}, rates) for shape in plan.shapes()]
@@ -46,7 +51,8 @@ def rival_items(plan: Plan, rates: dict[str, Any]) -> list[Item]:
 def compiled_items(plan: Plan, rates: dict[str, Any]) -> list[Item]:
     """Return one item per shape: Hugging Face's code through `torch.compile`, with ours beside it."""
     register_compiled()
-    return [_item(plan, shape, {"compiled", "bare"}, rates) for shape in plan.shapes()]
+    shapes = [shape for shape in plan.shapes() if not plan.small or shape.length == min(plan.lengths)]
+    return [_item(plan, shape, {"compiled", "bare"}, rates) for shape in shapes]
 
 
 def register_compiled() -> None:
@@ -55,12 +61,10 @@ def register_compiled() -> None:
 
 
 def _others(plan: Plan) -> set[str]:
-    """Return the other GPU backends of this package, as candidates under their own names."""
-    if plan.device == "cpu":
-        return set()
-    q = torch.empty(1, 1, 1, 64, dtype=getattr(torch, plan.dtype), device=plan.device)
-    call = AttentionProblem(q, q, q, None, None, Masks(), PositionSpec(), 1.0, max_seqlen=1)
-    found = {name for name in ("triton", "cuda") if name != plan.backend and dispatch.refusal(name, call) is None}
+    """Return the other backends that are asked for, and Triton's, as candidates under their own names."""
+    timed = Case(nq=1, dtype=getattr(torch, plan.dtype))
+    wanted = {*asked(plan), *({"triton"} if plan.device != "cpu" else ())} - {plan.backend}
+    found = {name for name in wanted if is_for(name, timed)}
     for name in found:
         CORES[name] = partial(our_core, backend=name)
     return found
@@ -74,7 +78,7 @@ def _item(plan: Plan, shape: Shape, names: set[str], rates: dict[str, Any]) -> I
 
 def _measure(plan: Plan, shape: Shape, names: list[str], rates: dict[str, Any]) -> dict[str, Any]:
     """Check, weigh and time the candidates of one shape; what fails is left out with its reason."""
-    record: dict[str, Any] = {**shape.__dict__, "label": shape.label, "reasons": {}, "memory": {}}
+    record: dict[str, Any] = {**shape.__dict__, "label": shape.label, "asked": names, "reasons": {}, "memory": {}}
     scores = SMALL_SCORES
     if plan.device != "cpu":
         only_flash()

@@ -133,18 +133,21 @@ def measure(options: argparse.Namespace, entry: tuple[str, int, str], key: str) 
     dtype, dim, direction = entry
     small = options.device == "cpu"
     candidates = tuning.candidates(key, getattr(torch, dtype), dim, direction)
-    first, refused, times = candidates[0], {}, {}
+    first, refused, failed, times = candidates[0], {}, {}, {}
     for config in candidates[:3] if small else candidates:
         try:
             wrong = fault(options, entry, key, config)
-        except Exception as error:  # too much shared memory, or a compiler that fails: another candidate remains
+        except Exception as error:  # another candidate remains
             wrong = f"{type(error).__name__}: {str(error)[:300]}"
+            if type(error).__name__ == "OutOfResources":  # of Triton: tiles larger than this device's memory
+                refused[_text(config)] = wrong
+                continue
         if wrong:
-            refused[_text(config)] = wrong
+            failed[_text(config)] = wrong
         else:
             times[config] = []
     if not times:
-        return {"dtype": dtype, "head_dim": dim, "direction": direction, "refused": refused}
+        return {"dtype": dtype, "head_dim": dim, "direction": direction, "refused": refused, "failed": failed}
     for shape in TINY_SHAPES if small else SHAPES:
         call = problem(options.device, dtype, dim, shape)
         calls = {config: _caller(planned(call, direction, key, config)[0]) for config in times}
@@ -161,6 +164,7 @@ def measure(options: argparse.Namespace, entry: tuple[str, int, str], key: str) 
         "num_stages": best.num_stages,
         "milliseconds": {_text(config): [round(t * 1e3, 5) for t in found] for config, found in times.items()},
         "refused": refused,
+        "failed": failed,
     }
 
 
@@ -224,7 +228,7 @@ def store(path: Path, entry: dict[str, Any], about: dict[str, Any]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run; return the exit status: 1 when an entry has no candidate that works, 2 without a device."""
+    """Run; return the exit status: 1 when a candidate fails or an entry has none that works, 2 without a device."""
     options = parse(arguments)
     import torch
 
@@ -256,20 +260,23 @@ def main(arguments: list[str] | None = None) -> int:
         "device": describe(options.device),
         "shapes": TINY_SHAPES if small else SHAPES,
     }
-    without, wanted = 0, entries(options)
+    wrong, left_out, wanted = [], [], entries(options)
     progress = Progress(1.0 for _ in wanted)
     for entry in wanted:
         if options.seconds and time.monotonic() - started > options.seconds:
-            note(f"no time left for {entry}")
+            left_out.append(entry)
             continue
         found = measure(options, entry, key)
+        wrong += [f"{entry}: {name}: {why}" for name, why in found["failed"].items()]
         if "tile" not in found:
-            progress.step(f"{entry}: no candidate works: {found['refused']}")
-            without += 1
+            progress.step(f"{entry}: no candidate works: {found['refused']} {found['failed']}")
+            wrong.append(f"{entry}: no candidate works")
             continue
         store(path, found, about)
         times = ", ".join(f"{name}: {x}" for name, x in found["milliseconds"].items())
         best = f"tile {found['tile']}, {found['num_warps']} warps, {found['num_stages']} stages"
         progress.step(f"{entry}: {best} of {times} ms")
+    for text in [*(f"no time left for {entry}" for entry in left_out), *(f"FAILED {text}" for text in wrong)]:
+        print(text)
     print(f"written: {path}")
-    return int(without > 0)
+    return int(bool(wrong))

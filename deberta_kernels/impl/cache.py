@@ -76,6 +76,8 @@ def write(name: str, content: bytes) -> None:
                 stream.write(hashlib.sha256(content).digest() + content)
             os.replace(half_written, name, src_dir_fd=folder, dst_dir_fd=folder)
         except OSError as error:
+            with suppress(OSError):  # on a full disk it would take what is left
+                os.unlink(half_written, dir_fd=folder)
             raise CacheError(f"the cache cannot be written ({error.strerror}); set {env.CACHE}") from error
 
 

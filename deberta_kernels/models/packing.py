@@ -51,8 +51,9 @@ class Packing:
         self._source = source  # (rows,) position in the flattened batch that each row is read from
         self._row_of = row_of  # (B * N,) row that each position of the flattened batch is read from
         self._sample = sample  # (rows,) sample that each row belongs to
-        paddings = [[shape[1] - count] for count in counts if count < shape[1]]
-        self._paddings = torch.tensor(paddings, device=sample.device)  # (rows - T, 1) positions a row stands for
+        paddings = [shape[1] - count for count in counts if count < shape[1]]
+        self._paddings = torch.tensor(paddings, device=sample.device)  # (rows - T,) positions a row stands for
+        self._padding: Tensor | None = None
 
     def to(self, device: Any) -> Packing:
         """Return this packing on another device."""
@@ -68,8 +69,10 @@ class Packing:
         return _rows(packed[0], self._row_of, self.shape)
 
     def padding(self) -> Tensor:
-        """Return the (padded positions,) int64 places of padding in the flattened batch."""
-        return (self._row_of >= self.tokens).nonzero().flatten()
+        """Return the (padded positions,) int64 places of padding in the flattened batch, sample by sample."""
+        if self._padding is None:
+            self._padding = self._row_of.argsort(stable=True)[self.tokens :]  # which waits for no device
+        return self._padding
 
     def row_of_padding(self) -> Tensor:
         """Return the (padded positions,) int64 row that stands for each of `padding`."""
@@ -77,13 +80,17 @@ class Packing:
 
     def sum_padding(self, padded: Tensor) -> Tensor:
         """Return (1, rows, C) from (B, N, C): each row the sum of all that it stands for."""
-        flat = _flat(padded)
-        empty = flat.new_zeros(self._source.shape[0], flat.shape[1])
-        return empty.index_add(0, self._row_of, flat).unsqueeze(0)
+        sums = self.sum_of_padding(_exact(_flat(padded).index_select(0, self.padding())))
+        real = self.pack(padded)[:, : self.tokens]
+        return torch.cat([real, sums.to(padded.dtype).unsqueeze(0)], dim=1)
+
+    def sum_of_padding(self, values: Tensor) -> Tensor:
+        """Return (rows - T, C) from (padded positions, C), in the order of `padding`: the sum of each sample."""
+        return _sum_runs(values, self._paddings, self.row_of_padding() - self.tokens)
 
     def divide_padding(self, packed: Tensor) -> Tensor:
         """Return (1, rows, C) with the rows of padding divided by how many positions they stand for."""
-        shares = packed[:, self.tokens :] / self._paddings
+        shares = packed[:, self.tokens :] / self._paddings[:, None]
         return torch.cat([packed[:, : self.tokens], shares.to(packed.dtype)], dim=1)
 
     def padding_context(self, values: Tensor) -> Tensor:
@@ -95,11 +102,41 @@ class Packing:
         Returns:
             (1, rows - T, C), dtype of values.
         """
-        batch, length = self.shape
-        exact = values[0] if values.dtype == torch.float64 else values[0].float()
-        sums = exact.new_zeros(batch, exact.shape[1]).index_add(0, self._sample[: self.tokens], exact[: self.tokens])
-        total = sums.index_select(0, self._sample[self.tokens :]) + self._paddings * exact[self.tokens :]
+        length = self.shape[1]
+        exact = _exact(values[0])
+        sums = _sum_runs(exact[: self.tokens], self.cu_seqlens.diff(), self._sample[: self.tokens])
+        total = sums.index_select(0, self._sample[self.tokens :]) + self._paddings[:, None] * exact[self.tokens :]
         return (total / length).to(values.dtype).unsqueeze(0)
+
+
+class _SumRuns(torch.autograd.Function):
+    """Sums of rows that follow each other: `index_add` adds in any order on a GPU, and so does its counterpart."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, lengths: Tensor, run: Tensor) -> Tensor:
+        ctx.save_for_backward(run)
+        return torch.segment_reduce(rows, "sum", lengths=lengths, unsafe=True, initial=0)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return gradient.index_select(0, ctx.saved_tensors[0]), None, None
+
+
+def _sum_runs(rows: Tensor, lengths: Tensor, run: Tensor) -> Tensor:
+    """Return (runs, C), the sums of runs of neighbouring rows of (rows, C).
+
+    Args:
+        rows: what is added.
+        lengths: (runs,) rows of each run.
+        run: (rows,) int64, the run that each row is in.
+    """
+    if is_mapped(rows):
+        return rows.new_zeros(lengths.shape[0], rows.shape[1]).index_add(0, run, rows)
+    return _SumRuns.apply(rows, lengths, run)  # type: ignore[no-any-return]
+
+
+def _exact(values: Tensor) -> Tensor:
+    return values if values.dtype == torch.float64 else values.float()
 
 
 def _flat(padded: Tensor) -> Tensor:

@@ -99,7 +99,8 @@ class _Pack(torch.autograd.Function):
         if layer.deviation is not None:
             pulled = layer.pull_back(rows, layer.deviation).to(padded.dtype)
             flat = padded.reshape(-1, padded.shape[-1])
-            padded = flat.index_add(0, layer.packing.padding(), pulled[0]).reshape(padded.shape)
+            places = layer.packing.padding()
+            padded = flat.index_copy(0, places, flat.index_select(0, places) + pulled[0]).reshape(padded.shape)
         return padded, None
 
 
@@ -122,7 +123,8 @@ class _Unpack(torch.autograd.Function):
             differs = (of_padding != packing.pack(gradient).index_select(1, number)).any(-1)[0]
             if is_mapped(gradient) or bool(differs.any()):
                 # Exactly zero where a sample's own rows agree, whatever those of another hold.
-                counts = torch.zeros(summed.shape[1], device=summed.device).index_add(0, number, differs.float())
+                counts = packing.sum_of_padding(differs.float()[:, None])[:, 0]
                 deviation = of_padding - packing.divide_padding(summed).index_select(1, number)
-                layer.deviation = torch.where((counts > 0).index_select(0, number)[:, None], deviation, 0)
+                deviates = (counts > 0).index_select(0, number - packing.tokens)
+                layer.deviation = torch.where(deviates[:, None], deviation, 0)
         return summed, None

@@ -27,21 +27,87 @@ def found(items):
 
 
 def test_a_clean_run_is_fine_and_its_summary_kept(tool):
-    tool("compute-sanitizer", "ran 6 cases\n========= ERROR SUMMARY: 0 errors")
+    tool("compute-sanitizer", "ran 6 cases of triton\n========= ERROR SUMMARY: 0 errors")
     for result in found(profilers.sanitizer_items(Plan())):
         assert result["ok"]
         assert result["summary"] == ["========= ERROR SUMMARY: 0 errors"]
-        assert result["ran"] == ["ran 6 cases"]
+        assert result["ran"] == ["ran 6 cases of triton"]
 
 
 def test_errors_and_a_run_that_did_not_end_are_failures(tool):
-    tool("compute-sanitizer", "ran 6 cases\nInvalid __global__ read\nERROR SUMMARY: 1 error", profilers.FOUND)
+    tool("compute-sanitizer", "ran 6 cases of triton\nInvalid __global__ read\nERROR SUMMARY: 1 error", profilers.FOUND)
     for result in found(profilers.sanitizer_items(Plan())):
         assert not result["ok"]
         assert "Invalid __global__ read" in result["text"]
         assert "--kernel-name kns=disentangled" in result["text"]
     tool("compute-sanitizer", "ERROR SUMMARY: 0 errors")
     assert not any(result["ok"] for result in found(profilers.sanitizer_items(Plan())))
+
+
+HAZARD = """========= ERROR: Potential {kind} hazard detected at __shared__ 0x{address:x} in block (0,0,0) :
+========= Write Thread (0,0,0) at _disentangled_fwd_kernel+0x2f0
+========= Write Thread (32,0,0) at _disentangled_fwd_kernel+0x2f0
+========= Current Value : {current}, Incoming Value : {incoming}{more}
+"""
+
+
+def hazard(kind="WAW", current="63", incoming="63", address=0, more=""):
+    return HAZARD.format(kind=kind, current=current, incoming=incoming, address=address, more=more)
+
+
+def test_warps_that_store_one_value_are_told_apart_from_races():
+    text = hazard() + hazard(address=1, current="0", incoming="0")
+    assert profilers.hazards(text) == (2, [])
+    races = [
+        hazard(incoming="64"),
+        hazard("RAW"),
+        hazard("WAR"),
+        hazard(more=" (invalid memcpy_async synchronization)"),
+        "========= WARNING: Potential WAW hazard detected at __shared__ 0x0 in block (0,0,0) :\n",
+    ]
+    for race in races:
+        equal, others = profilers.hazards(hazard() + race + hazard())
+        assert (equal, len(others)) == (2, 1), race
+
+
+@pytest.mark.parametrize(
+    ("text", "displayed", "status", "ok"),
+    [
+        (hazard(), 1, profilers.FOUND, True),
+        (hazard(), 2, profilers.FOUND, False),  # one that was not understood
+        (hazard() + hazard("RAW"), 2, profilers.FOUND, False),
+        (hazard("RAW"), 1, 0, False),
+        (hazard(), 1, 1, False),
+    ],
+)
+def test_racecheck_passes_with_equal_writes_alone(tool, text, displayed, status, ok):
+    summary = f"========= RACECHECK SUMMARY: {displayed} hazards displayed ({displayed} errors, 0 warnings)"
+    tool("compute-sanitizer", f"ran 6 cases of triton\n{text}{summary}", status)
+    _, result = found(profilers.sanitizer_items(Plan()))
+    assert result["ok"] is ok
+    assert result["equal_writes"] == text.count("WAW")
+
+
+def test_a_backend_of_which_no_case_ran_is_a_failure(tool, monkeypatch):
+    monkeypatch.setattr(profilers, "asked", lambda plan: ("triton", "cuda"))
+    for text, ok in (
+        ("ran 6 cases of triton", False),
+        ("ran 6 cases of triton\nran 0 cases of cuda", False),
+        ("ran 6 cases of triton\nran 4 cases of cuda", True),
+    ):
+        tool("compute-sanitizer", text)
+        for result in found(profilers.sanitizer_items(Plan())):
+            assert result["ok"] is ok
+            assert ("no case of cuda ran" in result["text"]) is not ok
+
+
+def test_the_watched_problems_run_on_every_backend_that_is_asked_for(monkeypatch, capsys):
+    monkeypatch.setattr(profilers, "asked", lambda plan: ("torch", "reference"))
+    assert profilers.run_small(Plan(device="cpu", backend="torch")) == 0
+    assert capsys.readouterr().out == "ran 6 cases of torch\nran 6 cases of reference\n"
+    monkeypatch.setattr(profilers, "asked", lambda plan: ("cuda",))
+    with pytest.raises(NotImplementedError, match="backend='cuda' cannot run this call"):
+        profilers.run_small(Plan(device="cpu", backend="torch"))
 
 
 def test_a_machine_that_does_not_let_it_work_is_no_failure(tool):

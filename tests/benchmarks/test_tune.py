@@ -45,5 +45,31 @@ def test_without_a_gpu_it_says_what_to_do(capsys):
 def test_an_entry_without_a_candidate_that_works_keeps_the_reasons(monkeypatch):
     monkeypatch.setattr(tune, "fault", lambda *_: "wrong")
     found = tune.measure(tune.parse(["--device", "cpu"]), ("float16", 16, "forward"), "sm_90")
-    assert set(found["refused"].values()) == {"wrong"}
+    assert set(found["failed"].values()) == {"wrong"}
     assert "tile" not in found
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(None, 0), ("OutOfResources", 0), ("PTXASError", 1), ("a wrong answer", 1)], ids=str
+)
+def test_a_candidate_that_fails_shows_in_the_status_and_one_too_large_does_not(
+    monkeypatch, tmp_path, capsys, error, status
+):
+    calls = []
+
+    def fault(*_):
+        calls.append(error)
+        if error is None or len(calls) > 1:
+            return ""
+        if error == "a wrong answer":
+            return "dq: wrong"
+        raise type(error, (RuntimeError,), {})("told")
+
+    monkeypatch.setattr(tune, "fault", fault)
+    monkeypatch.setattr(tune, "planned", lambda *_: ([], {}))
+    monkeypatch.setattr(tune, "problem", lambda *_: None)
+    monkeypatch.setattr(tune, "run_all", lambda _: sum(range(1000)))
+    path = tmp_path / "table.json"
+    assert tune.main(["--device", "cpu", "--directions", "forward", "--output", str(path)]) == status
+    assert ("FAILED" in capsys.readouterr().out) == bool(status)
+    assert json.loads(path.read_text())["entries"][0]["tile"]

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from deberta_kernels.impl import cuda, torch_tiled
+from deberta_kernels.impl.attempts import Attempts
 from deberta_kernels.impl.cuda import driver, image
 from deberta_kernels.testing import budget, inputs
 from deberta_kernels.testing.inputs import Case
@@ -47,7 +48,7 @@ def device(monkeypatch):
 
     monkeypatch.setattr(driver.Module, "launch", allowed)
     monkeypatch.setattr(driver, "_opened", lambda: (opened, None))
-    monkeypatch.setattr(cuda, "_loaded", {})
+    monkeypatch.setattr(cuda, "_loaded", Attempts())
     monkeypatch.setattr(cuda, "_ordinal", lambda device: 0)
     monkeypatch.setattr(cuda, "_stream", lambda device: STREAM)
     monkeypatch.setattr(
@@ -214,7 +215,7 @@ def test_a_bad_module_gives_way_to_the_next_and_all_reasons_are_said(device, mon
     absent = image.ImageError("no CUDA module was built with the package")
     monkeypatch.setattr(image, "images", lambda *of: iter([absent, good[:90], old, good]))
     assert isinstance(loaded(), tuple)
-    monkeypatch.setattr(cuda, "_loaded", {})
+    monkeypatch.setattr(cuda, "_loaded", Attempts())
     monkeypatch.setattr(image, "images", lambda *of: iter([absent, good[:90], old]))
     reason = loaded()
     assert reason.startswith("no CUDA module was built with the package; the CUDA module is damaged (")

@@ -14,6 +14,7 @@ import torch
 from deberta_kernels import dispatch, dropout, env, notices
 from deberta_kernels.impl import torch_tiled
 from deberta_kernels.impl import triton as backend
+from deberta_kernels.impl.attempts import Attempts
 from deberta_kernels.position import delta
 from deberta_kernels.testing import backends, budget, inputs
 from deberta_kernels.testing.inputs import Case
@@ -309,7 +310,7 @@ def test_what_does_not_compile_is_a_refusal_found_out_once(monkeypatch):
         raise RuntimeError("first line\nptxas died")
 
     monkeypatch.setattr(launch, "build", build)
-    monkeypatch.setattr(execute, "_compiled", {})
+    monkeypatch.setattr(execute, "_compiled", Attempts())
     problem = inputs.problem(Case(batch=1, heads=1, nq=8, head_dim=16))
     for _ in range(2):
         reason = execute.compile_refusal(problem)
@@ -333,7 +334,7 @@ def test_memory_for_the_tiles_is_looked_at_when_the_backend_is_chosen(monkeypatc
 
     monkeypatch.setattr(tuning, "_shrunk", {})
     monkeypatch.setattr(launch, "build", build)
-    monkeypatch.setattr(execute, "_compiled", {})
+    monkeypatch.setattr(execute, "_compiled", Attempts())
     reason = execute.compile_refusal(inputs.problem(Case(batch=1, heads=1, nq=8, head_dim=16)))
     if expected is None:
         assert reason is None

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from deberta_kernels.impl import common, cuda, gpu_tables
+from deberta_kernels.impl.attempts import Attempts
 from deberta_kernels.impl.cuda import arguments, backward_arguments, driver, modules
 from deberta_kernels.impl.cuda.backward_arguments import BackwardArguments, BackwardParams, plan
 from deberta_kernels.testing import budget, inputs
@@ -284,7 +285,7 @@ def test_a_deterministic_backward_with_too_large_sums_is_refused(module):
 
 def test_without_a_driver_the_reason_is_said(monkeypatch):
     monkeypatch.setattr(driver, "_opened", lambda: (None, "the NVIDIA driver is not there"))
-    monkeypatch.setattr(cuda, "_loaded", {})
+    monkeypatch.setattr(cuda, "_loaded", Attempts())
     monkeypatch.setattr(cuda, "_ordinal", lambda device: 0)
     problem, truth, out, lse = drawn(Case(batch=1, heads=1, nq=20, dtype=BF16))
     assert cuda.backward_refusal(problem) == "the NVIDIA driver is not there"

@@ -1,4 +1,4 @@
-"""Where the CUDA kernels come from, without a GPU: the package's modules, NVRTC, the private cache; and refusals."""
+"""Where the CUDA kernels come from, without a GPU: the package's modules, the private cache; and refusals."""
 
 import hashlib
 import json
@@ -12,7 +12,8 @@ import torch
 
 from deberta_kernels import env
 from deberta_kernels.impl import cache, cuda
-from deberta_kernels.impl.cuda import driver, image, nvrtc
+from deberta_kernels.impl.attempts import Attempts, is_passing
+from deberta_kernels.impl.cuda import driver, image
 from deberta_kernels.impl.cuda.arguments import ForwardInfo
 from deberta_kernels.types import AttentionProblem, Masks, PositionSpec
 
@@ -20,31 +21,6 @@ BF16 = torch.bfloat16
 SOURCES = {"forward.cu": '#include "params.h"\n', "backward.cu": "// backward\n", "params.h": "#pragma once\n"}
 CUBIN = b"\x7fELF and so on"
 
-FAKE_NVRTC = r"""
-#include <cstring>
-#include <string>
-static std::string made, log_text;
-static int broken;
-extern "C" {
-int nvrtcVersion(int* major, int* minor) { return *major = MAJOR, *minor = 3, 0; }
-int nvrtcCreateProgram(void** program, const char* source, const char* name, int count, const char* const* headers,
-                       const char* const* names) {
-  made = std::string(name) + ":" + source, broken = std::strstr(source, "broken") != nullptr;
-  for (int i = 0; i < count; i++) made += std::string("|") + names[i] + ":" + headers[i];
-  return *program = &made, 0;
-}
-int nvrtcCompileProgram(void*, int count, const char* const* options) {
-  for (int i = 0; i < count; i++) made += std::string("|") + options[i];
-  log_text = "forward.cu(1): error: broken on purpose\n";
-  return broken ? 6 : 0;
-}
-int nvrtcDestroyProgram(void** program) { return *program = nullptr, 0; }
-int nvrtcGetProgramLogSize(void*, size_t* size) { return *size = log_text.size() + 1, 0; }
-int nvrtcGetProgramLog(void*, char* text) { return std::strcpy(text, log_text.c_str()), 0; }
-int nvrtcGetCUBINSize(void*, size_t* size) { return *size = made.size(), 0; }
-int nvrtcGetCUBIN(void*, char* text) { return std::memcpy(text, made.data(), made.size()), 0; }
-}
-"""
 COMPILER = shutil.which("c++") or shutil.which("g++")
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler on the PATH")
 
@@ -68,6 +44,8 @@ def folder(tmp_path, monkeypatch):
     }
     (place / "build.json").write_text(json.dumps(record))
     monkeypatch.setattr(image, "_FOLDER", place)
+    monkeypatch.setattr(image, "_CHECKOUT", tmp_path)
+    monkeypatch.setattr(image, "_unwritten", {})
     monkeypatch.setenv(env.CACHE, str(tmp_path / "cache"))
     return place
 
@@ -157,6 +135,47 @@ def test_a_cache_that_cannot_be_used_costs_a_compilation_and_a_log_line(folder, 
     assert "compiled anew in every process: the cache" in caplog.text
 
 
+def test_a_module_that_the_cache_cannot_take_is_compiled_once(folder, compiler, monkeypatch):
+    def write(name, content):
+        raise cache.CacheError("the cache cannot be written (No space left on device)")
+
+    monkeypatch.setattr(cache, "write", write)
+    first = image.compiled("forward", BF16, 64)
+    assert image.compiled("forward", BF16, 64) == first
+    assert compiler.calls == 1
+
+
+def test_a_checkout_has_its_sources_itself(folder, compiler, tmp_path):
+    own = tmp_path / "csrc" / "cuda"
+    own.mkdir(parents=True)
+    for name, text in SOURCES.items():
+        (own / name).write_text(text)
+    assert image.packaged("forward", BF16, 64) == CUBIN  # not in a checkout yet
+    (tmp_path / "pyproject.toml").touch()
+    (own / "own.h").write_text("// edited since the package's copies were made")
+    with pytest.raises(image.ImageError, match="was built from other sources"):
+        image.packaged("forward", BF16, 64)
+    for path in folder.iterdir():
+        path.unlink()
+    assert b"own.h" in image.compiled("forward", BF16, 64)
+    assert image.status()["sources"] is True
+
+
+def test_this_checkout_has_sources_without_a_build(monkeypatch, tmp_path):
+    monkeypatch.setattr(image, "_FOLDER", tmp_path / "nothing")
+    assert image.status()["sources"] is True
+
+
+@pytest.mark.parametrize(("error", "passing"), [(OSError(24, "Too many open files"), True), (OSError("no"), False)])
+def test_sources_that_cannot_be_read_are_a_reason(folder, compiler, monkeypatch, error, passing):
+    def sources():
+        raise error
+
+    monkeypatch.setattr(image, "_sources", sources)
+    for found in image.images("forward", BF16, 64):
+        assert is_passing(found) is passing
+
+
 def test_missing_sources_are_a_reason(folder, compiler):
     for path in folder.iterdir():
         path.unlink()
@@ -196,6 +215,16 @@ def test_a_folder_of_another_user_is_refused(place, monkeypatch):
         cache.read("x")
 
 
+def test_a_full_disk_keeps_no_half_written_file(place, monkeypatch):
+    def replace(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(cache.CacheError, match=r"cannot be written \(No space left on device\)"):
+        cache.write("x", b"1")
+    assert list(place.iterdir()) == []
+
+
 def test_links_are_refused(place, tmp_path):
     (tmp_path / "elsewhere").mkdir(mode=0o700)
     place.symlink_to(tmp_path / "elsewhere")
@@ -228,46 +257,6 @@ def test_no_home_is_a_reason(monkeypatch):
         cache.read("x")
 
 
-# ---- NVRTC
-
-
-def fake_nvrtc(tmp_path, major):
-    path = tmp_path / f"libnvrtc_{major}.so"
-    (tmp_path / "nvrtc.cpp").write_text(FAKE_NVRTC)
-    command = [COMPILER, "-shared", "-fPIC", f"-DMAJOR={major}", "-o", str(path), str(tmp_path / "nvrtc.cpp")]
-    subprocess.run(command, check=True)
-    return str(path)
-
-
-@needs_compiler
-def test_nvrtc_gets_sources_headers_and_options(tmp_path, monkeypatch):
-    path = fake_nvrtc(tmp_path, 12)
-    monkeypatch.setattr(nvrtc, "libraries", lambda: ["/nowhere/libnvrtc.so.13", path])
-    compiler = nvrtc.Compiler()
-    assert compiler.version == (12, 3)
-    made = compiler.cubin({"a.h": "A", "main.cu": "M", "cstdint": "C"}, "main.cu", ("-x", "--std=c++17"))
-    assert made == b"main.cu:M|a.h:A|cstdint:C|-x|--std=c++17"
-    with pytest.raises(
-        nvrtc.NvrtcError, match=r"nvrtcCompileProgram failed with status 6: .*error: broken on purpose$"
-    ):
-        compiler.cubin({"main.cu": "broken"}, "main.cu", ())
-
-
-@needs_compiler
-def test_an_old_nvrtc_is_as_good_as_none(tmp_path, monkeypatch):
-    path = fake_nvrtc(tmp_path, 11)
-    monkeypatch.setattr(nvrtc, "libraries", lambda: [path])
-    with pytest.raises(nvrtc.NvrtcError, match="NVRTC is not there"):
-        nvrtc.Compiler()
-
-
-def test_nvrtc_of_torchs_own_cuda_is_tried_first(monkeypatch):
-    monkeypatch.setattr(torch.version, "cuda", "12.8")
-    assert nvrtc.libraries()[:2] == ["libnvrtc.so.12", "libnvrtc.so.13"]
-    monkeypatch.setattr(torch.version, "cuda", None)
-    assert nvrtc.libraries()[:2] == ["libnvrtc.so.13", "libnvrtc.so.12"]
-
-
 # ---- The driver and refusals
 
 
@@ -285,6 +274,22 @@ def test_a_driver_without_tensor_maps_is_too_old(tmp_path):
     subprocess.run([COMPILER, "-shared", "-fPIC", "-o", str(path), str(tmp_path / "old.cpp")], check=True)
     with pytest.raises(driver.DriverError, match=r"the NVIDIA driver is too old: .* has no cuTensorMapEncodeTiled"):
         driver.Driver(str(path))
+
+
+@pytest.mark.parametrize("passing", [True, False])
+def test_a_driver_is_looked_for_again_after_a_failure_that_passes(monkeypatch, passing):
+    made = iter([driver.DriverError("cuInit: out of memory (2)", 2 if passing else 100), "the driver"])
+
+    def opened():
+        found = next(made)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    monkeypatch.setattr(driver, "Driver", opened)
+    monkeypatch.setattr(driver, "_found", Attempts())
+    assert driver.unavailable() == "cuInit: out of memory (2)"
+    assert driver.unavailable() == (None if passing else "cuInit: out of memory (2)")
 
 
 class OnCuda(torch.Tensor):

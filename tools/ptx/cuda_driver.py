@@ -12,6 +12,7 @@ from unittest import mock
 import torch
 
 from deberta_kernels.impl import cuda
+from deberta_kernels.impl.attempts import Attempts
 from deberta_kernels.impl.cuda import driver, image
 from ptx.cuda_modules import compile_module
 from ptx.drivers.unwritten import new_memory_is_unwritten
@@ -195,7 +196,7 @@ def installed(device: Device) -> Iterator[Device]:
     with (
         mock.patch.object(driver.Module, "launch", allowed),
         mock.patch.object(driver, "_opened", return_value=(opened, None)),
-        mock.patch.object(cuda, "_loaded", {}),
+        mock.patch.object(cuda, "_loaded", Attempts()),
         mock.patch.object(cuda, "device_refusal", return_value=None),
         mock.patch.object(cuda, "_ordinal", return_value=0),
         mock.patch.object(cuda, "_stream", return_value=0),

@@ -29,13 +29,6 @@ class NoCudaCompiler(RuntimeError):
 class _Nvrtc(nvrtc.Compiler):
     """NVRTC, stopped before its assembler."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        # It looks for these by their bare name, and finds them once they are loaded.
-        for library in map(Path, nvrtc.libraries()):
-            for builtins in library.parent.glob("libnvrtc-builtins.so.*") if library.is_absolute() else ():
-                ctypes.CDLL(str(builtins), mode=ctypes.RTLD_GLOBAL)
-
     def _text(self, program: c_void_p, what: str) -> bytes:
         if what != "CUBIN":
             return super()._text(program, what)

@@ -16,6 +16,7 @@ from triton.backends.driver import DriverBase
 from triton.compiler.compiler import CompiledKernel
 
 from deberta_kernels.impl import triton as backend
+from deberta_kernels.impl.attempts import Attempts
 from deberta_kernels.impl.triton import backward_plan, execute, plan, tuning
 from ptx.drivers.unwritten import new_memory_is_unwritten
 from ptx.machine import Machine, Memory
@@ -158,7 +159,7 @@ def installed(device: Device) -> Iterator[Device]:
         # As on a GPU; on the CPU these say how much the interpreter likes at once.
         mock.patch.object(plan, "rows_of_program", all_rows),
         mock.patch.object(backward_plan, "rows_of_program", all_rows),
-        mock.patch.object(execute, "_compiled", {}),
+        mock.patch.object(execute, "_compiled", Attempts()),
         new_memory_is_unwritten(),
     ):
         triton.runtime.driver.set_active(_Driver(device))

@@ -6,12 +6,12 @@ another backend.
 
 from __future__ import annotations
 
-import threading
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from deberta_kernels.impl.attempts import Attempts, FailedError, LastingError, is_passing
 from deberta_kernels.impl.common import (
     Needs,
     device_refusal,
@@ -42,9 +42,8 @@ class _Loaded(NamedTuple):
     info: Any  # ForwardInfo or BackwardInfo
 
 
-# ("forward" or "backward", device, dtype, head size): the module, or why none could be loaded.
-_loaded: dict[tuple[str, int, torch.dtype, int], _Loaded | str] = {}
-_lock = threading.Lock()
+# By ("forward" or "backward", device, dtype, head size).
+_loaded: Attempts[tuple[str, int, torch.dtype, int], _Loaded] = Attempts()
 
 
 def refusal(problem: AttentionProblem) -> str | None:
@@ -175,27 +174,22 @@ def _need(which: str, x: Tensor) -> _Loaded:
 
 
 def _load(which: str, x: Tensor) -> _Loaded | str:
-    """Return the module for tensors like this one, (..., D), or why there is none, remembered if it is to last."""
+    """Return the module for tensors like this one, (..., D), or why there is none."""
     key = which, _ordinal(x.device), x.dtype, x.shape[-1]
-    if key not in _loaded:
-        with _lock:
-            if key not in _loaded:
-                try:
-                    _loaded[key] = _loaded_module(*key)
-                except driver.DriverError as error:
-                    if error.passing:
-                        return str(error)
-                    _loaded[key] = str(error)
-    return _loaded[key]
+    try:
+        return _loaded.get(key, _loaded_module, *key)
+    except FailedError as error:
+        return str(error)
 
 
-def _loaded_module(which: str, device: int, dtype: torch.dtype, head_dim: int) -> _Loaded | str:
+def _loaded_module(which: str, device: int, dtype: torch.dtype, head_dim: int) -> _Loaded:
     check_not_capturing(torch.device("cuda", device), "load the CUDA kernels")
     opened = driver.driver()
     capability = opened.capability(device)
     if capability != CAPABILITY:
-        return "the GPU has compute capability {}.{}, it needs {}.{}".format(*capability, *CAPABILITY)
-    reasons = []
+        text = "the GPU has compute capability {}.{}, it needs {}.{}"
+        raise LastingError(text.format(*capability, *CAPABILITY))
+    reasons, passing = [], False
     for cubin in image.images(which, dtype, head_dim):
         try:
             if isinstance(cubin, image.ImageError):
@@ -207,7 +201,8 @@ def _loaded_module(which: str, device: int, dtype: torch.dtype, head_dim: int) -
             if isinstance(error, driver.DriverError) and error.passing:
                 raise
             reasons.append(str(error))
-    return "; ".join(reasons)
+            passing = passing or is_passing(error)
+    raise FailedError("; ".join(reasons), passing)
 
 
 def _kernels(which: str, dtype: torch.dtype, head_dim: int, info: Any) -> dict[str, tuple[int, int]]:

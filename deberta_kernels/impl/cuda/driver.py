@@ -7,11 +7,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from ctypes import POINTER, c_char_p, c_int, c_uint, c_uint32, c_uint64, c_void_p
-from functools import lru_cache
 from typing import Any
 
 import torch
 
+from deberta_kernels.impl.attempts import Attempts, FailedError
 from deberta_kernels.impl.cuda.arguments import Box, Call, TensorMap
 
 __all__ = ["LIBRARY", "Driver", "DriverError", "Module", "driver", "unavailable"]
@@ -45,8 +45,9 @@ _MAX_DYNAMIC_SHARED = 8
 _ELEMENTS = {torch.float16: 6, torch.bfloat16: 9}
 _NO_INTERLEAVE, _SWIZZLE_128_BYTES, _PROMOTE_256_BYTES, _FILL_ZEROS = 0, 3, 3, 0
 
-# Statuses of cuda.h: CUDA_ERROR_OUT_OF_MEMORY, and what a stream refuses while it is being captured.
-_PASSING = (2, *range(900, 910))
+# Statuses of cuda.h: out of memory; the device used by somebody else; the operating system (304); the system or the
+# multi-process service not ready; and what a stream refuses while it is being captured.
+_PASSING = (2, 46, 304, 802, *range(805, 810), *range(900, 910))
 
 
 class DriverError(RuntimeError):
@@ -199,11 +200,13 @@ class Module:
             )  # fmt: skip
 
 
-@lru_cache(maxsize=1)
+_found: Attempts[None, Driver] = Attempts()
+
+
 def _opened() -> tuple[Driver | None, str | None]:
     try:
-        return Driver(), None
-    except DriverError as error:
+        return _found.get(None, Driver), None
+    except FailedError as error:
         return None, str(error)
 
 

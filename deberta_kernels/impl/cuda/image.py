@@ -1,7 +1,8 @@
 """The compiled module of a dtype and head size: built with the wheel, kept by an earlier process, or compiled now.
 
 The sources, and what nvcc made of them when the wheel was built, lie in the package's `lib/cuda`; `build.json` beside
-them says what belongs together. Everything is held to its digest before the driver sees it.
+them says what belongs together. Everything is held to its digest before the driver sees it. A package that is imported
+from a checkout has its sources in `csrc/cuda`, and needs no build.
 """
 
 from __future__ import annotations
@@ -29,8 +30,11 @@ __all__ = ["DTYPES", "ImageError", "compiled", "images", "info_of", "packaged", 
 DTYPES = tuple(dtype for dtype, name in dtypes.SHORT_NAMES.items() if name in modules.DTYPES)
 
 _FOLDER = Path(__file__).resolve().parents[2] / "lib" / "cuda"
+_CHECKOUT = Path(__file__).resolve().parents[3]
 AnInfo = TypeVar("AnInfo", bound=Info)
 _lock = threading.Lock()
+# Modules compiled by this process that the cache could not take.
+_unwritten: dict[str, bytes] = {}
 _logger = logging.getLogger(__name__)
 
 
@@ -51,8 +55,11 @@ def images(which: str, dtype: torch.dtype, head_dim: int) -> Iterator[bytes | Im
     for find in (packaged, compiled):
         try:
             yield find(which, dtype, head_dim)
-        except (ImageError, nvrtc.NvrtcError) as error:
-            yield ImageError(str(error))
+        except (ImageError, nvrtc.NvrtcError, OSError) as error:
+            # What it was raised from tells whether it may pass.
+            found = ImageError(str(error))
+            found.__cause__ = error
+            yield found
 
 
 def packaged(which: str, dtype: torch.dtype, head_dim: int) -> bytes:
@@ -86,12 +93,14 @@ def compiled(which: str, dtype: torch.dtype, head_dim: int) -> bytes:
     spec, sources = spec_of(which, dtype, head_dim), _sources()
     main = spec.source
     if main not in sources:
-        raise ImageError(f"the CUDA sources are not in the package ({_FOLDER} holds none)")
+        raise ImageError(f"the CUDA sources are not in the package ({_source_folder()} holds none)")
     options = (*modules.NVRTC_FLAGS, *spec.definitions)
     with _lock:
         compiler = _compiler()
         digest = _sha256(json.dumps([compiler.version, main, options, sources], sort_keys=True).encode())
         name = f"{spec.name}_{digest[:32]}.cubin"
+        if name in _unwritten:
+            return _unwritten[name]
         made = None
         try:
             made = cache.read(name)
@@ -100,7 +109,9 @@ def compiled(which: str, dtype: torch.dtype, head_dim: int) -> bytes:
                 cache.write(name, made)
         except cache.CacheError as error:
             _logger.warning("the CUDA kernels are compiled anew in every process: %s", error)
-        return made if made is not None else compiler.cubin(sources, main, options)
+            # Kept here, since loading them may fail, and be tried again.
+            made = _unwritten[name] = made if made is not None else compiler.cubin(sources, main, options)
+        return made
 
 
 def info_of(cubin: bytes, layout: type[AnInfo]) -> AnInfo:
@@ -149,9 +160,15 @@ def _record() -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def _source_folder() -> Path:
+    """Return the folder of the sources: in a checkout its own, of which those in the package are perhaps old copies."""
+    own = _CHECKOUT / "csrc" / "cuda"
+    return own if own.is_dir() and (_CHECKOUT / "pyproject.toml").is_file() else _FOLDER
+
+
 def _sources() -> dict[str, str]:
-    return {path.name: path.read_text(encoding="utf-8") for path in sorted(_FOLDER.glob("*.*")) if path.suffix in
-            (".h", ".cu")}  # fmt: skip
+    paths = sorted(path for path in _source_folder().glob("*.*") if path.suffix in (".h", ".cu"))
+    return {path.name: path.read_text(encoding="utf-8") for path in paths}
 
 
 def _sha256(content: bytes) -> str:

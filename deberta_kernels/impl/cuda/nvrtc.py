@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+from contextlib import suppress
 from ctypes import POINTER, c_char_p, c_int, c_size_t, c_void_p
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ __all__ = ["Compiler", "NvrtcError", "libraries"]
 # The first to know sm_90a.
 _OLDEST = (12, 0)
 _MAJORS = (13, 12)
+_OUT_OF_MEMORY = 1  # NVRTC_ERROR_OUT_OF_MEMORY of nvrtc.h
 # The end of the compiler's log is where its last error stands; a template's errors can be megabytes.
 _LOG_CHARACTERS = 2000
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
@@ -30,7 +32,15 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
 
 
 class NvrtcError(RuntimeError):
-    """A program that NVRTC does not compile, or NVRTC that is not there."""
+    """A program that NVRTC does not compile, or NVRTC that is not there.
+
+    Attributes:
+        passing: the same call may succeed later.
+    """
+
+    def __init__(self, message: str, status: int = 0) -> None:
+        super().__init__(message)
+        self.passing = status == _OUT_OF_MEMORY
 
 
 def libraries() -> list[str]:
@@ -38,11 +48,15 @@ def libraries() -> list[str]:
     own = (torch.version.cuda or "").split(".")[0]
     majors = sorted(_MAJORS, key=lambda major: str(major) != own)
     found = [f"libnvrtc.so.{major}" for major in majors]
-    wheels = importlib.util.find_spec("nvidia")
-    for place in list(wheels.submodule_search_locations or ()) if wheels else ():
-        for major in majors:
-            found += map(str, sorted(Path(place).glob(f"*/lib/libnvrtc.so.{major}")))
+    for major in majors:
+        found += _in_wheels(f"libnvrtc.so.{major}")
     return found
+
+
+def _in_wheels(name: str) -> list[str]:
+    wheels = importlib.util.find_spec("nvidia")
+    places = list(wheels.submodule_search_locations or ()) if wheels else []
+    return [str(path) for place in places for path in sorted(Path(place).glob(f"*/lib/{name}"))]
 
 
 class Compiler:
@@ -69,13 +83,25 @@ class Compiler:
             self._call("nvrtcVersion", ctypes.byref(major), ctypes.byref(minor))
             self.version = major.value, minor.value
             if self.version >= _OLDEST:
+                self._load_builtins(name)
                 return
         raise NvrtcError("NVRTC is not there (pip install nvidia-cuda-nvrtc, or a CUDA build of PyTorch)")
+
+    def _load_builtins(self, library: str) -> None:
+        """Load what NVRTC opens by its bare name at the first program: the loader finds it once it is loaded.
+
+        NVIDIA's wheels lie where the loader does not look, and only PyTorch's CUDA builds load from there.
+        """
+        name = "libnvrtc-builtins.so.{}.{}".format(*self.version)
+        for candidate in (name, str(Path(library).with_name(name)), *_in_wheels(name)):
+            with suppress(OSError):
+                self._builtins = ctypes.CDLL(candidate)
+                return
 
     def _call(self, name: str, *arguments: Any) -> None:
         status = getattr(self._handle, name)(*arguments)
         if status:
-            raise NvrtcError(f"{name} failed with status {status}")
+            raise NvrtcError(f"{name} failed with status {status}", status)
 
     def cubin(self, sources: dict[str, str], main: str, options: tuple[str, ...]) -> bytes:
         """Compile a program.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
+from deberta_kernels.impl.attempts import Attempts, FailedError, LastingError, cause_of, is_passing
 from deberta_kernels.impl.common import Needs, has_positions, inputs
 from deberta_kernels.impl.triton import launch, tuning
 from deberta_kernels.impl.triton.compiled_before import compiled_before
@@ -19,32 +19,40 @@ from deberta_kernels.impl.triton.tables import device_tables
 from deberta_kernels.torch_state.captures import check_not_capturing
 from deberta_kernels.types import AttentionProblem, Gradients, Masks, PositionSpec
 
-__all__ = ["backward", "compile_refusal", "forward", "prepare"]
+__all__ = ["backward", "compile_refusal", "forward", "prepare", "variant"]
 
-# Variant: why its kernels do not compile, or None when they do.
-_compiled: dict[tuple[Any, ...], str | None] = {}
-_lock = threading.Lock()
+# By variant: whether its kernels are compiled and loaded.
+_compiled: Attempts[tuple[Any, ...], bool] = Attempts()
+# How Triton reports what a driver answered: the source has compiled by then.
+_OF_DRIVER = "Triton Error ["
 
 
 def compile_refusal(problem: AttentionProblem) -> str | None:
-    """Compile the kernels of a call, once per variant; return why that is not possible, or None.
+    """Compile and load the kernels of a call, once per variant; return why that is not possible, or None.
 
     A compiler that fails on a device is found out here, where another backend can still be chosen, and not in the
     middle of a forward. The kernels of the backward are compiled with those of the forward where a gradient is needed.
     """
+    try:
+        _compiled.get(variant(problem), _compile, problem)
+    except FailedError as error:
+        return str(error)
+    return None
+
+
+def variant(problem: AttentionProblem) -> tuple[Any, ...]:
+    """Return what the kernels of a call are compiled for: calls of one variant run the same ones."""
     q = problem.q
-    # Whatever the mode: a compiled graph chooses without gradients what it will run with them.
-    differentiated = any(x is not None and x.requires_grad for x in inputs(problem))
     features = (mask_kind(problem), has_positions(problem), problem.dropout_p > 0)
-    variant = (q.device, q.dtype, q.shape[-1], *features, differentiated, _precision())
-    if variant not in _compiled:
-        with _lock:
-            if variant not in _compiled:
-                _compiled[variant] = _compile(problem, differentiated)
-    return _compiled[variant]
+    return q.device, q.dtype, q.shape[-1], *features, _differentiated(problem), _precision()
 
 
-def _compile(problem: AttentionProblem, differentiated: bool) -> str | None:
+def _differentiated(problem: AttentionProblem) -> bool:
+    # Whatever the mode: a compiled graph chooses without gradients what it will run with them.
+    return any(x is not None and x.requires_grad for x in inputs(problem))
+
+
+def _compile(problem: AttentionProblem) -> bool:
     check_not_capturing(problem.q.device, "compile and load the Triton kernels")
     q, shapes = problem.q, _without_values(problem)
     key, precision = tuning.device_key(q.device), _precision()
@@ -58,14 +66,17 @@ def _compile(problem: AttentionProblem, differentiated: bool) -> str | None:
 
     try:
         out, lse = _fitted(q, key, "forward", forward_plan, launch.build).results
-        if differentiated:
+        if _differentiated(problem):
             _fitted(q, key, "backward", backward_plan, launch.build)
     except _TooLargeError as error:
-        return str(error)
-    except Exception as error:  # the compiler raises errors of many kinds, and for none of them a call must fail
-        cause = str(error).strip().splitlines() or [""]
-        return f"its kernels do not compile for {key} ({type(error).__name__}: {cause[-1][:200]})"
-    return None
+        raise LastingError(str(error)) from error
+    except Exception as error:  # the compiler raises errors of many kinds
+        cause = cause_of(error)
+        if is_passing(error) or str(error).startswith(_OF_DRIVER):
+            text = f"its kernels cannot be compiled and loaded for {key} now, which a later call tries again ({cause})"
+            raise FailedError(text, passing=True) from error
+        raise FailedError(f"its kernels do not compile for {key} ({cause})") from error
+    return True
 
 
 def _without_values(problem: AttentionProblem) -> AttentionProblem:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -19,7 +20,12 @@ __all__ = ["Launch", "Plan", "backward_launches", "build", "expand_launch", "for
 
 def run(launch: Launch) -> None:
     """Run one launch on the current stream."""
-    launch.kernel[launch.grid](**launch.arguments, **launch.constants, **options(launch))
+    try:
+        launch.kernel[launch.grid](**launch.arguments, **launch.constants, **options(launch))
+    except BaseException:
+        with suppress(Exception):  # the first error is the one to report
+            _forget_failed_loading(_compiled(launch))
+        raise
 
 
 def build(launch: Launch) -> None:
@@ -28,11 +34,23 @@ def build(launch: Launch) -> None:
     Raises:
         triton.runtime.errors.OutOfResources: the device has less memory than its tiles need.
     """
-    compiled = launch.kernel.warmup(
-        **launch.arguments, **launch.constants, grid=launch.grid, **options(launch)
-    )  # fmt: skip
-    if compiled is not None:  # the interpreter compiles nothing
+    compiled = _compiled(launch)
+    if compiled is None:  # the interpreter compiles nothing
+        return
+    try:
         _ = compiled.run  # the property loads the kernel
+    finally:
+        _forget_failed_loading(compiled)
+
+
+def _compiled(launch: Launch) -> Any:
+    return launch.kernel.warmup(**launch.arguments, **launch.constants, grid=launch.grid, **options(launch))
+
+
+def _forget_failed_loading(compiled: Any) -> None:
+    """Have Triton load a kernel again: it takes one for loaded as soon as it has tried to, and would launch nothing."""
+    if compiled is not None and compiled.module is None:
+        compiled._run = None
 
 
 def options(launch: Launch) -> dict[str, Any]:
