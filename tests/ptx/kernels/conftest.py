@@ -13,7 +13,7 @@ def pytest_ignore_collect(collection_path):
         return True
     if collection_path.name == "test_cuda_faults.py" and "nvrtc" not in needs.required:
         return True  # a compilation each
-    if collection_path.name == "test_cuda.py" and not cuda_modules.compilers() and "nvrtc" not in needs.required:
+    if collection_path.name in ("test_cuda.py", "test_cuda_driver.py") and not cuda_modules.compilers() and "nvrtc" not in needs.required:
         return True
     return None
 
