@@ -7,13 +7,16 @@ from tests import needs
 from tests.ptx.kernels import problems
 
 
+CUDA = ("test_cuda.py", "test_cuda_driver.py", "test_cuda_mutants.py", "test_cuda_values.py")
+
+
 def pytest_ignore_collect(collection_path):
     """Triton takes ten seconds a variant, so `make test-ptx` alone asks for it."""
     if collection_path.name == "test_triton.py" and "triton" not in needs.required:
         return True
     if collection_path.name == "test_cuda_faults.py" and "nvrtc" not in needs.required:
         return True  # a compilation each
-    if collection_path.name in ("test_cuda.py", "test_cuda_driver.py") and not cuda_modules.compilers() and "nvrtc" not in needs.required:
+    if collection_path.name in CUDA and not cuda_modules.compilers() and "nvrtc" not in needs.required:
         return True
     return None
 
