@@ -1,5 +1,6 @@
 """The package's way to the GPU, from a call to the launch, over libcuda's interface as the PTX machine's device has it."""
 
+import ctypes
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,8 @@ from ptx import cuda_driver
 
 from deberta_kernels.impl import cuda, torch_tiled
 from deberta_kernels.impl.cuda import driver, image
+from deberta_kernels.impl.cuda.arguments import ForwardParams
+from deberta_kernels.impl.cuda.backward_arguments import BackwardParams
 from deberta_kernels.testing import budget, inputs
 from deberta_kernels.testing.inputs import Case
 from tests.ptx.kernels.problems import BF16, FP16, SHORT
@@ -168,3 +171,14 @@ def test_a_driver_without_a_device_says_so(failing, devices, message):
 def test_status_names_driver_and_devices(device):
     found = cuda.status()
     assert (found["driver"], found["devices"]) == ("13.0", ["9.0"])
+
+
+def test_arguments_have_the_size_that_the_kernels_expect(device):
+    problem = inputs.problem(SMALL)
+    out, lse = cuda.forward(problem)
+    cuda.backward(problem, out, None, out, lse, (True,) * 5)
+    for name, machine in device.machines.items():
+        if machine.counts.any():
+            params = BackwardParams if "backward" in name else ForwardParams
+            size = machine.program.kernel.parameter_bytes
+            assert ctypes.sizeof(params) <= size < ctypes.sizeof(params) + 64, name
