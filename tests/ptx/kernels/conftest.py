@@ -6,7 +6,6 @@ from ptx import cuda_modules
 from tests import needs
 from tests.ptx.kernels import problems
 
-
 CUDA = ("test_cuda.py", "test_cuda_driver.py", "test_cuda_mutants.py", "test_cuda_values.py")
 
 

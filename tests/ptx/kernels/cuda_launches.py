@@ -6,18 +6,23 @@ from dataclasses import replace
 
 import torch
 from ptx import cuda_driver
-from ptx.cuda_mutants import Launch, recorded
 
 from deberta_kernels.impl import cuda
 from deberta_kernels.testing import inputs
 from deberta_kernels.testing.inputs import Case
 from deberta_kernels.types import AttentionProblem
+from tests.ptx.kernels.cuda_mutants import Launch, recorded
 from tests.ptx.kernels.problems import SHORT
 
 __all__ = ["launches", "with_gaps"]
 
 # The variants that are compiled apart: a mask of pairs, dropout.
-VARIANTS = {"": {}, "_pair": {"mask": "blocks"}, "_dropout": {"dropout_p": 0.2}, "_pair_dropout": {"mask": "blocks", "dropout_p": 0.2}}  # fmt: skip
+VARIANTS: dict[str, dict[str, object]] = {
+    "": {},
+    "_pair": {"mask": "blocks"},
+    "_dropout": {"dropout_p": 0.2},
+    "_pair_dropout": {"mask": "blocks", "dropout_p": 0.2},
+}
 
 
 def with_gaps(case: Case, *gaps: tuple[int, int]) -> AttentionProblem:

@@ -1,4 +1,4 @@
-"""The package's way to the GPU, from a call to the launch, over libcuda's interface as the PTX machine's device has it."""
+"""The package's way to the GPU, from a call to the launch, over libcuda as the PTX machine has it."""
 
 import ctypes
 from dataclasses import replace

@@ -154,5 +154,5 @@ def test_a_block_is_not_passed_on_before_its_copy():
     device = cuda_driver.Device(changes=((wait + after, after), (before, wait + before)))
     device.late = (8, 9, 10, 11)
     problem = with_gaps(Case(batch=1, heads=1, nq=128, nk=384, dtype=BF16), (192, 256))
-    with cuda_driver.installed(device), pytest.raises(PtxError, match="race|more arrivals"):
+    with cuda_driver.installed(device), pytest.raises(PtxError, match=r"race|more arrivals"):
         cuda.forward(problem)

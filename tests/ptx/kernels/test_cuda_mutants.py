@@ -1,6 +1,6 @@
-"""Every barrier, wait, fence and arrival that the CUDA kernels execute is missed, or stands in a list with the reason why not.
+"""Every barrier, wait, fence and arrival that the CUDA kernels execute is missed, or listed with the reason why not.
 
-An entry of `redundant_cuda.json` names kernel, opcode and place in the source, how many of the compiled instructions there
+An entry of `redundant_cuda.json` names kernels, opcode and place in the source, how many compiled instructions there
 nobody misses, and what else orders the same. One that is out of date fails as one that is missing does.
 """
 
@@ -9,10 +9,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from ptx import cuda_mutants
 
 from deberta_kernels.impl.cuda import image
 from deberta_kernels.impl.cuda.modules import HEAD_DIMS
+from tests.ptx.kernels import cuda_mutants
 from tests.ptx.kernels.cuda_launches import VARIANTS, launches
 from tests.ptx.kernels.problems import BF16
 

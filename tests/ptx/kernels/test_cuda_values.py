@@ -105,9 +105,7 @@ def test_a_sequence_longer_than_was_said_harms_no_other(device, deterministic):
     """On a GPU nobody compares the lengths with `max_seqlen` before the launch."""
     problem = inputs.problem(Case(batch=4, heads=1, nq=200, dtype=BF16, packed=True, **SHORT))
     tokens = problem.q.shape[2]
-    honest = replace(
-        problem, cu_seqlens=torch.tensor([0, tokens - 60, tokens], dtype=torch.int32), max_seqlen=tokens
-    )
+    honest = replace(problem, cu_seqlens=torch.tensor([0, tokens - 60, tokens], dtype=torch.int32), max_seqlen=tokens)
     forward = cuda.forward(honest)
     dout = torch.randn(forward[0].shape, generator=torch.Generator().manual_seed(1)).to(BF16)
     expected, found = (

@@ -15,8 +15,8 @@ _Place = tuple[int, int, int]  # number of a file, line, column
 class SourcePlaces:
     """What a module compiled with -lineinfo says of its lines.
 
-    A place reads "file: text of the line < file: text of the line that calls it". The functions of `primitives.h` are an
-    instruction each, so what calls them is the place.
+    A place reads "file: text of the line < file: text of the line that calls it". The functions of `primitives.h` are
+    an instruction each, so what calls them is the place.
     """
 
     def __init__(self, ptx: str, sources: Path) -> None:

@@ -8,14 +8,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-
 from ptx.cuda_driver import Device, memory_range
 from ptx.cuda_modules import SOURCES
 from ptx.machine import Machine
 from ptx.mutations import Mutant, mutants, try_mutant
-from ptx.source_places import SourcePlaces
 
-__all__ = ["Launch", "ORDERS", "outcomes", "place_of", "recorded"]
+from tests.ptx.kernels.source_places import SourcePlaces
+
+__all__ = ["ORDERS", "Launch", "outcomes", "place_of", "recorded"]
 
 # Orders of warps: any; the producer or one of the consumers falls behind; one warp does.
 ORDERS: tuple[tuple[int, ...], ...] = ((), (0, 1, 2, 3), (4, 5, 6, 7), (8, 9, 10, 11), (5,), (10,))
@@ -78,7 +78,9 @@ def place_of(machine: Machine, mutant: Mutant) -> str:
     return f"{mutant.opcode} in {places.of(mutant.line)}"
 
 
-def outcomes(launches: list[Launch], chosen: Callable[[list[Mutant]], list[Mutant]] = list) -> Iterator[tuple[Mutant, str]]:
+def outcomes(
+    launches: list[Launch], chosen: Callable[[list[Mutant]], list[Mutant]] = list
+) -> Iterator[tuple[Mutant, str]]:
     """Take what orders something out of a kernel, one executed instruction at a time.
 
     Args:
