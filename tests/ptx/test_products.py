@@ -283,5 +283,5 @@ def test_a_wait_says_nothing_of_what_other_warps_multiply(barrier):
     if barrier:
         run(changed, memory)
         return
-    with pytest.raises(PtxError, match="race: (store|wgmma operand) of shared memory at byte 0, which"):
+    with pytest.raises(PtxError, match=r"race: (store|wgmma operand) of shared memory at byte 0, which"):
         run(changed, memory)
