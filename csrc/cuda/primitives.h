@@ -1,10 +1,6 @@
-// The instructions of sm_90a that the kernels use, one function each. A build without nvcc takes functions of the same
-// names from tests/cuda_emulation, which runs the kernels on a CPU. No header of CUDA or of C++ is included, so that the
-// sources also compile at run time (NVRTC), on machines that have neither.
+// The instructions of sm_90a that the kernels use, one function each. No header of CUDA or of C++ is included, so that
+// the sources also compile at run time (NVRTC), on machines that have neither.
 #pragma once
-#ifndef __CUDACC__
-#include "emulated_primitives.h"
-#else
 #include "params.h"
 
 #define DK_DEVICE __device__ __forceinline__
@@ -239,4 +235,3 @@ struct Float16 {
 };
 
 }  // namespace dk
-#endif

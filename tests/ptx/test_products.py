@@ -310,3 +310,19 @@ def test_operands_are_read_until_the_wait():
 
     which = "(a product of warpgroup 0 read|warp . lane 31 wrote)"
     broken(overwrite, f"race: (store|wgmma operand) of shared memory at byte 0, which {which}")
+
+
+@pytest.mark.parametrize("barrier", ["", "    bar.sync 1;\n"], ids=["own wait", "all have waited"])
+def test_a_wait_says_nothing_of_what_other_warps_multiply(barrier):
+    """Each warp computes rows of its own, and may be late with them."""
+    _, _, memory, first, second = simple()
+    wait = "    wgmma.wait_group.sync.aligned 0;\n"
+    store = "    setp.eq.u32 %p6, %r1, 0;\n    @%p6 st.shared.b32 [memory], 0;\n"
+    body = "{fill}    wgmma.fence.sync.aligned;\n" + product(first, second) + WAIT + STORE
+    changed = body.replace(wait, wait + barrier + store)
+    assert changed != body
+    if barrier:
+        run(changed, memory)
+        return
+    with pytest.raises(PtxError, match=r"race: (store|wgmma operand) of shared memory at byte 0, which"):
+        run(changed, memory)

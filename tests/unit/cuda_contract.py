@@ -14,7 +14,6 @@ from torch import Tensor
 from deberta_kernels import dropout
 from deberta_kernels.impl.cuda.arguments import Box, TensorMap
 from deberta_kernels.impl.cuda.backward_arguments import BackwardArguments, BackwardInfo
-from tests.cuda_emulation.harness import span
 
 INFO = BackwardInfo(abi_version=1, head_dim=64, keys=128, queries=64, threads=384, shared_bytes=1000, table_margin=192)
 TILE = 64
@@ -29,6 +28,12 @@ def encode(target: TensorMap, dtype: torch.dtype, box: Box) -> None:
     content = (box.address, len(box.sizes), *box.sizes, *box.strides)
     for i, value in enumerate(content):
         target.opaque[i] = value
+
+
+def span(x: Tensor) -> tuple[int, int]:
+    """Return the addresses from the first element of x to behind the last."""
+    last = sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
 
 
 class Module:

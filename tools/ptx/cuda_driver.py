@@ -19,7 +19,7 @@ from ptx.drivers.unwritten import new_memory_is_unwritten
 from ptx.machine import Machine, Memory
 from ptx.tensor_map import SWIZZLES, tensor_map
 
-__all__ = ["Device", "installed"]
+__all__ = ["Device", "installed", "memory_range"]
 
 # CUtensorMapDataType of cuda.h: float16 and bfloat16.
 _ELEMENT_BYTES = {6: 2, 9: 2}
@@ -35,6 +35,11 @@ class Device:
         late: warps that fall behind.
         machines: by the name of their kernel.
         memory: what the next launch may touch: tensors, and whether it writes them.
+        calls: those of libcuda's functions, in words.
+        failing: status by name of the functions that fail.
+        capability: compute capability.
+        devices: how many there are.
+        contexts: how many are pushed.
     """
 
     def __init__(self, compiler: str | None = None, changes: tuple[tuple[str, str], ...] = ()) -> None:
@@ -43,6 +48,9 @@ class Device:
         self.machines: dict[str, Machine] = {}
         self.memory: list[tuple[torch.Tensor, bool]] = []
         self.error = b""
+        self.calls: list[str] = []
+        self.failing: dict[str, int] = {}
+        self.capability, self.devices, self.contexts = (9, 0), 1, 0
         self._ptx: list[str] = []
         self._kernels: list[str] = []
 
@@ -51,12 +59,12 @@ class Device:
         machine = self.machines[name]
         self.seed += 1
         data = ctypes.string_at(arguments, machine.program.kernel.parameter_bytes)
-        memory = [_range(x, writes) for x, writes in self.memory]
+        memory = [memory_range(x, writes) for x, writes in self.memory]
         machine.launch((blocks,), data, memory, seed=self.seed, late=self.late)
 
     def library(self) -> Any:
         """Return what ctypes would: functions that return a status."""
-        return mock.Mock(spec_set=list(_FUNCTIONS), **{name: _Function(self, f) for name, f in _FUNCTIONS.items()})
+        return mock.Mock(spec_set=list(_FUNCTIONS), **{name: _Function(self, name) for name in _FUNCTIONS})
 
     def load(self, module: bytes) -> int:
         """Keep a module; return its handle."""
@@ -81,12 +89,16 @@ class _Function:
     argtypes: Any = None
     restype: Any = None
 
-    def __init__(self, device: Device, function: Callable[..., int | None]) -> None:
-        self._device, self._function = device, function
+    def __init__(self, device: Device, name: str) -> None:
+        self._device, self._name = device, name
 
     def __call__(self, *arguments: Any) -> int:
+        self._device.calls.append(self._name)
+        if status := self._device.failing.get(self._name):
+            self._device.error = b"made to fail"
+            return status
         try:
-            return self._function(self._device, *arguments) or 0
+            return _FUNCTIONS[self._name](self._device, *arguments) or 0
         except ValueError as error:
             self._device.error = str(error).encode()
             return _INVALID_VALUE
@@ -98,14 +110,25 @@ def _set(target: Any, value: Any) -> None:
 
 
 def _attribute(device: Device, target: Any, attribute: int, number: int) -> None:
-    _set(target, {75: 9, 76: 0}[attribute])
+    _set(target, device.capability[attribute - 75])
 
 
 def _load(device: Device, target: Any, module: bytes) -> None:
+    if not device.contexts:
+        raise ValueError("no context is current")
     _set(target, device.load(module))
 
 
+def _push(device: Device, context: Any) -> None:
+    device.contexts += 1
+
+
+def _pop(device: Device, target: Any) -> None:
+    device.contexts -= 1
+
+
 def _function(device: Device, target: Any, module: Any, name: bytes) -> None:
+    device.calls[-1] += f" {name.decode()}"
     _set(target, device.function(module.value, name.decode(), _THREADS[b"_dq_" in name]))
 
 
@@ -113,6 +136,7 @@ def _encode(
     device: Device, target: Any, kind: int, rank: int, address: int, sizes: Any, strides: Any, box: Any, steps: Any,
     interleave: int, swizzle: int, promotion: int, fill: int,
 ) -> None:  # fmt: skip
+    device.calls[-1] += f" {kind}, {rank} dimensions, {swizzle} {promotion} {fill}"
     if interleave or fill or any(step != 1 for step in steps):
         raise ValueError("a tensor map with interleaving, another filling than zeros or steps")
     data = tensor_map(address, _ELEMENT_BYTES[kind], tuple(sizes), tuple(strides), tuple(box), SWIZZLES[swizzle])
@@ -123,8 +147,10 @@ def _launch(
     device: Device, function: Any, x: int, y: int, z: int, threads: int, threads_y: int, threads_z: int, shared: int,
     stream: int, parameters: Any, extra: Any,
 ) -> None:  # fmt: skip
-    if (threads_y, threads_z) != (1, 1):
-        raise ValueError("a block of more than one dimension, which the machine does not know")
+    grid, block = f"grid {x} {y} {z}", f"block {threads} {threads_y} {threads_z}"
+    device.calls[-1] += f" {grid}, {block}, shared {shared}, stream {stream}"
+    if not device.contexts or y * z * threads_y * threads_z != 1 or extra is not None:
+        raise ValueError("a launch without a context, of more than one dimension, or with extra parameters")
     machine = device.machines[device.named(function.value)]
     machine.threads, machine.shared_bytes = threads, machine.program.kernel.shared_bytes + shared
     device.launch(machine.name, x, parameters[0])
@@ -142,12 +168,12 @@ _FUNCTIONS: dict[str, Callable[..., int | None]] = {
     "cuInit": _nothing,
     "cuDriverGetVersion": lambda device, target: _set(target, 13000),
     "cuGetErrorString": _error,
-    "cuDeviceGetCount": lambda device, target: _set(target, 1),
+    "cuDeviceGetCount": lambda device, target: _set(target, device.devices),
     "cuDeviceGet": lambda device, target, number: _set(target, number),
     "cuDeviceGetAttribute": _attribute,
     "cuDevicePrimaryCtxRetain": lambda device, target, number: _set(target, 1),
-    "cuCtxPushCurrent_v2": _nothing,
-    "cuCtxPopCurrent_v2": _nothing,
+    "cuCtxPushCurrent_v2": _push,
+    "cuCtxPopCurrent_v2": _pop,
     "cuModuleLoadData": _load,
     "cuModuleGetFunction": _function,
     "cuFuncSetAttribute": _nothing,
@@ -159,7 +185,7 @@ _THREADS = {False: 384, True: 128}
 _PTX = b"\n// PTX\n"
 
 
-def _range(x: torch.Tensor, writable: bool) -> Memory:
+def memory_range(x: torch.Tensor, writable: bool) -> Memory:
     """Return the memory from the first element of x to behind the last."""
     last = sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
     size = (last + 1) * x.element_size() if x.numel() else 0

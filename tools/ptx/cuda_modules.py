@@ -16,10 +16,10 @@ from deberta_kernels.impl.cuda import nvrtc
 from deberta_kernels.impl.cuda.modules import NVCC_FLAGS, NVRTC_FLAGS, ModuleSpec
 from ptx.build import made_once
 
-__all__ = ["NoCudaCompiler", "compile_module", "compilers"]
+__all__ = ["SOURCES", "NoCudaCompiler", "compile_module", "compilers"]
 
 ROOT = Path(__file__).resolve().parents[2]
-_SOURCES = ROOT / "csrc" / "cuda"
+SOURCES = ROOT / "csrc" / "cuda"
 
 
 class NoCudaCompiler(RuntimeError):
@@ -70,7 +70,7 @@ def compile_module(spec: ModuleSpec, compiler: str | None = None, changes: tuple
     if not compilers():
         raise NoCudaCompiler("there is no nvcc, and no NVRTC; set NVCC, or pip install nvidia-cuda-nvrtc")
     compiler = compiler or compilers()[0]
-    sources = _changed({path.name: path.read_text(encoding="utf-8") for path in sorted(_SOURCES.glob("*.*"))}, changes)
+    sources = _changed({path.name: path.read_text(encoding="utf-8") for path in sorted(SOURCES.glob("*.*"))}, changes)
     digest = hashlib.sha256(repr((compiler, _nvcc(), spec, NVCC_FLAGS, NVRTC_FLAGS, sources)).encode()).hexdigest()[:16]
 
     def compile_to(target: Path) -> None:

@@ -1,6 +1,6 @@
 """Attention in the CUDA C++ kernels of csrc/cuda on a Hopper GPU, over the driver.
 
-They are proven in emulation (`tests/cuda_emulation`), not on a device. What the backward refuses, `dispatch` gives to
+Their PTX is executed by `tests/ptx`; they have not run on a device. What the backward refuses, `dispatch` gives to
 another backend.
 """
 

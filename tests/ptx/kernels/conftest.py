@@ -6,6 +6,8 @@ from ptx import cuda_modules
 from tests import needs
 from tests.ptx.kernels import problems
 
+CUDA = ("test_cuda.py", "test_cuda_driver.py", "test_cuda_mutants.py", "test_cuda_values.py")
+
 
 def pytest_ignore_collect(collection_path):
     """Triton takes ten seconds a variant, so `make test-ptx` alone asks for it."""
@@ -14,11 +16,7 @@ def pytest_ignore_collect(collection_path):
         return True
     if collection_path.name == "test_cuda_faults.py" and "cuda_compiler" not in needs.required:
         return True  # a compilation each
-    if (
-        collection_path.name == "test_cuda.py"
-        and not cuda_modules.compilers()
-        and "cuda_compiler" not in needs.required
-    ):
+    if collection_path.name in CUDA and not cuda_modules.compilers() and "cuda_compiler" not in needs.required:
         return True
     return None
 

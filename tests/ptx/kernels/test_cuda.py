@@ -1,5 +1,6 @@
 """The CUDA kernels as nvcc compiles them, executed: the package's launches over libcuda's functions."""
 
+import random
 from dataclasses import replace
 
 import pytest
@@ -22,7 +23,11 @@ CASES = [
     *(Case(batch=1, heads=1, nq=n, head_dim=128, dtype=BF16, **SHORT) for n in (65, 330)),
     Case(batch=2, heads=1, nq=90, nk=111, prefix_length=21, head_dim=128, dtype=FP16, mask="heads", dropout_p=0.2),
     Case(batch=3, heads=1, nq=150, head_dim=128, dtype=BF16, packed=True, **SHORT),
-]
+    Case(batch=1, heads=1, nq=300, dtype=FP16, position_buckets=0, max_relative_positions=40),
+    Case(batch=1, heads=2, nq=260, nk=40, dtype=FP16, **SHORT),
+    *(Case(batch=1, heads=1, nq=150, dtype=dtype, spread=spread) for dtype, spread in
+      ((FP16, 8.0), (FP16, 30.0), (BF16, 30.0), (BF16, 200.0))),
+]  # fmt: skip
 EVERY_CASE = [c for c in problems.every_case() if c.dtype in image.DTYPES and c.head_dim in HEAD_DIMS["forward"]]
 # Warpgroup 0 produces, the others consume.
 WARPGROUPS = [range(4 * group, 4 * group + 4) for group in range(3)]
@@ -44,6 +49,23 @@ def in_order(device):
     device.seed, device.late = 0, ()
 
 
+def random_case(seed: int) -> Case:
+    draw = random.Random(seed).choice
+    packed = draw((False, False, False, True))
+    nq, prefix = draw((1, 17, 64, 65, 100, 128, 129, 200)), 0 if packed else draw((0, 0, 1, 16, 63, 64, 65))
+    mask = "none" if packed else draw(inputs.MASKS)
+    buckets, most = draw(((256, 512), (16, 64), (4, 8), (0, 40), (0, 1)))
+    nk = None if packed else draw((nq, 30, 150)) + prefix
+    if nk != nq:
+        mask = mask.removesuffix("_tokens")
+    return Case(
+        batch=draw((1, 2, 3)), heads=draw((1, 2)), nq=nq, nk=nk, head_dim=draw((64, 64, 128)),
+        dtype=draw((BF16, FP16)), terms=draw(inputs.TERMS), position_buckets=buckets, max_relative_positions=most,
+        prefix_length=prefix, mask=mask, layout=draw(inputs.LAYOUTS), spread=draw((1.0, 3.0, 30.0)),
+        dropout_p=draw((0.0, 0.0, 0.3)), reachable=draw((False, True)), packed=packed, seed=seed,
+    )  # fmt: skip
+
+
 def named(cases):
     return [pytest.param(c, id=c.id) for c in cases]
 
@@ -51,6 +73,20 @@ def named(cases):
 @pytest.mark.parametrize("case", named(CASES))
 def test_results_and_gradients_are_within_the_budget(device, check, case):
     check("cuda", case, backward=case.head_dim in HEAD_DIMS["backward"])
+
+
+@pytest.mark.parametrize("case", named([random_case(seed) for seed in range(24)]))
+def test_random_results_are_within_the_budget(device, check, case):
+    check("cuda", case, backward=False)
+
+
+@pytest.mark.parametrize("case", named([*LATE, *CASES[-12::2]]))
+def test_deterministic_gradients_are_within_the_budget(device, check, case):
+    torch.use_deterministic_algorithms(True)
+    try:
+        check("cuda", case, backward=case.head_dim in HEAD_DIMS["backward"])
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("group", range(3))

@@ -134,8 +134,8 @@ struct Block {
   std::string agent_name(int agent) const {
     int warps_ = warps.size(), groups = warpgroups.size();
     if (agent < warps_) return "warp " + std::to_string(agent);
-    if (agent < warps_ + groups) return "a product of warpgroup " + std::to_string(agent - warps_);
-    if (agent < warps_ + groups + warps_) return "a reduction of warp " + std::to_string(agent - warps_ - groups);
+    if (agent < kFirstProducts + groups) return "a product of warpgroup " + std::to_string(agent - kFirstProducts);
+    if (agent < bulk_agents + warps_) return "a reduction of warp " + std::to_string(agent - bulk_agents);
     for (const Mbarrier& m : mbarriers)
       if (m.agent == agent) return "a copy for the mbarrier at byte " + std::to_string(m.address);
     return "something";

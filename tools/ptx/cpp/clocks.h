@@ -14,6 +14,7 @@ namespace ptx {
 using Record = uint32_t;  // 0: nobody yet
 
 constexpr int kClockBits = 19, kLaneBits = 6, kAgents = 128, kMostWarps = 32;
+constexpr int kFirstProducts = kMostWarps;  // the agents of warpgroups' products, behind those of warps
 constexpr uint32_t kClockMask = (1u << kClockBits) - 1;
 constexpr int kSeveralLanes = 32;  // in the place of a lane
 // Agents that are none: words that are a barrier object, and words that cp.async is about to write.
@@ -32,6 +33,8 @@ inline int lane_of(Record record) { return record >> kClockBits & ((1 << kLaneBi
 struct Known {
   uint32_t all[kAgents] = {};
   uint32_t some[kMostWarps] = {}, lanes[kMostWarps] = {};
+  // Of a warp, up to which product its own wait has said that its quarter is done; the whole is when all four are.
+  uint32_t quarters[kMostWarps] = {};
 
   bool includes(Record record) const {
     uint32_t clock = record & kClockMask;
@@ -43,12 +46,20 @@ struct Known {
     if (clock > some[warp]) some[warp] = clock, lanes[warp] = which;
     else if (clock == some[warp]) lanes[warp] |= which;
   }
+  void finish_quarter(int warp, uint32_t clock) {
+    quarters[warp] = std::max(quarters[warp], clock);
+    const uint32_t* four = quarters + warp / 4 * 4;
+    uint32_t& whole = all[kFirstProducts + warp / 4];
+    whole = std::max(whole, std::min(std::min(four[0], four[1]), std::min(four[2], four[3])));
+  }
   void join(const Known& other) {
     for (int i = 0; i < kAgents; i++) all[i] = std::max(all[i], other.all[i]);
+    for (int i = 0; i < kMostWarps; i++) finish_quarter(i, other.quarters[i]);
     for (int i = 0; i < kMostWarps; i++) add(i, other.some[i], other.lanes[i]);
   }
   void meet(const Known& other) {
     for (int i = 0; i < kAgents; i++) all[i] = std::min(all[i], other.all[i]);
+    for (int i = 0; i < kMostWarps; i++) quarters[i] = std::min(quarters[i], other.quarters[i]);
     for (int i = 0; i < kMostWarps; i++) some[i] = std::min(some[i], other.some[i]), lanes[i] &= other.lanes[i];
   }
 };
@@ -59,6 +70,9 @@ struct Clocks {
   void join(const Clocks& other) { generic.join(other.generic), async.join(other.async); }
   void meet(const Clocks& other) { generic.meet(other.generic), async.meet(other.async); }
   // Learn that an agent's asynchronous work is done up to a clock; its end is a proxy fence.
+  void finished_quarter(int warp, uint32_t clock) {
+    generic.finish_quarter(warp, clock), async.finish_quarter(warp, clock);
+  }
   void finished(int agent, uint32_t clock) {
     generic.all[agent] = std::max(generic.all[agent], clock);
     async.all[agent] = std::max(async.all[agent], clock);

@@ -88,7 +88,7 @@ void start_block(Block& block, uint32_t* registers, const int64_t* at, const int
   block.warps.assign(warps, Warp());
   block.warpgroups.clear();
   block.mbarriers.clear();
-  block.next_agent = warps;
+  block.next_agent = kFirstProducts;
   for (int g = 0; g < warps / 4; g++) block.warpgroups.push_back({block.next_agent++});
   block.bulk_agents = block.next_agent, block.next_agent += warps;
   block.shadow.reset(program.shared, program.unit, block.next_agent);  // mbarriers, which come later, read nothing

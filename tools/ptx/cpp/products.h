@@ -227,7 +227,7 @@ inline void do_product_wait(Block& block, Warp& warp, const Instruction& i, uint
   int64_t last = warp.product_groups[finished - 1];
   if (group.started < last) return block.execute_later(warp, i);
   warp.product_groups.erase(warp.product_groups.begin(), warp.product_groups.begin() + finished);
-  warp.clock.known.finished(group.agent, uint32_t(last));
+  warp.clock.known.finished_quarter(warp.id, uint32_t(last));
   size_t kept = 0;
   for (int32_t slot : warp.busy_list) {
     if (warp.busy_until[slot] > last) warp.busy_list[kept++] = slot;
