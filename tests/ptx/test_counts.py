@@ -32,15 +32,16 @@ def shared(stride, kind, registers="%r5", offset=0):
 )
 def test_wavefronts(body, wavefronts, needed):
     run = Run(body, shared=4400)
-    assert run.count("st.shared") == {"executed": 1, "wavefronts": wavefronts, "needed": needed, "sectors": 0}
+    assert run.count("st.shared") == {"executed": 1, "wavefronts": wavefronts, "needed": needed, "sectors": 0, "bytes": 0}
 
 
 @pytest.mark.parametrize(("address", "sectors"), [("%rd2", 4), ("%rd1", 1), ("%rd5", 32)])
-def test_sectors(address, sectors):
+def test_sectors_and_bytes(address, sectors):
     body = f"    mul.wide.u32 %rd5, %r1, 64;\n    add.s64 %rd5, %rd5, %rd1;\n    ld.global.b32 %r5, [{address}];"
     memory = np.zeros(1024, np.uint32)
     out = memory[-memory.ctypes.data % 64 // 4 :][:512]
-    assert Run(body, out=out).count("ld.global")["sectors"] == sectors
+    count = Run(body, out=out).count("ld.global")
+    assert (count["sectors"], count["bytes"]) == (sectors, 128)
 
 
 def test_what_a_predicate_leaves_out_is_issued_all_the_same():
@@ -50,6 +51,7 @@ def test_what_a_predicate_leaves_out_is_issued_all_the_same():
         "wavefronts": 0,
         "needed": 0,
         "sectors": 0,
+        "bytes": 0,
     }
 
 
