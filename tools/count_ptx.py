@@ -37,6 +37,7 @@ sys.path[:0] = [str(ROOT / "tools"), str(ROOT)]
 
 if TYPE_CHECKING:
     from counted.bounds import Bounds, Record
+    from counted.figures import Conflict
     from counted.variants import Unit
 
 OLDEST = (3, 6)
@@ -107,16 +108,26 @@ def report_on(records: list[Record], bounds: Bounds, *, classes: bool, complete:
             names = sorted({name for record in ours for name in record.classes})
             print("\n" + aligned([["kernel, zone", *names], *([r.title, *(f"{r.classes.get(n, 0):.5g}" for n in names)]
                                                                for r in ours)]))  # fmt: skip
-        for record in ours:
-            for c in record.conflicts:
-                extra = f"{c.extra:g} of {c.wavefronts:g} wavefronts by {c.executed:g} {c.opcode}"
-                print(f"CONFLICTS {record.title}: {extra} at {c.place}")
+        print("\n".join(conflict_lines(ours)))
     wrong = {f"{r.compiler} {r.chip} {r.title}": problems for r in records if (problems := rules.judge(r, bounds))}
     if complete:
         wrong |= {title: ["has bounds, and was not executed"] for title in rules.missing(records, bounds)}
     for title, problems in wrong.items():
         print(f"WRONG {title}: {'; '.join(problems)}")
     return len(wrong)
+
+
+def conflict_lines(records: list[Record]) -> list[str]:
+    """Return where banks conflict, the worst places first, each with the kernels and zones that meet it."""
+    found: dict[Conflict, list[str]] = {}
+    for record in records:
+        for conflict in record.conflicts:
+            found.setdefault(conflict, []).append(record.title)
+    return [
+        f"CONFLICTS at {c.place}: {c.extra:g} of {c.wavefronts:g} wavefronts by {c.executed:g} {c.opcode} "
+        f"({'; '.join(titles)})"
+        for c, titles in sorted(found.items(), key=lambda item: -item[0].extra)
+    ]
 
 
 def main(arguments: list[str] | None = None) -> int:

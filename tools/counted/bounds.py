@@ -9,8 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from counted.figures import Conflict
 from offline import bounds as compiled
+
+from counted.figures import Conflict
 
 __all__ = ["BOUNDS", "Record", "judge", "load", "missing", "store", "update"]
 
@@ -51,7 +52,7 @@ class Record(NamedTuple):
 
 
 def judge(record: Record, bounds: Bounds) -> list[str]:
-    """Return what is wrong with a zone of a kernel, one clause each: the figure, its bound, and where banks conflict."""
+    """Return what is wrong with a zone of a kernel, one clause each: figure, bound, and where banks conflict."""
     bound = bounds.get(record.compiler, {}).get(record.chip, {}).get(record.title)
     if bound is None:
         return ["no bound is committed for it; run with --update and look at what changes"]

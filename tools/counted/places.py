@@ -34,7 +34,7 @@ class Sources:
         self._text = text
 
     def of(self, line: int) -> str:
-        """Return the source of a line of the PTX, from 1: where it is, and from where that was called; "" if unknown."""
+        """Return the source of a line of the PTX, from 1: where it is, and from where that was called; "" if none."""
         index = bisect.bisect([location.line for location in self._locations], line) - 1
         return " from ".join(self._locations[index].chain) if index >= 0 else ""
 

@@ -103,7 +103,7 @@ def problem(
     )  # fmt: skip
     nq, nk = made.q.shape[2], made.k.shape[2]
     keys = torch.ones(1, nk, dtype=torch.bool)
-    keys[:, :: _HOLES] = not zone.holes
+    keys[:, ::_HOLES] = not zone.holes
     if "pair" in features:
         return replace(made, masks=Masks(pair=keys.view(1, 1, 1, nk).repeat(1, 1, nq, 1)))
     return replace(made, masks=Masks(key=keys)) if "mask" in features else made
