@@ -1,7 +1,9 @@
 """What the kernels execute per tile, a part of `make count-ptx`: within the committed bounds, and as the zones say."""
 
+from dataclasses import replace
+
 import pytest
-from counted import bounds, variants
+from counted import bounds, execution, variants, zones
 from counted.variants import Unit
 
 COMMITTED = bounds.load()
@@ -40,3 +42,16 @@ def test_places_of_conflicts_are_in_the_kernels(records):
     for record in records:
         assert (record.values["conflicts"] > 0) == bool(record.conflicts)
         assert all(place.place for place in record.conflicts)
+
+
+def test_a_larger_problem_says_the_same_of_its_tiles(monkeypatch):
+    def larger(zone):
+        step = zones.STEP
+        return replace(zone, case=replace(zone.case, nq=zone.case.nq + step, nk=zone.case.keys + step))
+
+    def tiles():
+        return {record[2:4]: record.values for record in variants.records_of(UNITS[0]) if record.zone != zones.PROGRAM}
+
+    expected, few = tiles(), zones.zones_of
+    monkeypatch.setattr(execution, "zones_of", lambda features: [larger(zone) for zone in few(features)])
+    assert tiles() == expected
