@@ -65,7 +65,7 @@ OFFLINE = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-sanitized test-tf4 test-triton test-ecosystem lint format types build bench-cpu bench-model bench-train
-.PHONY: env-demo env-test env-bench env-tf4 env-triton env-ecosystem env-gpu clean kernels-offline cuda-offline
+.PHONY: env-demo env-test env-bench env-tf4 env-triton env-ecosystem env-gpu clean kernels-offline cuda-offline count-ptx
 .PHONY: gpu gpu-smoke tune bench-adapters test-fast test-ptx mutants test-versions test-oldest test-newest test-upstream env-oldest env-newest
 MAKEFLAGS += --no-print-directory
 
@@ -172,6 +172,11 @@ kernels-offline: env-test build/triton-$(TRITON) build/triton-$(TRITON_OLDEST) #
 
 cuda-offline: env-test build/triton-$(TRITON) ## compile the CUDA kernels with nvcc; count, hold to bounds
 	@PYTHONPATH=build/triton-$(TRITON) $(RUN) tools/cuda_offline.py $(ARGS)
+
+# The CUDA kernels by NVRTC as well, whose PTX is not nvcc's.
+count-ptx: env-test build/triton-$(TRITON) build/triton-$(TRITON_OLDEST) build/nvrtc-$(NVRTC) ## execute the GPU kernels' PTX; count per tile, hold to bounds
+	@$(EXECUTED) PYTHONPATH=build/nvrtc-$(NVRTC) $(RUN) tools/count_ptx.py \
+		--triton build/triton-$(TRITON_OLDEST) --triton build/triton-$(TRITON) $(ARGS)
 
 gpu: env-gpu ## on a GPU: prove the kernels, time them beside everything else; 9 minutes
 	@$(OFFLINE) PYTHONPATH=. $(GPU_RUN) -m benchmarks gpu $(ARGS)

@@ -1,13 +1,11 @@
-"""Estimate times from compiled instructions alone, before a GPU has been at hand.
+"""Predict times of the GPU kernels on an H200 from what was counted, before one has been at hand.
 
-    python tools/kernels_offline.py --only "sm_90,bf16 D64" --json build/counts.json
-    python tools/predict.py build/counts.json
+    python tools/predict.py            print the tables
+    python tools/predict.py --write    write them into docs/notes/gpu.md
 
-For one pass over a 64 x 64 tile, each unit of a multiprocessor has its own number of cycles: issue slots, matrix units,
-exponentials, shared memory, and bytes from L2. Units overlap, but not fully: the estimate is the longest, half the
-second and a quarter of the third, a rule under which plain flash attention comes out at 455 TFLOP/s. Expect it to be
-off by 30 %. It says nothing about launches, about waves that do not fill the device, or about latency; short shapes are
-slower than it says. What it is for: to be compared with what a GPU then measures, in docs/notes/gpu.md.
+Nothing is compiled or executed: the figures are those of the committed bounds, executed (`make count-ptx`) and compiled
+(`make kernels-offline`, `make cuda-offline`); the rule is that of `counted/model.py`. Kernels that expand, sum and fold
+are left out. What it is for: to be compared with what a GPU then measures.
 """
 
 from __future__ import annotations
@@ -15,129 +13,202 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from deberta_kernels.demo.tables import aligned
+from counted import bounds as executed
+from counted.model import Work, cycles, milliseconds, units
+from counted.zones import PROGRAM
+from offline import bounds as compiled
 
-TILE, HEAD_DIM, HEADS, TOKENS = 64, 64, 12, 16384
+from deberta_kernels.types import PositionSpec
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENT = ROOT / "docs" / "notes" / "gpu.md"
+BEGIN, END = "<!-- tools/predict.py begins -->", "<!-- tools/predict.py ends -->"
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
-SATURATED = 512  # distance from which on tiles are far
-WARPS = 4  # of a program that computes a tile
+HEADS, HEAD_DIM, TOKENS = 12, 64, 16384
+SPEC = PositionSpec()
+# SDPA's flash kernel at its usual rate for heads of 64 on this processor: a lead, not a measurement of ours.
+SDPA_FLOPS = 350e12
+TRITON_KERNELS = {
+    "forward": "fwd_kernel bf16 D64 bias", "dq": "bwd_dq_kernel bf16 D64 bias",
+    "dk, dv": "bwd_dkv_kernel bf16 D64 bias", "tables": "bwd_position_kernel bf16 D64 none",
+}  # fmt: skip
+PLAIN = "fwd_kernel bf16 D64 none"
+CUDA_KERNELS = {"forward": "disentangled_forward_bf16_d64", "backward": "disentangled_backward_bf16_d64"}
+ROWS = {"triton": 64, "cuda": 128}
 
 
-@dataclass(frozen=True)
-class Device:
-    """What the time model knows of a device.
+class Figures:
+    """The committed figures of one compiler.
 
     Attributes:
-        multiprocessors: of the device.
-        clock: cycles per second, chosen so that `flops` of dense bfloat16 products a cycle give its data sheet's rate.
-        flops: operations of dense bfloat16 products, per cycle and multiprocessor.
-        exponentials: per cycle and multiprocessor.
-        shared_bytes: of shared memory, per cycle and multiprocessor.
-        l2_bytes: from L2, per cycle and multiprocessor, sustained.
+        name: of the compiler, such as "triton 3.9".
     """
 
-    multiprocessors: int = 132
-    clock: float = 1.755e9
-    flops: int = 4096
-    exponentials: int = 16
-    shared_bytes: int = 128
-    l2_bytes: float = 24.0
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.rows = ROWS["triton" if name.startswith("triton") else "cuda"]
+        self._chip = "sm_90" if name.startswith("triton") else "sm_90a"
+        self._executed = executed.load().get(name, {}).get(self._chip, {})
+
+    def zone(self, kernel: str, zone: str) -> dict[str, float]:
+        """Return what was executed.
+
+        Raises:
+            SystemExit: there is no such figure.
+        """
+        try:
+            return self._executed[f"{kernel}, {zone}"]
+        except KeyError:
+            text = f"no committed figures of {kernel}, {zone} for {self.name}; run make count-ptx ARGS=--update"
+            raise SystemExit(f"tools/predict.py: {text}") from None
+
+    def loop(self, kernel: str, zone: str) -> tuple[int | None, int]:
+        """Return the machine instructions of a loop, and how many of them access local memory."""
+        version = self.name.split()[1]
+        if self._chip == "sm_90":
+            entry: dict[str, list[int]] = compiled.load()[version][self._chip][kernel]
+            # The only loop of a kernel is called near; in that over far tiles nothing spills without masks and dropout.
+            loop = "far" if zone == "far" else "near"
+            return entry[f"{loop}_instructions"][0], entry["near_local"][0] if loop == "near" else 0
+        entry = json.loads(compiled.BOUNDS.with_name("cuda_bounds.json").read_text())[version][kernel]
+        return entry[f"{zone} loop"][0], 0
+
+    def units(self, kernel: str, zone: str) -> dict[str, float]:
+        """Return the cycles of each unit, of machine instructions where those are bounded."""
+        figures = self.zone(kernel, zone)
+        return units(figures) if zone == PROGRAM else units(figures, *self.loop(kernel, zone))
+
+    def work(self, kernel: str) -> Work:
+        """Return the estimated cycles of a kernel's parts."""
+        if kernel == PLAIN:
+            tile = cycles(self.units(kernel, "plain"))
+            return Work(tile, tile, cycles(self.units(kernel, PROGRAM)), self.rows)
+        near = cycles(self.units(kernel, "near"))
+        if "position" in kernel:  # no far tiles; a few hundred programs in all
+            return Work(near, 0.0, 0.0, self.rows)
+        return Work(near, cycles(self.units(kernel, "far")), cycles(self.units(kernel, PROGRAM)), self.rows)
 
 
-DEVICE = Device()
-# Matrix instructions are 64 x 64 x 16 here.
-MATRIX_FLOPS = 2 * 64 * 64 * 16
-# Bytes of one operand tile, 64 rows of 64 bfloat16.
-OPERAND = TILE * HEAD_DIM * 2
-# Operand tiles that one pass loads from L2: keys and values, and near the diagonal a block of each table. The backward
-# by keys loads q, dout and per near tile two blocks; that by diagonals loads q, k, v and dout.
-LOADED = {"fwd": (4, 2), "bwd_dq": (4, 2), "bwd_dkv": (4, 2), "bwd_position": (4, 4)}
+def time_of(work: Work, length: int) -> float:
+    """Return the predicted milliseconds of a kernel at a length."""
+    return milliseconds(work, length, heads=HEADS, tokens=TOKENS, spec=SPEC)
 
 
-def cycles(counts: dict[str, int], loaded: int, exponentials: bool = True) -> float:
-    """Return the estimated cycles of one pass over a tile on one multiprocessor."""
-    products = counts["matrix"] * MATRIX_FLOPS
-    accesses = counts["shared_loads"] + counts["shared_stores"] + counts["local_loads"] + counts["local_stores"]
-    # Both operands of a product are read from shared memory, 16 columns of each per instruction.
-    operands = counts["matrix"] * 2 * 64 * 16 * 2
-    units = {
-        "issue": counts["instructions"],
-        "matrix": products / DEVICE.flops,
-        "exponentials": TILE * TILE / DEVICE.exponentials if exponentials else 0.0,
-        "shared": 1.5 * WARPS * accesses + operands / DEVICE.shared_bytes,
-        "l2": loaded * OPERAND / DEVICE.l2_bytes,
-    }
-    return overlapped(units)
+def sdpa(length: int) -> float:
+    """Return the milliseconds of SDPA's flash kernel at its usual rate."""
+    return 1e3 * HEADS * TOKENS * length * 4 * HEAD_DIM / SDPA_FLOPS
 
 
-def overlapped(units: dict[str, float]) -> float:
-    """Return the estimated cycles of one pass from those of each unit, by the rule above."""
-    longest = sorted(units.values(), reverse=True)
-    return longest[0] + 0.5 * longest[1] + 0.25 * longest[2]
+def markdown(rows: list[list[str]]) -> str:
+    """Return rows as a table, the first one its head."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
 
-def tiles(length: int) -> tuple[int, int]:
-    """Return how many tiles of one head are near the diagonal, and how many are far."""
-    count = -(-length // TILE)
-    reach = SATURATED // TILE
-    near = sum(min(i + reach, count - 1) - max(i - reach, 0) + 1 for i in range(count))
-    return near, count * count - near
+def triton_table(figures: Figures) -> str:
+    """Return the times of the Triton kernels."""
+    works = {title: figures.work(kernel) for title, kernel in TRITON_KERNELS.items()}
+    plain = figures.work(PLAIN)
+    rows = [["N", "plain, ms", "SDPA flash, ms", "forward, ms", "of plain's speed", "of SDPA's", "backward, ms",
+             "dq", "dk, dv", "tables"]]  # fmt: skip
+    for length in LENGTHS:
+        forward, *backward = (time_of(work, length) for work in works.values())
+        base = time_of(plain, length)
+        numbers = [f"{x:.3f}" for x in (base, sdpa(length), forward)]
+        numbers += [f"{base / forward:.2f}", f"{sdpa(length) / forward:.2f}"]
+        rows.append([str(length), *numbers, *(f"{x:.3f}" for x in (sum(backward), *backward))])
+    return markdown(rows)
 
 
-def seconds(near: float, far: float, length: int) -> float:
-    """Return the estimated seconds of one kernel over a batch of `TOKENS` tokens, given the cycles of its two loops."""
-    near_tiles, far_tiles = tiles(length)
-    heads = HEADS * max(1, TOKENS // length)
-    return heads * (near_tiles * near + far_tiles * far) / (DEVICE.multiprocessors * DEVICE.clock)
+def cuda_table(figures: Figures) -> str:
+    """Return the times of the CUDA kernels."""
+    forward, backward = (figures.work(kernel) for kernel in CUDA_KERNELS.values())
+    rows = [["N", "forward, ms", "SDPA flash, ms", "of its speed", "backward, ms"]]
+    for length in LENGTHS:
+        ours, flash = time_of(forward, length), sdpa(length)
+        times = [f"{ours:.3f}", f"{flash:.3f}", f"{flash / ours:.2f}", f"{time_of(backward, length):.3f}"]
+        rows.append([str(length), *times])
+    return markdown(rows)
 
 
-def counted(records: list[dict[str, Any]], kernel: str, variant: str) -> dict[str, Any]:
-    """Return the report of a kernel in one variant on sm_90, bfloat16, head size 64.
+def unit_table(figures: Figures, kernels: dict[str, str]) -> str:
+    """Return the cycles of each unit for one tile of 64 x 64 pairs, and what they are taken to come to."""
+    rows: list[list[str]] = []
+    for title, kernel in kernels.items():
+        for zone in zones(kernel):
+            found = figures.units(kernel, zone)
+            rows.append([f"{title}, {zone}", *(f"{x:.0f}" for x in found.values()), f"{cycles(found):.0f}"])
+    return markdown([["cycles for 64 x 64 pairs", *found, "together"], *rows])
+
+
+def executed_table(figures: Figures, kernels: dict[str, str]) -> str:
+    """Return what the prediction is made of: figures of the PTX as executed, and machine instructions as compiled."""
+    rows = [["64 x 64 pairs", "PTX instructions", "machine instructions (local)", "barriers", "waits", "wavefronts",
+             "conflicts", "operands", "bytes"]]  # fmt: skip
+    for title, kernel in kernels.items():
+        for zone in zones(kernel):
+            found, (compiled_count, local) = figures.zone(kernel, zone), figures.loop(kernel, zone)
+            numbers = [found[name] for name in ("barriers", "waits", "wavefronts", "conflicts", "operands", "bytes")]
+            cells = [f"{found['instructions']:.0f}", f"{compiled_count} ({local})", *(f"{x:g}" for x in numbers)]
+            rows.append([f"{title}, {zone}", *cells])
+    return markdown(rows)
+
+
+def zones(kernel: str) -> tuple[str, ...]:
+    """Return the zones of a kernel that count in a prediction: the gradients of the tables meet no far tiles."""
+    return ("near",) if "position" in kernel else ("near", "far")
+
+
+def newest(kind: str) -> list[str]:
+    """Return the compilers of a kind that have committed figures, the newest first."""
+    names = [name for name in executed.load() if name.startswith(kind)]
+    return sorted(names, key=lambda name: [int(part) for part in name.split()[1].split(".")], reverse=True)
+
+
+def text() -> str:
+    """Return all tables, each below a line that says what it is."""
+    parts: list[str] = []
+    for name in newest("triton"):
+        figures, title = Figures(name), name.replace("triton", "Triton")
+        parts += [f"{title}, predicted:", triton_table(figures), *_tables(figures, TRITON_KERNELS)]
+    for name in newest("nvcc")[:1]:
+        figures = Figures(name)
+        parts += [f"The CUDA kernels, {name}, predicted:", cuda_table(figures), *_tables(figures, CUDA_KERNELS)]
+    return "\n\n".join(parts)
+
+
+def _tables(figures: Figures, kernels: dict[str, str]) -> list[str]:
+    return ["From:", unit_table(figures, kernels), executed_table(figures, kernels)]
+
+
+def written(document: str, tables: str) -> str:
+    """Return a document with the tables between its two marks.
 
     Raises:
-        SystemExit: the counts lack it.
+        SystemExit: it has none.
     """
-    for record in records:
-        names = record["name"].split()
-        asked_for = record["chip"] == "sm_90" and kernel in names[0] and names[1:] == ["bf16", "D64", variant]
-        if asked_for and "report" in record:
-            return dict(record["report"])
-    raise SystemExit(f"no counts of {kernel} bf16 D64 {variant} for sm_90; run kernels_offline.py first")
-
-
-def loops(records: list[dict[str, Any]], kernel: str) -> tuple[float, float]:
-    """Return the cycles of the near and of the far loop of one kernel, without masks and dropout."""
-    # The pass by diagonals exists with tables only, and meets no far tiles.
-    report = counted(records, kernel, "none" if kernel == "bwd_position" else "bias")
-    near, far = LOADED[kernel]
-    return cycles(report["near"], near), cycles(report["far"], far) if report["far"] else 0.0
+    before, begin, rest = document.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise SystemExit(f"tools/predict.py: {DOCUMENT.name} has no {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n\n{tables}\n\n{END}{after}"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the estimates."""
+    """Print or write the predictions."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("counts", type=Path, help="what kernels_offline.py --json wrote")
-    records = json.loads(parser.parse_args(arguments).counts.read_text(encoding="utf-8"))["records"]
-    forward = loops(records, "fwd")
-    backward = {name: loops(records, name) for name in ("bwd_dq", "bwd_dkv", "bwd_position")}
-    flash = cycles(counted(records, "fwd", "none")["near"], 2)
-    rows = [["cycles of one 64 x 64 tile", "near", "far"], ["plain flash attention", "", f"{flash:.0f}"]]
-    rows += [[name, f"{near:.0f}", f"{far:.0f}"] for name, (near, far) in {"forward": forward, **backward}.items()]
-    print(aligned(rows) + "\n")
-    rows = [["length", "plain ms", "forward ms", "of plain's speed", "backward ms", "dq", "dkv", "position"]]
-    for length in LENGTHS:
-        base, ours = seconds(flash, flash, length), seconds(*forward, length)
-        parts = [seconds(*backward[name], length) for name in ("bwd_dq", "bwd_dkv", "bwd_position")]
-        times = [f"{1e3 * part:.3f}" for part in (sum(parts), *parts)]
-        rows.append([str(length), f"{1e3 * base:.3f}", f"{1e3 * ours:.3f}", f"{base / ours:.2f}", *times])
-    print(aligned(rows))
+    parser.add_argument("--write", action="store_true", help="write them into docs/notes/gpu.md")
+    options: Any = parser.parse_args(arguments)
+    if options.write:
+        DOCUMENT.write_text(written(DOCUMENT.read_text(encoding="utf-8"), text()), encoding="utf-8")
+    else:
+        print(text())
     return 0
 
 

@@ -74,7 +74,8 @@ class Run:
     def count(self, opcode):
         """Return the counts of the instructions whose opcode begins so."""
         rows = [i for i, name in enumerate(self.machine.program.opcodes) if name.startswith(opcode)]
-        return dict(zip(("executed", "wavefronts", "needed", "sectors"), self.machine.counts[rows].sum(0).tolist()))
+        names = ("executed", "wavefronts", "needed", "sectors", "bytes")
+        return dict(zip(names, self.machine.counts[rows].sum(0).tolist(), strict=True))
 
 
 def load(name, register, kind="b32"):

@@ -6,6 +6,8 @@ from ptx import counts
 
 from tests.ptx.small_kernels import Run
 
+NOTHING = dict.fromkeys(("executed", "wavefronts", "needed", "sectors", "bytes"), 0)
+
 
 def shared(stride, kind, registers="%r5", offset=0):
     """Store one vector a lane, `stride` bytes apart."""
@@ -32,25 +34,21 @@ def shared(stride, kind, registers="%r5", offset=0):
 )
 def test_wavefronts(body, wavefronts, needed):
     run = Run(body, shared=4400)
-    assert run.count("st.shared") == {"executed": 1, "wavefronts": wavefronts, "needed": needed, "sectors": 0}
+    assert run.count("st.shared") == {**NOTHING, "executed": 1, "wavefronts": wavefronts, "needed": needed}
 
 
 @pytest.mark.parametrize(("address", "sectors"), [("%rd2", 4), ("%rd1", 1), ("%rd5", 32)])
-def test_sectors(address, sectors):
+def test_sectors_and_bytes(address, sectors):
     body = f"    mul.wide.u32 %rd5, %r1, 64;\n    add.s64 %rd5, %rd5, %rd1;\n    ld.global.b32 %r5, [{address}];"
     memory = np.zeros(1024, np.uint32)
     out = memory[-memory.ctypes.data % 64 // 4 :][:512]
-    assert Run(body, out=out).count("ld.global")["sectors"] == sectors
+    count = Run(body, out=out).count("ld.global")
+    assert (count["sectors"], count["bytes"]) == (sectors, 128)
 
 
 def test_what_a_predicate_leaves_out_is_issued_all_the_same():
     body = "    setp.eq.u32 %p1, %r1, 99;\n    @%p1 st.shared.b32 [memory], %r1;"
-    assert Run(body, shared=16, threads=64).count("st.shared") == {
-        "executed": 2,
-        "wavefronts": 0,
-        "needed": 0,
-        "sectors": 0,
-    }
+    assert Run(body, shared=16, threads=64).count("st.shared") == {**NOTHING, "executed": 2}
 
 
 def test_counts_add_up_over_warps_blocks_and_launches():

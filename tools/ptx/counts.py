@@ -44,6 +44,7 @@ class LineCount(NamedTuple):
         wavefronts: of shared memory.
         needed: wavefronts, had there been no bank conflicts.
         sectors: of 32 bytes of global memory.
+        bytes: of global memory, as asked for by each lane.
     """
 
     line: int
@@ -52,6 +53,7 @@ class LineCount(NamedTuple):
     wavefronts: int
     needed: int
     sectors: int
+    bytes: int
 
 
 def class_of(opcode: str) -> str:

@@ -20,7 +20,7 @@ from ptx.tensor_map import TENSOR_MAP_SIZE
 __all__ = ["Machine", "Memory"]
 
 
-COUNTS = 4  # by instruction
+COUNTS = 5  # by instruction
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Machine:
     Attributes:
         program: the kernel as arrays.
         counts: by instruction: executed by warps, wavefronts of shared memory, wavefronts that would have been needed
-            without bank conflicts, and sectors of global memory; added up over all launches.
+            without bank conflicts, sectors and bytes of global memory; added up over all launches.
         excused: stores that would be races were the same value not there already; of the last launch.
     """
 

@@ -43,6 +43,11 @@ inline const TensorMap& tensor_map_at(const Block& block, uint64_t at, int lane)
   return map;
 }
 
+inline void count_bulk(Block& block, const Instruction& i, int64_t bytes) {
+  block.count(i).sectors += bytes / 32;
+  block.count(i).bytes += bytes;
+}
+
 // Settings: dimensions. Operands: target, map, coordinates from the innermost on, mbarrier. The offsets of target and
 // map are settings 1 and 2, that of the mbarrier setting 3.
 inline void do_tile_copy(Block& block, Warp& warp, const Instruction& i, uint32_t lanes) {
@@ -67,7 +72,7 @@ inline void do_tile_copy(Block& block, Warp& warp, const Instruction& i, uint32_
     Access access = block.for_lane(warp, lane, m.agent, m.phase + 1, "tile copy");
     block.shadow.write(copy.shared_at, copy.bytes, access);
     copy.clock = m.phase + 1;
-    block.count(i).sectors += copy.bytes / 32;
+    count_bulk(block, i, copy.bytes);
     block.bulk.push_back(new BulkCopy(copy));
   }
 }
@@ -89,7 +94,7 @@ inline void do_bulk_sum(Block& block, Warp& warp, const Instruction& i, uint32_t
     Access access = block.for_lane(warp, lane, agent, copy.clock, "reduction");
     block.shadow.read(copy.shared_at, copy.bytes, access);
     block.global.access(copy.global_at, copy.bytes, access, true, true);
-    block.count(i).sectors += copy.bytes / 32;
+    count_bulk(block, i, copy.bytes);
     warp.bulk_lanes |= 1u << lane;
     block.bulk.push_back(new BulkCopy(copy));
   }

@@ -25,6 +25,7 @@ struct Count {
   int64_t wavefronts;  // of shared memory
   int64_t needed;      // wavefronts, had there been no bank conflict
   int64_t sectors;     // of 32 bytes of global memory
+  int64_t bytes;       // of global memory, as asked for by each lane
 };
 
 // What a register holds when a block starts.

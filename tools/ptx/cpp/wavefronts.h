@@ -44,6 +44,7 @@ inline void count_sectors(const uint64_t* at, uint32_t lanes, unsigned bytes, Co
     }
   }
   count.sectors += n;
+  count.bytes += __builtin_popcount(lanes) * bytes;
 }
 
 }  // namespace ptx
