@@ -137,7 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
         return every_triton(options)
     from counted import bounds as rules
     from ptx.build import NoCompiler
-    from ptx.cuda_modules import NoCudaCompiler
+    from ptx.drivers.cuda_modules import NoCudaCompiler
 
     started = time.perf_counter()
     try:

@@ -17,7 +17,6 @@ from benchmarks.gpu.stages import Item
 from benchmarks.harness.clock import Pace, interleave
 from benchmarks.harness.work import floor
 from benchmarks.registry import PEERS, Shape
-from deberta_kernels import dispatch
 from deberta_kernels.testing.inputs import Case
 
 __all__ = ["compiled_items", "core_items", "register_compiled", "rival_items"]

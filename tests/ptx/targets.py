@@ -41,10 +41,10 @@ class OnPtx(Target):
 def _device(name):
     """Return the driver of a target and its device, which keeps what is compiled."""
     if name == "cuda_on_ptx":
-        from ptx import cuda_driver
+        from ptx.drivers import cuda_driver
 
         return cuda_driver, cuda_driver.Device()
-    from ptx import triton_driver
+    from ptx.drivers import triton_driver
 
     return triton_driver, triton_driver.Device(int(name.split("_")[2]))
 

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from ptx import triton_driver
+from ptx.drivers import triton_driver
 
 from deberta_kernels import dispatch, notices
 from deberta_kernels.impl import triton as backend

@@ -67,7 +67,7 @@ class _Runner:
 
 def of_triton(architecture: int, features: str, dtype: torch.dtype, head_dim: int) -> dict[str, Executed]:
     """Return the kernels of a forward and a backward of Triton's, by name."""
-    from ptx import triton_driver
+    from ptx.drivers import triton_driver
 
     from deberta_kernels.impl import triton as backend
 
@@ -85,9 +85,9 @@ def of_cuda(
         dtype: of q.
         head_dim: D.
         grad: whether there is a backward.
-        compiler: see `ptx.cuda_modules.compile_module`.
+        compiler: see `ptx.drivers.cuda_modules.compile_module`.
     """
-    from ptx import cuda_driver
+    from ptx.drivers import cuda_driver
 
     from deberta_kernels.impl import cuda as backend
 

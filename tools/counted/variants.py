@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from offline import cuda as nvcc
 from offline import variants as compiled
-from ptx import cuda_modules
+from ptx.drivers import cuda_modules
 
 from counted import execution
 from counted.bounds import Record

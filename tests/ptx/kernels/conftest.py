@@ -1,7 +1,7 @@
 """Leave out the kernels that cannot be compiled here: Triton's unless it is required, CUDA's without one."""
 
 import pytest
-from ptx import cuda_modules
+from ptx.drivers import cuda_modules
 
 from tests import needs
 from tests.ptx.kernels import problems

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
-from ptx import cuda_driver
+from ptx.drivers import cuda_driver
 
 from deberta_kernels.impl import cuda
 from deberta_kernels.testing import inputs

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from ptx.cuda_driver import Device, memory_range
-from ptx.cuda_modules import SOURCES
+from ptx.drivers.cuda_driver import Device, memory_range
+from ptx.drivers.cuda_modules import SOURCES
 from ptx.machine import Machine
 from ptx.mutations import Mutant, mutants, try_mutant
 

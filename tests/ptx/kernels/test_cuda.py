@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ptx import cuda_driver, cuda_modules
+from ptx.drivers import cuda_driver, cuda_modules
 
 from deberta_kernels.impl import cuda
 from deberta_kernels.impl.cuda import image

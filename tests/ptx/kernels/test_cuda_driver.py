@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ptx import cuda_driver
+from ptx.drivers import cuda_driver
 
-from deberta_kernels.impl.attempts import Attempts
 from deberta_kernels.impl import cuda, torch_tiled
+from deberta_kernels.impl.attempts import Attempts
 from deberta_kernels.impl.cuda import driver, image
 from deberta_kernels.impl.cuda.arguments import ForwardParams
 from deberta_kernels.impl.cuda.backward_arguments import BackwardParams

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ptx import cuda_driver
+from ptx.drivers import cuda_driver
 from ptx.errors import PtxError
 
 from deberta_kernels.impl import cuda, torch_tiled

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ptx import cuda_driver
+from ptx.drivers import cuda_driver
 
 from deberta_kernels.impl import cuda
 from deberta_kernels.testing import inputs

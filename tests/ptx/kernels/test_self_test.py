@@ -4,7 +4,7 @@ from functools import cache
 
 import pytest
 import torch
-from ptx import cuda_driver, triton_driver
+from ptx.drivers import cuda_driver, triton_driver
 
 import deberta_kernels as dk
 from deberta_kernels import api, backends, dispatch, env, notices

@@ -6,7 +6,7 @@ Ten seconds a variant are the compiler's, and kept in TRITON_CACHE_DIR; a case t
 from dataclasses import replace
 
 import pytest
-from ptx import triton_driver
+from ptx.drivers import triton_driver
 from ptx.errors import PtxError
 from triton import knobs
 

@@ -4,7 +4,7 @@ from unittest import mock
 
 import pytest
 import torch
-from ptx import triton_driver
+from ptx.drivers import triton_driver
 from triton import knobs
 
 from deberta_kernels import dispatch

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 import triton
-from ptx import mutations, triton_driver
+from ptx import mutations
+from ptx.drivers import triton_driver
 from ptx.redundant import reasons, recorded
 
 from deberta_kernels.testing import budget, inputs

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ptx import cuda_driver, cuda_modules
+from ptx.drivers import cuda_driver, cuda_modules
 from ptx.drivers.unwritten import new_memory_is_unwritten, pattern
 from ptx.errors import PtxError
 

@@ -17,7 +17,7 @@ import torch
 from deberta_kernels.testing import budget, inputs
 from deberta_kernels.testing.backends import Target
 from deberta_kernels.testing.inputs import Case
-from ptx import cuda_driver, cuda_modules
+from ptx.drivers import cuda_driver, cuda_modules
 from ptx.machine import Machine
 
 CASE = Case(batch=1, heads=1, nq=1200, dtype=torch.bfloat16)
@@ -28,7 +28,7 @@ def devices() -> Iterator[tuple[str, str, Any, Any]]:
     if cuda_modules.compilers():
         yield "CUDA, sm_90a", "cuda", cuda_driver, cuda_driver.Device()
     if find_spec("triton"):
-        from ptx import triton_driver
+        from ptx.drivers import triton_driver
 
         for architecture in (80, 90):
             yield f"Triton, sm_{architecture}", "triton", triton_driver, triton_driver.Device(architecture)

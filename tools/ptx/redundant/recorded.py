@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from ptx.drivers.triton_driver import Device, laid_out, memory_of
 from ptx.machine import Machine, Memory
 from ptx.mutations import Mutant, is_ordering, mutants, try_mutant, without
 from ptx.redundant.reasons import reason
-from ptx.triton_driver import Device, laid_out, memory_of
 
 __all__ = ["Launch", "outcomes", "recorded"]
 

@@ -14,7 +14,7 @@ import torch
 from deberta_kernels.impl import cuda
 from deberta_kernels.impl.attempts import Attempts
 from deberta_kernels.impl.cuda import driver, image
-from ptx.cuda_modules import compile_module
+from ptx.drivers.cuda_modules import compile_module
 from ptx.drivers.unwritten import new_memory_is_unwritten
 from ptx.machine import Machine, Memory
 from ptx.tensor_map import SWIZZLES, tensor_map

@@ -18,7 +18,7 @@ from ptx.build import made_once
 
 __all__ = ["SOURCES", "NoCudaCompiler", "compile_module", "compilers"]
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 SOURCES = ROOT / "csrc" / "cuda"
 
 
