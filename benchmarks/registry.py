@@ -1,6 +1,6 @@
 """Every shape, candidate and figure of the measurements: the one place to add one.
 
-A candidate needs a row here and the code that runs it: `core/candidates.py`, `model/rivals.py` or `gpu/rivals.py`.
+A candidate needs a row here and the code that runs it: `core/candidates.py`, `model/rivals.py` or `core/rivals.py`.
 """
 
 from __future__ import annotations

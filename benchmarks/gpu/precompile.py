@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.core import rivals
 from benchmarks.core.candidates import candidates
-from benchmarks.gpu import rivals, timings
+from benchmarks.gpu import timings
 from benchmarks.gpu.cases import asked, cases, is_for, long_cases
 from benchmarks.gpu.plan import Plan
 from benchmarks.gpu.stages import Item

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.core import rivals
 from benchmarks.core.candidates import CORES, candidates, hugging_face_core, our_core
 from benchmarks.core.checking import check_candidates
-from benchmarks.gpu import rivals
 from benchmarks.gpu.cases import asked, is_for
 from benchmarks.gpu.device import Clock, free_memory, peak_memory
 from benchmarks.gpu.plan import Plan

@@ -212,7 +212,8 @@ def _keyed_sums(plain: Tensor) -> tuple[int, ...]:
             words = plain.view(dtype)
             break
     with torch.inference_mode(False), torch.no_grad():
-        numbers = _secret_numbers()
+        with _lock:  # two threads that draw them at once would draw different ones
+            numbers = _secret_numbers()
         return tuple(int(torch.mv(numbers[:, : part.numel()], part.long())) for part in words.split(_BLOCK))
 
 

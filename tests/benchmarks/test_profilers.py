@@ -4,7 +4,8 @@ import stat
 
 import pytest
 
-from benchmarks.gpu import profilers, rivals
+from benchmarks.core import rivals
+from benchmarks.gpu import profilers
 from benchmarks.gpu.plan import Plan
 
 

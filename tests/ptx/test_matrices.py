@@ -37,7 +37,7 @@ def test_ldmatrix(transposed, count):
         matrix = MATRICES[m].T if transposed else MATRICES[m]
         for half in range(2):
             assert out[:, m, half].tolist() == matrix[GROUP, 2 * THREAD + half].tolist()
-    assert run.count("ldmatrix") == {"executed": 1, "wavefronts": count, "needed": count, "sectors": 0}
+    assert run.count("ldmatrix") == {"executed": 1, "wavefronts": count, "needed": count, "sectors": 0, "bytes": 0}
 
 
 @pytest.mark.parametrize("transposed", [False, True])

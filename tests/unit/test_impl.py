@@ -15,7 +15,7 @@ from deberta_kernels.testing.inputs import Case
 from deberta_kernels.types import PositionSpec
 
 FOLDER = Path(impl.__file__).parent
-SHARED = {"cache", "common", "gpu_tables"}
+SHARED = {"attempts", "cache", "common", "gpu_tables"}
 ENDS = Ends(-500, 505)
 
 
