@@ -29,14 +29,12 @@ COMMON_FLAGS = (
     "-O2",
     "-std=c++17",
     "-fPIC",
-    "-fopenmp",
     "-fvisibility=hidden",
     "-fno-math-errno",
     "-fno-trapping-math",
 )
-LINK_FLAGS = ("-shared",)
-# Clang links its own OpenMP otherwise, where parallel.h needs the one that PyTorch has.
-OPENMP_FLAGS = {"gcc": (("-fopenmp",),), "clang": (("-l:libgomp.so.1",), ("-fopenmp",))}
+# What nothing refers to is left out: parts of libstdc++ need a newer glibc than the kernels do.
+LINK_FLAGS = ("-shared", "-Wl,--gc-sections")
 SANITIZE_FLAGS = ("-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 # A newer libstdc++ than the one torch brought along must not be needed, and ours must not be seen by others.
 STATIC_RUNTIME_FLAGS = ("-static-libstdc++", "-Wl,--exclude-libs,ALL")
@@ -134,6 +132,13 @@ def find_compiler() -> list[str]:
     raise BuildError("no C++ compiler on the PATH (looked for c++, g++, clang++); on Debian or Ubuntu: apt install g++")
 
 
+def platform_of(compiler: list[str]) -> str:
+    """Return what the compiler compiles for, such as "linux-x86_64": a cross compiler's is not this machine."""
+    machine = run_compiler([*compiler, "-dumpmachine"], "asking the compiler what it compiles for").strip()
+    processor, _, system = machine.partition("-")
+    return f"linux-{processor}" if "linux" in system else sysconfig.get_platform()
+
+
 def version_of(compiler: list[str]) -> str:
     """Return what the compiler says about itself."""
     return run_compiler([*compiler, "--version"], "asking the compiler for its version")
@@ -218,8 +223,7 @@ def link(layout: Layout, compiler: list[str], objects: dict[str, Path], folder: 
     run_compiler([*command, "-c", str(source), "-o", str(dispatch)], "dispatch")
     library = folder / LIBRARY_NAME
     command = [*compiler, *LINK_FLAGS, *layout.flags, "-o", str(library), str(dispatch), *map(str, objects.values())]
-    kind = "clang" if "clang" in version_of(compiler) else "gcc"
-    ways = [(*openmp, *runtime) for openmp in OPENMP_FLAGS[kind] for runtime in (STATIC_RUNTIME_FLAGS, ())]
+    ways = (STATIC_RUNTIME_FLAGS, ())
     for way in ways:
         try:
             run_compiler([*command, *way], "linking")
@@ -269,13 +273,13 @@ def build_library(layout: Layout | None = None, force: bool = False) -> dict[str
         BuildError: no compiler, sources missing, or the compiler failed.
     """
     layout = layout or Layout()
-    platform = sysconfig.get_platform()
-    if platform.startswith("win"):
+    if sysconfig.get_platform().startswith("win"):
         raise BuildError("the native library is not built on Windows")
     for name in ("dispatch.cpp", "kernel.cpp"):
         if not (layout.sources / name).is_file():
             raise BuildError(f"{layout.sources / name} is missing; build from a complete checkout or source archive")
     compiler = find_compiler()
+    platform = platform_of(compiler)
     wanted = digest(layout, compiler, platform)
     if layout.flags and "clang" in version_of(compiler):
         raise BuildError("the sanitized build is made with g++, whose sanitizers can be loaded before Python")
