@@ -15,7 +15,8 @@ also gets them compiled, by nvcc, where that is asked for: it takes a minute.
                                             build/sanitized, for `make test-sanitized`
 
 Environment: CXX (compiler, default c++ then g++ then clang++), NVCC (default nvcc), DEBERTA_KERNELS_SKIP_NATIVE=1 (do
-not build), DEBERTA_KERNELS_BUILD_CUDA=1 (compile the CUDA kernels into a wheel). The compiler calls are in csrc/native_build.py.
+not build), DEBERTA_KERNELS_BUILD_CUDA=1 (compile the CUDA kernels into a wheel). The compiler
+calls are in csrc/native_build.py.
 """
 
 from __future__ import annotations

@@ -139,6 +139,11 @@ def platform_of(compiler: list[str]) -> str:
     return f"linux-{processor}" if "linux" in system else sysconfig.get_platform()
 
 
+def is_foreign(platform: str) -> bool:
+    """Tell whether what is built for a platform cannot run here."""
+    return platform != sysconfig.get_platform()
+
+
 def version_of(compiler: list[str]) -> str:
     """Return what the compiler says about itself."""
     return run_compiler([*compiler, "--version"], "asking the compiler for its version")
@@ -235,17 +240,19 @@ def link(layout: Layout, compiler: list[str], objects: dict[str, Path], folder: 
     if library.is_file():
         with library.open("ab") as file:
             file.write(look.seal(library.read_bytes()))
-    found = look.damage(library)
+    found = look.damage(library, foreign=is_foreign(platform_of(compiler)))
     if found is not None:
         raise BuildError(f"linking: the compiler reported no error, but of the library it should write: {found}")
     return library
 
 
-def is_built(layout: Layout, wanted: str) -> bool:
-    """Tell whether the library is there, whole, and the one recorded to be built from what has the digest `wanted`."""
+def is_built(layout: Layout, wanted: str, platform: str) -> bool:
+    """Tell whether the library of a platform is there, whole, and recorded to be of what has the digest `wanted`."""
     record = read_record(layout.record)
     complete = isinstance(record.get("variants"), list) and isinstance(record.get("left_out"), dict)
-    if not complete or record.get("digest") != wanted or load_library_file().damage(layout.library) is not None:
+    if not complete or record.get("digest") != wanted:
+        return False
+    if load_library_file().damage(layout.library, foreign=is_foreign(platform)) is not None:
         return False
     # A build that was ended between its two files left a new library beside an old record.
     return record.get("library") == hashlib.sha256(layout.library.read_bytes()).hexdigest()
@@ -283,7 +290,7 @@ def build_library(layout: Layout | None = None, force: bool = False) -> dict[str
     wanted = digest(layout, compiler, platform)
     if layout.flags and "clang" in version_of(compiler):
         raise BuildError("the sanitized build is made with g++, whose sanitizers can be loaded before Python")
-    if not force and is_built(layout, wanted):
+    if not force and is_built(layout, wanted, platform):
         return {**read_record(layout.record), "is_new": False}
     layout.library.parent.mkdir(parents=True, exist_ok=True)
     with build_folder(layout.library.parent) as folder:

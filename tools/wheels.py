@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 # The system that a wheel is promised for: RHEL 8, Debian 10, Ubuntu 20.04 and later.
-PLATFORM = "manylinux_2_28"
+NEWEST_GLIBC = 28
+PLATFORM = f"manylinux_2_{NEWEST_GLIBC}"
 LARGEST = 3 << 20
 # Compiler of each platform, and where Debian has it.
 COMPILERS = {"x86_64": ("x86_64-linux-gnu-g++", "g++"), "aarch64": ("aarch64-linux-gnu-g++", "g++-aarch64-linux-gnu")}
@@ -89,10 +91,11 @@ def check(path: Path, machine: str) -> None:
     if not modules:
         sys.exit(f"[wheels] {path.name} has no compiled CUDA kernels")
     said = run(sys.executable, "-m", "auditwheel", "show", str(path))
-    if f"{PLATFORM}_{machine}" not in said and "manylinux" not in said:
-        sys.exit(f"[wheels] auditwheel on {path.name}:\n{said}")
-    consistent = " ".join(said.split())
-    say(f"{path.name}: {path.stat().st_size >> 10} KiB, {', '.join(variants)}, {len(modules)} CUDA modules; {consistent}")
+    found = re.search(rf'platform\s+tag:\s+"manylinux_2_(\d+)_{machine}"', said)
+    if found is None or int(found[1]) > NEWEST_GLIBC:
+        sys.exit(f"[wheels] {path.name} does not fit {PLATFORM}_{machine}:\n{said}")
+    size = path.stat().st_size >> 10
+    say(f"{path.name}: {size} KiB, {', '.join(variants)}, {len(modules)} CUDA modules, manylinux_2_{found[1]}")
 
 
 def main() -> None:

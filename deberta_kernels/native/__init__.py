@@ -128,7 +128,7 @@ class Library:
 
 
 def _team_runner() -> int | None:
-    """Return the address of the OpenMP function by which PyTorch's own kernels start threads, None where it has none."""
+    """Return the address of the OpenMP function by which PyTorch's kernels start threads; None where it has none."""
     try:
         # Looked up in the libraries that it was linked with, whatever they are called and whoever loaded others.
         found = ctypes.CDLL(str(torch._C.__file__)).GOMP_parallel

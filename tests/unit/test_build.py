@@ -20,7 +20,7 @@ KERNEL = """
 #define JOIN2(a, b) a##b
 #define JOIN(a, b) JOIN2(a, b)
 #include "value.h"
-extern "C" int JOIN(value_, DK_VARIANT)() { return VALUE; }
+extern "C" __attribute__((visibility("default"))) int JOIN(value_, DK_VARIANT)() { return VALUE; }
 """
 # What every variant is compiled with, and the library must ask the processor for before it runs one.
 VECTOR = {"-mavx2", "-mfma", "-mf16c"}
@@ -154,7 +154,7 @@ def test_sanitizers_are_those_of_gcc(layout, tmp_path, monkeypatch):
 @needs_compiler
 def test_a_cross_compiler_decides_on_the_variants(tmp_path, monkeypatch):
     cross = tmp_path / "aarch64-c++"
-    cross.write_text('#!/bin/sh\necho aarch64-linux-gnu\n')
+    cross.write_text("#!/bin/sh\necho aarch64-linux-gnu\n")
     cross.chmod(0o755)
     platform = native_build.platform_of([str(cross)])
     assert platform == "linux-aarch64"
@@ -371,5 +371,16 @@ def test_every_environment_variable_is_documented():
 
 def test_the_source_distribution_holds_what_its_tests_import_and_run():
     lines = (ROOT / "MANIFEST.in").read_text().splitlines()
-    for folder in ("benchmarks", "csrc", "docs", "examples", "tests", "tools"):
+    for folder in (".ci", "benchmarks", "csrc", "docs", "examples", "tests", "tools"):
         assert f"graft {folder}" in lines
+
+
+@pytest.mark.parametrize("version", ["65.5.0", "76.1"])
+def test_a_setuptools_that_is_too_old_is_named(version):
+    with pytest.raises(SystemExit, match=rf"needs setuptools 77 or later, this is {version}; run `pip install"):
+        build.check_setuptools(version)
+
+
+def test_a_setuptools_that_suffices_is_let_pass():
+    build.check_setuptools("77.0.0")
+    build.check_setuptools("80.9.0.post20250501")
