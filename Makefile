@@ -15,6 +15,7 @@ VENV_ECOSYSTEM ?= .venv-ecosystem
 VENV_SPACY ?= .venv-spacy
 VENV_OLDEST ?= .venv-oldest
 VENV_NEWEST ?= .venv-newest
+VENV_WHEELS ?= .venv-wheels
 # The newest Triton the kernels are compiled with, and the oldest that is supported.
 TRITON ?= 3.9.0
 TRITON_OLDEST ?= 3.6.0
@@ -65,8 +66,8 @@ OFFLINE = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-sanitized test-tf4 test-triton test-ecosystem lint format types build bench-cpu bench-model bench-train
-.PHONY: env-demo env-test env-bench env-tf4 env-triton env-ecosystem env-gpu clean kernels-offline cuda-offline count-ptx
-.PHONY: gpu gpu-smoke tune bench-adapters test-fast test-ptx mutants test-versions test-oldest test-newest test-upstream env-oldest env-newest
+.PHONY: env-demo env-test env-bench env-tf4 env-triton env-ecosystem env-gpu env-wheels clean kernels-offline cuda-offline count-ptx
+.PHONY: gpu gpu-smoke tune wheels bench-adapters test-fast test-ptx mutants test-versions test-oldest test-newest test-upstream env-oldest env-newest
 MAKEFLAGS += --no-print-directory
 
 help: ## list these targets
@@ -153,6 +154,10 @@ types: env-test ## check the type annotations
 build: env-demo ## build the native library, and fail if that is not possible
 	@$(RUN) setup.py -q build_native --strict
 
+wheels: env-wheels ## write dist/: source archive and wheels; run them where no compiler is
+	@$(VENV_WHEELS)/bin/python tools/wheels.py $(ARGS)
+	@$(VENV_WHEELS)/bin/python tools/check_wheels.py
+
 bench-cpu: env-test ## time the CPU kernel against PyTorch and Hugging Face
 	@$(RUN) -m benchmarks core $(ARGS)
 
@@ -188,7 +193,7 @@ tune: env-gpu ## on a GPU: time tile sizes and write their table
 	@$(OFFLINE) PYTHONPATH=. $(GPU_RUN) -m benchmarks tune $(ARGS)
 
 clean: ## delete the environments and everything built
-	rm -rf $(VENV) $(VENV_TF4) $(VENV_ECOSYSTEM) $(VENV_SPACY) $(VENV_OLDEST) $(VENV_NEWEST) build dist deberta_kernels/lib deberta_kernels.egg-info demo-results
+	rm -rf $(VENV) $(VENV_TF4) $(VENV_ECOSYSTEM) $(VENV_SPACY) $(VENV_OLDEST) $(VENV_NEWEST) $(VENV_WHEELS) build dist deberta_kernels/lib deberta_kernels.egg-info demo-results
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -200,6 +205,10 @@ env-demo:
 env-test:
 	@$(ENVIRONMENT) --venv $(VENV) --extras demo,test,dev
 	@$(RUN) -W ignore setup.py -q build_native
+
+env-wheels:
+	@$(PYTHON) tools/environment.py --venv $(VENV_WHEELS) --torch "$(TORCH)" --extras transformers \
+		--pin auditwheel --pin twine --pin packaging
 
 env-bench:
 	@$(ENVIRONMENT) --venv $(VENV) --extras demo,bench

@@ -6,7 +6,7 @@ and is tied to no Python version, so the wheel is tagged py3-none-<platform>. Wi
 still succeeds, with a warning, and the package computes on its PyTorch path.
 
 The sources of the CUDA kernels are copied into the package, where NVRTC compiles them when they are needed. A wheel
-also gets them compiled, where nvcc is at hand: that takes minutes, so an install in place does without.
+also gets them compiled, by nvcc, where that is asked for: it takes a minute.
 
     python setup.py build_native            build in place, skip what is up to date, warn on failure
     python setup.py build_native --strict   the same, but fail with the compiler's message
@@ -15,7 +15,8 @@ also gets them compiled, where nvcc is at hand: that takes minutes, so an instal
                                             build/sanitized, for `make test-sanitized`
 
 Environment: CXX (compiler, default c++ then g++ then clang++), NVCC (default nvcc), DEBERTA_KERNELS_SKIP_NATIVE=1 (do
-not build). The compiler calls are in csrc/native_build.py.
+not build), DEBERTA_KERNELS_BUILD_CUDA=1 (compile the CUDA kernels into a wheel). The compiler
+calls are in csrc/native_build.py.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ from native_build import (  # noqa: E402  (builds do not look for modules beside
 )
 
 SKIP_VARIABLE = "DEBERTA_KERNELS_SKIP_NATIVE"
+CUDA_VARIABLE = "DEBERTA_KERNELS_BUILD_CUDA"
+OLDEST_SETUPTOOLS = 77
 CUDA_SOURCES = ROOT / "csrc" / "cuda"
 CUDA_TARGET = ROOT / "deberta_kernels" / "lib" / "cuda"
 CUDA = package_file("impl/cuda/modules.py")
@@ -127,6 +130,11 @@ def build_cubins(sources: Path = CUDA_SOURCES, target: Path = CUDA_TARGET) -> di
     return record
 
 
+def is_set(variable: str) -> bool:
+    """Tell whether an environment variable switches something on."""
+    return os.environ.get(variable, "") not in ("", "0")
+
+
 def say(text: str) -> None:
     """Write one line for the person installing; pip shows it with -v, and always when the build fails."""
     print(f"deberta_kernels: {text}", file=sys.stderr, flush=True)
@@ -134,7 +142,7 @@ def say(text: str) -> None:
 
 def build_or_warn(layout: Layout | None = None, force: bool = False, strict: bool = False) -> bool:
     """Build the library in place and return whether there is one now; never raise unless `strict`."""
-    if os.environ.get(SKIP_VARIABLE, "") not in ("", "0"):
+    if is_set(SKIP_VARIABLE):
         remove_or_say(layout)
         say(f"{SKIP_VARIABLE} is set: no native library, the package will use its PyTorch path")
         return False
@@ -181,8 +189,28 @@ def build_cubins_or_say() -> None:
         say(f"no CUDA kernels built: {error}; NVRTC compiles them when they are needed")
 
 
+def build_cubins_or_leave() -> None:
+    """Compile the CUDA kernels for a wheel that was asked to have them."""
+    try:
+        say(f"CUDA kernels built: {', '.join(build_cubins()['cubins'])}")
+    except (BuildError, OSError) as error:
+        raise SystemExit(f"deberta_kernels: {CUDA_VARIABLE} is set, but no CUDA kernels are built: {error}") from error
+
+
+def check_setuptools(version: str) -> None:
+    """Leave with what is needed where setuptools is too old to read pyproject.toml."""
+    if int(version.split(".")[0]) < OLDEST_SETUPTOOLS:
+        raise SystemExit(
+            f"deberta_kernels: building needs setuptools {OLDEST_SETUPTOOLS} or later, this is {version}; run "
+            f"`pip install 'setuptools>={OLDEST_SETUPTOOLS}'`, or leave out --no-build-isolation"
+        )
+
+
 def main() -> None:
     """Hand over to setuptools with the commands that know about the library."""
+    import setuptools
+
+    check_setuptools(setuptools.__version__)
     from setuptools import Command, Distribution, setup
     from setuptools.command.bdist_wheel import bdist_wheel
     from setuptools.command.build_py import build_py
@@ -236,8 +264,8 @@ def main() -> None:
 
         def run(self) -> None:
             # Not where the options are finalised: an install in place does that as well, and would wait for minutes.
-            if Layout().library.is_file():
-                build_cubins_or_say()
+            if is_set(CUDA_VARIABLE):
+                build_cubins_or_leave()
             super().run()
 
         def get_tag(self) -> tuple[str, str, str]:

@@ -29,14 +29,12 @@ COMMON_FLAGS = (
     "-O2",
     "-std=c++17",
     "-fPIC",
-    "-fopenmp",
     "-fvisibility=hidden",
     "-fno-math-errno",
     "-fno-trapping-math",
 )
-LINK_FLAGS = ("-shared",)
-# Clang links its own OpenMP otherwise, where parallel.h needs the one that PyTorch has.
-OPENMP_FLAGS = {"gcc": (("-fopenmp",),), "clang": (("-l:libgomp.so.1",), ("-fopenmp",))}
+# What nothing refers to is left out: parts of libstdc++ need a newer glibc than the kernels do.
+LINK_FLAGS = ("-shared", "-Wl,--gc-sections")
 SANITIZE_FLAGS = ("-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 # A newer libstdc++ than the one torch brought along must not be needed, and ours must not be seen by others.
 STATIC_RUNTIME_FLAGS = ("-static-libstdc++", "-Wl,--exclude-libs,ALL")
@@ -134,6 +132,18 @@ def find_compiler() -> list[str]:
     raise BuildError("no C++ compiler on the PATH (looked for c++, g++, clang++); on Debian or Ubuntu: apt install g++")
 
 
+def platform_of(compiler: list[str]) -> str:
+    """Return what the compiler compiles for, such as "linux-x86_64": a cross compiler's is not this machine."""
+    machine = run_compiler([*compiler, "-dumpmachine"], "asking the compiler what it compiles for").strip()
+    processor, _, system = machine.partition("-")
+    return f"linux-{processor}" if "linux" in system else sysconfig.get_platform()
+
+
+def is_foreign(platform: str) -> bool:
+    """Tell whether what is built for a platform cannot run here."""
+    return platform != sysconfig.get_platform()
+
+
 def version_of(compiler: list[str]) -> str:
     """Return what the compiler says about itself."""
     return run_compiler([*compiler, "--version"], "asking the compiler for its version")
@@ -218,8 +228,7 @@ def link(layout: Layout, compiler: list[str], objects: dict[str, Path], folder: 
     run_compiler([*command, "-c", str(source), "-o", str(dispatch)], "dispatch")
     library = folder / LIBRARY_NAME
     command = [*compiler, *LINK_FLAGS, *layout.flags, "-o", str(library), str(dispatch), *map(str, objects.values())]
-    kind = "clang" if "clang" in version_of(compiler) else "gcc"
-    ways = [(*openmp, *runtime) for openmp in OPENMP_FLAGS[kind] for runtime in (STATIC_RUNTIME_FLAGS, ())]
+    ways = (STATIC_RUNTIME_FLAGS, ())
     for way in ways:
         try:
             run_compiler([*command, *way], "linking")
@@ -231,17 +240,19 @@ def link(layout: Layout, compiler: list[str], objects: dict[str, Path], folder: 
     if library.is_file():
         with library.open("ab") as file:
             file.write(look.seal(library.read_bytes()))
-    found = look.damage(library)
+    found = look.damage(library, foreign=is_foreign(platform_of(compiler)))
     if found is not None:
         raise BuildError(f"linking: the compiler reported no error, but of the library it should write: {found}")
     return library
 
 
-def is_built(layout: Layout, wanted: str) -> bool:
-    """Tell whether the library is there, whole, and the one recorded to be built from what has the digest `wanted`."""
+def is_built(layout: Layout, wanted: str, platform: str) -> bool:
+    """Tell whether the library of a platform is there, whole, and recorded to be of what has the digest `wanted`."""
     record = read_record(layout.record)
     complete = isinstance(record.get("variants"), list) and isinstance(record.get("left_out"), dict)
-    if not complete or record.get("digest") != wanted or load_library_file().damage(layout.library) is not None:
+    if not complete or record.get("digest") != wanted:
+        return False
+    if load_library_file().damage(layout.library, foreign=is_foreign(platform)) is not None:
         return False
     # A build that was ended between its two files left a new library beside an old record.
     return record.get("library") == hashlib.sha256(layout.library.read_bytes()).hexdigest()
@@ -269,17 +280,17 @@ def build_library(layout: Layout | None = None, force: bool = False) -> dict[str
         BuildError: no compiler, sources missing, or the compiler failed.
     """
     layout = layout or Layout()
-    platform = sysconfig.get_platform()
-    if platform.startswith("win"):
+    if sysconfig.get_platform().startswith("win"):
         raise BuildError("the native library is not built on Windows")
     for name in ("dispatch.cpp", "kernel.cpp"):
         if not (layout.sources / name).is_file():
             raise BuildError(f"{layout.sources / name} is missing; build from a complete checkout or source archive")
     compiler = find_compiler()
+    platform = platform_of(compiler)
     wanted = digest(layout, compiler, platform)
     if layout.flags and "clang" in version_of(compiler):
         raise BuildError("the sanitized build is made with g++, whose sanitizers can be loaded before Python")
-    if not force and is_built(layout, wanted):
+    if not force and is_built(layout, wanted, platform):
         return {**read_record(layout.record), "is_new": False}
     layout.library.parent.mkdir(parents=True, exist_ok=True)
     with build_folder(layout.library.parent) as folder:

@@ -12,7 +12,13 @@
 #define DK_DECLARE(name, runs) extern const Variant kVariant_##name;
 namespace dk {
 DK_VARIANTS(DK_DECLARE)
+std::atomic<TeamRunner> team_runner{nullptr};
 }  // namespace dk
+
+// libstdc++, which is linked in, asks whether it may count references without atomics; from glibc, that needs 2.32.
+extern "C" {
+__attribute__((visibility("hidden"))) char __libc_single_threaded = 0;
+}
 
 namespace {
 
@@ -65,6 +71,9 @@ const Variant* at(int64_t i) { return i >= 0 && i < kCount && runs_here()[i] ? k
 DK_EXPORT int64_t dk_abi_version() { return kAbiVersion; }
 // What the package compares with its own structs; see layout.h.
 DK_EXPORT const char* dk_layouts() { return layouts().c_str(); }
+
+// What runs teams of threads, before the first call; until then each call has one thread.
+DK_EXPORT void dk_set_team_runner(TeamRunner team) { team_runner.store(team, std::memory_order_release); }
 
 // Compiled variants, fastest first; `dk_variant_runs` says whether this processor can run one.
 DK_EXPORT int64_t dk_variant_count() { return kCount; }

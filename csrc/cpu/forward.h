@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "dropout.h"
+#include "old_glibc.h"
 #include "parallel.h"
 #include "score.h"
 

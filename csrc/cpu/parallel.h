@@ -5,25 +5,17 @@
 #include <atomic>
 #include <memory>
 
+#include "params.h"
 #include "workspace.h"
-
-#if defined(__clang__) && defined(__linux__)
-// What gcc makes of `#pragma omp parallel num_threads(threads)`. Clang calls a runtime of its own, which would bring a
-// second pool of threads into a process where PyTorch has one already.
-extern "C" void GOMP_parallel(void (*work)(void*), void* data, unsigned threads, unsigned flags);
-#endif
 
 namespace {
 
-// Run work() on a team of threads.
+// Run work() on a team of threads, those that PyTorch has; on this thread alone where it has none.
 template <class Work>
 void run_team(int64_t threads, const Work& work) {
-#if defined(__clang__) && defined(__linux__)
-  GOMP_parallel([](void* data) { (*static_cast<const Work*>(data))(); }, const_cast<Work*>(&work), (unsigned)threads, 0);
-#else
-#pragma omp parallel num_threads((int)threads)
-  work();
-#endif
+  const dk::TeamRunner team = dk::team_runner.load(std::memory_order_acquire);
+  if (!team) return work();
+  team([](void* data) noexcept { (*static_cast<const Work*>(data))(); }, const_cast<Work*>(&work), (unsigned)threads, 0);
 }
 
 // Run body(task, block) for task = 0 ... tasks-1, each thread with its own `bytes` of scratch. Tasks start in order,

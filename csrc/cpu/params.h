@@ -1,13 +1,19 @@
 // The structs that cross the C ABI. deberta_kernels/native/params.py has the same fields, which both sides compare by
 // layout.h; every field is 8 bytes wide so that no compiler can pad it differently. All strides count elements.
 #pragma once
+#include <atomic>
 #include <cstdint>
 
 namespace dk {
 
-constexpr int64_t kAbiVersion = 9;
+constexpr int64_t kAbiVersion = 10;
 constexpr int kMaxHeadDim = 256;
 constexpr int64_t kChecksumKeyBytes = 4176;
+
+// GOMP_parallel, as gcc calls it for `#pragma omp parallel num_threads(threads)`. The package hands over the one that
+// PyTorch uses: with a runtime of our own there would be a second pool of threads in the process.
+using TeamRunner = void (*)(void (*work)(void*), void* data, unsigned threads, unsigned flags);
+extern std::atomic<TeamRunner> team_runner;
 
 enum DataType : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 

@@ -77,6 +77,9 @@ class Library:
         ]  # fmt: skip
         handle.dk_cpu_gemm_rate.restype = ctypes.c_double
         handle.dk_cpu_gemm_rate.argtypes = [ctypes.c_int64] * 3
+        self.team_runner = _team_runner()
+        handle.dk_set_team_runner.argtypes = [ctypes.c_void_p]
+        handle.dk_set_team_runner(self.team_runner)
         self.handle = handle
         self.forked = False  # it was opened by the parent of this process
         self.checksum_key = _aligned(os.urandom(handle.dk_checksum_key_bytes()))
@@ -89,8 +92,11 @@ class Library:
             raise OSError(f"{env.CPU_ISA}={self.isa} is not among what it has for this processor ({usable})")
 
     def threads(self) -> int:
-        """Return how many threads may compute: one in a forked child, where OpenMP's own threads do not exist."""
-        return 1 if self.forked else torch.get_num_threads()
+        """Return how many threads may compute: one in a forked child, where OpenMP's own threads do not exist.
+
+        And one beside a PyTorch without OpenMP.
+        """
+        return 1 if self.forked or self.team_runner is None else torch.get_num_threads()
 
     def checksum(self, tensor: torch.Tensor) -> bytes:
         """Return 16 bytes that follow the content of a contiguous CPU tensor, under a key of this process.
@@ -119,6 +125,16 @@ class Library:
         if status:
             error, reason = _STATUS.get(status, (RuntimeError, str(status)))
             raise error(f"{name}: {reason}")
+
+
+def _team_runner() -> int | None:
+    """Return the address of the OpenMP function by which PyTorch's kernels start threads; None where it has none."""
+    try:
+        # Looked up in the libraries that it was linked with, whatever they are called and whoever loaded others.
+        found = ctypes.CDLL(str(torch._C.__file__)).GOMP_parallel
+    except (AttributeError, OSError):
+        return None
+    return ctypes.cast(found, ctypes.c_void_p).value
 
 
 def _aligned(content: bytes) -> ctypes.Array[ctypes.c_char]:

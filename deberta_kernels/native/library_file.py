@@ -33,11 +33,12 @@ def seal(content: bytes) -> bytes:
     return b"\ndeberta_kernels: %d bytes, sha256 %s\n" % (len(content), _digest(content))
 
 
-def damage(path: str | os.PathLike[str]) -> str | None:
+def damage(path: str | os.PathLike[str], *, foreign: bool = False) -> str | None:
     """Return why the file cannot be a library that this process may load, a clause; None where nothing speaks against.
 
     Args:
         path: of the library, or of what is in its place.
+        foreign: it was cross-compiled, for another processor than this one.
     """
     try:
         mode = os.stat(path).st_mode
@@ -53,7 +54,7 @@ def damage(path: str | os.PathLike[str]) -> str | None:
         return "it is empty"
     if not content.startswith(_MAGIC):
         return "it is no ELF library" if _own_header() else None
-    return _damage_of_seal(content) or _damage_of_elf(content)
+    return _damage_of_seal(content) or _damage_of_elf(content, foreign)
 
 
 def _digest(content: bytes) -> bytes:
@@ -82,11 +83,11 @@ def _own_header() -> bytes:
     return header if header.startswith(_MAGIC) else b""
 
 
-def _damage_of_elf(content: bytes) -> str | None:
+def _damage_of_elf(content: bytes, foreign: bool) -> str | None:
     if len(content) < 64:
         return "it is cut off within its first header"
     own = _own_header()
-    if own and content[4:6] + content[18:20] != own[4:6] + own[18:20]:
+    if own and not foreign and content[4:6] + content[18:20] != own[4:6] + own[18:20]:
         return "it was built for another kind of processor"
     if content[4] != 2:  # not 64 bits
         return None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 __all__ = ["ABI_VERSION", "AttentionParams", "DropoutParams", "LinearParams", "layouts"]
 
-ABI_VERSION = 9
+ABI_VERSION = 10
 
 
 def _fields(text: str) -> list[tuple[str, Any]]:

@@ -78,3 +78,9 @@ def test_without_nvcc_no_cuda_module_is_built_and_the_reason_said(cuda_folders, 
         build.build_cubins(*cuda_folders)
     build.build_cubins_or_say()
     assert "no CUDA kernels built: there is no nvcc on the PATH; NVRTC compiles them" in capsys.readouterr().err
+
+
+def test_a_wheel_that_was_asked_to_have_modules_is_not_made_without(monkeypatch):
+    monkeypatch.setenv("NVCC", "/nowhere/nvcc")
+    with pytest.raises(SystemExit, match="DEBERTA_KERNELS_BUILD_CUDA is set, but no CUDA kernels are built: there"):
+        build.build_cubins_or_leave()

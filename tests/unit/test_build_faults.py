@@ -23,7 +23,9 @@ def layout(tmp_path, monkeypatch):
     sources = tmp_path / "csrc" / "cpu"
     sources.mkdir(parents=True)
     (sources / "kernel.cpp").write_text("int DK_VARIANT() { return 1; }\n")
-    (sources / "dispatch.cpp").write_text('#include "value.h"\nextern "C" int value() { return VALUE; }\n')
+    (sources / "dispatch.cpp").write_text(
+        '#include "value.h"\nextern "C" __attribute__((visibility("default"))) int value() { return VALUE; }\n'
+    )
     (tmp_path / "csrc" / "value.h").write_text("#define VALUE 7\n")
     return native_build.Layout(sources, tmp_path / "csrc", tmp_path / "lib" / native_build.LIBRARY_NAME)
 
@@ -206,7 +208,7 @@ def test_a_build_that_is_up_to_date_writes_nothing(monkeypatch):
     """The command itself, in this checkout."""
     monkeypatch.delenv("CXX", raising=False)
     whole, platform = native_build.Layout(), native_build.sysconfig.get_platform()
-    if not native_build.is_built(whole, native_build.digest(whole, native_build.find_compiler(), platform)):
+    if not native_build.is_built(whole, native_build.digest(whole, native_build.find_compiler(), platform), platform):
         pytest.skip("the native library of this checkout is not up to date")
     watched = [native_build.Layout().library.parent, native_build.Layout().library, *build.CUDA_TARGET.glob("*.cu")]
     before = [path.stat().st_mtime_ns for path in watched]

@@ -6,6 +6,9 @@ It is used only if its structs are the package's.
 import ctypes
 import json
 import platform
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -67,3 +70,45 @@ def test_a_struct_of_another_call_is_refused():
     needs.native_library()
     with pytest.raises(ctypes.ArgumentError):
         native.need().call("dk_cpu_forward", native.LinearParams())
+
+
+def test_it_loads_on_systems_from_2018_on():
+    """What it asks of glibc stands in it by name; 2.28 is that of RHEL 8 and Debian 10."""
+    needs.native_library()
+    asked = re.findall(rb"\0GLIBC_(\d+)\.(\d+)", Path(native.need().path).read_bytes())
+    assert asked
+    assert max((int(a), int(b)) for a, b in asked) <= (2, 28)
+
+
+_TEAM = """
+import sys, torch, deberta_kernels as dk
+from deberta_kernels import native
+def runtimes():
+    return {line.split()[-1] for line in open("/proc/self/maps") if "omp" in line.rsplit("/", 1)[-1]}
+torch.set_num_threads(2)
+before, x = runtimes(), torch.ones(1, 2, 300, 64)
+dk.disentangled_attention(x, x, x, backend="cpu")
+tasks = len(list(__import__("pathlib").Path("/proc/self/task").iterdir()))
+print(native.need().team_runner is not None, runtimes() == before, tasks)
+torch.ones(1 << 20).add_(1)
+print(len(list(__import__("pathlib").Path("/proc/self/task").iterdir())) - tasks)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no /proc")
+def test_its_threads_are_those_of_pytorch():
+    needs.native_library()
+    done = subprocess.run([sys.executable, "-c", _TEAM], capture_output=True, text=True, timeout=120)
+    said = done.stdout.splitlines()
+    assert len(said) == 2, done.stderr
+    has_runner, one_runtime, tasks = said[0].split()
+    assert (has_runner, one_runtime) == ("True", "True")
+    assert int(tasks) > 1
+    assert said[1] == "0"  # PyTorch's own kernel finds its threads there
+
+
+def test_it_computes_on_one_thread_beside_a_pytorch_without_openmp(monkeypatch):
+    needs.native_library()
+    monkeypatch.setattr(native, "_team_runner", lambda: None)
+    assert native.Library(native.need().path).threads() == 1
+    native.need().handle.dk_set_team_runner(native.need().team_runner)
