@@ -32,6 +32,8 @@ PLAIN = [
     Case(batch=1, heads=1, nq=60, dtype=BF16, **NEAR),
     Case(batch=1, heads=1, nq=150, nk=190, dtype=BF16, prefix_length=40, **NEAR),
     Case(batch=2, heads=1, nq=200, dtype=BF16, packed=True, **NEAR),
+    # All keys in one tile, near and far.
+    *(Case(batch=1, heads=1, nq=n, nk=20, dtype=BF16, **NEAR) for n in (20, 330)),
 ]
 MASKED = [
     Case(batch=2, heads=1, nq=320, dtype=BF16, mask="right", **NEAR),
@@ -39,11 +41,13 @@ MASKED = [
     Case(batch=2, heads=1, nq=60, dtype=BF16, mask="right", **NEAR),
     Case(batch=1, heads=1, nq=200, nk=330, dtype=BF16, mask="holes", **NEAR),
     Case(batch=2, heads=1, nq=200, dtype=BF16, mask="right", terms="none"),
+    *(Case(batch=2, heads=1, nq=n, nk=20, dtype=BF16, mask="holes", **NEAR) for n in (20, 330)),
 ]
 PAIRS = [
     Case(batch=1, heads=1, nq=330, dtype=BF16, mask="sparse", dropout_p=0.1, **NEAR),
     Case(batch=1, heads=1, nq=330, nk=128, dtype=BF16, mask="sparse", dropout_p=0.1, **NEAR),
     Case(batch=2, heads=1, nq=60, dtype=BF16, mask="sparse+holes", dropout_p=0.1, **NEAR),
+    *(Case(batch=1, heads=1, nq=n, nk=20, dtype=BF16, mask="sparse", dropout_p=0.1, **NEAR) for n in (20, 330)),
 ]
 VARIANTS = {
     "masked": MASKED,
