@@ -15,7 +15,7 @@ from counted.figures import conflicts, figures_of
 from deberta_kernels.impl.cuda import nvrtc
 from deberta_kernels.impl.cuda.modules import HEAD_DIMS
 
-__all__ = ["Unit", "cuda_units", "records_of", "triton_units"]
+__all__ = ["Unit", "cuda_units", "records_of", "release", "triton_units"]
 
 # Each feature by itself; what two of them take together is close to the sum.
 _FEATURES = ("bias", "bias+mask", "bias+pair", "bias+dropout", "none")
@@ -74,16 +74,16 @@ def records_of(unit: Unit) -> list[Record]:
     dtype = compiled.DTYPES[unit.dtype]
     if unit.compiler == "triton":
         found = execution.of_triton(int(unit.chip.removeprefix("sm_")), unit.features, dtype, unit.head_dim)
-        names, compiler = _triton_names(unit), _triton_release()
+        names = _triton_names(unit)
     else:
         grad = unit.head_dim in HEAD_DIMS["backward"]
         found = execution.of_cuda(unit.features, dtype, unit.head_dim, grad=grad, compiler=unit.compiler)
-        names, compiler = {name: name for name in found}, _cuda_release(unit.compiler)
+        names = {name: name for name in found}
     records = []
     for name, kernel in found.items():
         first, *again = name.split(" ")
         title = " ".join((names[first], *again))
-        records += [_record(compiler, unit.chip, title, kernel, zone) for zone in kernel.zones]
+        records += [_record(release(unit.compiler), unit.chip, title, kernel, zone) for zone in kernel.zones]
     return records
 
 
@@ -102,13 +102,12 @@ def _triton_names(unit: Unit) -> dict[str, str]:
     return found
 
 
-def _triton_release() -> str:
-    import triton
+def release(compiler: str) -> str:
+    """Return the compiler of a unit with its version, as the bounds name it."""
+    if compiler == "triton":
+        import triton
 
-    return "triton " + ".".join(triton.__version__.split(".")[:2])
-
-
-def _cuda_release(compiler: str) -> str:
+        return "triton " + ".".join(triton.__version__.split(".")[:2])
     if compiler == "nvcc":
         return f"nvcc {nvcc.release()}"
     return "nvrtc " + ".".join(map(str, nvrtc.Compiler().version))

@@ -44,8 +44,7 @@ def device_of(backend, architecture):
 
 
 def named(found):
-    groups = [pytest.mark.xdist_group(f"{v.backend} self-test {v.dtype} {v.head_dim}") for v in found]
-    return [pytest.param(v, id=f"{v.backend}: {v}", marks=group) for v, group in zip(found, groups, strict=True)]
+    return [pytest.param(v, id=f"{v.backend}: {v}") for v in found]
 
 
 CUDA = [

@@ -15,7 +15,6 @@ from deberta_kernels.torch_state import captures
 from deberta_kernels.torch_state.captures import CaptureError
 from tests.ptx.kernels.problems import BF16, SHORT
 
-pytestmark = pytest.mark.xdist_group("triton captures")
 CASE = Case(batch=1, heads=1, nq=65, dtype=BF16, **SHORT)
 
 
