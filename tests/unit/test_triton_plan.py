@@ -178,6 +178,7 @@ def test_interpreter_takes_cpu_tensors_and_refuses_bfloat16(monkeypatch):
 def test_a_call_without_queries_compiles_nothing(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setitem(sys.modules, "deberta_kernels.impl.triton.execute", None)  # importing it is an error
+    monkeypatch.delattr(backend, "execute", raising=False)
     assert "does not import" in backend._compile_refusal(problem("cpu"))
     assert backend._compile_refusal(problem("cpu", nq=0)) is None
 

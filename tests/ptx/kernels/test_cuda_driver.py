@@ -2,6 +2,7 @@
 
 import ctypes
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -21,9 +22,11 @@ SMALL = Case(batch=1, heads=1, nq=20, dtype=BF16)
 
 
 @pytest.fixture
-def device(monkeypatch):
-    with cuda_driver.installed(cuda_driver.Device()) as device:
-        monkeypatch.setattr(cuda, "_stream", lambda of: STREAM)
+def device():
+    with (
+        cuda_driver.installed(cuda_driver.Device()) as device,
+        mock.patch.object(cuda, "_stream", return_value=STREAM),
+    ):
         yield device
 
 
@@ -144,16 +147,18 @@ def test_a_launch_that_fails_raises(device):
     assert device.contexts == 0
 
 
-def test_a_bad_module_gives_way_to_the_next_and_all_reasons_are_said(device, monkeypatch):
+def test_a_bad_module_gives_way_to_the_next_and_all_reasons_are_said(device):
     good = next(image.images("forward", BF16, 64))
     start = good.index(b"\0.nv.constant3\0") + len(b"\0.nv.constant3\0")
     old = good[:start] + (7).to_bytes(4, "little") + good[start + 4 :]
     absent = image.ImageError("no CUDA module was built with the package")
-    monkeypatch.setattr(image, "images", lambda *of: iter([absent, good[:90], old, good]))
-    assert isinstance(loaded(), tuple)
-    monkeypatch.setattr(cuda, "_loaded", Attempts())
-    monkeypatch.setattr(image, "images", lambda *of: iter([absent, good[:90], old]))
-    reason = loaded()
+    with mock.patch.object(image, "images", return_value=iter([absent, good[:90], old, good])):
+        assert isinstance(loaded(), tuple)
+    with (
+        mock.patch.object(image, "images", return_value=iter([absent, good[:90], old])),
+        mock.patch.object(cuda, "_loaded", Attempts()),
+    ):
+        reason = loaded()
     assert reason.startswith("no CUDA module was built with the package; the CUDA module is damaged (")
     assert reason.endswith("; the CUDA module has version 7 of its arguments, not 1")
 
