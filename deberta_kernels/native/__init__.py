@@ -6,7 +6,7 @@ import ctypes
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -130,8 +130,11 @@ class Library:
 def _team_runner() -> int | None:
     """Return the address of the OpenMP function by which PyTorch's kernels start threads; None where it has none."""
     try:
-        # Looked up in the libraries that it was linked with, whatever they are called and whoever loaded others.
+        # In the libraries that it was linked with, whatever they are called.
         found = ctypes.CDLL(str(torch._C.__file__)).GOMP_parallel
+        # Another runtime that was loaded before, for all to see, as by LD_PRELOAD: it answers PyTorch as well.
+        with suppress(AttributeError):
+            found = ctypes.CDLL(None).GOMP_parallel
     except (AttributeError, OSError):
         return None
     return ctypes.cast(found, ctypes.c_void_p).value

@@ -5,8 +5,10 @@ It is used only if its structs are the package's.
 
 import ctypes
 import json
+import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -105,6 +107,30 @@ def test_its_threads_are_those_of_pytorch():
     assert (has_runner, one_runtime) == ("True", "True")
     assert int(tasks) > 1
     assert said[1] == "0"  # PyTorch's own kernel finds its threads there
+
+
+_ANSWERING = """
+import ctypes, sys, torch
+from deberta_kernels import native
+other = ctypes.cast(ctypes.CDLL(sys.argv[1]).GOMP_parallel, ctypes.c_void_p).value
+print(native.need().team_runner == other)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or shutil.which("c++") is None, reason="no LD_PRELOAD or no C++ compiler")
+def test_a_runtime_that_is_loaded_before_answers_it_as_it_answers_pytorch(tmp_path):
+    """As by LD_PRELOAD=libiomp5.so: there would be two pools of threads otherwise."""
+    needs.native_library()
+    source, library = tmp_path / "other.cpp", tmp_path / "libother.so"
+    source.write_text(
+        'extern "C" void GOMP_parallel(void (*work)(void*), void* data, unsigned, unsigned) { work(data); }'
+    )
+    subprocess.run(["c++", "-shared", "-fPIC", "-o", library, source], check=True)
+    for preloaded, expected in ((str(library), "True"), ("", "False")):
+        environment = {**os.environ, "LD_PRELOAD": preloaded}
+        command = [sys.executable, "-c", _ANSWERING, str(library)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.stdout.strip() == expected, done.stderr
 
 
 def test_it_computes_on_one_thread_beside_a_pytorch_without_openmp(monkeypatch):
