@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from deberta_kernels import dispatch, env
+from deberta_kernels.impl.attempts import Attempts
 from deberta_kernels.proof import record, self_test
 from deberta_kernels.testing import inputs
 from deberta_kernels.testing.inputs import Case
@@ -70,15 +71,14 @@ def _cases() -> list[Case]:
 def _as_at_first() -> Iterator[None]:
     """Put everything that knows of self-tests back to a first use, and leave no trace of what is done inside."""
     before = {name: os.environ.get(name) for name in (env.SELF_TEST, env.CACHE)}
-    known = dict(self_test._found)
-    self_test._found.clear()
+    known = self_test._found, self_test._attempts
+    self_test._found, self_test._attempts = {}, Attempts()
     try:
         with tempfile.TemporaryDirectory() as folder:
             os.environ[env.CACHE] = folder
             yield
     finally:
-        self_test._found.clear()
-        self_test._found.update(known)
+        self_test._found, self_test._attempts = known
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 

@@ -99,6 +99,11 @@ class Attempts(Generic[Key, Made]):
                 return self._made[key]
         raise FailedError(failure.reason, failure.passing)
 
+    def believed(self, key: Key) -> str | None:
+        """Return the failure for which the key is not tried again yet; None where the next `get` tries."""
+        failure = self._failures.get(key)
+        return failure.reason if failure is not None and self._clock() < failure.again else None
+
     def _attempt(
         self, key: Key, before: _Failure | None, make: Callable[..., Made], arguments: tuple[Any, ...]
     ) -> _Failure | None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from deberta_kernels import env
+from deberta_kernels.impl.attempts import Attempts, FailedError
 from deberta_kernels.proof import record
 from deberta_kernels.proof.variants import Variant, drawn, on_device, variant_of
 from deberta_kernels.torch_state import captures
@@ -31,6 +32,8 @@ _GRADIENTS = ("dq", "dk", "dv", "dpos_key", "dpos_query")
 
 # By device and variant: None where it is right, else why it is refused.
 _found: dict[tuple[torch.device, Variant], str | None] = {}
+# What is wrong with an answer, or "". A test that could not run is not repeated with every call.
+_attempts: Attempts[tuple[torch.device, Variant], str] = Attempts()
 # A finalizer may call attention in the thread that tests.
 _lock = threading.RLock()
 
@@ -43,10 +46,6 @@ def _renew_lock() -> None:
 
 if hasattr(os, "register_at_fork"):  # not on Windows
     os.register_at_fork(after_in_child=_renew_lock)
-
-
-class _PassingError(RuntimeError):
-    """A self-test that says nothing of the kernels; the next one may."""
 
 
 def refusal(name: str, backend: ModuleType, problem: AttentionProblem, backward: bool) -> str | None:
@@ -98,16 +97,22 @@ def _tested(backend: ModuleType, variant: Variant, device: torch.device) -> str 
         if record.known(variant, identity):
             _found[key] = None
             return None
+        if (unknown := _attempts.believed(key)) is not None:
+            return _untold(unknown)
         captures.check_not_capturing(device, f"test itself ({env.SELF_TEST}=0 turns that off)")
+        _settle(device)
         try:
-            _settle(device)
-            # Whatever the caller has set for its thread is not set for the test.
-            _found[key] = _tell(apart(_test, backend, variant, device), variant, identity)
-        except (_PassingError, ThreadError) as error:
-            return f"its self-test on this device could not run now ({error}); {env.SELF_TEST}=0 turns it off"
+            _found[key] = _tell(_attempts.get(key, _test_apart, backend, variant, device), variant, identity)
+        except FailedError as error:
+            return _untold(str(error))
         if _found[key] is None:
             record.keep(variant, identity)
         return _found[key]
+
+
+def _untold(reason: str) -> str:
+    """Return the reason for a refusal until a test can run."""
+    return f"its self-test on this device could not run now ({reason}); {env.SELF_TEST}=0 turns it off"
 
 
 def _tell(wrong: str, variant: Variant, identity: record.Identity) -> str | None:
@@ -120,11 +125,19 @@ def _tell(wrong: str, variant: Variant, identity: record.Identity) -> str | None
     )
 
 
+def _test_apart(backend: ModuleType, variant: Variant, device: torch.device) -> str:
+    """Test as `_test` does, but with nothing that the caller has set for its thread."""
+    try:
+        return apart(_test, backend, variant, device)
+    except ThreadError as error:
+        raise FailedError(str(error), passing=True) from error
+
+
 def _test(backend: ModuleType, variant: Variant, device: torch.device) -> str:
     """Run the problem of a variant; return what is wrong with the answer, or "".
 
     Raises:
-        _PassingError: the failure lies around it.
+        FailedError: it says nothing of the kernels, the next one may.
     """
     from deberta_kernels.proof import budget
 
@@ -139,12 +152,12 @@ def _test(backend: ModuleType, variant: Variant, device: torch.device) -> str:
             given = on_device(problem, variant.dtype, device)
             upstream = dout.to(device=device, dtype=variant.dtype)
         except Exception as error:  # nothing of the backend has run
-            raise _PassingError(_shown(error)) from error
+            raise FailedError(_shown(error), passing=True) from error
         try:
             results = _answer(backend, given, upstream, variant)
         except Exception as error:
             if _is_passing(error):
-                raise _PassingError(_shown(error)) from error
+                raise FailedError(_shown(error), passing=True) from error
             return f"it raised {_shown(error)}"
     # As float16 for TF32: see `drawn`.
     results = {name: x if name == "lse" else x.to(problem.q.dtype) for name, x in results.items()}

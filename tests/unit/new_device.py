@@ -2,6 +2,7 @@
 
 from deberta_kernels import api, backends, dispatch, env, notices
 from deberta_kernels.impl import torch_tiled
+from deberta_kernels.impl.attempts import Attempts
 from deberta_kernels.proof import record, self_test
 from deberta_kernels.testing import inputs
 from deberta_kernels.testing.inputs import Case
@@ -39,7 +40,7 @@ def installed(monkeypatch, cache):
     """Put that machine in the place of this one; return its backend "triton"."""
     found = Kernels()
     monkeypatch.setattr(self_test, "_TESTED_DEVICES", "cpu")
-    monkeypatch.setattr(self_test, "_found", {})
+    new_process(monkeypatch)
     monkeypatch.setattr(record, "identity", lambda backend, device: dict(IDENTITY))
     monkeypatch.setattr(dispatch, "_loaded", {"triton": found})
     monkeypatch.setattr(dispatch, "order", lambda device_type: backends.order("cuda"))
@@ -68,6 +69,7 @@ def chosen(case=PLAIN, **options):
 
 def new_process(monkeypatch):
     monkeypatch.setattr(self_test, "_found", {})
+    monkeypatch.setattr(self_test, "_attempts", Attempts())
 
 
 def spoiled(x):

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import deberta_kernels as dk
 from deberta_kernels import dispatch
 from deberta_kernels.impl import torch_tiled
+from deberta_kernels.impl.attempts import Attempts
 from deberta_kernels.proof import budget, self_test, variants
 from deberta_kernels.testing import inputs
 from deberta_kernels.testing.inputs import Case
@@ -177,6 +178,23 @@ def test_a_failure_that_passes_is_not_remembered(kernels, error):
         chosen(backend="triton")
     kernels.out = lambda x: x
     assert chosen(backend="triton") == "triton"
+
+
+def test_a_failure_that_stays_is_not_met_with_every_call(kernels, monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(self_test, "_attempts", Attempts(lambda: now))
+
+    def fail(x):
+        raise torch.OutOfMemoryError("full")
+
+    kernels.out = fail
+    reasons = {dispatch.explain(inputs.problem(PLAIN)).reasons["triton"] for _ in range(20)}
+    assert kernels.forwards <= 3
+    (reason,) = reasons
+    assert reason.startswith("its self-test on this device could not run now (OutOfMemoryError: full); ")
+    kernels.out = lambda x: x
+    now += 1e3
+    assert chosen() == "triton"
 
 
 def test_wrong_gradients_refuse_calls_that_need_them(kernels):

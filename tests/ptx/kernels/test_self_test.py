@@ -8,6 +8,7 @@ from ptx.drivers import cuda_driver, triton_driver
 
 import deberta_kernels as dk
 from deberta_kernels import api, backends, dispatch, env, notices
+from deberta_kernels.impl.attempts import Attempts
 from deberta_kernels.proof import record, self_test, variants
 from deberta_kernels.testing import inputs
 from deberta_kernels.testing.inputs import Case
@@ -72,6 +73,7 @@ def first_use(monkeypatch, tmp_path):
     """A device that nobody has seen, in the place of this CPU."""
     monkeypatch.setattr(self_test, "_TESTED_DEVICES", "cpu")
     monkeypatch.setattr(self_test, "_found", {})
+    monkeypatch.setattr(self_test, "_attempts", Attempts())
     monkeypatch.setattr(record, "identity", lambda backend, device: {"backend": backend, **IDENTITY})
     monkeypatch.setattr(dispatch, "order", lambda device_type: backends.order("cuda"))
     monkeypatch.setattr(notices, "_warned", set())
