@@ -49,13 +49,15 @@ def read(name: str) -> bytes | None:
     """
     with _folder() as folder:
         try:
-            file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=folder)
+            # Opening a pipe that nobody writes to would wait.
+            file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
         except OSError:
             return None
+        found = os.fstat(file)
+        if not stat.S_ISREG(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+            os.close(file)
+            return None
         with os.fdopen(file, "rb") as stream:
-            found = os.fstat(stream.fileno())
-            if not stat.S_ISREG(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
-                return None
             digest, content = stream.read(_DIGEST_BYTES), stream.read()
     return content if digest == hashlib.sha256(content).digest() else None
 

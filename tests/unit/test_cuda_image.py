@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import subprocess
+import threading
 
 import pytest
 import torch
@@ -235,6 +236,19 @@ def test_links_are_refused(place, tmp_path):
     (place / "y").symlink_to(place / "x")
     assert cache.read("x") == b"1"
     assert cache.read("y") is None
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_what_is_no_file_is_nothing_that_was_kept(place, make):
+    cache.write("x", b"1")
+    make(place / "y")
+    opened = len(os.listdir("/proc/self/fd"))
+    found = []
+    reader = threading.Thread(target=lambda: found.append(cache.read("y")), daemon=True)
+    reader.start()
+    reader.join(10)
+    assert found == [None]
+    assert len(os.listdir("/proc/self/fd")) == opened
 
 
 def test_a_file_that_others_may_write_is_not_read(place):
