@@ -156,7 +156,7 @@ def _test(backend: ModuleType, variant: Variant, device: torch.device) -> str:
         try:
             results = _answer(backend, given, upstream, variant)
         except Exception as error:
-            if _is_passing(error):
+            if _lies_around(error):
                 raise FailedError(_shown(error), passing=True) from error
             return f"it raised {_shown(error)}"
     # As float16 for TF32: see `drawn`.
@@ -186,7 +186,7 @@ def _settle(device: torch.device) -> None:
         torch.cuda.current_stream(device).synchronize()
 
 
-def _is_passing(error: BaseException) -> bool:
+def _lies_around(error: BaseException) -> bool:
     """Tell whether an error is about memory, a file or the moment, and not about the answer."""
     of_the_moment = isinstance(error, MemoryError | OSError | torch.OutOfMemoryError) or getattr(
         error, "passing", False
