@@ -1,6 +1,6 @@
 // The producer: one warp that decides which tiles the block visits and copies them, with what belongs to them, ahead of
-// the consumers. Lane 0 alone waits, fills and copies; another lane that waited could fall behind it, miss a phase of the
-// barrier and wait for ever.
+// the consumers. Lane 0 copies, once all lanes have waited: one that fell behind could miss a phase of the barrier, and
+// wait for ever. That lane 0 alone waits would take registers that the producer does not have.
 #pragma once
 #include "schedule.h"
 
@@ -54,9 +54,10 @@ class Producer {
   }
 
   DK_DEVICE void put(const StageInfo& info) {
+    const uint32_t full = shared_ + L::kStageFull + stage_.entry * 8;
+    barrier_wait(shared_ + L::kStageEmpty + stage_.entry * 8, stage_.parity ^ 1);
+    sync_warp();
     if (lane_ == 0) {
-      const uint32_t full = shared_ + L::kStageFull + stage_.entry * 8;
-      barrier_wait(shared_ + L::kStageEmpty + stage_.entry * 8, stage_.parity ^ 1);
       store_shared_4(
           shared_ + L::kStageInfo + stage_.entry * 16, info.valid_low, info.valid_high, (uint32_t)info.first_key,
           (uint32_t)info.zone);
@@ -89,8 +90,9 @@ class Producer {
   }
 
   DK_DEVICE void put_blocks(int row) {
+    barrier_wait(shared_ + L::kSlotEmpty + slot_.entry * 8, slot_.parity ^ 1);
+    sync_warp();
     if (lane_ == 0) {
-      barrier_wait(shared_ + L::kSlotEmpty + slot_.entry * 8, slot_.parity ^ 1);
       const uint32_t full = shared_ + L::kSlotFull + slot_.entry * 8;
       barrier_arrive_expect(full, 2 * L::kTileBytes);
       const uint32_t offset = shared_ + slot_.entry * L::kTileBytes;

@@ -1,5 +1,5 @@
 // The producer of the backward: one warp that brings tiles of queries, what the consumers need of each query, and blocks
-// of both tables. As in the forward, lane 0 alone waits.
+// of both tables. As in the forward, lane 0 copies once all have waited.
 #pragma once
 #include "backward_schedule.h"
 
@@ -86,8 +86,9 @@ class QueryProducer {
   DK_DEVICE void put(const Tile& tile, int first_query, int word) {
     const int zone = Visit{word}.zone();
     const uint32_t full = shared_ + L::kStageFull + stage_.entry() * 8;
+    barrier_wait(shared_ + L::kStageEmpty + stage_.entry() * 8, stage_.parity() ^ 1);
+    sync_warp();
     if (lane_ == 0) {
-      barrier_wait(shared_ + L::kStageEmpty + stage_.entry() * 8, stage_.parity() ^ 1);
       store_shared_4(
           shared_ + L::kStageInfo + stage_.entry() * 16, tile.valid[0], tile.valid[1], (uint32_t)first_query,
           (uint32_t)word);
@@ -95,7 +96,6 @@ class QueryProducer {
       else put_queries(full, first_query, zone);
     }
     if (zone != kEnd) {
-      sync_warp();  // the stage is empty
       put_statistics(tile, first_query, zone);
       sync_warp();
     }
@@ -150,8 +150,9 @@ class QueryProducer {
   }
 
   DK_DEVICE void put_blocks(int row) {
+    barrier_wait(shared_ + L::kSlotEmpty + slot_.entry() * 8, slot_.parity() ^ 1);
+    sync_warp();
     if (lane_ == 0) {
-      barrier_wait(shared_ + L::kSlotEmpty + slot_.entry() * 8, slot_.parity() ^ 1);
       const uint32_t full = shared_ + L::kSlotFull + slot_.entry() * 8;
       const int head = load_place<D>(shared_).head;
       barrier_arrive_expect(full, 2 * L::kTileBytes);
