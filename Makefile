@@ -105,12 +105,15 @@ test-ptx: env-test build/triton-$(TRITON) build/triton-$(TRITON_OLDEST) $(CUDA_C
 		-p tests.ptx.targets tests/ptx tests/ops --require triton,compiler,cuda_compiler $(ARGS)
 
 # Two processes that write the tables would lose lines.
-mutants: env-test build/triton-$(TRITON) build/triton-$(TRITON_OLDEST) ## take each barrier, wait and fence out of the GPU kernels; compare tables
+mutants: env-test build/triton-$(TRITON) build/triton-$(TRITON_OLDEST) $(CUDA_COMPILER) ## take each barrier, wait and fence out of the GPU kernels; compare tables
 	@for version in $(TRITON_OLDEST) $(TRITON); do \
 		echo "=== Triton $$version"; \
 		$(EXECUTED) PYTHONPATH=build/triton-$$version $(RUN) $(PYTEST) $(if $(findstring write-tables,$(ARGS)),-n 0) \
 			tests/ptx/kernels/test_triton_mutants.py --require triton,compiler --every-case $(ARGS) || exit 1; \
 	done
+	@echo "=== CUDA"
+	@$(EXECUTED) PYTHONPATH=$(CUDA_COMPILER) $(RUN) $(PYTEST) $(if $(findstring write-tables,$(ARGS)),-n 0) \
+		tests/ptx/kernels/test_cuda_mutants.py --require compiler,cuda_compiler --every-case $(ARGS)
 
 test-versions: test-oldest test-newest ## run the tests with the oldest and the newest of what is promised; an hour, 15 GB
 

@@ -130,6 +130,9 @@ def pytest_report_header(config):
     if absence := needs.machine_absence():
         count = len(list((Path(__file__).parent / "ptx").rglob("test_*.py")))
         reasons.setdefault(absence, []).append(f"the machine for PTX ({count} files of tests/ptx)")
+    elif absence := needs.cuda_absence():
+        count = len(list((Path(__file__).parent / "ptx/kernels").glob("test_cuda*.py")))
+        reasons.setdefault(absence, []).append(f"the CUDA kernels' PTX ({count} files of tests/ptx/kernels)")
     for package, target in needs.PACKAGES.items():
         if needs.missing(package):
             reasons.setdefault(f"not installed (make {target})", []).append(package)

@@ -17,11 +17,13 @@ from typing import Any
 import pytest
 
 from deberta_kernels import native
+from deberta_kernels.impl.cuda import nvrtc
 from deberta_kernels.native.processor import features
 
 __all__ = [
     "COMPILER",
     "PACKAGES",
+    "cuda_absence",
     "library_absence",
     "machine_absence",
     "missing",
@@ -67,6 +69,17 @@ def machine_absence() -> str | None:
     if COMPILER is not None or "compiler" in required:
         return None
     return "there is no C++ compiler (install g++ or set CXX; make test-ptx)"
+
+
+def cuda_absence() -> str | None:
+    """Return why the CUDA kernels' PTX cannot be made here, or None where it can or has to."""
+    if "cuda_compiler" in required or shutil.which(os.environ.get("NVCC", "nvcc")):
+        return None
+    try:
+        nvrtc.Compiler()
+    except nvrtc.NvrtcError:
+        return "there is no CUDA compiler (install nvidia-cuda-nvrtc, or nvcc; make test-ptx)"
+    return None
 
 
 def native_library() -> None:

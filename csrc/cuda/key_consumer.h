@@ -413,6 +413,7 @@ class KeyConsumer {
     if (!is_partial(info)) return;
     zero_masked_rows<D, L::kConsumerThreads>(queries(), info, consumer_ * kWarpgroup + thread_);
     zero_masked_rows<D, L::kConsumerThreads>(douts(), info, consumer_ * kWarpgroup + thread_);
+    fence_async();
     sums_.sync_consumers();
   }
 

@@ -55,7 +55,7 @@ class KeyRows {
   }
 
   // Store the keys as an operand of the products that sum over keys, plus, in a far zone, the row a of its distances:
-  // the sum of ds_ij (k_j + a) is what the zone adds to the gradients of queries.
+  // the sum of ds_ij (k_j + a) is what the zone adds to the gradients of queries. A fence must follow.
   DK_DEVICE void store_k(const uint32_t (&k)[kFragment], int zone) const {
     const bool far = zone == kLeft || zone == kRight;
     const uint32_t target = own() + L::kKeys + (16 * w() + g()) * kRowBytes + g() * 16 + t() * 4;
@@ -71,7 +71,6 @@ class KeyRows {
         store_shared((target ^ n * 16) + h * 8 * kRowBytes, Element::pack(k0 + a0, k1 + a1));
       }
     }
-    fence_async();
   }
 
   // ---- Sums of a far zone

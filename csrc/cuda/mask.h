@@ -55,7 +55,7 @@ class PairMask {
 };
 
 // Zero the masked rows of a tile, so that a NaN there meets no zero probability. All threads of the consumers share the
-// work; what they stored is visible to products once they have met.
+// work; what they stored is visible to products behind a fence and once they have met.
 template <int D, int kThreads>
 DK_DEVICE void zero_masked_rows(uint32_t tile, const StageInfo& info, int consumer_thread) {
   constexpr int kThreadsPerRow = kThreads / kTile;
@@ -67,7 +67,6 @@ DK_DEVICE void zero_masked_rows(uint32_t tile, const StageInfo& info, int consum
       const int u = unit + part, panel = u / (kRowBytes / 16);
       store_shared_4(tile + panel * kTile * kRowBytes + row * kRowBytes + u % (kRowBytes / 16) * 16, 0, 0, 0, 0);
     }
-    fence_async();
   }
 }
 
@@ -75,6 +74,7 @@ template <int D>
 DK_DEVICE void zero_masked_values(uint32_t values, const StageInfo& info, int consumer_thread) {
   constexpr int kThreads = Layout<D>::kConsumers * kWarpgroup;
   zero_masked_rows<D, kThreads>(values, info, consumer_thread);
+  fence_async();
   sync_threads(kConsumersBarrier, kThreads);
 }
 

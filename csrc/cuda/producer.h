@@ -1,5 +1,6 @@
 // The producer: one warp that decides which tiles the block visits and copies them, with what belongs to them, ahead of
-// the consumers.
+// the consumers. Lane 0 copies, once all lanes have waited: one that fell behind could miss a phase of the barrier, and
+// wait for ever. That lane 0 alone waits would take registers that the producer does not have.
 #pragma once
 #include "schedule.h"
 
@@ -55,6 +56,7 @@ class Producer {
   DK_DEVICE void put(const StageInfo& info) {
     const uint32_t full = shared_ + L::kStageFull + stage_.entry * 8;
     barrier_wait(shared_ + L::kStageEmpty + stage_.entry * 8, stage_.parity ^ 1);
+    sync_warp();
     if (lane_ == 0) {
       store_shared_4(
           shared_ + L::kStageInfo + stage_.entry * 16, info.valid_low, info.valid_high, (uint32_t)info.first_key,
@@ -73,7 +75,6 @@ class Producer {
         }
       }
     }
-    sync_warp();
     stage_.advance();
   }
 
@@ -90,6 +91,7 @@ class Producer {
 
   DK_DEVICE void put_blocks(int row) {
     barrier_wait(shared_ + L::kSlotEmpty + slot_.entry * 8, slot_.parity ^ 1);
+    sync_warp();
     if (lane_ == 0) {
       const uint32_t full = shared_ + L::kSlotFull + slot_.entry * 8;
       barrier_arrive_expect(full, 2 * L::kTileBytes);
@@ -101,7 +103,6 @@ class Producer {
         copy_box(target + L::kPosQuery, p_.pos_query, full, panel * kPanelColumns, row, place_.head);
       }
     }
-    sync_warp();
     slot_.advance();
   }
 

@@ -1,5 +1,5 @@
 // The producer of the backward: one warp that brings tiles of queries, what the consumers need of each query, and blocks
-// of both tables.
+// of both tables. As in the forward, lane 0 copies once all have waited.
 #pragma once
 #include "backward_schedule.h"
 
@@ -87,6 +87,7 @@ class QueryProducer {
     const int zone = Visit{word}.zone();
     const uint32_t full = shared_ + L::kStageFull + stage_.entry() * 8;
     barrier_wait(shared_ + L::kStageEmpty + stage_.entry() * 8, stage_.parity() ^ 1);
+    sync_warp();
     if (lane_ == 0) {
       store_shared_4(
           shared_ + L::kStageInfo + stage_.entry() * 16, tile.valid[0], tile.valid[1], (uint32_t)first_query,
@@ -94,8 +95,10 @@ class QueryProducer {
       if (zone == kEnd) barrier_arrive(full);
       else put_queries(full, first_query, zone);
     }
-    if (zone != kEnd) put_statistics(tile, first_query, zone);
-    sync_warp();
+    if (zone != kEnd) {
+      put_statistics(tile, first_query, zone);
+      sync_warp();
+    }
     if (lane_ == 0) barrier_arrive(full);  // for all lanes
     stage_.count++;
   }
@@ -148,6 +151,7 @@ class QueryProducer {
 
   DK_DEVICE void put_blocks(int row) {
     barrier_wait(shared_ + L::kSlotEmpty + slot_.entry() * 8, slot_.parity() ^ 1);
+    sync_warp();
     if (lane_ == 0) {
       const uint32_t full = shared_ + L::kSlotFull + slot_.entry() * 8;
       const int head = load_place<D>(shared_).head;
@@ -160,7 +164,6 @@ class QueryProducer {
         copy_box(target + L::kPosColumn, p_.pos_key, full, panel * kPanelColumns, row, head);
       }
     }
-    sync_warp();
     slot_.count++;
   }
 

@@ -96,7 +96,7 @@ class Sums {
   }
 
   // Add the gradient of a block of pos_query, by way of two halves of shared memory. `first_query` of the tile whose high
-  // block it is.
+  // block it is. In one group with what is added next.
   DK_DEVICE void add_to_rows(const float (&drows)[32], uint32_t lower, uint32_t upper, int first_query) const {
     stage_half<0>(drows, lower, thread_);
     stage_half<4>(drows, upper, thread_);
@@ -106,7 +106,6 @@ class Sums {
       float* sum = table_sum(1, first_query);
       reduce_add(sum, lower, kHalfBytes);
       reduce_add(sum + kHalfFloats, upper, kHalfBytes);
-      reduce_commit();
     }
   }
 

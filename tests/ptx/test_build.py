@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from ptx import build
 
+from deberta_kernels.impl.cuda import nvrtc
 from tests import needs
 
 TOOLS = str(Path(build.__file__).resolve().parents[1])
@@ -95,3 +96,19 @@ def test_without_a_compiler_the_header_says_so_and_a_required_one_is_missed(monk
     assert "the machine for PTX (" in found[0]
     needs.required.add("compiler")
     assert needs.machine_absence() is None  # the tests are collected, and fail
+
+
+def test_without_a_cuda_compiler_the_header_counts_what_is_left_out_and_a_required_one_is_missed(monkeypatch, request):
+    def fail():
+        raise nvrtc.NvrtcError("none")
+
+    monkeypatch.setenv("NVCC", "no-such-compiler")
+    monkeypatch.setattr(nvrtc, "Compiler", fail)
+    monkeypatch.setattr(needs, "required", set())
+    header = request.config.pluginmanager.getplugin(str(Path(needs.__file__).with_name("conftest.py")))
+    found = [line for line in header.pytest_report_header(request.config) if "no CUDA compiler" in line]
+    count = len(list(Path(__file__).with_name("kernels").glob("test_cuda*.py")))
+    assert len(found) == 1
+    assert f"({count} files of tests/ptx/kernels)" in found[0]
+    needs.required.add("cuda_compiler")
+    assert needs.cuda_absence() is None

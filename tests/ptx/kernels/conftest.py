@@ -1,12 +1,9 @@
 """Leave out the kernels that cannot be compiled here: Triton's unless it is required, CUDA's without one."""
 
 import pytest
-from ptx.drivers import cuda_modules
 
 from tests import needs
 from tests.ptx.kernels import problems
-
-CUDA = ("test_cuda.py", "test_cuda_driver.py", "test_cuda_mutants.py", "test_cuda_values.py")
 
 
 def pytest_ignore_collect(collection_path):
@@ -18,8 +15,8 @@ def pytest_ignore_collect(collection_path):
         return True  # a compilation each
     if collection_path.name == "test_counted.py" and not {"triton", "cuda_compiler"} <= needs.required:
         return True  # bounds hold for the compilers of `make test-ptx`
-    if collection_path.name in CUDA and not cuda_modules.compilers() and "cuda_compiler" not in needs.required:
-        return True
+    if collection_path.name.startswith("test_cuda") and needs.cuda_absence():
+        return True  # pytest's header says so
     return None
 
 

@@ -14,7 +14,7 @@ from deberta_kernels.types import AttentionProblem
 from tests.ptx.kernels.cuda_mutants import Launch, recorded
 from tests.ptx.kernels.problems import SHORT
 
-__all__ = ["launches", "with_gaps"]
+__all__ = ["launches", "with_gaps", "without_queries"]
 
 # The variants that are compiled apart: a mask of pairs, dropout.
 VARIANTS: dict[str, dict[str, object]] = {
@@ -34,6 +34,15 @@ def with_gaps(case: Case, *gaps: tuple[int, int]) -> AttentionProblem:
     return replace(problem, masks=replace(problem.masks, key=keep))
 
 
+def without_queries(case: Case, *gaps: tuple[int, int]) -> AttentionProblem:
+    """Return a problem whose queries in each gap are padding: the backward's near tiles in several runs."""
+    problem = inputs.problem(case)
+    keep = torch.ones(problem.q.shape[0], problem.q.shape[2], dtype=torch.bool)
+    for first, stop in gaps:
+        keep[:, first:stop] = False
+    return replace(problem, masks=replace(problem.masks, query=keep))
+
+
 def _problems(which: str, dtype: torch.dtype, head_dim: int, variant: str) -> Iterator[AttentionProblem]:
     case = Case(batch=1, heads=1, nq=128, nk=320, dtype=dtype, head_dim=head_dim, **VARIANTS[variant])
     far = replace(case, nq=200, nk=520, **SHORT)
@@ -42,6 +51,8 @@ def _problems(which: str, dtype: torch.dtype, head_dim: int, variant: str) -> It
         yield with_gaps(replace(far, nk=260), (40, 50), (200, 210))
     else:
         yield with_gaps(replace(case, nq=150, nk=290), (40, 50))
+        yield without_queries(replace(case, nq=290, nk=150), (64, 128), (192, 256))
+        yield inputs.problem(replace(far, nk=700, prefix_length=500))
     yield inputs.problem(far)
 
 

@@ -125,9 +125,10 @@ def test_a_deterministic_backward_gives_the_same_bits_in_every_order(device):
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 
-def test_staging_meets_no_bank_twice(device, check):
-    check("cuda", LATE[0])
-    machine = device.machines["disentangled_forward_bf16_d64"]
+@pytest.mark.parametrize("head_dim", HEAD_DIMS["forward"])
+def test_staging_meets_no_bank_twice(device, check, head_dim):
+    check("cuda", replace(LATE[0], head_dim=head_dim), backward=False)
+    machine = device.machines[f"disentangled_forward_bf16_d{head_dim}"]
     rows = [
         i for i, opcode in enumerate(machine.program.opcodes) if opcode.startswith(("st.shared.f32", "ld.shared.v2"))
     ]

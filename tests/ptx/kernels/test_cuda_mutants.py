@@ -5,16 +5,21 @@ nobody misses, and what else orders the same. One that is out of date fails as o
 """
 
 import json
+import re
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from ptx.drivers import cuda_modules
+from ptx.mutations import is_ordering
 
 from deberta_kernels.impl.cuda import image
-from deberta_kernels.impl.cuda.modules import HEAD_DIMS
+from deberta_kernels.impl.cuda.modules import HEAD_DIMS, MODULES
 from tests.ptx.kernels import cuda_mutants
 from tests.ptx.kernels.cuda_launches import VARIANTS, launches
 from tests.ptx.kernels.problems import BF16
+from tests.ptx.kernels.source_places import SourcePlaces
 
 LIST = Path(__file__).with_name("redundant_cuda.json")
 KERNELS = [
@@ -61,6 +66,22 @@ def test_a_sample_is_missed_or_listed():
             known = listed(family(name))
             places = unnoticed(found, lambda mutants: mutants[::STEP])
             assert {p: n for p, n in places.items() if n > known.get(p, {"count": 0})["count"]} == {}
+
+
+@pytest.mark.parametrize("module", [pytest.param(m, id=m.name) for m in MODULES if "bf16" in m.name])
+def test_the_producer_copies_only_once_every_lane_has_waited(module):
+    """The machine runs the lanes of a warp in step; on a device one that is late could miss a phase of a barrier."""
+    ptx = cuda_modules.compile_module(module)
+    places = SourcePlaces(ptx, cuda_modules.SOURCES)
+    opcodes = [(n, re.match(r"\s*(?:@!?%\w+\s+)?([a-z][\w.:]*)", text)) for n, text in enumerate(ptx.split("\n"), 1)]
+    ordering = [(n, found[1]) for n, found in opcodes if found and is_ordering(found[1])]
+    waits = [
+        after
+        for (line, opcode), (_, after) in pairwise(ordering)
+        if opcode.startswith("mbarrier.try_wait") and "producer.h" in places.of(line)
+    ]
+    assert waits
+    assert set(waits) == {"bar.warp.sync"}
 
 
 def test_every_entry_has_a_reason_and_names_kernels():
