@@ -51,7 +51,7 @@ FAULTS = {
         "barrier_arrive(shared_ + L::kStageEmpty + before_ * 8)", "(void)0", "deadlock", PLAIN,
     ),
     "no fence before tensor cores read a store": (
-        "    fence_async();\n", "", r"a fence\.proxy\.async is missing", HOLES,
+        "  fence_async();\n  sync_threads(", "  sync_threads(", r"a fence\.proxy\.async is missing", HOLES,
     ),
     "no barrier after masked values are zeroed": ("  sync_threads(kConsumersBarrier, kThreads);\n", "", RACE, HOLES),
     "shared memory out of range": (
