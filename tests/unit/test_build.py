@@ -14,6 +14,7 @@ from typing import ClassVar
 
 import pytest
 
+import deberta_kernels
 from tests.checkout import ROOT, build, native_build
 
 KERNEL = """
@@ -384,3 +385,7 @@ def test_a_setuptools_that_is_too_old_is_named(version):
 def test_a_setuptools_that_suffices_is_let_pass():
     build.check_setuptools("77.0.0")
     build.check_setuptools("80.9.0.post20250501")
+
+
+def test_the_citation_has_the_version():
+    assert f"\nversion: {deberta_kernels.__version__}\n" in (ROOT / "CITATION.cff").read_text()
