@@ -26,10 +26,13 @@ __all__ = ["covered", "covers", "described", "identity", "keep", "kept", "known"
 Identity = dict[str, Any]
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-# Backend: what it is made of. What was built of the CUDA sources is listed with its digests in build.json.
-_SOURCES = {"triton": ("impl/triton",), "cuda": ("impl/cuda", "lib/cuda")}
+# Backend: what it is made of. What was built of the CUDA sources is listed with its digests in build.json; a checkout
+# takes them from its own folder.
+_SOURCES = {"triton": ("impl/triton",), "cuda": ("impl/cuda", "lib/cuda", "../csrc/cuda")}
 _SHARED = ("impl/common.py", "impl/gpu_tables.py", "dropout.py", "position.py")
 _SUFFIXES = (".py", ".json", ".h", ".cu")
+# What a row of it must name at least: another device, or other kernels, are not proven by it.
+_NAMED = {"backend", "device", "capability", "kernels"}
 _COVERED = _PACKAGE / "proof" / "covered.json"
 _PREFIX = "self_test_"
 # Without a folder that can be trusted, or on a system that has no such thing, nothing is kept and nothing is said.
@@ -87,11 +90,11 @@ def _digest(backend: str) -> str:
     """Return the digest of the source that a backend is made of."""
     paths = [_PACKAGE / name for name in _SHARED]
     for folder in _SOURCES[backend]:
-        paths += (_PACKAGE / folder).rglob("*")
+        paths += (_PACKAGE / folder).resolve().rglob("*")
     digest = hashlib.sha256()
     for path in sorted(path for path in paths if path.suffix in _SUFFIXES):
         content = path.read_bytes()
-        digest.update(f"{path.relative_to(_PACKAGE).as_posix()} {len(content)}\n".encode() + content)
+        digest.update(f"{path.relative_to(_PACKAGE.parent).as_posix()} {len(content)}\n".encode() + content)
     return digest.hexdigest()
 
 
@@ -107,7 +110,7 @@ def covered() -> list[Identity]:
 
 def covers(row: Identity, found: Identity) -> bool:
     """Tell whether a row of `covered` is about an identity: all that it names is the same, but for its result."""
-    return all(found.get(name) == value for name, value in row.items() if name != "result")
+    return row.keys() >= _NAMED and all(found.get(name) == value for name, value in row.items() if name != "result")
 
 
 # ---- Self-tests of this user's

@@ -96,6 +96,13 @@ def test_a_committed_result_makes_the_test_unnecessary(kernels, monkeypatch):
     assert kernels.forwards == 1
 
 
+@pytest.mark.parametrize("missing", ["backend", "device", "capability", "kernels"])
+def test_a_row_that_does_not_say_what_it_is_about_proves_nothing(missing):
+    row = {name: value for name, value in IDENTITY.items() if name != missing}
+    assert record.covers(IDENTITY, IDENTITY)
+    assert not record.covers(row, IDENTITY)
+
+
 def unfounded(rows):
     """Return the rows that no committed result bears out."""
     return [row for row in rows if not _borne_out(row)]
@@ -157,3 +164,15 @@ def test_info_says_whether_it_runs(kernels, monkeypatch):
 
 def _text():
     return info.format_info()
+
+
+def test_the_sources_of_a_checkout_are_part_of_the_digest(tmp_path, monkeypatch):
+    package = tmp_path / "deberta_kernels"
+    for folder in (package / "impl" / "cuda", tmp_path / "csrc" / "cuda"):
+        folder.mkdir(parents=True)
+    (tmp_path / "csrc" / "cuda" / "forward.cu").write_text("kernel")
+    monkeypatch.setattr(record, "_PACKAGE", package)
+    monkeypatch.setattr(record, "_SHARED", ())
+    before = record._digest.__wrapped__("cuda")
+    (tmp_path / "csrc" / "cuda" / "forward.cu").write_text("another")
+    assert record._digest.__wrapped__("cuda") != before
