@@ -28,6 +28,8 @@ def _shapes(name: str) -> Iterable[str]:
         return [f"{x.title}: {x.batch}x{x.length} {x.dtype}" for x in registry.LARGE.values()]
     if name == "adapters":
         return [f"{figure.title}: {figure.shape.label}" for figure in figures]
+    if name == "texts":
+        return [texts.label for texts in registry.TEXTS]
     if name == "gpu":
         return [f"{16384 // n}x{n}, forward, and forward + backward" for n in registry.GPU_LENGTHS]
     shapes = registry.MODEL_SHAPES if name == "model" else [figure.shape for figure in figures]

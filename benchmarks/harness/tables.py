@@ -6,10 +6,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness import throughput
 from benchmarks.registry import CANDIDATES
 from deberta_kernels.demo.tables import aligned
+from deberta_kernels.native import processor
 
-__all__ = ["aligned", "blocks", "conditions", "figure_rows", "markdown", "replace_section", "side_by_side", "text"]
+__all__ = [
+    "aligned", "blocks", "conditions", "cores", "figure_rows", "markdown", "markdown_rows", "replace_section",
+    "side_by_side", "text",
+]  # fmt: skip
 
 SKIPPED = ("not in --quick", "not in this run")
 HEAD = ["figure", "case", "must", "aim", "medians", "minima", "at peak", "verdict"]
@@ -77,6 +82,8 @@ def blocks(result: dict[str, Any]) -> list[list[list[str]]]:
         found.append(_block(title, columns, result.get(key, []), _time))
         if "peaks" in result:
             found.append(_block("peak memory above the loaded model, MB", columns, result["peaks"], _megabytes))
+    if kind == "texts":
+        found.append(throughput.rows(result))
     if accuracy := result.get("accuracy"):
         both = zip(accuracy["patched"], accuracy["stock"], strict=True)
         rows = [[str(seed), f"{ours:.4f}", f"{stock:.4f}"] for seed, (ours, stock) in enumerate(both)]
@@ -157,7 +164,8 @@ def number_of(rate: float | None) -> str:
 
 def missing(result: dict[str, Any]) -> dict[str, str]:
     """Return candidate -> why some shape has no time of it."""
-    records = [record for key, _, _ in TIMES.values() for record in result.get(key, [])]
+    keys = [*(key for key, _, _ in TIMES.values()), "texts"]
+    records = [record for key in keys for record in result.get(key, [])]
     return {name: why for record in records for name, why in record.get("missing", {}).items()}
 
 
@@ -165,10 +173,9 @@ def conditions(result: dict[str, Any]) -> str:
     """Return one paragraph that says where and how the numbers were measured."""
     machine, versions, settings = result["machine"], result["versions"], result["settings"]
     commit = (result["commit"]["id"] or "unknown")[:8] + (" with changes" if result["commit"]["modified"] else "")
-    family = f" (family {machine['family']}, model {machine['model']})" if machine["family"] else ""
     after = f", {result['load_average_after'][0]} after" if "load_average_after" in result else ""
     return (
-        f"{machine['processor']}{family}, {settings['threads']} thread(s), {settings['clock']}; "
+        f"{cores(result)}, {settings['clock']}; "
         f"backend {settings['backend']}, instruction set {result['library']['isa'] or 'none'}; "
         f"torch {versions['torch']} ({versions['torch_isa']}), transformers {versions['transformers']}, "
         f"Python {versions['python']}; commit {commit}, {result['date'][:10]}; "
@@ -177,6 +184,13 @@ def conditions(result: dict[str, Any]) -> str:
         + ("; quick" if settings["quick"] else "")
         + ("" if result.get("complete", True) else "; stopped before its last shapes")
     )
+
+
+def cores(result: dict[str, Any]) -> str:
+    """Return how many cores of which processor computed, named as people do."""
+    machine, threads = result["machine"], result["settings"]["threads"]
+    name = processor.named(*(str(machine.get(key, "")) for key in ("processor", "family", "model", "stepping")))
+    return f"{'one core' if threads == 1 else f'{threads} cores'} of {name}"
 
 
 def markdown_rows(rows: list[list[str]], text: int = 1) -> list[str]:

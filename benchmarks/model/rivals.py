@@ -32,6 +32,8 @@ __all__ = [
     "export",
     "forward",
     "load_plain",
+    "onnxruntime",
+    "openvino",
     "patched",
 ]
 
@@ -125,9 +127,9 @@ def build(name: str, shape: ModelShape, plain: Any, exported: Path | None, backe
         backend: backend of the patched models.
     """
     if name == "onnxruntime":
-        return _onnxruntime(str(exported))
+        return onnxruntime(str(exported))
     if name == "openvino":
-        return _openvino(str(exported), shape)
+        return openvino(str(exported), shape, shape.dtype)
     if name == "bert":
         return forward(bert(plain.config, shape))
     return forward(plain if name == "eager" else patched(plain, backend, unpad="auto" if name == "patched" else False))
@@ -171,26 +173,29 @@ def _arrays(batch: Batch) -> dict[str, Any]:
     return {name: getattr(batch, name).numpy() for name in INPUTS}
 
 
-def _onnxruntime(path: str) -> Call:
-    import onnxruntime
+def onnxruntime(path: str) -> Call:
+    """Return the forward of an exported file in ONNX Runtime."""
+    import onnxruntime as runtime
 
-    options = onnxruntime.SessionOptions()
+    options = runtime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return lambda batch: torch.from_numpy(session.run(None, _arrays(batch))[0])
 
 
-def _openvino(path: str, shape: ModelShape) -> Call:
-    import openvino
+def openvino(path: str, shape: ModelShape | None, dtype: str) -> Call:
+    """Return the forward of an exported file in OpenVINO, compiled for one size; None: for any size."""
+    import openvino as runtime
 
-    core = openvino.Core()
+    core = runtime.Core()
     model = core.read_model(path)
     # Compiled for the one size: up to a tenth faster than with dynamic sizes.
-    model.reshape({name: [shape.batch, shape.length] for name in INPUTS})
+    if shape is not None:
+        model.reshape({name: [shape.batch, shape.length] for name in INPUTS})
     # Left alone, it would choose bfloat16 by itself where the processor has it.
-    precision = "f32" if shape.dtype == "float32" else "bf16"
+    precision = "f32" if dtype == "float32" else "bf16"
     asked = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads(), "NUM_STREAMS": 1}
     request = core.compile_model(model, "CPU", asked).create_infer_request()
     return lambda batch: torch.from_numpy(request.infer(_arrays(batch))[0])

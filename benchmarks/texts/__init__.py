@@ -1,0 +1,1 @@
+"""Real texts: what a user gets, in tokens per second."""
