@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass
 
-__all__ = ["CANDIDATES", "EAGER", "OTHER_MODELS", "OURS", "PEERS", "PLAIN", "RUNTIMES", "Candidate"]
+__all__ = ["CANDIDATES", "EAGER", "OTHER_MODELS", "OURS", "OURS_LIGHT", "PEERS", "PLAIN", "RUNTIMES", "Candidate"]
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,9 @@ class Candidate:
         return f"not installed: {', '.join(absent)}" if absent else ""
 
 
-# Colours: this package, the line of eager, what has no position terms.
-OURS, EAGER, PLAIN = "#0f766e", "#b45309", "#64748b"
+# Colours that differ in brightness as well, for whoever does not tell hues apart (after Okabe and Ito): this package,
+# its second dtype, eager, what others made.
+OURS, OURS_LIGHT, EAGER, PLAIN = "#0f766e", "#7fc8c0", "#d55e00", "#9ca3af"
 CANDIDATES: dict[str, dict[str, Candidate]] = {
     "core": {
         "huggingface": Candidate("Hugging Face eager"),
@@ -54,8 +55,8 @@ CANDIDATES: dict[str, dict[str, Candidate]] = {
         "patched": Candidate("patched", colour=OURS),
         "padded": Candidate("unpad=False", ragged=True),
         # Its CPU kernels do not compute in bfloat16.
-        "onnxruntime": Candidate("ONNX Runtime", ("onnx", "onnxruntime"), ("float32",), colour="#2563eb"),
-        "openvino": Candidate("OpenVINO", ("onnx", "openvino"), colour="#7c3aed"),
+        "onnxruntime": Candidate("ONNX Runtime", ("onnx", "onnxruntime"), ("float32",), colour="#56b4e9"),
+        "openvino": Candidate("OpenVINO", ("onnx", "openvino"), colour="#cc79a7"),
         "bert": Candidate("BERT, SDPA", colour=PLAIN),
     },
     "texts": {
@@ -64,7 +65,7 @@ CANDIDATES: dict[str, dict[str, Candidate]] = {
         "onnxruntime": Candidate("ONNX Runtime", ("onnx", "onnxruntime"), ("float32",), colour=PLAIN),
         "onnxruntime-int8": Candidate("ONNX Runtime, int8", ("onnx", "onnxruntime"), ("int8",), colour=PLAIN),
         "openvino": Candidate("OpenVINO", ("onnx", "openvino"), ("float32",), colour=PLAIN),
-        "patched": Candidate("patched", dtypes=("float32",), colour=OURS),
+        "patched": Candidate("patched, float32", dtypes=("float32",), colour=OURS),
         "patched-bfloat16": Candidate("patched, bfloat16", dtypes=("bfloat16",), colour=OURS),
         "patched-int8": Candidate("patched, int8", dtypes=("int8",), colour=OURS),
         # Other models, which give other answers.

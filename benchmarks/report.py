@@ -3,10 +3,12 @@
     python -m benchmarks report                       newest result of the attention core, as markdown
     python -m benchmarks report RESULT.json --text
     python -m benchmarks report --kind model --plot docs/images/model.png
-    python -m benchmarks report --update README.md    every section and picture that the document has
+    python -m benchmarks report --update              every section, figure and picture of every document
+    python -m benchmarks report --update README.md    those of one document
 
-`--update` replaces what stands between the lines `<!-- bench-KIND:begin -->` and `<!-- bench-KIND:end -->`, and draws
-the pictures images/KIND.png that the document shows. Newest is the newest whole result on one thread.
+`--update` replaces what stands between the lines `<!-- NAME:begin -->` and `<!-- NAME:end -->`, NAME being one of
+`SECTIONS`; the figures between `<!-- figure:NAME -->` and `<!-- /figure -->`; and it draws the pictures images/KIND.png
+that the document shows. Newest is the newest whole result on one thread.
 """
 
 from __future__ import annotations
@@ -15,31 +17,72 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import tables
+from benchmarks.harness import tables, throughput
 from benchmarks.harness.arguments import existing_file
 from benchmarks.harness.plots import PICTURES
-from benchmarks.harness.process import RESULTS
+from benchmarks.harness.process import RESULTS, ROOT
+from benchmarks.harness.quotes import QUOTED, replace_quotes
 
-__all__ = ["KINDS", "main", "newest", "update"]
+__all__ = ["KINDS", "SECTIONS", "documents", "main", "newest", "picture_of", "update"]
 
-KINDS = ("cpu", "model", "train", "linear", "adapters", "memory", "convergence", "gpu")
+KINDS = ("cpu", "model", "texts", "train", "linear", "adapters", "memory", "convergence", "gpu")
+
+# Not a string, which would be taken for a name.
+EVERY = Path("every document")
+
+
+def _tables(result: dict[str, Any]) -> str:
+    # A document shows what was measured; bars are those of the day, and stay with the result.
+    return tables.markdown(result, figures=False)
+
+
+def _other_models(result: dict[str, Any]) -> str:
+    rows = tables.markdown_rows(throughput.others_rows(result))
+    return "\n".join([*rows, "", f"{tables.conditions(result)}."])
+
+
+# Name of a section in a document: kind of the result, and what is written of it.
+SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "bench-cpu": ("cpu", _tables),
+    "bench-model": ("model", _tables),
+    "bench-texts": ("texts", _tables),
+    "other-models": ("texts", _other_models),
+}
+
+
+def documents() -> list[Path]:
+    """Return the documents of the checkout that show results."""
+    found = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    contents = {path: path.read_text(encoding="utf-8") for path in found}
+    return [path for path in found if QUOTED.search(contents[path]) or _sections(contents[path])]
+
+
+def _sections(content: str) -> list[str]:
+    return [name for name in SECTIONS if f"<!-- {name}:begin -->" in content]
+
+
+def picture_of(kind: str, content: str) -> str | None:
+    """Return the path, as a document has it, of the picture of a kind that it shows; None where it shows none."""
+    found = re.search(rf"\(([^)\s]*images/{kind}\.png)\)", content)
+    return found.group(1) if found and kind in PICTURES else None
 
 
 def newest(kind: str, threads: int = 1) -> dict[str, Any] | None:
-    """Return the newest result of a kind that is not a quick one; a quick one where there is no other."""
-    quick = None
+    """Return the newest whole result of a kind; a quick or interrupted one where there is no other."""
+    part = None
     for path in sorted(RESULTS.glob(f"*/{kind}-*.json"), key=lambda path: _date(path.name), reverse=True):
         result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         settings = result.get("settings", {})
         if settings.get("threads", 1) != threads:
             continue
-        if not settings.get("quick", False):
+        if not settings.get("quick", False) and result.get("complete", True):
             return result
-        quick = quick or result
-    return quick
+        part = part or result
+    return part
 
 
 def _date(name: str) -> str:
@@ -57,24 +100,28 @@ def render(result: dict[str, Any], *, text: bool) -> str:
 
 
 def update(document: Path, results: dict[str, dict[str, Any]]) -> list[Path]:
-    """Write the sections of the kinds given into a document and draw its pictures; return what was written.
+    """Write the sections and figures of the kinds given into a document and draw its pictures; return what was written.
 
     Raises:
-        ValueError: the document has no section for any of the kinds.
+        ValueError: the document shows nothing of any of the kinds, or names a figure that there is not.
     """
     content, written = document.read_text(encoding="utf-8"), []
-    for kind, result in results.items():
-        # A document shows what was measured; bars are those of the day, and stay with the result.
-        if f"<!-- bench-{kind}:begin -->" in content:
-            tables.replace_section(document, f"bench-{kind}", ["", tables.markdown(result, figures=False), ""])
+    quoted = replace_quotes(content, results)
+    if quoted != content:
+        document.write_text(quoted, encoding="utf-8")
+    if QUOTED.search(content):
+        written.append(document)
+    for name in _sections(content):
+        kind, text = SECTIONS[name]
+        if kind in results:
+            tables.replace_section(document, name, ["", text(results[kind]), ""])
             written.append(document)
-        picture = re.search(rf"\(([^)]*images/{kind}\.png)\)", content)
-        if picture and kind in PICTURES:
-            path = document.parent / picture.group(1)
-            PICTURES[kind](result, path)
-            written.append(path)
+    for kind, result in results.items():
+        if picture := picture_of(kind, content):
+            PICTURES[kind](result, document.parent / picture)
+            written.append(document.parent / picture)
     if not written:
-        names = ", ".join(f"<!-- bench-{kind}:begin -->" for kind in results)
+        names = ", ".join(f"<!-- {name}:begin -->" for name, (kind, _) in SECTIONS.items() if kind in results)
         raise ValueError(f"{document} must contain {names} and the same with end; put them where the tables belong.")
     return list(dict.fromkeys(written))
 
@@ -90,7 +137,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--kind", default="", choices=KINDS, help="of the newest result; cpu, or with --update all")
     parser.add_argument("--threads", type=int, default=1, help="of the newest result")
     parser.add_argument("--plot", type=Path, help="draw a picture here")
-    parser.add_argument("--update", type=existing_file, help="put tables and pictures into this markdown file")
+    parser.add_argument(
+        "--update", nargs="?", const=EVERY, type=existing_file,
+        help="put tables, figures and pictures into this markdown file; without a name into every one",
+    )  # fmt: skip
     parser.add_argument("--text", action="store_true", help="print the aligned table instead of markdown")
     options = parser.parse_args(arguments)
     if options.result:
@@ -104,7 +154,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"no result of {what} is kept; see python -m benchmarks --help", file=sys.stderr)
         return 1
     if options.update:
-        print("\n".join(f"written: {path}" for path in update(options.update, results)))
+        for document in documents() if options.update == EVERY else [options.update]:
+            print("\n".join(f"written: {path}" for path in update(document, results)))
     kind, result = next(iter(results.items()))
     if options.plot:
         if kind not in PICTURES:

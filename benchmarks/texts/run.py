@@ -126,9 +126,7 @@ def tokens(batches: list[Batch]) -> int:
     return sum(int(batch.attention_mask.sum()) for batch in batches)
 
 
-def measure(
-    models: Models, texts: Texts, collection: Collection, calls: dict[str, Call], pace: Pace
-) -> dict[str, Any]:
+def measure(models: Models, texts: Texts, collection: Collection, calls: dict[str, Call], pace: Pace) -> dict[str, Any]:
     """Check and time every candidate on the texts of one case."""
     arriving = collection.arriving[: texts.timed]
     checks, allowed = prove(models, calls, arriving)

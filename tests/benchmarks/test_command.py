@@ -50,6 +50,8 @@ def test_lists_hold_shapes_candidates_and_figures() -> None:
     assert "time / time of BERT with SDPA, float32" in text
     assert "flashdeberta 0.0.8" in listing("gpu")
     assert "v2-xxlarge" in listing("memory")
+    assert "eight sentences in each batch, 64 texts" in listing("texts")
+    assert "patched, bfloat16" in listing("texts")
 
 
 def test_threads_are_numbers_or_all_each_once() -> None:
@@ -115,6 +117,7 @@ def test_the_time_left_follows_the_work_done(
         ("core --backend gpu", "--backend: invalid choice: 'gpu'"),
         ("model --only float64", "--only: unknown float64; there are float32, bfloat16"),
         ("model missing", "there is no folder 'missing'"),
+        ("texts missing", "there is no folder 'missing'"),
         ("train --sizes 8", "--sizes: unknown 8; there are 8x128, 4x512"),
         ("linear --tokens 4,x", "--tokens: must be whole numbers from 1 on, separated by commas, got '4,x'"),
         ("linear --tokens 0", "--tokens: must be whole numbers from 1 on"),

@@ -79,14 +79,24 @@ def test_sections_and_pictures_of_a_document_are_written_anew(tmp_path: Path) ->
     assert (tmp_path / "images" / "model.png").stat().st_size > 0
 
 
-def test_the_readme_is_written_anew_by_the_documented_command(tmp_path: Path) -> None:
-    needs.package("matplotlib")
-    readme = tmp_path / "README.md"
-    readme.write_text((RESULTS.parents[1] / "README.md").read_text(encoding="utf-8"), encoding="utf-8")
-    assert report.main(["--update", str(readme)]) == 0
-    for kind in ("cpu", "model"):
-        assert (tmp_path / "docs" / "images" / f"{kind}.png").stat().st_size > 0
-        assert f"<!-- bench-{kind}:begin -->\n\n| " in readme.read_text(encoding="utf-8")
+def test_a_whole_result_is_preferred_to_an_interrupted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    for day, complete in ((1, True), (2, False)):
+        made = result([], date=f"2026-01-0{day}T00:00:00+00:00", complete=complete)
+        path = tmp_path / "device" / f"model-2026-01-0{day}-000000-01234567.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(made), encoding="utf-8")
+    found = report.newest("model")
+    assert found is not None
+    assert found["date"][9] == "1"
+
+
+def test_a_processor_is_named_as_people_do_with_its_cores() -> None:
+    made = result([])
+    made["machine"] |= {"processor": "AMD EPYC", "family": "25", "model": "17", "stepping": "1"}
+    assert tables.conditions(made).startswith("one core of AMD EPYC 9004 (Zen 4), process CPU time; ")
+    made["settings"]["threads"] = 4
+    assert tables.cores(made) == "4 cores of AMD EPYC 9004 (Zen 4)"
 
 
 def test_a_document_without_a_section_is_refused_by_name(tmp_path: Path) -> None:
