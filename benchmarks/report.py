@@ -42,7 +42,7 @@ def _tables(result: dict[str, Any]) -> str:
 
 def _other_models(result: dict[str, Any]) -> str:
     rows = tables.markdown_rows(throughput.others_rows(result))
-    return "\n".join([*rows, "", f"{tables.conditions(result)}."])
+    return "\n".join([*rows, "", tables.sentence(result)])
 
 
 # Name of a section in a document: kind of the result, and what is written of it.

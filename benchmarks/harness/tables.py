@@ -13,7 +13,7 @@ from deberta_kernels.native import processor
 
 __all__ = [
     "aligned", "blocks", "conditions", "cores", "figure_rows", "markdown", "markdown_rows", "replace_section",
-    "side_by_side", "text",
+    "sentence", "side_by_side", "text",
 ]  # fmt: skip
 
 SKIPPED = ("not in --quick", "not in this run")
@@ -186,6 +186,12 @@ def conditions(result: dict[str, Any]) -> str:
     )
 
 
+def sentence(result: dict[str, Any]) -> str:
+    """Return the conditions as a sentence of a document."""
+    found = conditions(result)
+    return f"{found[0].upper()}{found[1:]}."
+
+
 def cores(result: dict[str, Any]) -> str:
     """Return how many cores of which processor computed, named as people do."""
     machine, threads = result["machine"], result["settings"]["threads"]
@@ -208,7 +214,7 @@ def markdown(result: dict[str, Any], *, figures: bool = True) -> str:
             continue
         lines += [*markdown_rows(rows), ""]
     model = f"{result['settings']['model']}; medians. " if "model" in result["settings"] else "Medians. "
-    return "\n".join([*lines, f"{model}{conditions(result)}."])
+    return "\n".join([*lines, f"{model}{sentence(result)}"])
 
 
 def side_by_side(results: dict[str, dict[str, Any]]) -> str:

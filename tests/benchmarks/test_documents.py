@@ -26,7 +26,7 @@ NOT_PROSE = (
     r"## Quality, as published.*?\n## ",
     r"```.*?```",
 )
-FIGURE = re.compile(r"\d[\d.,]*(?:x\b| ?%| times\b| ms\b| MB\b| GB\b| MiB\b| tokens per second)")
+FIGURE = re.compile(r"\d(?:[\d.,]*\d)?(?:x\b| ?%| times\b| ms\b| MB\b| GB\b| MiB\b| tokens per second)")
 HELP = "run `python -m benchmarks report --update`, and commit what it writes"
 
 
