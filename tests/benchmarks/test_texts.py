@@ -175,6 +175,18 @@ def test_a_wrong_answer_of_ours_is_an_exit_status(
     assert run.main([checkpoint, "--quick", "--backend", "torch", "--json", "-"]) == 1
 
 
+def test_the_error_of_int8_is_shown_and_no_fault_of_ours(
+    checkpoint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = {name: x for name, x in CANDIDATES["texts"].items() if name in ("eager", "patched", "patched-int8")}
+    monkeypatch.setitem(CANDIDATES, "texts", rows)
+    monkeypatch.setitem(ROUGH, "int8", 0.0)
+    assert run.main([checkpoint, "--quick", "--backend", "torch", "--json", "-"]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("patched, int8"))
+    assert line.split()[2] == "wrong"
+    assert line.endswith("%")
+
+
 def test_the_int8_file_is_written_once_and_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxruntime")
     import onnxruntime.quantization as quantization
