@@ -91,7 +91,7 @@ def _times(value: float) -> str:
 
 def _spread(ratios: list[float]) -> str:
     """Say how much faster than eager ours is, from the least to the most."""
-    least, most = (f"{value:.0f}" if value >= 1.95 else f"{value:.1f}" for value in (min(ratios), max(ratios)))
+    least, most = (_times(value).removesuffix("x").removesuffix(".0") for value in (min(ratios), max(ratios)))
     return f": patched is {least} to {most} times as fast as eager"
 
 
