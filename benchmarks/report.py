@@ -47,9 +47,7 @@ def _other_models(result: dict[str, Any]) -> str:
 
 # Name of a section in a document: kind of the result, and what is written of it.
 SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
-    "bench-cpu": ("cpu", _tables),
-    "bench-model": ("model", _tables),
-    "bench-texts": ("texts", _tables),
+    **{f"bench-{kind}": (kind, _tables) for kind in KINDS},
     "other-models": ("texts", _other_models),
 }
 
