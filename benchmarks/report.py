@@ -17,7 +17,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from benchmarks.harness.plots import PICTURES
 from benchmarks.harness.process import RESULTS, ROOT
 from benchmarks.harness.quotes import QUOTED, replace_quotes
 
-__all__ = ["KINDS", "SECTIONS", "documents", "main", "newest", "picture_of", "update"]
+__all__ = ["KINDS", "SECTIONS", "documents", "main", "newest", "picture_of", "update", "update_each"]
 
 KINDS = ("cpu", "model", "texts", "train", "linear", "adapters", "memory", "convergence", "gpu")
 
@@ -124,6 +124,18 @@ def update(document: Path, results: dict[str, dict[str, Any]]) -> list[Path]:
     return list(dict.fromkeys(written))
 
 
+def update_each(paths: Iterable[Path], results: dict[str, dict[str, Any]]) -> int:
+    """Update several documents, name what was written and what not; return the exit status."""
+    status = 0
+    for path in paths:
+        try:
+            print("\n".join(f"written: {found}" for found in update(path, results)))
+        except ValueError as error:  # the others are still written
+            print(f"not written: {error}", file=sys.stderr)
+            status = 1
+    return status
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run; return the exit status."""
     parser = argparse.ArgumentParser(
@@ -151,15 +163,13 @@ def main(arguments: list[str] | None = None) -> int:
         what = f"{options.kind or 'cpu'} with {options.threads} thread(s)"
         print(f"no result of {what} is kept; see python -m benchmarks --help", file=sys.stderr)
         return 1
-    if options.update:
-        for document in documents() if options.update == EVERY else [options.update]:
-            print("\n".join(f"written: {path}" for path in update(document, results)))
     kind, result = next(iter(results.items()))
     if options.plot:
         if kind not in PICTURES:
             print(f"--plot: there are pictures of {', '.join(PICTURES)}, not of {kind}", file=sys.stderr)
             return 2
         PICTURES[kind](result, options.plot)
-    if not options.update:
-        print(render(result, text=options.text))
+    if options.update:
+        return update_each(documents() if options.update == EVERY else [options.update], results)
+    print(render(result, text=options.text))
     return 0

@@ -105,3 +105,14 @@ def test_one_command_renews_every_document(tmp_path: Path, monkeypatch: pytest.M
     assert "| patched, float32 | 80 | 8.0 |" in first.read_text("utf-8")
     assert "-->4.0<!--" in second.read_text("utf-8")
     assert _png_text(tmp_path / "docs" / "images" / "texts.png")["Source"] == file_name("texts", results["texts"])
+
+
+def test_a_document_without_a_result_is_named_and_the_others_are_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lost, found = tmp_path / "lost.md", tmp_path / "found.md"
+    lost.write_text("<!-- bench-linear:begin -->\n<!-- bench-linear:end -->\n", "utf-8")
+    found.write_text("<!-- figure:sentences:patched -->?<!-- /figure -->\n", "utf-8")
+    assert report.update_each([lost, found], {"texts": texts_result()}) == 1
+    assert "lost.md must contain <!-- bench-texts:begin -->" in capsys.readouterr().err
+    assert "-->4.0<!--" in found.read_text("utf-8")
