@@ -65,7 +65,7 @@ SANITIZED_TESTS = tests/sanitized tests/ops tests/integrations/test_fast_linears
 OFFLINE = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-sanitized test-tf4 test-triton test-ecosystem lint format types build bench-cpu bench-model bench-texts bench-train
+.PHONY: help demo test test-sanitized test-tf4 test-triton test-ecosystem lint format types build bench-cpu bench-model bench-train
 .PHONY: env-demo env-test env-bench env-tf4 env-triton env-ecosystem env-gpu env-wheels clean kernels-offline cuda-offline count-ptx
 .PHONY: gpu gpu-smoke tune wheels bench-adapters test-fast test-ptx mutants test-versions test-oldest test-newest test-upstream env-oldest env-newest
 MAKEFLAGS += --no-print-directory
@@ -167,6 +167,7 @@ bench-cpu: env-test ## time the CPU kernel against PyTorch and Hugging Face
 bench-model: env-bench ## time whole models against eager, ONNX Runtime, OpenVINO and BERT
 	@$(RUN) -m benchmarks model $(MODEL) $(ARGS)
 
+.PHONY: bench-texts
 bench-texts: env-bench ## time real texts, tokens per second, against eager, ONNX Runtime, OpenVINO, int8 and ModernBERT; 6 minutes
 	@$(RUN) -m benchmarks texts $(MODEL) --threads 1 $(ARGS)
 
