@@ -146,10 +146,12 @@ test-ecosystem: env-ecosystem ## run the tests with GLiNER, sentence-transformer
 lint: env-test ## check style and formatting
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
+	@$(dir $(RUN))clang-format --dry-run -Werror csrc/cpu/*.h csrc/cpu/*.cpp
 
-format: env-test ## rewrite the Python files in the house format
+format: env-test ## rewrite the Python and C++ files in the house format
 	@$(RUN) -m ruff check --fix .
 	@$(RUN) -m ruff format .
+	@$(dir $(RUN))clang-format -i csrc/cpu/*.h csrc/cpu/*.cpp
 
 types: env-test ## check the type annotations
 	@$(RUN) -m mypy

@@ -31,9 +31,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 ROOT = Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT / "csrc"))
+sys.path[:0] = [str(ROOT / "csrc"), str(ROOT / "tools")]
 
-from native_build import (  # noqa: E402  (builds do not look for modules beside this file)
+from index_page import index_page  # noqa: E402  (builds do not look for modules beside this file)
+from native_build import (  # noqa: E402
     SANITIZED,
     BuildError,
     Layout,
@@ -273,7 +274,12 @@ def main() -> None:
             return "py3", "none", platform
 
     commands = {"build_native": BuildNative, "build_py": NativeBuildPy, "bdist_wheel": NativeWheel}
-    setup(cmdclass=commands, distclass=NativeDistribution)
+    setup(
+        cmdclass=commands,
+        distclass=NativeDistribution,
+        long_description=index_page(ROOT),
+        long_description_content_type="text/markdown",
+    )
 
 
 if __name__ == "__main__":

@@ -297,11 +297,11 @@ class Backward {
     start_block(s, h, rows, keys.count <= kBlockKeys / kV, scratch);
     const uint8_t* pair = p_.pair_mask;
     if (pair) pair += s.index * p_.pair_mask_stride_b + h * p_.pair_mask_stride_h;
-    const Score score{p_, index_, tables, keys, rows, pair, scratch.c2p, scratch.p2c, words_, padded_words_,
-                      &scratch.next_head};
-    const ScoreGradient<Word> gradient{dropout_, (float)p_.scale, (float)(scale_ * kLog2E), scratch.statistics,
-                                       scratch.scores, scratch.dscores, scratch.draws, scratch.probability_pairs,
-                                       scratch.dscore_words, scratch.dscore_pairs};
+    const Score score{
+        p_, index_, tables, keys, rows, pair, scratch.c2p, scratch.p2c, words_, padded_words_, &scratch.next_head};
+    const ScoreGradient<Word> gradient{
+        dropout_,        (float)p_.scale, (float)(scale_ * kLog2E),  scratch.statistics,   scratch.scores,
+        scratch.dscores, scratch.draws,   scratch.probability_pairs, scratch.dscore_words, scratch.dscore_pairs};
     score.start_rows();
     bands.start_rows(score, p_.dq.data ? scratch.dq : nullptr);
     const uint64_t stream = (uint64_t)(s.index * p_.heads + h);

@@ -49,7 +49,7 @@ DK_INLINE void from_float(float x, float16* out) {  // to nearest, ties to even
   uint32_t half;
   if (magnitude > 0x7f800000u) half = 0x7e00u;
   else if (magnitude >= 0x477ff000u) half = 0x7c00u;  // rounds to 65536 or more
-  else if (magnitude < 0x38800000u)  // subnormal half: the addition aligns and rounds the mantissa
+  else if (magnitude < 0x38800000u)                   // subnormal half: the addition aligns and rounds the mantissa
     half = bits_from_float(float_from_bits(magnitude) + 0.5f) - 0x3f000000u;
   else half = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1)) >> 13;
   out->bits = (uint16_t)(sign | half);

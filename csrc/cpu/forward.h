@@ -118,8 +118,7 @@ class Forward {
     const PackedTables<Word> tables(p_, packed_, head % p_.heads);
     // The slots that the first rows need.
     const int64_t rows = std::min<int64_t>(follows.nq, kForwardRows);
-    if (tables.pos_key)
-      ask_for_table(tables.pos_key, index_.key_slot(-rows), index_.key_slot(follows.nk), next);
+    if (tables.pos_key) ask_for_table(tables.pos_key, index_.key_slot(-rows), index_.key_slot(follows.nk), next);
     if (tables.pos_query)
       ask_for_table(tables.pos_query, index_.query_slot(-follows.nk), index_.query_slot(rows), next);
   }
@@ -141,8 +140,8 @@ class Forward {
     }
     const uint8_t* pair = p_.pair_mask;
     if (pair) pair += s.index * p_.pair_mask_stride_b + h * p_.pair_mask_stride_h;
-    const ScoreBlock<Word> score{p_, index_, tables, keys, rows, pair, scratch.c2p, scratch.p2c, words_, padded_words_,
-                                 &scratch.next_head};
+    const ScoreBlock<Word> score{
+        p_, index_, tables, keys, rows, pair, scratch.c2p, scratch.p2c, words_, padded_words_, &scratch.next_head};
     score.start_rows();
     std::fill(scratch.row_max, scratch.row_max + count, -INFINITY);
     std::fill(scratch.row_sum, scratch.row_sum + count, 0.0f);

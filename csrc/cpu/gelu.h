@@ -30,8 +30,9 @@ DK_INLINE vf gelu(vf x) {
   const vf distance = max_keep_nan(-x, x), square = distance * distance;
   // Below 1 the function is a half and an odd polynomial, so that it is rounded once: error of the GELU 3e-10,
   // coefficients as above, and rounded one after the other.
-  const vf near = fma(x, polynomial(square, {-7.93389518e-06f, 1.14370414e-04f, -1.18738168e-03f, 9.97390039e-03f,
-                                             -6.64905012e-02f, 3.98942292e-01f}),
+  const vf near = fma(x,
+                      polynomial(square, {-7.93389518e-06f, 1.14370414e-04f, -1.18738168e-03f, 9.97390039e-03f,
+                                          -6.64905012e-02f, 3.98942292e-01f}),
                       set1(0.5f));
   const vf far = distribution(x, distance, exp2_nonpositive(square * set1(kExponent)));
   return x * where_positive(set1(1.0f) - distance, near, far);

@@ -37,9 +37,8 @@ int64_t prepared_bytes(const AttentionParams& p) {
 
 int prepare(const AttentionParams& p, void* packed) {
   const bool done = with_word(p.dtype, [&](auto word) {
-    return run_tasks(p.heads, p.threads, 64, [&](int64_t h, char*) {
-      PackedTables<decltype(word)>::pack(p, h, static_cast<float*>(packed));
-    });
+    return run_tasks(p.heads, p.threads, 64,
+                     [&](int64_t h, char*) { PackedTables<decltype(word)>::pack(p, h, static_cast<float*>(packed)); });
   });
   return done ? kOk : kOutOfMemory;
 }
@@ -55,9 +54,7 @@ int forward(const AttentionParams& p) {
     if (prepare(p, tables) != kOk) return kOutOfMemory;
     packed = tables;
   }
-  const bool done = with_word(p.dtype, [&](auto word) {
-    return Forward<decltype(word)>(p, index, packed).run();
-  });
+  const bool done = with_word(p.dtype, [&](auto word) { return Forward<decltype(word)>(p, index, packed).run(); });
   own.trim();
   return done ? kOk : kOutOfMemory;
 }
@@ -110,7 +107,7 @@ double gemm_rate(int64_t dtype, int64_t repeats) {
 namespace dk {
 
 extern const Variant DK_CONCAT(kVariant_, DK_VARIANT);
-const Variant DK_CONCAT(kVariant_, DK_VARIANT) = {DK_STRING(DK_VARIANT), kV,      forward, backward, prepared_bytes,
-                                                  prepare,               linear,  dropout, checksum, gemm_rate};
+const Variant DK_CONCAT(kVariant_, DK_VARIANT) = {
+    DK_STRING(DK_VARIANT), kV, forward, backward, prepared_bytes, prepare, linear, dropout, checksum, gemm_rate};
 
 }  // namespace dk

@@ -15,6 +15,7 @@ struct Field {
 };
 
 #define DK_FIELD(name) {#name, offsetof(S, name), std::is_same<decltype(S::name), double>::value}
+// clang-format off: one field a line would fill a page.
 #define DK_TOKENS(name)                                                                                      \
   {#name, offsetof(S, name.data), false}, {#name "_stride_b", offsetof(S, name.stride_b), false},            \
       {#name "_stride_h", offsetof(S, name.stride_h), false}, {#name "_stride_n", offsetof(S, name.stride_n), false}
@@ -60,6 +61,7 @@ struct Layout<DropoutParams> {
       DK_FIELD(abi_version), DK_FIELD(count), DK_FIELD(threads), DK_FIELD(x_dtype), DK_FIELD(residual_dtype),
       DK_FIELD(out_dtype), DK_FIELD(x), DK_FIELD(residual), DK_FIELD(out), DK_FIELD(threshold), DK_FIELD(seed),
       DK_FIELD(scale)};
+  // clang-format on
 };
 
 #undef DK_FIELD
@@ -77,8 +79,8 @@ std::string described() {
 }
 
 inline const std::string& layouts() {
-  static const std::string text = described<AttentionParams>() + "\n" + described<LinearParams>() + "\n" +
-                                  described<DropoutParams>() + "\n";
+  static const std::string text =
+      described<AttentionParams>() + "\n" + described<LinearParams>() + "\n" + described<DropoutParams>() + "\n";
   return text;
 }
 

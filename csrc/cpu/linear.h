@@ -37,8 +37,7 @@ class Linear {
   static bool supports(const LinearParams& p) {
     const bool straight = !p.x_transposed && !p.weight_transposed;
     return bytes_of(p.dtype) * Word::kPerWord == sizeof(float) && p.in_features > 0 &&
-           p.in_features % Word::kPerWord == 0 &&
-           p.out_features % kUnit == 0 && (straight || Word::kPerWord == 1);
+           p.in_features % Word::kPerWord == 0 && p.out_features % kUnit == 0 && (straight || Word::kPerWord == 1);
   }
 
   // Returns false when memory ran out.
@@ -59,10 +58,10 @@ class Linear {
         pack(first + t, packed + b * block_floats, t - b * block_, panels(b));
       });
       done = done && run_tasks(blocks * tasks, p_.threads, scratch_bytes(), [&](int64_t task, char* scratch) {
-        const int64_t b = task / tasks;
-        multiply(task % tasks * width_, first + b * block_, panels(b), packed + b * block_floats,
-                 reinterpret_cast<float*>(scratch));
-      });
+               const int64_t b = task / tasks;
+               multiply(task % tasks * width_, first + b * block_, panels(b), packed + b * block_floats,
+                        reinterpret_cast<float*>(scratch));
+             });
     }
     own.trim();
     return done;
@@ -75,9 +74,10 @@ class Linear {
   static constexpr int64_t kWords = 128, kSlice = kWords * Word::kPerWord;
   static constexpr int64_t kPanel = kWords * kV;    // floats of a panel of tokens in one slice
   static constexpr int64_t kMostPanels = 192 / kV;  // of a block: its slice stays in the second-level cache
-  static constexpr int64_t kFewPanels = 96 / kV;     // whose products are done before the processor has fetched more weights
+  static constexpr int64_t kFewPanels =
+      96 / kV;  // whose products are done before the processor has fetched more weights
   static constexpr int64_t kPackedFloats = 1 << 21;  // of all blocks at once
-  static constexpr int64_t kLargeBytes = 1 << 20;     // of results
+  static constexpr int64_t kLargeBytes = 1 << 20;    // of results
 
   int elements(int64_t slice) const { return (int)std::min<int64_t>(kSlice, p_.in_features - slice * kSlice); }
   int64_t scratch_bytes() const {
@@ -123,8 +123,7 @@ class Linear {
       return {reinterpret_cast<const float*>(weight.row(output)), weight.stride / 4, 1};
     }
     const Rows columns = rows(p_.weight, p_.out_features, output);
-    for (int w = 0; w < elements(slice); w++)
-      read_row(columns, slice * kSlice + w, count, count, copy + w * kOutputs);
+    for (int w = 0; w < elements(slice); w++) read_row(columns, slice * kSlice + w, count, count, copy + w * kOutputs);
     return {copy, 1, kOutputs};
   }
 

@@ -54,7 +54,8 @@ static void pack_panel(const Rows& rows, int64_t first, LaneBits present, int he
     for (int c = 0; c < kV; c++) block[c] = load(source[c] + w);
     transpose(block);
     const int count = words - w < kV ? words - w : kV;
-    for (int i = 0; i < count; i++) store(panel + (w + i) * kV, kScaled ? Word::scaled(block[i], set1(factor)) : block[i]);
+    for (int i = 0; i < count; i++)
+      store(panel + (w + i) * kV, kScaled ? Word::scaled(block[i], set1(factor)) : block[i]);
   }
 }
 

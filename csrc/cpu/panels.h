@@ -23,8 +23,8 @@ struct RowPanel {
 
 // One sample: where its tensors start and how long it is.
 struct Sample {
-  int64_t index;       // for strides and the dropout stream
-  int64_t first_token; // offset along the token dimension; not 0 only for packed sequences
+  int64_t index;        // for strides and the dropout stream
+  int64_t first_token;  // offset along the token dimension; not 0 only for packed sequences
   int64_t nq, nk;
 };
 

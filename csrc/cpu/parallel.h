@@ -15,7 +15,8 @@ template <class Work>
 void run_team(int64_t threads, const Work& work) {
   const dk::TeamRunner team = dk::team_runner.load(std::memory_order_acquire);
   if (!team) return work();
-  team([](void* data) noexcept { (*static_cast<const Work*>(data))(); }, const_cast<Work*>(&work), (unsigned)threads, 0);
+  team([](void* data) noexcept { (*static_cast<const Work*>(data))(); }, const_cast<Work*>(&work), (unsigned)threads,
+       0);
 }
 
 // Run body(task, block) for task = 0 ... tasks-1, each thread with its own `bytes` of scratch. Tasks start in order,

@@ -25,39 +25,39 @@ struct Tensor4 {
 
 struct AttentionParams {
   int64_t abi_version;
-  int64_t batch;         // samples, or sequences when cu_seqlens is given
+  int64_t batch;  // samples, or sequences when cu_seqlens is given
   int64_t heads;
-  int64_t nq, nk;        // tokens per sample; no sequence is longer when cu_seqlens is given
+  int64_t nq, nk;  // tokens per sample; no sequence is longer when cu_seqlens is given
   int64_t head_dim;
-  int64_t dtype;         // DataType of tokens (q, k, v, out, their gradients) and of pos_key, pos_query
+  int64_t dtype;  // DataType of tokens (q, k, v, out, their gradients) and of pos_key, pos_query
   int64_t threads;
 
   Tensor4 q, k, v;
-  Tensor4 out;           // written by forward, read by backward
+  Tensor4 out;  // written by forward, read by backward
   Tensor4 dout;
-  Tensor4 dq, dk, dv;    // data may be null where no gradient is wanted
-  float* lse;            // (batch, heads, nq), or (heads, tokens) when packed; natural log
-  const float* dlse;     // layout of lse, or null
+  Tensor4 dq, dk, dv;  // data may be null where no gradient is wanted
+  float* lse;          // (batch, heads, nq), or (heads, tokens) when packed; natural log
+  const float* dlse;   // layout of lse, or null
   int64_t lse_stride_b, lse_stride_h;
 
-  const void* pos_key;   // (heads, table_rows, head_dim), last dimension contiguous, or null
+  const void* pos_key;  // (heads, table_rows, head_dim), last dimension contiguous, or null
   const void* pos_query;
   int64_t pos_key_stride_h, pos_key_stride_r, pos_query_stride_h, pos_query_stride_r;
-  const void* prepared;  // what dk_cpu_prepare wrote for these tables, or null
+  const void* prepared;    // what dk_cpu_prepare wrote for these tables, or null
   int64_t prepared_bytes;  // of its memory
-  float* dpos_key;       // (heads, table_rows, head_dim) float32, rows contiguous, or null
+  float* dpos_key;         // (heads, table_rows, head_dim) float32, rows contiguous, or null
   float* dpos_query;
   int64_t dpos_stride_h;
   int64_t has_pos_key, has_pos_query;  // the terms exist, whether from the tables or from `prepared`
   int64_t table_rows;
-  int64_t first_row;     // row of the full table held by row 0
-  int64_t prefix_length; // leading keys without a position
+  int64_t first_row;      // row of the full table held by row 0
+  int64_t prefix_length;  // leading keys without a position
 
   const int32_t* delta;  // delta[x + reach]: row of the full table for distance x = i - j
   int64_t reach;
-  int64_t low_end;       // delta is constant for x <= low_end ...
-  int64_t high_start;    // ... and for x >= high_start
-  int64_t smooth;        // delta never falls and rises by at most 1 per token
+  int64_t low_end;     // delta is constant for x <= low_end ...
+  int64_t high_start;  // ... and for x >= high_start
+  int64_t smooth;      // delta never falls and rises by at most 1 per token
 
   const uint8_t* key_mask;    // (batch, nk), 0 = masked, or null
   const uint8_t* query_mask;  // (batch, nq), 0 = padding row, or null
@@ -77,26 +77,26 @@ struct AttentionParams {
 struct LinearParams {
   int64_t abi_version;
   int64_t tokens, in_features, out_features;  // out_features is a multiple of 16
-  int64_t dtype;       // DataType of everything: float32, or bfloat16 with instructions for it
-  int64_t gelu;        // 1: the exact GELU of it
+  int64_t dtype;                              // DataType of everything: float32, or bfloat16 with instructions for it
+  int64_t gelu;                               // 1: the exact GELU of it
   int64_t threads;
   int64_t x_transposed, weight_transposed;  // 1: as (in_features, tokens), (in_features, out_features)
-  const void* x;       // all contiguous
+  const void* x;                            // all contiguous
   const void* weight;
-  const void* bias;    // (out_features), or null
+  const void* bias;  // (out_features), or null
   void* out;
 };
 
 // Dropout of hidden states and the residual that may follow: out = x * keep * scale + residual, all contiguous.
 struct DropoutParams {
   int64_t abi_version;
-  int64_t count;             // elements
+  int64_t count;  // elements
   int64_t threads;
   int64_t x_dtype, residual_dtype, out_dtype;
   const void* x;
-  const void* residual;      // or null
+  const void* residual;  // or null
   void* out;
-  int64_t threshold, seed;   // as in AttentionParams
+  int64_t threshold, seed;  // as in AttentionParams
   double scale;
 };
 

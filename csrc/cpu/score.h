@@ -33,8 +33,8 @@ static float score_factor(const AttentionParams& p) {
 struct HeadKeys {
   const KeyPanel* panels;
   int64_t count;
-  const float* columns;    // [panel][words][kV], times score_factor
-  const float* far_low;    // k . pos_query at the saturated low end, [panel][kV]; -inf for keys that are masked
+  const float* columns;  // [panel][words][kV], times score_factor
+  const float* far_low;  // k . pos_query at the saturated low end, [panel][kV]; -inf for keys that are masked
   const float* far_high;
 };
 
@@ -42,7 +42,7 @@ struct HeadKeys {
 struct BlockRows {
   const RowPanel* panels;
   int count;
-  const float* words;      // [count * kV][padded words]
+  const float* words;  // [count * kV][padded words]
 };
 
 // Turns vectors [distance][key] into vectors [query][key]: lane c of what step r returns is lane c of the vector that
@@ -78,7 +78,7 @@ struct ScoreBlock {
   float* c2p;                // [count * kV][c2p_stride()]
   float* p2c;                // kMicroVectors times p2c_size: [slot of the window][kV] of the current key panels
   int words, padded;
-  NextHead* next_head;       // stepped with every tile
+  NextHead* next_head;  // stepped with every tile
 
   static int64_t c2p_stride(const SlotIndex& index) { return index.columns + kV; }
   static int64_t p2c_size(const SlotIndex& index) { return kV * c2p_stride(index); }
@@ -128,8 +128,8 @@ struct ScoreBlock {
         for (int i = 0; i < kV * padded; i += kV) store(scaled + i, Word::scaled(load(from + i), set1(factor)));
         from = scaled;
       }
-      gemm<Word>(kV, (int)((w.stop - w.first) / kV), words, {from, padded, 1},
-                 table_columns(tables.pos_key, w.first), c2p + r * kV * c2p_stride() + w.first, c2p_stride(), false);
+      gemm<Word>(kV, (int)((w.stop - w.first) / kV), words, {from, padded, 1}, table_columns(tables.pos_key, w.first),
+                 c2p + r * kV * c2p_stride() + w.first, c2p_stride(), false);
     }
   }
 
@@ -318,8 +318,7 @@ struct ScoreBlock {
       FarTerms far = far_terms(r, first, zones.together[r]);
       for (int n = 0; n < kVectors; n++) {
         next_head->step();
-        if (mixed)
-          bias_tile(zones.tile[r][n], first + n, r, windows[n], p2c + n * p2c_size(index), bias + n * kV);
+        if (mixed) bias_tile(zones.tile[r][n], first + n, r, windows[n], p2c + n * p2c_size(index), bias + n * kV);
       }
       for (int i = 0; i < kV; i += kMicroRows, far.rows += kMicroRows * far.row_step) {
         const int row = r * kV + i;

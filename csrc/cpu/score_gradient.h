@@ -30,8 +30,7 @@ struct ScoreGradient {
   void row_panel(uint64_t stream, const RowPanel& panel, int first_row, const KeyPanel* keys, int count,
                  bool whole) const {
     if (dropout.on())
-      for (int i = 0; i < count; i++)
-        draw_tile(dropout, stream, panel.row, keys[i].key, draws + i * kV * kDrawsPerRow);
+      for (int i = 0; i < count; i++) draw_tile(dropout, stream, panel.row, keys[i].key, draws + i * kV * kDrawsPerRow);
     for (int lane = 0; lane < kV; lane++) {
       if (whole) refine(first_row + lane, lane, keys, count);
       gradients_of_row(first_row + lane, lane, keys, count, whole);

@@ -66,8 +66,8 @@ DK_INLINE vf exp2_polynomial(vf x, const float (&coefficient)[kTerms]) {
 }
 // Relative error 2e-9: float32 rounding dominates.
 DK_INLINE vf exp2_nonpositive(vf x) {
-  return exp2_polynomial<7>(x, {0x1.41d334p-13f, 0x1.5f456ap-10f, 0x1.3b2dbcp-7f, 0x1.c6aed4p-5f, 0x1.ebfbdap-3f,
-                                0x1.62e43p-1f, 1.0f});
+  return exp2_polynomial<7>(
+      x, {0x1.41d334p-13f, 0x1.5f456ap-10f, 0x1.3b2dbcp-7f, 0x1.c6aed4p-5f, 0x1.ebfbdap-3f, 0x1.62e43p-1f, 1.0f});
 }
 // Relative error 3e-6, a thousandth of a bfloat16 step: for what is rounded to bfloat16 next.
 DK_INLINE vf exp2_for_bfloat16(vf x) {

@@ -82,9 +82,7 @@ DK_INLINE vu64 u64_mul_low32(vu64 a, vu64 b) { return _mm256_mul_epu32(a, b); } 
 DK_INLINE vu64 u64_xor(vu64 a, vu64 b) { return _mm256_xor_si256(a, b); }
 DK_INLINE vu64 u64_high(vu64 a) { return _mm256_srli_epi64(a, 32); }
 // The low half of `low` below the low half of `high`.
-DK_INLINE vu64 u64_joined(vu64 low, vu64 high) {
-  return _mm256_blend_epi32(low, _mm256_slli_epi64(high, 32), 0xaa);
-}
+DK_INLINE vu64 u64_joined(vu64 low, vu64 high) { return _mm256_blend_epi32(low, _mm256_slli_epi64(high, 32), 0xaa); }
 DK_INLINE void u64_store(uint64_t* p, vu64 a) { _mm256_storeu_si256((__m256i*)p, a); }
 
 }  // namespace

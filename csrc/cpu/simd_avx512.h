@@ -6,8 +6,8 @@ namespace {
 
 using vf = __m512;
 constexpr int kV = 16;
-#define DK_NATIVE_LANES 1     // run_sums and bits_from_bytes below
-#define DK_NATIVE_EXPONENT 1  // floor_exponent and times_power_of_two below
+#define DK_NATIVE_LANES 1                         // run_sums and bits_from_bytes below
+#define DK_NATIVE_EXPONENT 1                      // floor_exponent and times_power_of_two below
 constexpr int kMicroRows = 8, kMicroVectors = 3;  // 24 accumulators + 3 columns + 1 row value of 32 registers
 
 DK_INLINE vf load(const float* p) { return _mm512_loadu_ps(p); }
@@ -107,9 +107,7 @@ DK_INLINE vu64 u64_mul_low32(vu64 a, vu64 b) { return _mm512_mul_epu32(a, b); } 
 DK_INLINE vu64 u64_xor(vu64 a, vu64 b) { return _mm512_xor_si512(a, b); }
 DK_INLINE vu64 u64_high(vu64 a) { return _mm512_srli_epi64(a, 32); }
 // The low half of `low` below the low half of `high`.
-DK_INLINE vu64 u64_joined(vu64 low, vu64 high) {
-  return _mm512_mask_shuffle_epi32(low, 0xaaaa, high, _MM_PERM_CCAA);
-}
+DK_INLINE vu64 u64_joined(vu64 low, vu64 high) { return _mm512_mask_shuffle_epi32(low, 0xaaaa, high, _MM_PERM_CCAA); }
 DK_INLINE void u64_store(uint64_t* p, vu64 a) { _mm512_storeu_si512(p, a); }
 
 #ifdef __AVX512BF16__

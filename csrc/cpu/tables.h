@@ -14,7 +14,7 @@ constexpr int kIndexMargin = 64;  // distances past `reach` that a tile at the b
 // the key. Tiles read whole vectors of slots unclamped (`*_slots_at`): ScoreBlock::zone_of sends only distances below
 // reach + 2 * kV there, which kIndexMargin covers.
 struct SlotIndex {
-  int64_t reach;          // both arrays hold |x| <= reach + kIndexMargin, and a vector more
+  int64_t reach;  // both arrays hold |x| <= reach + kIndexMargin, and a vector more
   int64_t low_end, high_start;
   bool smooth;
   int64_t rows, columns;  // table rows, and that rounded up to whole vectors
@@ -23,7 +23,7 @@ struct SlotIndex {
   explicit SlotIndex(const AttentionParams& p)
       : reach(p.reach), low_end(p.low_end), high_start(p.high_start), smooth(p.smooth != 0), rows(p.table_rows),
         columns(round_to_vector(p.table_rows)) {
-    if (!rows) return;      // no position terms
+    if (!rows) return;  // no position terms
     const int64_t far = reach + kIndexMargin, size = 2 * far + 1 + kV;
     query_slots.resize(size);
     key_slots.resize(size);
