@@ -57,9 +57,7 @@ _NO_VMAP = (
 )
 
 
-torch.library.define(
-    f"{PACKAGE}::attention", f"({_PROBLEM}) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,)
-)
+torch.library.define(f"{PACKAGE}::attention", f"({_PROBLEM}) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
 torch.library.define(
     f"{PACKAGE}::attention_backward",
     f"(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_PROBLEM}, bool[] needs) "

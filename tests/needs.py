@@ -43,6 +43,7 @@ PACKAGES = {
     "adapters": "test-tf4",
     "bitsandbytes": "test-ecosystem",
     "gliner": "test-ecosystem",
+    "kernels": "test-ecosystem",
     "matplotlib": "test",
     "presidio_analyzer": "test-ecosystem",
     "sentence_transformers": "test-ecosystem",

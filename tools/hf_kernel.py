@@ -135,7 +135,9 @@ def write(folder: Path) -> Path:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="?", type=Path, default=ROOT / "build" / "hf-kernel", help="default: %(default)s")
+    parser.add_argument(
+        "folder", nargs="?", type=Path, default=ROOT / "build" / "hf-kernel", help="default: %(default)s"
+    )
     folder = parser.parse_args(arguments).folder
     if folder.exists() and not (folder / "build" / VARIANT / "metadata.json").is_file() and any(folder.iterdir()):
         sys.exit(f"[hf-kernel] {folder} must be empty or an earlier kernel, but holds other files; name another folder")

@@ -24,6 +24,7 @@ from deberta_kernels.models.fused import (
 )
 from deberta_kernels.models.options import AttentionOptions
 from deberta_kernels.models.patched_class import ORIGINAL, has_patched_class, original_forward, patch_class
+from deberta_kernels.models.patching import unpatch
 from deberta_kernels.models.registry import Kind, register_forward, row_of
 from deberta_kernels.torch_state.onlookers import LAYER
 
@@ -60,7 +61,7 @@ class HandedAttention(FusedAttention):
         reduced = super(FusedAttention, self).__reduce_ex__(protocol)
         if not has_patched_class(self):
             return reduced
-        return (copyreg.__newobj__, (type(self).patched_from,), *reduced[2:])  # type: ignore[attr-defined]
+        return (copyreg._reconstructor, (type(self).patched_from, object, None), *reduced[2:])  # type: ignore[attr-defined]
 
 
 register_forward(HandedAttention.forward, as_in=FusedAttention.forward)
@@ -68,11 +69,14 @@ register_forward(HandedAttention.forward, as_in=FusedAttention.forward)
 
 def encode_in_place(encoder: Any, *arguments: Any, **named: Any) -> Any:
     """Run an encoder whose forward was replaced by that of a layer; arguments as of `encode`."""
-    cls = type(encoder)
-    patched = has_patched_class(encoder) or hasattr(cls.forward, ORIGINAL)
-    if patched or torch.compiler.is_compiling():  # which cannot follow a change of class
+    cls, attentions = type(encoder), attention_of(encoder)
+    if torch.compiler.is_compiling():  # which cannot follow a change of class
         return cls.forward(encoder, *arguments, **named)
-    for attention in attention_of(encoder):
+    if has_patched_class(encoder) or hasattr(cls.forward, ORIGINAL):
+        if any(isinstance(attention, HandedAttention) for attention in attentions):
+            unpatch(encoder)  # of `patch_all`, which looks for the modules' own classes
+        return cls.forward(encoder, *arguments, **named)
+    for attention in attentions:
         is_plain = row_of(attention, Kind.ATTENTION).mixin is FusedAttention and not has_patched_class(attention)
         if is_plain and attention_refusal(attention) is None:
             patch_class(attention, HandedAttention, _OPTIONS)

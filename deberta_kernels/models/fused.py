@@ -41,7 +41,15 @@ from deberta_kernels.models.registry import (
 from deberta_kernels.models.standalone.self_attention import DisentangledSelfAttention
 from deberta_kernels.torch_state.tracing import answered_once, traces_questions
 
-__all__ = ["FusedAttention", "FusedEncoder", "attend_unless_changed", "attention_of", "attention_refusal", "encode_unless_changed", "is_ours"]
+__all__ = [
+    "FusedAttention",
+    "FusedEncoder",
+    "attend_unless_changed",
+    "attention_of",
+    "attention_refusal",
+    "encode_unless_changed",
+    "is_ours",
+]
 
 
 class FusedAttention(Patched):

@@ -56,7 +56,9 @@ _DISTRIBUTED = "deberta_kernels"
 def _installed() -> Path:
     """Return where the library is: in this package; for a copy without one, in the package that is installed."""
     found = importlib.util.find_spec(_DISTRIBUTED) if PACKAGE != _DISTRIBUTED else None
-    package = Path(__file__).resolve().parents[1] if found is None or found.origin is None else Path(found.origin).parent
+    package = (
+        Path(__file__).resolve().parents[1] if found is None or found.origin is None else Path(found.origin).parent
+    )
     return package / "lib" / "libdeberta_kernels_cpu.so"
 
 
