@@ -14,7 +14,8 @@ from benchmarks.harness.figures import Figure
 __all__ = [
     "ADAPTERS", "CANDIDATES", "CORE_FIGURES", "CORE_GROUPS", "CORE_MODEL_FIGURES", "DTYPES", "GPU_FIGURES",
     "GPU_LENGTHS", "GROUPS", "LARGE", "LINEAR_FIGURES", "LINEAR_TOKENS", "MODEL_FIGURES", "MODEL_SHAPES", "PEERS",
-    "RUNTIMES", "TRAIN_FIGURES", "TRAIN_SHAPES", "Candidate", "Large", "ModelShape", "Shape", "Workload",
+    "RUNTIMES", "TENSORFLOW_FIGURES", "TENSORFLOW_SHAPES", "TRAIN_FIGURES", "TRAIN_SHAPES", "Candidate", "Large",
+    "ModelShape", "Shape", "Workload",
 ]  # fmt: skip
 
 # Of whole models and training steps.
@@ -113,6 +114,12 @@ CANDIDATES: dict[str, dict[str, Candidate]] = {
     },
     "linear": {"pytorch": Candidate("pytorch"), "onednn": Candidate("onednn"), "native": Candidate("native")},
     "adapters": {"eager": Candidate("eager"), "patched": Candidate("patched")},
+    "tensorflow": {
+        "graph": Candidate("TensorFlow", ("tensorflow", "tf_keras")),
+        "xla": Candidate("TensorFlow, XLA", ("tensorflow", "tf_keras")),
+        "eager": Candidate("PyTorch eager"),
+        "patched": Candidate("patched"),
+    },
     "gpu": {
         "bare": Candidate("ours"),
         "triton": Candidate("triton"),
@@ -232,6 +239,17 @@ CORE_MODEL_FIGURES = tuple(
            ("unpatched",), *MODEL_EAGER["float32"][1, length], "speed")
     for length in MODEL_LENGTHS
 )  # fmt: skip
+
+# A model of TensorFlow and the same moved over, float32.
+TENSORFLOW_SHAPES = (ModelShape(1, 128), ModelShape(1, 512), ModelShape(8, 128), ModelShape(*RAGGED, fill=RAGGED_FILL))
+TENSORFLOW_FIGURES = tuple(
+    Figure("tensorflow", title, shape, "patched", others, *NO_BOUND, "speed", foreign=True)
+    for title, others in (
+        ("times faster than TensorFlow, with or without XLA", ("graph", "xla")),
+        ("times faster than PyTorch eager", ("eager",)),
+    )
+    for shape in TENSORFLOW_SHAPES
+)
 
 # Training steps: (must, aim) against eager.
 TRAIN_EAGER = {

@@ -25,7 +25,7 @@ from benchmarks.harness.process import RESULTS
 
 __all__ = ["KINDS", "main", "newest", "update"]
 
-KINDS = ("cpu", "model", "train", "linear", "adapters", "memory", "convergence", "gpu")
+KINDS = ("cpu", "model", "tensorflow", "train", "linear", "adapters", "memory", "convergence", "gpu")
 
 
 def newest(kind: str, threads: int = 1) -> dict[str, Any] | None:

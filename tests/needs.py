@@ -49,6 +49,7 @@ PACKAGES = {
     "sentence_transformers": "test-ecosystem",
     "spacy": "test-ecosystem",
     "spacy_transformers": "test-ecosystem",
+    "tensorflow": "test-tensorflow",
     "torchao": "test-ecosystem",
     "triton": "test-triton",
 }

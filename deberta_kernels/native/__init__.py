@@ -55,10 +55,10 @@ _DISTRIBUTED = "deberta_kernels"
 
 def _installed() -> Path:
     """Return where the library is: in this package; for a copy without one, in the package that is installed."""
+    package = Path(__file__).resolve().parents[1]
     found = importlib.util.find_spec(_DISTRIBUTED) if PACKAGE != _DISTRIBUTED else None
-    package = (
-        Path(__file__).resolve().parents[1] if found is None or found.origin is None else Path(found.origin).parent
-    )
+    if found is not None and found.origin is not None:
+        package = Path(found.origin).resolve().parent
     return package / "lib" / "libdeberta_kernels_cpu.so"
 
 

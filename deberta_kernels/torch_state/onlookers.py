@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from deberta_kernels.torch_state.originals import Originals, is_own
 
-# On a forward that the package `kernels` puts on an instance: it goes on to that of the class where this package made it.
+# On a forward that `kernels` puts on an instance: it goes on to that of the class where this package made that.
 LAYER = "__deberta_kernels_layer__"
 
 __all__ = [

@@ -145,7 +145,7 @@ def test_imports_become_relative_wherever_they_stand() -> None:
 def test_an_import_that_cannot_become_relative_is_named() -> None:
     with pytest.raises(SystemExit, match=r"models/x.py:1 has `import deberta_kernels`; write `from"):
         hf_kernel.relative("import deberta_kernels.env\n", "models/x.py")
-    with pytest.raises(SystemExit, match="x.py:1: the name of the package must follow `from` in one line"):
+    with pytest.raises(SystemExit, match=r"x.py:1: the name of the package must follow `from` in one line"):
         hf_kernel.relative("from \\\n  deberta_kernels import env\n", "x.py")
 
 
