@@ -1,14 +1,11 @@
-"""Every shape, candidate and figure of the measurements: the one place to add one.
-
-A candidate needs a row here and the code that runs it: `core/candidates.py`, `model/rivals.py` or `core/rivals.py`.
-"""
+"""Every shape and figure of the measurements: the one place to add one. The candidates are in `candidates.py`."""
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass, field
 from typing import Any
 
+from benchmarks.candidates import CANDIDATES, PEERS, RUNTIMES, Candidate
 from benchmarks.harness.figures import Figure
 
 __all__ = [
@@ -61,78 +58,6 @@ class ModelShape(Shape):
         return full if self.fill == 1.0 else f"{full} {self.fill:.0%} full"
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """Something that is timed.
-
-    Attributes:
-        heading: of its column.
-        needs: packages beside torch and transformers, as they are imported.
-        dtypes: in which it computes; () for all.
-        ragged: takes part on batches with padding alone.
-        colour: in pictures; "" where it is not drawn.
-        release: the one whose code was read, where no other may be called.
-    """
-
-    heading: str
-    needs: tuple[str, ...] = ()
-    dtypes: tuple[str, ...] = ()
-    ragged: bool = False
-    colour: str = ""
-    release: str = ""
-
-    @property
-    def missing(self) -> str:
-        """Return which of the packages that it needs are not installed here, "" when all are."""
-        absent = [name for name in self.needs if importlib.util.find_spec(name) is None]
-        return f"not installed: {', '.join(absent)}" if absent else ""
-
-
-# Colours: this package, the line of eager, what has no position terms.
-OURS, EAGER, PLAIN = "#0f766e", "#b45309", "#64748b"
-CANDIDATES: dict[str, dict[str, Candidate]] = {
-    "core": {
-        "huggingface": Candidate("Hugging Face eager"),
-        "eager": Candidate("the budget's eager"),
-        "sdpa": Candidate("SDPA without bias"),
-        "bare": Candidate("this"),
-        "prepared": Candidate("this, prepared tables"),
-    },
-    "model": {
-        "eager": Candidate("eager"),
-        "patched": Candidate("patched", colour=OURS),
-        "padded": Candidate("unpad=False", ragged=True),
-        # Its CPU kernels do not compute in bfloat16.
-        "onnxruntime": Candidate("ONNX Runtime", ("onnx", "onnxruntime"), ("float32",), colour="#2563eb"),
-        "openvino": Candidate("OpenVINO", ("onnx", "openvino"), colour="#7c3aed"),
-        "bert": Candidate("BERT, SDPA", colour=PLAIN),
-    },
-    "train": {
-        "eager": Candidate("eager"),
-        "patched": Candidate("patched"),
-        "native": Candidate("native linears", dtypes=("float32",)),
-    },
-    "linear": {"pytorch": Candidate("pytorch"), "onednn": Candidate("onednn"), "native": Candidate("native")},
-    "adapters": {"eager": Candidate("eager"), "patched": Candidate("patched")},
-    "tensorflow": {
-        "graph": Candidate("TensorFlow", ("tensorflow", "tf_keras")),
-        "xla": Candidate("TensorFlow, XLA", ("tensorflow", "tf_keras")),
-        "eager": Candidate("PyTorch eager"),
-        "patched": Candidate("patched"),
-    },
-    "gpu": {
-        "bare": Candidate("ours"),
-        "triton": Candidate("triton"),
-        "cuda": Candidate("cuda"),
-        "sdpa": Candidate("SDPA flash"),
-        "huggingface": Candidate("HF eager"),
-        "compiled": Candidate("HF compiled"),
-        "flashdeberta": Candidate("flashdeberta", ("flashdeberta",), release="0.0.8"),
-        "disentangled-flash": Candidate("disent.-flash", ("disentangled_flash",), release="1.1.1"),
-    },
-}
-# The better one of a shape is compared with, medians and minima chosen apart.
-RUNTIMES = ("onnxruntime", "openvino")
 NO_BOUND = (None, None)
 
 # The attention core. Bars are (must, aim). A ratio to code of others has one only where every processor measured so far
@@ -383,7 +308,6 @@ LARGE = {
 
 # GPU: every length with 16,384 tokens. (must, aim) by length.
 GPU_LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
-PEERS = tuple(name for name, candidate in CANDIDATES["gpu"].items() if candidate.release)
 _FLASH = {512: (0.30, 0.45), 2048: (0.50, 0.65), 8192: (0.75, 0.90)}
 _EAGER = {512: (4.0, 8.0), 2048: (10.0, 20.0)}
 

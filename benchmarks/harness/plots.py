@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from benchmarks.candidates import CANDIDATES, EAGER, OURS, PLAIN
 from benchmarks.harness.tables import conditions
-from benchmarks.registry import CANDIDATES, EAGER, OURS, PLAIN
 
 __all__ = ["PICTURES", "draw_core", "draw_model"]
 

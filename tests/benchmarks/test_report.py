@@ -89,6 +89,18 @@ def test_the_readme_is_written_anew_by_the_documented_command(tmp_path: Path) ->
         assert f"<!-- bench-{kind}:begin -->\n\n| " in readme.read_text(encoding="utf-8")
 
 
+def test_what_is_written_of_tensorflow_is_what_was_measured(tmp_path: Path) -> None:
+    kept, page = RESULTS.parents[1] / "docs" / "tensorflow.md", tmp_path / "tensorflow.md"
+    page.write_text(kept.read_text(encoding="utf-8"), encoding="utf-8")
+    found = report.newest("tensorflow")
+    assert found is not None
+    report.update(page, {"tensorflow": found})
+    assert page.read_text(encoding="utf-8") == kept.read_text(encoding="utf-8")
+    for moved in found["moved"]:  # "`patch` makes it faster than it was"
+        times = {name: sample["median"] for name, sample in moved["samples"].items()}
+        assert times["patched"] < min(times["graph"], times["xla"]), moved["label"]
+
+
 def test_a_document_without_a_section_is_refused_by_name(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text("nothing\n", encoding="utf-8")

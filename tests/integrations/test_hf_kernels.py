@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -14,7 +16,9 @@ import torch
 from transformers.models.deberta_v2 import modeling_deberta_v2 as modeling
 
 import deberta_kernels as dk
+from deberta_kernels.testing import geometries
 from tests import needs
+from tests.checkout import ROOT
 from tools import hf_kernel
 
 kernels = needs.package("kernels")
@@ -204,6 +208,24 @@ def test_an_encoder_of_other_code_keeps_it(kernel, kernelize, build, batch, run)
         found, _ = run(kernelize(model), inputs, grad=False)
     torch.testing.assert_close(found, expected, atol=0, rtol=0)
     assert ran(kernel) == 0
+
+
+def test_the_program_of_the_document_runs(
+    kernel, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    programs = re.findall(r"python - <<'END'\n(.*?)END\n", (ROOT / "docs" / "hf-kernels.md").read_text(), re.DOTALL)
+    settings = geometries.settings("tiny")
+    modeling.DebertaV2Model(modeling.DebertaV2Config(**settings)).save_pretrained(tmp_path / "model")
+    (tmp_path / "build").mkdir()
+    (tmp_path / "build" / "hf-kernel").symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, Any] = {}
+    exec(programs[0].replace("microsoft/deberta-v3-base", "model"), found)
+    ids = torch.randint(3, settings["vocab_size"], (2, 9))
+    assert ran(kernel) == 0
+    found["model"](ids)
+    # The same content from another folder is the same code.
+    assert ran(sys.modules[kernel.__name__]) == 2
 
 
 def test_the_switch_of_transformers_puts_the_layer_on(kernel, build, batch, run, folder: Path) -> None:
