@@ -1,7 +1,7 @@
 """Everything that is timed: the one place to add something.
 
-A candidate needs a row here and the code that runs it: `core/candidates.py`, `model/rivals.py`, `model/tensorflow.py` or
-`core/rivals.py`.
+A candidate needs a row here and the code that runs it: `core/candidates.py`, `model/rivals.py`, `core/rivals.py` or
+`model/tensorflow.py`.
 """
 
 from __future__ import annotations
