@@ -50,7 +50,8 @@ OLDEST_PINS = --torch "$(TORCH_OLDEST)" --pin "$(TORCH_OLDEST)" --pin transforme
 NEWEST_PINS = --torch "$(TORCH_NEWEST)" --pin "$(TORCH_NEWEST)" --pin transformers==5.24.0
 # A process for each core, up to eight: one takes a gigabyte. ARGS="-n 0" runs the tests in one process.
 INTERPRETED = TRITON_INTERPRET=1 OMP_NUM_THREADS=1
-INTERPRETED_TESTS = tests/ops/test_triton.py --require triton
+INTERPRETED_TESTS = tests/ops/test_triton.py --require triton \
+	tests/tools/test_hf_kernel.py::test_the_triton_kernels_of_a_copy_compute_what_the_packages_do
 PYTEST = -m pytest -n auto --maxprocesses 8 --dist worksteal
 # What Triton compiles is kept. Of the oldest one a sample: every zone, and variants whose code differs most.
 EXECUTED = $(OFFLINE) OMP_NUM_THREADS=1 TRITON_CACHE_DIR=build/triton-cache

@@ -7,6 +7,7 @@ import base64
 import hashlib
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 
 import deberta_kernels as dk
 from deberta_kernels import native
+from tests.checkout import ROOT
 from tools import hf_kernel
 
 
@@ -123,6 +125,28 @@ print(module.stats()["calls"]["torch"], "pip install deberta-kernels" in str(cau
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd="/")
     assert done.stdout.split() == ["1", "True"], done.stderr
+
+
+@pytest.mark.packages("triton")
+def test_the_triton_kernels_of_a_copy_compute_what_the_packages_do(build: Path) -> None:
+    program = f"""
+from pathlib import Path
+import torch
+import deberta_kernels
+from tests.tools.test_hf_kernel import call, load
+found = []
+for copy in (deberta_kernels, load(Path({str(build)!r}))):
+    arguments = call()
+    out = copy.disentangled_attention(**arguments, backend="triton")
+    out.square().sum().backward()
+    found.append([out, *(x.grad for x in arguments.values() if getattr(x, "requires_grad", False))])
+    assert copy.stats()["calls"]["triton"] == 1
+torch.testing.assert_close(*found, atol=0, rtol=0)
+"""
+    paths = os.pathsep.join(filter(None, (str(ROOT), *sys.path)))
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_layer_has_what_kernels_asks_for(build: Path) -> None:
