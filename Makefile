@@ -13,12 +13,15 @@ VENV ?= .venv
 VENV_TF4 ?= .venv-tf4
 VENV_ECOSYSTEM ?= .venv-ecosystem
 VENV_SPACY ?= .venv-spacy
+VENV_TENSORFLOW ?= .venv-tensorflow
 VENV_OLDEST ?= .venv-oldest
 VENV_NEWEST ?= .venv-newest
 VENV_WHEELS ?= .venv-wheels
 # The newest Triton the kernels are compiled with, and the oldest that is supported.
 TRITON ?= 3.9.0
 TRITON_OLDEST ?= 3.6.0
+# The newest `kernels`, beside the one that the transformers of test-ecosystem takes.
+KERNELS ?= 0.17.2
 # What compiles the CUDA kernels where there is no nvcc.
 NVRTC ?= 13.0.88
 # The Python of the GPU programs: one that has a torch which sees a GPU already, else the environment made here.
@@ -32,9 +35,10 @@ ENVIRONMENT = $(PYTHON) tools/environment.py --torch "$(TORCH)"
 RUN = $(VENV)/bin/python
 TF4_PINS = --pin transformers==4.57.6 --pin adapters==1.3.0
 ECOSYSTEM_PINS = --pin transformers==5.16.1 --pin gliner==0.2.29 --pin sentence-transformers==6.2.0 \
-	--pin presidio-analyzer==2.2.366 --pin bitsandbytes==0.50.2 --pin torchao==0.18.0
+	--pin presidio-analyzer==2.2.366 --pin bitsandbytes==0.50.2 --pin torchao==0.18.0 --pin kernels==0.16.2
 # It needs a transformers older than that of the test extra.
 SPACY_PINS = --pin spacy-transformers==1.4.0 --pin spacy==3.8.18 --pin pytest --pin hypothesis --pin numpy
+TENSORFLOW_PINS = --pin transformers==4.57.6 --pin tensorflow-cpu==2.21.0 --pin tf-keras==2.21.0
 TF4_TESTS ?= tests/integrations tests/unit
 # The oldest and the newest of what pyproject.toml and the README promise; Triton's are above. torch is 7 GB with CUDA,
 # which its index for CPUs spares: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
@@ -46,7 +50,8 @@ OLDEST_PINS = --torch "$(TORCH_OLDEST)" --pin "$(TORCH_OLDEST)" --pin transforme
 NEWEST_PINS = --torch "$(TORCH_NEWEST)" --pin "$(TORCH_NEWEST)" --pin transformers==5.24.0
 # A process for each core, up to eight: one takes a gigabyte. ARGS="-n 0" runs the tests in one process.
 INTERPRETED = TRITON_INTERPRET=1 OMP_NUM_THREADS=1
-INTERPRETED_TESTS = tests/ops/test_triton.py --require triton
+INTERPRETED_TESTS = tests/ops/test_triton.py --require triton \
+	tests/tools/test_hf_kernel.py::test_the_triton_kernels_of_a_copy_compute_what_the_packages_do
 PYTEST = -m pytest -n auto --maxprocesses 8 --dist worksteal
 # What Triton compiles is kept. Of the oldest one a sample: every zone, and variants whose code differs most.
 EXECUTED = $(OFFLINE) OMP_NUM_THREADS=1 TRITON_CACHE_DIR=build/triton-cache
@@ -67,6 +72,7 @@ OFFLINE = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-sanitized test-tf4 test-triton test-ecosystem lint format types build bench-cpu bench-model bench-train
 .PHONY: env-demo env-test env-bench env-tf4 env-triton env-ecosystem env-gpu env-wheels clean kernels-offline cuda-offline count-ptx
+.PHONY: test-tensorflow bench-tensorflow env-tensorflow hf-kernel
 .PHONY: gpu gpu-smoke tune wheels bench-adapters test-fast test-ptx mutants test-versions test-oldest test-newest test-upstream env-oldest env-newest
 MAKEFLAGS += --no-print-directory
 
@@ -137,11 +143,18 @@ test-newest: env-newest $(VENV_NEWEST)/triton-$(TRITON) $(VENV_NEWEST)/triton-$(
 			$(VENV_NEWEST)/bin/python $(PYTEST) $(INTERPRETED_TESTS) $(ARGS) || exit 1; \
 	done
 
-test-ecosystem: env-ecosystem ## run the tests with GLiNER, sentence-transformers, Presidio, spaCy and quantised layers
+test-tensorflow: env-tensorflow ## run the tests with TensorFlow: its checkpoints, moved over, give its answers
+	@$(OFFLINE) $(VENV_TENSORFLOW)/bin/python -m pytest tests/integrations/test_tensorflow.py --require tensorflow $(ARGS)
+
+test-ecosystem: env-ecosystem build/kernels-$(KERNELS) ## run the tests with GLiNER, sentence-transformers, Presidio, spaCy and quantised layers
 	@$(OFFLINE) $(VENV_ECOSYSTEM)/bin/python -m pytest tests/integrations/test_consumers.py \
 		--require gliner,sentence_transformers,presidio_analyzer,bitsandbytes,torchao $(ARGS)
 	@$(OFFLINE) $(VENV_SPACY)/bin/python -m pytest tests/integrations/test_consumers.py -k spacy_transformers \
 		--require spacy_transformers $(ARGS)
+	@for path in . build/kernels-$(KERNELS); do \
+		$(OFFLINE) PYTHONPATH=$$path $(VENV_ECOSYSTEM)/bin/python -m pytest tests/integrations/test_hf_kernels.py \
+			--require kernels $(ARGS) || exit 1; \
+	done
 
 lint: env-test ## check style and formatting
 	@$(RUN) -m ruff check .
@@ -163,6 +176,9 @@ wheels: env-wheels ## write dist/: source archive and wheels; run them where no 
 	@$(VENV_WHEELS)/bin/python tools/wheels.py $(ARGS)
 	@$(VENV_WHEELS)/bin/python tools/check_wheels.py
 
+hf-kernel: ## write build/hf-kernel: the package as a kernel of Hugging Face's hub
+	@$(PYTHON) tools/hf_kernel.py $(ARGS)
+
 bench-cpu: env-test ## time the CPU kernel against PyTorch and Hugging Face
 	@$(RUN) -m benchmarks core $(ARGS)
 
@@ -179,6 +195,9 @@ bench-train: env-test ## time training steps against eager
 bench-adapters: env-tf4 env-test ## time LoRA training, prefixes and prompts patched and unpatched: AdapterHub, then PEFT
 	@$(VENV_TF4)/bin/python -m benchmarks adapters --library adapters $(ARGS)
 	@$(RUN) -m benchmarks adapters --library peft $(ARGS)
+
+bench-tensorflow: env-tensorflow ## time a model moved over from TensorFlow beside TensorFlow
+	@$(VENV_TENSORFLOW)/bin/python -m benchmarks tensorflow --threads 1 $(ARGS)
 
 kernels-offline: env-test build/triton-$(TRITON) build/triton-$(TRITON_OLDEST) ## compile the Triton kernels for devices not here; count
 	@PYTHONPATH=build/triton-$(TRITON) $(RUN) -m pytest -q tests/triton --require triton
@@ -202,7 +221,7 @@ tune: env-gpu ## on a GPU: time tile sizes and write their table
 	@$(OFFLINE) PYTHONPATH=. $(GPU_RUN) -m benchmarks tune $(ARGS)
 
 clean: ## delete the environments and everything built
-	rm -rf $(VENV) $(VENV_TF4) $(VENV_ECOSYSTEM) $(VENV_SPACY) $(VENV_OLDEST) $(VENV_NEWEST) $(VENV_WHEELS) build dist deberta_kernels/lib deberta_kernels.egg-info demo-results
+	rm -rf $(VENV) $(VENV_TF4) $(VENV_ECOSYSTEM) $(VENV_SPACY) $(VENV_TENSORFLOW) $(VENV_OLDEST) $(VENV_NEWEST) $(VENV_WHEELS) build dist deberta_kernels/lib deberta_kernels.egg-info demo-results
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -248,6 +267,13 @@ env-ecosystem:
 	@$(ENVIRONMENT) --venv $(VENV_ECOSYSTEM) --extras test $(ECOSYSTEM_PINS)
 	@$(ENVIRONMENT) --venv $(VENV_SPACY) $(SPACY_PINS)
 	@$(VENV_ECOSYSTEM)/bin/python -W ignore setup.py -q build_native
+
+env-tensorflow:
+	@$(ENVIRONMENT) --venv $(VENV_TENSORFLOW) --extras test $(TENSORFLOW_PINS)
+	@$(VENV_TENSORFLOW)/bin/python -W ignore setup.py -q build_native
+
+build/kernels-%: | env-ecosystem
+	@rm -rf $@.partial && $(VENV_ECOSYSTEM)/bin/python -m pip install -q --no-deps --target $@.partial kernels==$* && mv $@.partial $@
 
 env-oldest:
 	@$(PYTHON_OLDEST) tools/environment.py --venv $(VENV_OLDEST) --extras test $(OLDEST_PINS)

@@ -41,6 +41,7 @@ KINDS = {
     "core": Kind("benchmarks.core.run", "the attention core beside SDPA and eager code; its extra memory"),
     "model": Kind("benchmarks.model.run", "whole models beside eager, ONNX Runtime, OpenVINO and BERT"),
     "texts": Kind("benchmarks.texts.run", "real texts in tokens per second, beside everything else a user may run"),
+    "tensorflow": Kind("benchmarks.model.tensorflow", "a model of TensorFlow beside the same moved over and patched"),
     "train": Kind("benchmarks.training.step", "training steps of a whole model beside eager"),
     "linear": Kind("benchmarks.core.linear", "the linear layers of one encoder layer, by number of tokens"),
     "adapters": Kind("benchmarks.training.adapters", "LoRA, prefixes and prompts, of AdapterHub or PEFT"),

@@ -79,6 +79,12 @@ CANDIDATES: dict[str, dict[str, Candidate]] = {
     },
     "linear": {"pytorch": Candidate("pytorch"), "onednn": Candidate("onednn"), "native": Candidate("native")},
     "adapters": {"eager": Candidate("eager"), "patched": Candidate("patched")},
+    "tensorflow": {
+        "graph": Candidate("TensorFlow", ("tensorflow", "tf_keras")),
+        "xla": Candidate("TensorFlow, XLA", ("tensorflow", "tf_keras")),
+        "eager": Candidate("PyTorch eager"),
+        "patched": Candidate("patched"),
+    },
     "gpu": {
         "bare": Candidate("ours"),
         "triton": Candidate("triton"),

@@ -15,6 +15,7 @@ __all__ = ["listing"]
 FIGURES: dict[str, tuple[Figure, ...]] = {
     "core": (*registry.CORE_FIGURES, *registry.CORE_MODEL_FIGURES),
     "model": registry.MODEL_FIGURES,
+    "tensorflow": registry.TENSORFLOW_FIGURES,
     "train": registry.TRAIN_FIGURES,
     "linear": registry.LINEAR_FIGURES,
     "adapters": tuple(dict.fromkeys(workload.figure for x in registry.ADAPTERS.values() for workload in x)),

@@ -11,8 +11,8 @@ from benchmarks.harness.figures import Figure
 __all__ = [
     "ADAPTERS", "CANDIDATES", "CORE_FIGURES", "CORE_GROUPS", "CORE_MODEL_FIGURES", "DTYPES", "GPU_FIGURES",
     "GPU_LENGTHS", "GROUPS", "LARGE", "LINEAR_FIGURES", "LINEAR_TOKENS", "MODEL_FIGURES", "MODEL_SHAPES", "PEERS",
-    "ROUGH", "RUNTIMES", "TEXTS", "TRAIN_FIGURES", "TRAIN_SHAPES", "Candidate", "Large", "ModelShape", "Shape", "Texts",
-    "Workload",
+    "ROUGH", "RUNTIMES", "TENSORFLOW_FIGURES", "TENSORFLOW_SHAPES", "TEXTS", "TRAIN_FIGURES", "TRAIN_SHAPES",
+    "Candidate", "Large", "ModelShape", "Shape", "Texts", "Workload",
 ]  # fmt: skip
 
 # Of whole models and training steps.
@@ -203,6 +203,17 @@ TEXTS = (
 # Root mean square of the error over that of the answers, above which a less exact dtype is wrong. Answers that have
 # nothing to do with the right ones are at 1.4, the square root of 2.
 ROUGH = {"bfloat16": 0.05, "int8": 0.3}
+
+# A model of TensorFlow and the same moved over, float32.
+TENSORFLOW_SHAPES = (ModelShape(1, 128), ModelShape(1, 512), ModelShape(8, 128), ModelShape(*RAGGED, fill=RAGGED_FILL))
+TENSORFLOW_FIGURES = tuple(
+    Figure("tensorflow", title, shape, "patched", others, *NO_BOUND, "speed", foreign=True)
+    for title, others in (
+        ("times faster than TensorFlow, with or without XLA", ("graph", "xla")),
+        ("times faster than PyTorch eager", ("eager",)),
+    )
+    for shape in TENSORFLOW_SHAPES
+)
 
 # Training steps: (must, aim) against eager.
 TRAIN_EAGER = {

@@ -29,7 +29,7 @@ from benchmarks.harness.quotes import QUOTED, replace_quotes
 
 __all__ = ["KINDS", "SECTIONS", "documents", "main", "newest", "picture_of", "update", "update_each"]
 
-KINDS = ("cpu", "model", "texts", "train", "linear", "adapters", "memory", "convergence", "gpu")
+KINDS = ("cpu", "model", "texts", "tensorflow", "train", "linear", "adapters", "memory", "convergence", "gpu")
 
 # Not a string, which would be taken for a name.
 EVERY = Path("every document")

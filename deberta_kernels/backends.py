@@ -13,7 +13,7 @@ class Backend:
     """One implementation of the attention call.
 
     Attributes:
-        module: where it is: `forward`, `backward`, `refusal`, and what the rest of the row says.
+        module: where it is in this package: `forward`, `backward`, `refusal`, and what the rest of the row says.
         devices: device types that "auto" tries it on; None means every one.
         by_name_only: "auto" never tries it.
         gradients: the backend that computes the gradients of calls which `backward_refusal` of its own refuses. Both
@@ -39,13 +39,11 @@ class Backend:
 # Slowest first. The CUDA kernels lose "by_name_only" where a committed measurement shows them right and ahead: on those
 # devices, dtypes and lengths. There is none yet.
 REGISTRY = {
-    "reference": Backend("deberta_kernels.impl.reference", by_name_only=True, own_graph=True),
-    "torch": Backend("deberta_kernels.impl.torch_tiled"),
-    "cpu": Backend("deberta_kernels.impl.cpu", ("cpu",), prepares=True, direct=True),
-    "triton": Backend("deberta_kernels.impl.triton", ("cuda",), prepares=True, self_tested=True),
-    "cuda": Backend(
-        "deberta_kernels.impl.cuda", ("cuda",), by_name_only=True, gradients="triton", prepares=True, self_tested=True
-    ),
+    "reference": Backend(".impl.reference", by_name_only=True, own_graph=True),
+    "torch": Backend(".impl.torch_tiled"),
+    "cpu": Backend(".impl.cpu", ("cpu",), prepares=True, direct=True),
+    "triton": Backend(".impl.triton", ("cuda",), prepares=True, self_tested=True),
+    "cuda": Backend(".impl.cuda", ("cuda",), by_name_only=True, gradients="triton", prepares=True, self_tested=True),
 }
 BACKENDS = tuple(REGISTRY)
 

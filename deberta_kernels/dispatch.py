@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from deberta_kernels import __name__ as PACKAGE
 from deberta_kernels import env
 from deberta_kernels.backends import BACKENDS, REGISTRY, order
 from deberta_kernels.notices import DebertaKernelsWarning, warn_once
@@ -56,7 +57,7 @@ def load(name: str) -> ModuleType:
     module = _loaded.get(name)
     if module is None:
         try:
-            module = importlib.import_module(REGISTRY[name].module)
+            module = importlib.import_module(REGISTRY[name].module, PACKAGE)
         except (ImportError, OSError) as error:
             raise RuntimeError(f"the module of backend {name!r} does not load ({error})") from error
         _loaded[name] = module

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from deberta_kernels import __name__ as PACKAGE
 from deberta_kernels.position import attention_span
 
 __all__ = ["attention_backward_flops", "attention_flops", "register"]
 
+_OPERATORS = getattr(torch.ops, PACKAGE)
 _COUNTER = "torch.utils.flop_counter"
 
 
@@ -29,7 +31,7 @@ def attention_flops(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
         out_val: its results.
         kwargs: those of its arguments that were given by name.
     """
-    content, c2p, p2c = _products(_named(torch.ops.deberta_kernels.attention, args, kwargs))
+    content, c2p, p2c = _products(_named(_OPERATORS.attention, args, kwargs))
     return 2 * content + c2p + p2c
 
 
@@ -41,7 +43,7 @@ def attention_backward_flops(*args: Any, out_val: Any = None, **kwargs: Any) -> 
         out_val: its results.
         kwargs: those of its arguments that were given by name.
     """
-    named = _named(torch.ops.deberta_kernels.attention_backward, args, kwargs)
+    named = _named(_OPERATORS.attention_backward, args, kwargs)
     content, c2p, p2c = _products(named)
     q, k, v, pos_key, pos_query = (int(need) for need in named["needs"])
     through_scores = int(any((q, k, pos_key, pos_query)))
@@ -82,8 +84,8 @@ def register() -> None:
     if module is None:
         return
     formulas = {
-        torch.ops.deberta_kernels.attention: attention_flops,
-        torch.ops.deberta_kernels.attention_backward: attention_backward_flops,
+        _OPERATORS.attention: attention_flops,
+        _OPERATORS.attention_backward: attention_backward_flops,
     }
     registries = [getattr(getattr(mode, "counter", None), "flop_registry", None) for mode in _modes()]
     for target, formula in formulas.items():

@@ -8,6 +8,7 @@ import sys
 import threading
 import warnings
 
+from deberta_kernels import __name__ as PACKAGE
 from deberta_kernels.backends import BACKENDS
 
 __all__ = [
@@ -28,7 +29,7 @@ class DebertaKernelsWarning(UserWarning):
 # Enough for every kind of message there is; a caller who makes up new ones does not fill the memory.
 _MAX_WARNED = 256
 # A warning points at the nearest caller outside these packages.
-_INSIDE = ("deberta_kernels", "torch", "transformers")
+_INSIDE = (PACKAGE, "torch", "transformers")
 
 _lock = threading.Lock()
 _calls: dict[str, int] = dict.fromkeys(BACKENDS, 0)

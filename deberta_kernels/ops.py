@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from deberta_kernels import __name__ as PACKAGE
 from deberta_kernels import dispatch, flops
 from deberta_kernels.backends import REGISTRY, Backend
 from deberta_kernels.checks.operands import check_gradients, check_problem, check_reachable_rows, check_storages
@@ -36,6 +37,8 @@ __all__ = ["attention"]
 _PROBLEM = ", ".join([*(f"{kind} {name}" for name, kind in ARGUMENTS), "str backend"])
 _TENSORS = sum(kind.startswith("Tensor") for _, kind in ARGUMENTS)  # they come first
 _BOUNDS = [name for name, _ in ARGUMENTS].index("cu_seqlens")
+# A copy of this package under another name has operators of its own.
+_OPERATORS = getattr(torch.ops, PACKAGE)
 _problem = AttentionProblem.of_arguments
 _DIFFERENTIABLE = 5  # q, k, v, pos_key, pos_query
 _VIEW_TRACKING = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
@@ -54,11 +57,9 @@ _NO_VMAP = (
 )
 
 
+torch.library.define(f"{PACKAGE}::attention", f"({_PROBLEM}) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
 torch.library.define(
-    "deberta_kernels::attention", f"({_PROBLEM}) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,)
-)
-torch.library.define(
-    "deberta_kernels::attention_backward",
+    f"{PACKAGE}::attention_backward",
     f"(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_PROBLEM}, bool[] needs) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
@@ -90,7 +91,7 @@ def attention(problem: AttentionProblem, backend: str, *, strict: bool = False) 
     if problem.dropout_p > 0.0 and problem.seed is None and problem.q.numel() > 0:
         problem = problem.changed(seed=draw_seed(problem.q.device))
     if compiling:
-        return torch.ops.deberta_kernels.attention(*problem.arguments(), backend)  # type: ignore[no-any-return]
+        return _OPERATORS.attention(*problem.arguments(), backend)  # type: ignore[no-any-return]
     tensors = problem.tensors()
     if needs_operator(tensors):
         return _watched(problem, backend)
@@ -113,7 +114,7 @@ def _watched(problem: AttentionProblem, backend: str) -> tuple[Tensor, Tensor]:
     arguments = _with_own_bounds(arguments)  # before the forward runs; in eager mode they are a copy already
     if transformed() and not traced():
         return _FunctionalAttention.apply(*arguments)  # type: ignore[no-any-return]
-    return torch.ops.deberta_kernels.attention(*arguments)  # type: ignore[no-any-return]
+    return _OPERATORS.attention(*arguments)  # type: ignore[no-any-return]
 
 
 def _refuse_tangents(arguments: tuple[Any, ...]) -> None:
@@ -274,7 +275,7 @@ def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[
     watched = torch.compiler.is_compiling() or torch.is_grad_enabled() or needs_operator(arguments[:_TENSORS])
     if watched or any(x is not None and is_mapped(x) for x in (dout, dlse)):
         functional = transformed() and not traced()
-        compute = _FunctionalBackward.apply if functional else torch.ops.deberta_kernels.attention_backward
+        compute = _FunctionalBackward.apply if functional else _OPERATORS.attention_backward
         gradients = compute(dout, dlse, out, lse, *arguments, needs)
         return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *nothing
     with torch._C._AutoDispatchBelowAutograd():
@@ -326,7 +327,7 @@ class _FunctionalBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        return torch.ops.deberta_kernels.attention_backward(*arguments)  # type: ignore[no-any-return]
+        return _OPERATORS.attention_backward(*arguments)  # type: ignore[no-any-return]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -353,12 +354,12 @@ def _refuse_vmap(info: Any, in_dims: Any, *arguments: Any) -> None:
     raise NotImplementedError(_NO_VMAP)
 
 
-torch.library.impl("deberta_kernels::attention", "CompositeExplicitAutograd", _op_forward)
-torch.library.impl("deberta_kernels::attention_backward", "CompositeExplicitAutograd", _op_backward)
-torch.library.register_fake("deberta_kernels::attention", _fake_forward)
-torch.library.register_fake("deberta_kernels::attention_backward", _fake_backward)
-torch.library.register_autograd("deberta_kernels::attention", _differentiate, setup_context=_save_of_operator)
-torch.library.register_autograd("deberta_kernels::attention_backward", _refuse_second_derivative)
-torch.library.register_vmap("deberta_kernels::attention", _refuse_vmap)
-torch.library.register_vmap("deberta_kernels::attention_backward", _refuse_vmap)
+torch.library.impl(f"{PACKAGE}::attention", "CompositeExplicitAutograd", _op_forward)
+torch.library.impl(f"{PACKAGE}::attention_backward", "CompositeExplicitAutograd", _op_backward)
+torch.library.register_fake(f"{PACKAGE}::attention", _fake_forward)
+torch.library.register_fake(f"{PACKAGE}::attention_backward", _fake_backward)
+torch.library.register_autograd(f"{PACKAGE}::attention", _differentiate, setup_context=_save_of_operator)
+torch.library.register_autograd(f"{PACKAGE}::attention_backward", _refuse_second_derivative)
+torch.library.register_vmap(f"{PACKAGE}::attention", _refuse_vmap)
+torch.library.register_vmap(f"{PACKAGE}::attention_backward", _refuse_vmap)
 flops.register()

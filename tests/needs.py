@@ -43,11 +43,13 @@ PACKAGES = {
     "adapters": "test-tf4",
     "bitsandbytes": "test-ecosystem",
     "gliner": "test-ecosystem",
+    "kernels": "test-ecosystem",
     "matplotlib": "test",
     "presidio_analyzer": "test-ecosystem",
     "sentence_transformers": "test-ecosystem",
     "spacy": "test-ecosystem",
     "spacy_transformers": "test-ecosystem",
+    "tensorflow": "test-tensorflow",
     "torchao": "test-ecosystem",
     "triton": "test-triton",
 }

@@ -23,6 +23,7 @@ MEGABYTE = 1e6
 TIMES = {
     "cpu": ("core", "core", "attention core, ms"),
     "model": ("models", "model", "forward, ms"),
+    "tensorflow": ("moved", "tensorflow", "forward, ms"),
     "train": ("steps", "train", "training step, ms"),
     "adapters": ("workloads", "adapters", "adapters, ms"),
     "linear": ("records", "linear", "linear layers of an encoder layer, ms"),
@@ -173,11 +174,12 @@ def conditions(result: dict[str, Any]) -> str:
     """Return one paragraph that says where and how the numbers were measured."""
     machine, versions, settings = result["machine"], result["versions"], result["settings"]
     commit = (result["commit"]["id"] or "unknown")[:8] + (" with changes" if result["commit"]["modified"] else "")
+    rival = f"TensorFlow {versions['tensorflow']}, " if "tensorflow" in versions else ""
     after = f", {result['load_average_after'][0]} after" if "load_average_after" in result else ""
     return (
         f"{cores(result)}, {settings['clock']}; "
         f"backend {settings['backend']}, instruction set {result['library']['isa'] or 'none'}; "
-        f"torch {versions['torch']} ({versions['torch_isa']}), transformers {versions['transformers']}, "
+        f"torch {versions['torch']} ({versions['torch_isa']}), transformers {versions['transformers']}, {rival}"
         f"Python {versions['python']}; commit {commit}, {result['date'][:10]}; "
         f"load {machine['load_average'][0]} before{after}"
         + ("; the library is not made of these sources" if result["library"]["stale"] else "")

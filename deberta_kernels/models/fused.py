@@ -41,7 +41,15 @@ from deberta_kernels.models.registry import (
 from deberta_kernels.models.standalone.self_attention import DisentangledSelfAttention
 from deberta_kernels.torch_state.tracing import answered_once, traces_questions
 
-__all__ = ["FusedAttention", "FusedEncoder", "attend_unless_changed", "attention_refusal", "is_ours"]
+__all__ = [
+    "FusedAttention",
+    "FusedEncoder",
+    "attend_unless_changed",
+    "attention_of",
+    "attention_refusal",
+    "encode_unless_changed",
+    "is_ours",
+]
 
 
 class FusedAttention(Patched):
@@ -77,7 +85,7 @@ class FusedEncoder(Patched):
         return_dict: bool = True,
     ) -> Any:
         """Run all layers; see `encode` for the arguments."""
-        return _encode(
+        return encode_unless_changed(
             self, hidden_states, attention_mask, output_hidden_states, output_attentions, query_states, relative_pos,
             return_dict,
         )  # fmt: skip
@@ -106,7 +114,7 @@ def attend_unless_changed(
     return original(module, *arguments, **named)  # type: ignore[no-any-return]
 
 
-def _encode(module: Any, *arguments: Any, original: Any = None, **named: Any) -> Any:
+def encode_unless_changed(module: Any, *arguments: Any, original: Any = None, **named: Any) -> Any:
     """Run the encoder as `attend_unless_changed` does its module; arguments as of `encode`."""
     changed = None if traces_questions() else _look_at(module, Kind.ENCODER, original is None)
     original, options = original or original_forward(type(module)), options_of(module)
@@ -117,10 +125,10 @@ def _encode(module: Any, *arguments: Any, original: Any = None, **named: Any) ->
     if not is_compiling and not begin(module):
         return original(module, *arguments, **named)
     try:
-        found = list(map(fused_row, _attention_of(module)))
+        found = list(map(fused_row, attention_of(module)))
         if not is_compiling and None in found:
             _fuse_again(module, options)
-            found = list(map(fused_row, _attention_of(module)))
+            found = list(map(fused_row, attention_of(module)))
         mask_types = [row.mask_type for row in found if row is not None and row.mask_type is not EncoderMask]
         mask_type = mask_types[0] if mask_types else EncoderMask
         return encode(module, options, original, *arguments, takes_mask=_takes_mask, mask_type=mask_type, **named)
@@ -139,8 +147,8 @@ register(
         for kind, version, name, mixin, run, methods in (
             (Kind.ATTENTION, VERSION_TWO, _ATTENTION, FusedAttention, attend_unless_changed, _BIAS),
             (Kind.ATTENTION, VERSION_ONE, _ATTENTION, FusedAttention, attend_unless_changed, _BIAS_ONE),
-            (Kind.ENCODER, VERSION_TWO, "DebertaV2Encoder", FusedEncoder, _encode, _MASKS),
-            (Kind.ENCODER, VERSION_ONE, "DebertaEncoder", FusedEncoder, _encode, _MASKS),
+            (Kind.ENCODER, VERSION_TWO, "DebertaV2Encoder", FusedEncoder, encode_unless_changed, _MASKS),
+            (Kind.ENCODER, VERSION_ONE, "DebertaEncoder", FusedEncoder, encode_unless_changed, _MASKS),
         )
     )
 )
@@ -186,7 +194,7 @@ def _takes_mask(attention: nn.Module, seen: set[Any]) -> bool:
 
 def _fuse_again(encoder: nn.Module, options: AttentionOptions) -> None:
     """Fuse the attention modules, and all around them, that got another class of their package since the patch."""
-    for attention in _attention_of(encoder):
+    for attention in attention_of(encoder):
         if fused_row(attention) is not None:
             continue
         row = row_of(attention, Kind.ATTENTION)
@@ -212,7 +220,8 @@ def attention_refusal(module: nn.Module) -> str | None:
     return refused or (TALKING_HEADS[0] if mixes_heads(module) else None)
 
 
-def _attention_of(encoder: nn.Module) -> list[nn.Module]:
+def attention_of(encoder: nn.Module) -> list[nn.Module]:
+    """Return the attention modules in the layers of an encoder."""
     found = []
     layers: Any = getattr(encoder, "layer", ())
     # A list may have a way of its own to go through its layers, which is for the encoder to go once a forward.

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from deberta_kernels.torch_state.onlookers import forward_below_accelerate
+from deberta_kernels.torch_state.onlookers import forward_below_accelerate, own_forward_bound
 
 __all__ = [
     "ORIGINAL",
@@ -85,7 +85,9 @@ def original_forward(cls: type[nn.Module]) -> Callable[..., Any]:
 
 def forward_of(module: nn.Module) -> Callable[..., Any] | None:
     """Return the unbound forward that calling the module ends in; None if its instance hides the one of its class."""
-    return forward_below_accelerate(module) if "forward" in module.__dict__ else type(module).forward
+    if "forward" not in module.__dict__ or own_forward_bound(module) is not None:
+        return type(module).forward
+    return forward_below_accelerate(module)
 
 
 def patch_class(module: nn.Module, mixin: type[Patched], options: Any) -> None:
@@ -111,9 +113,10 @@ def restore_class(module: nn.Module) -> bool:
 def _assign(module: nn.Module, cls: type[nn.Module]) -> None:
     before = type(module).forward
     module.__class__ = cls
-    kept = module.__dict__.get("_old_forward")
-    if isinstance(kept, types.MethodType) and kept.__self__ is module and kept.__func__ is before:
-        module.__dict__["_old_forward"] = types.MethodType(cls.forward, module)
+    for name in ("_old_forward", "forward"):  # accelerate's; that of `kernels` where it has no layer to put there
+        kept = module.__dict__.get(name)
+        if isinstance(kept, types.MethodType) and kept.__self__ is module and kept.__func__ is before:
+            module.__dict__[name] = types.MethodType(cls.forward, module)
 
 
 def _patched_class(mixin: type[Patched], base: type[nn.Module], options: Any) -> type[nn.Module]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from deberta_kernels import __name__ as PACKAGE
 from deberta_kernels import dispatch, native, notices
 from deberta_kernels.linear import products
 from deberta_kernels.models.dense import fuse_dense
@@ -149,7 +150,7 @@ def _is_called(module: nn.Module, kind: Kind) -> bool:
     """Tell whether a module has a class of a name of this kind: Hugging Face's, subclasses, and others called alike."""
     names = {row.name for row in rows(kind)}
     classes = type(module).__mro__
-    return any(c.__name__ in names and not c.__module__.startswith("deberta_kernels") for c in classes)
+    return any(c.__name__ in names and not c.__module__.startswith(f"{PACKAGE}.") for c in classes)
 
 
 def _encoder_refusal(module: nn.Module) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 import threading
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 
+from deberta_kernels import __name__ as PACKAGE
 from deberta_kernels import env
 from deberta_kernels.native import library_file
 from deberta_kernels.native.params import ABI_VERSION, AttentionParams, DropoutParams, LinearParams, layouts
@@ -48,7 +50,19 @@ _TAKES = {
     "dk_cpu_dropout": DropoutParams,
 }
 
-_INSTALLED = Path(__file__).resolve().parents[1] / "lib" / "libdeberta_kernels_cpu.so"
+_DISTRIBUTED = "deberta_kernels"
+
+
+def _installed() -> Path:
+    """Return where the library is: in this package; for a copy without one, in the package that is installed."""
+    package = Path(__file__).resolve().parents[1]
+    found = importlib.util.find_spec(_DISTRIBUTED) if PACKAGE != _DISTRIBUTED else None
+    if found is not None and found.origin is not None:
+        package = Path(found.origin).resolve().parent
+    return package / "lib" / "libdeberta_kernels_cpu.so"
+
+
+_INSTALLED = _installed()
 
 
 class Library:
@@ -187,7 +201,8 @@ def opened() -> Library | None:
 def _damage(path: str) -> str | None:
     """Return why the library cannot be opened, and what to do about it; None where nothing speaks against it."""
     if not os.path.lexists(path):
-        return f"the native library is not built ({path} is missing); install a C++ compiler and reinstall"
+        remedy = "install a C++ compiler and reinstall" if PACKAGE == _DISTRIBUTED else "pip install deberta-kernels"
+        return f"the native library is not built ({path} is missing); {remedy}"
     found = library_file.damage(path)
     remedy = "build it again with `python setup.py build_native`, or reinstall"
     return None if found is None else f"the native library {path} cannot be used: {found}; {remedy}"

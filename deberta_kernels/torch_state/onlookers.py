@@ -17,7 +17,11 @@ from torch.utils.hooks import RemovableHandle
 
 from deberta_kernels.torch_state.originals import Originals, is_own
 
+# On a forward that `kernels` puts on an instance: it goes on to that of the class where this package made that.
+LAYER = "__deberta_kernels_layer__"
+
 __all__ = [
+    "LAYER",
     "are_instances_watched",
     "calls_differently",
     "forward_below_accelerate",
@@ -25,6 +29,7 @@ __all__ = [
     "has_hooks",
     "hooks_registered",
     "is_watched",
+    "own_forward_bound",
     "register_hooks",
     "sees_every_call",
 ]
@@ -107,7 +112,7 @@ def is_watched(module: nn.Module) -> bool:
     if any(_hooks_of(own)) or not own.keys().isdisjoint(_INSTANCE_CALLS):  # as hardly any have
         if not all(_is_known(hook) for kind in _hooks_of(own) for hook in kind.values()):
             return True
-        if "forward" in own and not _is_moved_by_accelerate(module):
+        if "forward" in own and own_forward_bound(module) is None and not _is_moved_by_accelerate(module):
             return True
         if "_call_impl" in own or not _is_compiled_by_torch(module):
             return True
@@ -149,6 +154,18 @@ def forward_below_accelerate(module: nn.Module) -> Callable[..., Any] | None:
     if not isinstance(kept, types.MethodType) or kept.__self__ is not module:
         return None
     return kept.__func__
+
+
+def own_forward_bound(module: nn.Module) -> Callable[..., Any] | None:
+    """Return the forward on a module's instance, unbound, if it only says what the class does; None otherwise.
+
+    The package `kernels` binds the forward of the class where it has no other, and this package's layer goes on to it.
+    """
+    forward = module.__dict__.get("forward")
+    if not isinstance(forward, types.MethodType) or forward.__self__ is not module:
+        return None
+    function = forward.__func__
+    return function if function is type(module).forward or hasattr(function, LAYER) else None
 
 
 def _is_moved_by_accelerate(module: nn.Module) -> bool:

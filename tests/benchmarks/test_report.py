@@ -99,6 +99,15 @@ def test_a_processor_is_named_as_people_do_with_its_cores() -> None:
     assert tables.cores(made) == "4 cores of AMD EPYC 9004 (Zen 4)"
 
 
+def test_a_patched_model_takes_less_time_than_tensorflow() -> None:
+    found = report.newest("tensorflow")
+    assert found is not None
+    assert found["moved"]
+    for moved in found["moved"]:  # docs/tensorflow.md says so
+        times = {name: sample["median"] for name, sample in moved["samples"].items()}
+        assert times["patched"] < min(times["graph"], times["xla"]), moved["label"]
+
+
 def test_a_document_without_a_section_is_refused_by_name(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text("nothing\n", encoding="utf-8")

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from deberta_kernels import __name__ as PACKAGE
 from deberta_kernels.models.anatomy import VERSION_ONE, VERSION_TWO, anatomy_of
 from deberta_kernels.models.guards.own_code import runs_own
 from deberta_kernels.models.patched_class import Patched
@@ -37,7 +38,7 @@ _ROUTES = (VERSION_TWO.home, VERSION_ONE.home)
 # Packages whose modules compute each token from that token alone, and PyTorch's own modules that do.
 _TOKENWISE = (
     "transformers.activations", "transformers.pytorch_utils",
-    "transformers.integrations.", "peft.tuners.", "deberta_kernels.", "bitsandbytes.", "torchao.",
+    "transformers.integrations.", "peft.tuners.", f"{PACKAGE}.", "bitsandbytes.", "torchao.",
 )  # fmt: skip
 _TOKENWISE_TORCH = (
     "Linear", "LayerNorm", "RMSNorm", "Dropout", "Identity", "GELU", "ReLU", "ReLU6", "LeakyReLU", "ELU", "CELU",
