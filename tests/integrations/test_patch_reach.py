@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import types
 from typing import Any
 
 import pytest
@@ -247,3 +248,30 @@ def test_a_model_patched_by_itself_keeps_its_options_beside_patch_all(build, bat
 def test_a_model_pickled_under_patch_all_is_an_ordinary_pickle(build):
     dk.patch_all()
     assert b"deberta_kernels" not in pickle.dumps(build())
+
+
+@pytest.mark.parametrize("first", ["bind", "patch"])
+def test_forwards_bound_to_their_modules_hide_nothing(build, batch, packings, first: str) -> None:
+    """The package `kernels` binds the forward of its class to a module for which it has no layer."""
+
+    def bind() -> None:
+        for module in model.modules():
+            module.forward = types.MethodType(type(module).forward, module)
+
+    model, inputs = build(), batch(8, 64)
+    expected = states(model, inputs)
+    for step in (bind, lambda: dk.patch(model, strict=True))[:: 1 if first == "bind" else -1]:
+        step()
+    torch.testing.assert_close(states(model, inputs), expected)
+    assert (kernel_calls(), packings[-1] is not None) == (2, True)
+    dk.unpatch(model)
+    torch.testing.assert_close(states(model, inputs), expected, atol=0, rtol=0)
+    assert kernel_calls() == 2
+
+
+def test_another_function_bound_to_a_module_is_left_alone(build) -> None:
+    model = build()
+    attention = model.encoder.layer[0].attention.self
+    attention.forward = types.MethodType(OwnForward.forward, attention)
+    report = dk.patch(model)
+    assert report.left_alone == {"encoder.layer.0.attention.self": "its forward was replaced on the instance"}
