@@ -18,6 +18,11 @@ from deberta_kernels.models.registry import Kind, install, row_of, rows, uninsta
 
 __all__ = ["PatchReport", "patch", "patch_all", "unpatch", "unpatch_all"]
 
+# Attributes under which other objects hold a module: pipelines, trainers and spaCy's components `model`, recognizers of
+# Presidio `ner_pipeline`, its component for spaCy `pipeline`, spacy-transformers' model `transformer`.
+_HOLDERS = ("model", "ner_pipeline", "pipeline", "transformer")
+_DEEPEST = 3  # a spaCy component holds a pipeline, which holds the module
+
 
 @dataclass(frozen=True)
 class PatchReport:
@@ -54,7 +59,7 @@ def _counted(number: int, name: str) -> str:
 
 
 def patch(
-    model: nn.Module,
+    model: object,
     *,
     backend: str = "auto",
     unpad: str | bool = "auto",
@@ -68,7 +73,8 @@ def patch(
 
     Args:
         model: a Hugging Face model with any head, one inside PEFT or with AdapterHub's adapters, or any module with
-            DeBERTa somewhere inside.
+            DeBERTa somewhere inside (SentenceTransformer, CrossEncoder, GLiNER); or what holds one as `.model`: a
+            pipeline, a Trainer; a recognizer of Presidio, a component of spaCy.
         backend: "auto" or the name of a backend, which then never falls back to another one.
         unpad: whether the encoder leaves out the padding of a batch: "auto", where that pays; True, wherever it can;
             False, never. Results are the same, padded rows included (without dropout).
@@ -84,14 +90,13 @@ def patch(
         What was patched, and what was left alone and why.
 
     Raises:
-        TypeError: model is not a module, or strict is not a bool.
+        TypeError: model neither is nor holds a module, or strict is not a bool.
         ValueError: no DeBERTa inside, or an unknown backend, unpad or fast_linears.
         RuntimeError: the backend's module does not load.
         NotImplementedError: fast_linears=True without the native library; or strict, and something was left alone.
     """
     options = _options(backend, unpad, strict, fast_linears)
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}; pass the model itself.")
+    model = _module_of(model)
     encoders, attentions, left_alone = _find(model)
     if not attentions and not encoders and not left_alone:
         raise ValueError(
@@ -113,6 +118,27 @@ def patch(
     for module in attentions:
         patch_class(module, row_of(module, Kind.ATTENTION).mixin, options)
     return PatchReport(len(attentions), left_alone, len(encoders))
+
+
+def _module_of(model: object) -> nn.Module:
+    """Return the model if it is a module, else the module that it holds.
+
+    Raises:
+        TypeError: neither.
+    """
+    if isinstance(model, type):
+        raise TypeError(f"model must be a torch.nn.Module, got the class {model.__name__}; pass an instance of it.")
+    level: list[object] = [model]
+    for _ in range(_DEEPEST + 1):
+        for one in level:
+            if isinstance(one, nn.Module):
+                return one
+        level = [getattr(one, name) for one in level for name in _HOLDERS if hasattr(one, name)]
+    held = f", whose .model is a {type(model.model).__name__}" if hasattr(model, "model") else ""
+    raise TypeError(
+        f"model must be a torch.nn.Module, got {type(model).__name__}{held}; "
+        "pass the model itself, or a pipeline, Trainer or the like that holds it as .model."
+    )
 
 
 def _find(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module], dict[str, str]]:
@@ -156,24 +182,22 @@ def _encoder_refusal(module: nn.Module) -> str | None:
     return row_of(module, Kind.ENCODER).refusal(module)
 
 
-def unpatch(model: nn.Module) -> int:
+def unpatch(model: object) -> int:
     """Give every module that `patch` changed inside a model its own class back.
 
     A forward that another thread has begun ends patched, and is waited for; one that begins meanwhile is not patched.
 
     Args:
-        model: the model given to `patch`, or any module that contains it; one that is not patched stays as it is.
+        model: what was given to `patch`, or any module that contains it; one that is not patched stays as it is.
 
     Returns:
         Number of attention modules and encoders that changed.
 
     Raises:
-        TypeError: model is not a module.
+        TypeError: model neither is nor holds a module.
         RuntimeError: something made subclasses of the patched classes since; nothing was changed.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}; pass the model itself.")
-    modules = list(model.modules())
+    modules = list(_module_of(model).modules())
     for module in modules:
         if isinstance(module, Patched) and not has_patched_class(module):
             restore_class(module)  # raises, before anything changed
