@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     commands.add_parser("info", help="say what is installed, which backends are active, and why")
     commands.add_parser(
         "bench",
-        help="time the attention core; in a checkout all further options go to `python -m benchmarks core`",
+        help="measure a model of yours on texts of yours (--model, --text); without --model, time the attention core",
         add_help=False,
     )
     explain = commands.add_parser("explain", help="say which backend would run a call, and why not the others")
@@ -97,7 +97,13 @@ def show_explanation(options: argparse.Namespace) -> int:
 
 
 def bench(arguments: Sequence[str]) -> int:
-    """Run the checkout's benchmark when there is one, else the small one that is installed."""
+    """Measure a model if one is named; else run the checkout's benchmark, or the small one that is installed."""
+    from .bench import options
+
+    if options.name_a_model(arguments):
+        from .bench.command import run as run_model
+
+        return run_model(options.parser().parse_args(arguments))
     checkout = Path(__file__).resolve().parent.parent
     if (checkout / "benchmarks" / "__main__.py").is_file():
         command = [sys.executable, "-m", "benchmarks", "core", *arguments]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from pathlib import Path
@@ -14,17 +13,18 @@ from torch import nn
 
 import deberta_kernels as dk
 
-from .measure import MEMORY_METHOD, Case, MeasurementError, difference_and_times, in_child, peak_memory
+from .measure import MEMORY_METHOD, Case, MeasurementError, can_measure, difference_and_times, in_child, peak_memory
 from .model import DEFAULT_MODEL, Loaded, load, shared_copy
-from .report import Row, conditions, draw, format_table, write_numbers
+from .report import Row, conditions, described, draw, format_table, write_numbers
+from .results import check_folder, write_picture
 from .text import ragged_batch, single
 
 __all__ = ["add_arguments", "run"]
 
-LENGTHS = (64, 128, 256, 512, 1024, 2048)
+LENGTHS = (64, 128, 256, 512, 1024)
 QUICK_LENGTHS = (64, 128, 256)
-RAGGED_SENTENCES = 8
-RAGGED_LONGEST = 256
+RAGGED_TEXTS = 8
+RAGGED_LONGEST = 512
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,10 +82,9 @@ def _cases(loaded: Loaded, options: argparse.Namespace) -> list[Case]:
     if not lengths:
         raise ValueError(f"--max-length {options.max_length} leaves no length to run")
     cases = [Case(f"1 x {n}", *single(loaded.encode, n)) for n in lengths]
-    sentences = 4 if options.quick else RAGGED_SENTENCES
-    ids, mask = ragged_batch(loaded.encode, sentences, min(RAGGED_LONGEST, lengths[-1]))
-    filled = mask.float().mean().item()
-    cases.append(Case(f"{sentences} x {ids.shape[1]}, ragged ({filled:.0%} real)", ids, mask))
+    texts = 4 if options.quick else RAGGED_TEXTS
+    longest = min(RAGGED_LONGEST, lengths[-1])
+    cases.append(Case(f"{texts} texts, one long ({longest})", *ragged_batch(loaded.encode, texts, longest)))
     return cases
 
 
@@ -95,7 +94,7 @@ def _measure(before: nn.Module, after: nn.Module, case: Case, threads: int, quic
         _say(f"{case.label}: memory {name}")
         memory[name] = in_child(lambda model=model: peak_memory(model, case), threads)["bytes"]  # type: ignore[misc]
     _say(f"{case.label}: time before and after")
-    pairs, seconds = (3, 2.0) if quick else (15, 8.0)
+    pairs, seconds = (3, 2.0) if quick else (15, 6.0)
     timed = in_child(lambda: difference_and_times(before, after, case, pairs, seconds), threads)
     row = Row(
         label=case.label,
@@ -103,6 +102,8 @@ def _measure(before: nn.Module, after: nn.Module, case: Case, threads: int, quic
         tokens=case.tokens,
         seconds_before=timed["before"],
         seconds_after=timed["after"],
+        cpu_before=timed["cpu_before"],
+        cpu_after=timed["cpu_after"],
         bytes_before=memory["before"],
         bytes_after=memory["after"],
         difference=timed["difference"],
@@ -117,9 +118,8 @@ def _show(options: argparse.Namespace, about: dict[str, Any], rows: list[Row], f
     print()
     print(format_table(rows))
     print()
-    print(f"model: {about['model']}, {about['dtype']}, {about['threads']} thread(s)")
-    print(f"processor: {about['processor']}, native library: {about['instruction_set'] or 'not there'}")
-    print(f"torch {about['torch']}, transformers {about['transformers']}, deberta_kernels {about['deberta_kernels']}")
+    print(described(about))
+    print(f"deberta_kernels {about['deberta_kernels']}, native library: {about['instruction_set'] or 'not there'}")
     print("time: median of one forward pass, the two models taking turns in one process")
     print(f"memory: {about['memory']}")
     largest = max(row.scale for row in rows)
@@ -129,8 +129,7 @@ def _show(options: argparse.Namespace, about: dict[str, Any], rows: list[Row], f
     written = write_numbers(options.output, options.name, about, rows)
     picture = options.output / f"{options.name}.png"
     try:
-        draw(picture, about, rows)
-        written.insert(0, picture)
+        written.insert(0, write_picture(picture, draw(about, rows)))
     except ImportError:
         print("no picture: matplotlib is not installed (pip install matplotlib)")
     print("written: " + ", ".join(map(str, written)))
@@ -138,7 +137,7 @@ def _show(options: argparse.Namespace, about: dict[str, Any], rows: list[Row], f
 
 def run(options: argparse.Namespace) -> int:
     """Run the demo and return the process's exit status."""
-    if not hasattr(os, "fork") or not Path("/proc/self/status").exists():
+    if not can_measure():
         print("The demo measures memory through /proc and needs Linux.", file=sys.stderr)
         return 1
     started = time.perf_counter()
@@ -147,6 +146,7 @@ def run(options: argparse.Namespace) -> int:
     dtype: torch.dtype = getattr(torch, options.dtype)
     _say(f"loading {options.model or DEFAULT_MODEL}")
     try:
+        check_folder(options.output)
         loaded = load(options.model, dtype)
         after = shared_copy(loaded.model)
         report = dk.patch(after, backend=options.backend)
