@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+import torch
 from torch import nn
 
 from deberta_kernels import dispatch, native, notices
@@ -24,6 +27,20 @@ _HOLDERS = ("model", "ner_pipeline", "pipeline", "transformer")
 _DEEPEST = 3  # a spaCy component holds a pipeline, which holds the module
 
 
+class Example(NamedTuple):
+    """What decides on the backend of a call."""
+
+    device: torch.device
+    dtype: torch.dtype
+    heads: int
+    head_dim: int
+    backend: str
+
+    def __str__(self) -> str:
+        problem = dispatch.ordinary_call(self.device, self.dtype, self.heads, self.head_dim)
+        return dispatch.outlook(problem, self.backend)
+
+
 @dataclass(frozen=True)
 class PatchReport:
     """What `patch` did.
@@ -32,11 +49,14 @@ class PatchReport:
         patched: number of attention modules that now run through the kernels.
         left_alone: name of each DeBERTa module that still runs its own code -> reason.
         encoders: number of encoders that no longer build N x N tensors.
+        example: a call as the model makes them, and the backend that was asked for; None where nothing was patched, or
+            the model is on no device yet. The text says what would run it, and has a GPU's kernels compiled for that.
     """
 
     patched: int
     left_alone: dict[str, str] = field(default_factory=dict)
     encoders: int = 0
+    example: Example | None = field(default=None, compare=False, repr=False)
 
     def __str__(self) -> str:
         head = f"patched {_counted(self.patched, 'attention module')}"
@@ -51,7 +71,8 @@ class PatchReport:
             f"  left alone: {found[0]}{f' and {len(found) - 1} more' if len(found) > 1 else ''}: {reason}"
             for reason, found in names.items()
         ]
-        return "\n".join([head, *lines])
+        runs = [] if self.example is None else textwrap.indent(str(self.example), "  ").splitlines()
+        return "\n".join([head, *runs, *lines])
 
 
 def _counted(number: int, name: str) -> str:
@@ -117,7 +138,18 @@ def patch(
         fuse_dense(module, options)
     for module in attentions:
         patch_class(module, row_of(module, Kind.ATTENTION).mixin, options)
-    return PatchReport(len(attentions), left_alone, len(encoders))
+    example = _example(model, attentions[0], backend) if attentions else None
+    return PatchReport(len(attentions), left_alone, len(encoders), example)
+
+
+def _example(model: nn.Module, attention: nn.Module, backend: str) -> Example | None:
+    """Return what one attention module calls for; quantised weights say nothing of the dtype, norms do."""
+    parameters = (x for module in (attention, model) for x in module.parameters() if x.is_floating_point())
+    weight = next(parameters, None)
+    if weight is None or weight.is_meta:
+        return None
+    heads = int(attention.num_attention_heads)  # type: ignore[arg-type]
+    return Example(weight.device, weight.dtype, heads, int(attention.all_head_size) // heads, backend)  # type: ignore[arg-type]
 
 
 def _module_of(model: object) -> nn.Module:
