@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from deberta_kernels.demo.model import HUB_TIMEOUT_SECONDS, hub_reachable
+from deberta_kernels.demo.checkpoint import hub_problem
 
 __all__ = ["Checkpoint", "CheckpointError", "check_name", "load"]
 
@@ -85,10 +85,9 @@ def load(name: str, dtype: torch.dtype) -> Checkpoint:
     path = Path(name).expanduser()
     if path.is_dir():
         name = str(path)
-    elif not hub_reachable(name):
+    elif problem := hub_problem(name):
         raise CheckpointError(
-            f"--model {name}: there is no such directory, and the hub did not give such a model "
-            f"within {HUB_TIMEOUT_SECONDS} s; pass the directory that save_pretrained wrote."
+            f"--model {name}: there is no such directory, and {problem}; pass the directory that save_pretrained wrote."
         )
     import transformers
 

@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from deberta_kernels.demo.arguments import Parser
+
 __all__ = ["name_a_model", "parser"]
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -31,7 +33,7 @@ def _count(least: int) -> Callable[[str], int]:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of `bench --model`, whose help tells of the attention core too."""
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog="deberta-kernels bench",
         description="Measure a model of yours on texts of yours, as it is and patched, taking turns on this CPU.",
         epilog=EPILOG,

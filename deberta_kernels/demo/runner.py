@@ -13,46 +13,17 @@ from torch import nn
 
 import deberta_kernels as dk
 
+from .arguments import DEFAULT_MODEL, LENGTHS, QUICK_LENGTHS
 from .measure import MEMORY_METHOD, Case, MeasurementError, can_measure, difference_and_times, in_child, peak_memory
-from .model import DEFAULT_MODEL, Loaded, load, shared_copy
+from .model import Loaded, load, shared_copy
 from .report import Row, conditions, described, draw, format_table, write_numbers
-from .results import check_folder, write_picture
+from .results import write_picture
 from .text import ragged_batch, single
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["run"]
 
-LENGTHS = (64, 128, 256, 512, 1024)
-QUICK_LENGTHS = (64, 128, 256)
 RAGGED_TEXTS = 8
 RAGGED_LONGEST = 512
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of the demo."""
-    parser.add_argument(
-        "model",
-        nargs="?",
-        help=f"hub id or local directory of a DeBERTa-v2 or v3 (default: {DEFAULT_MODEL}, or random weights offline)",
-    )
-    parser.add_argument("--lengths", type=_lengths, help=f"tokens, comma-separated (default: {_join(LENGTHS)})")
-    parser.add_argument("--max-length", type=int, help="leave out longer inputs; a longer one than the list adds it")
-    parser.add_argument("--quick", action="store_true", help=f"lengths {_join(QUICK_LENGTHS)}, fewer repetitions")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
-    parser.add_argument("--threads", type=int, help="threads to compute with (default: torch's choice)")
-    parser.add_argument("--backend", default="auto", help="backend of the patched model (default: auto)")
-    parser.add_argument("--output", type=Path, default=Path("demo-results"), help="folder for picture and numbers")
-    parser.add_argument("--name", default="demo", help="file name, without ending, of picture and numbers")
-
-
-def _join(lengths: tuple[int, ...]) -> str:
-    return ",".join(map(str, lengths))
-
-
-def _lengths(text: str) -> tuple[int, ...]:
-    lengths = tuple(int(part) for part in text.split(","))
-    if min(lengths) < 3:
-        raise argparse.ArgumentTypeError("lengths start at 3 tokens: [CLS], one of text, [SEP]")
-    return lengths
 
 
 def _chosen_lengths(options: argparse.Namespace) -> list[int]:
@@ -146,7 +117,6 @@ def run(options: argparse.Namespace) -> int:
     dtype: torch.dtype = getattr(torch, options.dtype)
     _say(f"loading {options.model or DEFAULT_MODEL}")
     try:
-        check_folder(options.output)
         loaded = load(options.model, dtype)
         after = shared_copy(loaded.model)
         report = dk.patch(after, backend=options.backend)

@@ -328,16 +328,12 @@ def test_wheel_with_the_library_fits_every_python(tmp_path):
 @pytest.mark.parametrize(
     ("environment", "message", "left"),
     [
-        ({"CXX": "/nowhere/c++"}, "WARNING: no native library: CXX is '/nowhere/c++'", "CXX is '/nowhere/c++', which"),
+        ({"CXX": "/nowhere/c++"}, "WARNING: no native library: ", "CXX is '/nowhere/c++'"),
+        ({"CXX": "false"}, "WARNING: no native library: ", "asking the compiler what it compiles for failed"),
         (
-            {"CXX": "false"},
-            "WARNING: no native library: asking the compiler what it compiles for failed",
-            "asking the compiler what it compiles for failed",
-        ),
-        (
-            {"DEBERTA_KERNELS_SKIP_NATIVE": "1"},
-            "DEBERTA_KERNELS_SKIP_NATIVE is set: no native library",
-            "DEBERTA_KERNELS_SKIP_NATIVE was set; unset it",
+            {build.SKIP_VARIABLE: "1"},
+            f"{build.SKIP_VARIABLE} is set: no native library",
+            f"{build.SKIP_VARIABLE} was set",
         ),
     ],
     ids=["no compiler", "broken compiler", "not wanted"],
@@ -351,10 +347,8 @@ def test_wheel_without_the_library_fits_everywhere_and_says_why(tmp_path, enviro
     assert path.name.endswith("-py3-none-any.whl")
     files = zipfile.ZipFile(path)
     assert not [name for name in files.namelist() if name.endswith(".so")]
-    assert message in said
-    recorded = json.loads(files.read("deberta_kernels/lib/build.json"))
-    assert list(recorded) == ["not_built"]
-    assert recorded["not_built"].startswith(left)
+    assert (message + left if message.endswith(" ") else message) in said
+    assert json.loads(files.read("deberta_kernels/lib/build.json"))["not_built"].startswith(left)
 
 
 @needs_setuptools
