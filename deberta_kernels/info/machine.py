@@ -14,11 +14,12 @@ __all__ = ["gpus", "processor_found"]
 
 # The features that decide which variant of the native library runs.
 _CPU_FEATURES = (*dict.fromkeys(chain(*(env.ISA_FEATURES[isa] for isa in reversed(env.CPU_ISAS)))), "asimd", "sve")
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 _NVIDIA = Path("/proc/driver/nvidia/gpus")
 
 
 def processor_found() -> dict[str, Any]:
-    """Return "name", "model", "features", "cores" (that this process may use), "logical" and "affinity"."""
+    """Return "name", "model", "features", "cores" (that this process may use), "logical", "affinity" and "quota"."""
     allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     return {
         "name": processor.everyday_name(),
@@ -27,7 +28,17 @@ def processor_found() -> dict[str, Any]:
         "cores": len(allowed) or os.cpu_count(),
         "logical": os.cpu_count(),
         "affinity": _ranges(allowed),
+        "quota": _quota(),
     }
+
+
+def _quota() -> float | None:
+    """Return how many processors' time a container's limit leaves to this process, None without a limit."""
+    try:
+        most, period = _QUOTA.read_text(encoding="ascii").split()
+        return None if most == "max" else round(int(most) / int(period), 2)
+    except (OSError, ValueError, ZeroDivisionError):
+        return None
 
 
 def _ranges(numbers: list[int]) -> str:

@@ -40,7 +40,8 @@ def _processor_line(cpu: dict[str, str]) -> str:
 def _threads_line(cpu: dict[str, Any]) -> str:
     of_torch = "" if cpu["threads"] is None else f"{cpu['threads']} used by torch ({cpu['torch_isa']}); "
     allowed = f" (numbers {cpu['affinity']})" if cpu["affinity"] else ""
-    return f"{of_torch}this process may use {cpu['cores']} of {cpu['logical']} processors{allowed}"
+    limit = "" if cpu["quota"] is None else f", and the time of {cpu['quota']:g} (the container's limit)"
+    return f"{of_torch}this process may use {cpu['cores']} of {cpu['logical']} processors{allowed}{limit}"
 
 
 def _library_line(library: dict[str, Any]) -> str:

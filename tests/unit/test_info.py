@@ -39,7 +39,7 @@ KEYS = {
     "self_test", "backends", "auto", "chosen", "environment", "settings",
 }  # fmt: skip
 KEYS_BELOW = {
-    "cpu": {"name", "model", "features", "cores", "logical", "affinity", "threads", "torch_isa"},
+    "cpu": {"name", "model", "features", "cores", "logical", "affinity", "quota", "threads", "torch_isa"},
     "library": {"loaded", "path", "reason", "isa", "variants", "compiled", "slower", "build"},
 }
 BUILD_KEYS = {"compiler", "compiler_version", "digest", "left_out", "not_built"}
@@ -110,6 +110,18 @@ def test_settings_of_others_are_shown_and_secrets_are_not(monkeypatch):
 )
 def test_processors_are_listed_as_taskset_takes_them(numbers, expected):
     assert info.machine._ranges(numbers) == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [("max 100000\n", None), ("150000 100000\n", 1.5), ("", None), ("1 0", None), ("x y", None), (None, None)],
+)
+def test_the_limit_of_a_container_is_shown(content, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(info.machine, "_QUOTA", tmp_path / "cpu.max")
+    if content is not None:
+        (tmp_path / "cpu.max").write_text(content)
+    assert info.info()["cpu"]["quota"] == expected
+    assert ("the time of 1.5 (the container's limit)" in info.format_info()) == (expected == 1.5)
 
 
 def test_gpus_are_named_without_torch(tmp_path, monkeypatch):
