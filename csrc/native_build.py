@@ -299,8 +299,8 @@ def build_library(layout: Layout | None = None, force: bool = False) -> dict[str
         finished = link(layout, compiler, objects, folder)
         built = hashlib.sha256(finished.read_bytes()).hexdigest()
         record = {
-            "digest": wanted, "library": built, "compiler": compiler, "compiler_version": said.strip().partition("\n")[0],
-            "variants": list(objects), "left_out": left_out,
+            "digest": wanted, "library": built, "compiler": compiler,
+            "compiler_version": said.strip().partition("\n")[0], "variants": list(objects), "left_out": left_out,
         }  # fmt: skip
         (folder / "build.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         put_in_place(finished, layout.library)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,14 +37,6 @@ def _chosen_lengths(options: argparse.Namespace) -> list[int]:
 
 def _say(text: str) -> None:
     print(f"[demo] {text}", file=sys.stderr, flush=True)
-
-
-def _say_backend(backend: str, dtype: torch.dtype) -> None:
-    """Say which backend runs an ordinary call, and why it is not the kernel, if so."""
-    q, table = torch.zeros(1, 1, 8, 64, dtype=dtype), torch.zeros(1, 512, 64, dtype=dtype)
-    answer = dk.explain(q, q, q, table, table, backend=backend)
-    reason = answer.reasons.get("cpu")
-    _say(f"backend: {answer.chosen}" + (f"; not cpu: {reason}" if reason else ""))
 
 
 def _cases(loaded: Loaded, options: argparse.Namespace) -> list[Case]:
@@ -126,8 +117,8 @@ def run(options: argparse.Namespace) -> int:
         return 1
     for remark in loaded.remarks:
         _say(remark)
-    _say(str(report))
-    _say_backend(options.backend, dtype)
+    for line in str(report).splitlines():
+        _say(line)
     rows: list[Row] = []
     fallbacks: dict[str, int] = {}
     failed = False

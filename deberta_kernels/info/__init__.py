@@ -25,10 +25,10 @@ def info() -> dict[str, Any]:
         "logical": of the machine, "affinity", "quota": of a container, "threads": torch's, "torch_isa"}; "library":
         {"loaded", "path", "reason", "isa", "variants", "compiled", "slower", "build": {"compiler",
         "compiler_version", "digest", "left_out", "not_built"}}; "gpus": their names; "cuda": what the CUDA kernels
-        would be loaded from, see `impl.cuda.status`; "self_test": whether GPU kernels are tested on a device that has not been proven, see
-        `proof.self_test.status`; "backends": {name: None if it runs a plain float32 call on the CPU, else why not};
-        "auto": the backend chosen for that call, or None; "chosen": {device: {dtype: backend or None}};
-        "environment": the package's variables that are set; "settings": those of others that matter here.
+        would be loaded from, see `impl.cuda.status`; "self_test": whether GPU kernels are tested on a device that has
+        not been proven, see `proof.self_test.status`; "backends": {name: None if it runs a plain float32 call on the
+        CPU, else why not}; "auto": the backend chosen for that call, or None; "chosen": {device: {dtype: backend or
+        None}}; "environment": the package's variables that are set; "settings": those of others that matter here.
     """
     problem = active.torch_problem()
     library = active.library()

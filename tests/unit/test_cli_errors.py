@@ -53,6 +53,9 @@ WRONG = {
     "demo --backend tpu": "argument --backend: invalid choice: 'tpu'",
     "demo --name ../x": "argument --name: must be a file name without folders, got '../x'; --output has the folder",
     "demo one two": "unrecognized arguments: two",
+    "bench --model x": "the following arguments are required: --text",
+    "bench --model x --text y --batch-size 0": "argument --batch-size: must be an integer of at least 1, got '0'",
+    "bench --model x --text y --dtype int3": "argument --dtype: invalid choice: 'int3'",
     "explain --length -3": "argument --length: must be an integer from 1 to 2147483647, got '-3'",
     "explain --batch 0": "argument --batch: must be an integer from 1",
     "explain --heads 99999999999999999999": "argument --heads: must be an integer from 1",
@@ -160,6 +163,19 @@ def test_a_model_that_cannot_be_had_is_named_before_anything_is_loaded(name, pla
     assert said.err.startswith("deberta-kernels demo: model") or "config.json" in said.err
     assert (said.err.count("\n"), said.out) == (1, "")
     assert not (places / "demo-results").exists()
+
+
+@pytest.mark.parametrize("folder", ["file/model.bin", "file/model.bin/below"])
+def test_a_folder_for_results_that_is_a_file_is_named_before_anything_else(folder, places, capsys):
+    assert ended(["demo", "nosuchdir", "--output", folder]) == FAILED
+    expected = f"--output must be a folder, and {places / 'file' / 'model.bin'} is a file; name another folder.\n"
+    assert capsys.readouterr().err == f"deberta-kernels demo: {expected}"
+
+
+def test_a_folder_that_cannot_be_written_to_is_named_before_anything_else(places, monkeypatch, capsys):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert ended(["demo", "nosuchdir"]) == FAILED
+    assert f"--output must be a folder to write to, and {places} is not; " in capsys.readouterr().err
 
 
 def test_a_directory_that_may_not_be_read_is_named(places, monkeypatch, capsys):
