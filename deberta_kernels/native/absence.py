@@ -5,17 +5,30 @@ The build leaves its reason in lib/build.json, beside the place of the library. 
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from deberta_kernels import __name__ as PACKAGE
 from deberta_kernels import env
 from deberta_kernels.native import processor
 
 __all__ = ["INSTALLED", "build_record", "not_built", "slower_variant", "unusable"]
 
-_PACKAGE = Path(__file__).resolve().parents[1]
+_DISTRIBUTED = "deberta_kernels"
+
+
+def _package() -> Path:
+    """Return where the package with the library is: this one; for a copy of another name, the one that is installed."""
+    found = importlib.util.find_spec(_DISTRIBUTED) if PACKAGE != _DISTRIBUTED else None
+    if found is None or found.origin is None:
+        return Path(__file__).resolve().parents[1]
+    return Path(found.origin).resolve().parent
+
+
+_PACKAGE = _package()
 INSTALLED = _PACKAGE / "lib" / "libdeberta_kernels_cpu.so"
 # Without the last option pip would take the wheel that it made of the same sources before.
 _REINSTALL = "pip install --force-reinstall --no-deps --no-cache-dir deberta-kernels"

@@ -1,6 +1,7 @@
 """An install without the native library, or without its best variant: the reason and the remedy, wherever one looks."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -128,3 +129,11 @@ def test_a_variant_that_is_not_the_fastest_has_a_reason(case, monkeypatch):
     assert bool(found) == bool(expected)
     monkeypatch.setenv(env.CPU_ISA, isa)
     assert absence.slower_variant(isa, compiled) == f"{env.CPU_ISA} asks for it"
+
+
+def test_a_copy_of_another_name_uses_the_library_of_the_package_that_is_installed(monkeypatch):
+    assert absence._package() == absence.INSTALLED.parents[1]
+    monkeypatch.setattr(absence, "PACKAGE", "a_copy")
+    assert absence._package() == absence.INSTALLED.parents[1]
+    monkeypatch.setattr(absence, "_DISTRIBUTED", "nowhere_installed")
+    assert absence._package() == Path(absence.__file__).resolve().parents[1]
