@@ -131,9 +131,14 @@ def test_a_variant_that_is_not_the_fastest_has_a_reason(case, monkeypatch):
     assert absence.slower_variant(isa, compiled) == f"{env.CPU_ISA} asks for it"
 
 
-def test_a_copy_of_another_name_uses_the_library_of_the_package_that_is_installed(monkeypatch):
-    assert absence._package() == absence.INSTALLED.parents[1]
-    monkeypatch.setattr(absence, "PACKAGE", "a_copy")
-    assert absence._package() == absence.INSTALLED.parents[1]
+def test_a_copy_of_another_name_uses_the_library_of_the_package_that_is_installed(monkeypatch, tmp_path):
+    own = Path(absence.__file__).resolve().parents[1]
+    (tmp_path / "made_up_distribution").mkdir()
+    (tmp_path / "made_up_distribution" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(absence, "_DISTRIBUTED", "made_up_distribution")
+    assert absence._package() == (tmp_path / "made_up_distribution").resolve()
     monkeypatch.setattr(absence, "_DISTRIBUTED", "nowhere_installed")
-    assert absence._package() == Path(absence.__file__).resolve().parents[1]
+    assert absence._package() == own
+    monkeypatch.setattr(absence, "_DISTRIBUTED", absence.PACKAGE)
+    assert absence._package() == own
