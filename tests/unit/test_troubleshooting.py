@@ -1,6 +1,7 @@
 """docs/troubleshooting.md quotes what the package says: every text must still be said by some source."""
 
 import ast
+import json
 import re
 
 import pytest
@@ -78,3 +79,31 @@ def test_the_warnings_are_all_that_there_are():
         if isinstance(node, ast.Call)
     ]
     assert (calls.count("fallback"), calls.count("warn_once")) == (5, 2)
+
+
+def medians(name):
+    """Seconds of our own call and of Hugging Face's, by shape, in the result that the document links under a name."""
+    (path,) = re.findall(rf"\[{name}\]\(\.\./(benchmarks/results/\S+\.json)\)", TEXT)
+    result = json.loads((ROOT / path).read_text(encoding="utf-8"))
+    found = {}
+    for row in result["core"]:
+        assert row["checks"]["bare"]["ok"]
+        times = {one: sample["median"] for one, sample in row["samples"].items()}
+        found[row["label"], row["dtype"], row["backward"]] = times["bare"], times.get("huggingface")
+    return result, found
+
+
+def test_the_cost_of_tiled_pytorch_is_that_of_the_stored_results():
+    (tiled, slow), (native, fast) = medians("tiled PyTorch"), medians("kernel")
+    assert (tiled["settings"]["backend"], native["settings"]["backend"]) == ("torch", "cpu")
+    assert tiled["settings"]["threads"] == native["settings"]["threads"] == 1
+    assert tiled["commit"] == native["commit"]
+    assert {label for label, _, _ in slow} == {"1x128", "1x512"}
+    times = [slow[shape][0] / fast[shape][0] for shape in slow]
+    speeds = {backward: [h / own for (_, _, b), (own, h) in slow.items() if h and b == backward] for backward in (0, 1)}
+    written = " ".join(TEXT.split())
+    assert f"takes {min(times):.0f} to {max(times):.0f} times as long as in the" in written
+    assert (
+        f"is {min(speeds[0]):.1f} to {max(speeds[0]):.1f} times as fast as Hugging Face's code in inference" in written
+    )
+    assert f"and {min(speeds[1]):.1f} to {max(speeds[1]):.1f} times as fast in training" in written
