@@ -27,8 +27,9 @@ def info() -> dict[str, Any]:
         "compiler_version", "digest", "left_out", "not_built"}}; "gpus": their names; "cuda": what the CUDA kernels
         would be loaded from, see `impl.cuda.status`; "self_test": whether GPU kernels are tested on a device that has
         not been proven, see `proof.self_test.status`; "backends": {name: None if it runs a plain float32 call on the
-        CPU, else why not}; "auto": the backend chosen for that call, or None; "chosen": {device: {dtype: backend or
-        None}}; "environment": the package's variables that are set; "settings": those of others that matter here.
+        CPU, else why not}; "auto": the backend chosen for that call, or None; "chosen": {"cpu": {dtype: backend or
+        None}}, GPUs left out, since their kernels would have to be compiled; "environment": the package's variables
+        that are set; "settings": those of others that matter here.
     """
     problem = active.torch_problem()
     library = active.library()
@@ -41,10 +42,10 @@ def info() -> dict[str, Any]:
         "torch": problem,
         "cpu": {**machine.processor_found(), **active.torch_threads(problem)},
         "library": library,
-        "gpus": machine.gpus() if problem else active.gpus(),
+        "gpus": machine.gpus() or active.gpus(problem),
         **active.backends(problem),
         "environment": env.variables_set(),
-        "settings": software.settings(),
+        "settings": env.settings_of_others(),
     }
 
 

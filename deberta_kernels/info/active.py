@@ -50,15 +50,14 @@ def library() -> dict[str, Any]:
     return {**status, "build": build}
 
 
-def gpus() -> list[str]:
-    """Return the GPUs that torch sees, each with its compute capability and memory."""
+def gpus(problem: str | None) -> list[str]:
+    """Return how many GPUs torch counts; asking for their names would initialise them."""
+    if problem is not None:
+        return []
     import torch
 
-    try:
-        found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    except Exception as error:
-        return [f"{type(error).__name__}: {error}"]
-    return [f"{one.name}, compute capability {one.major}.{one.minor}, {one.total_memory >> 30} GiB" for one in found]
+    count = torch.cuda.device_count()
+    return [f"{count} seen by torch"] if count else []
 
 
 def backends(problem: str | None) -> dict[str, Any]:
@@ -75,8 +74,8 @@ def backends(problem: str | None) -> dict[str, Any]:
         "cuda": _cuda(),
         "self_test": self_test.status(),
         "backends": refusals,
-        "auto": chosen["cpu"]["float32"],
-        "chosen": chosen,
+        "auto": chosen["float32"],
+        "chosen": {"cpu": chosen},
     }
 
 
@@ -105,19 +104,17 @@ def _refusals() -> dict[str, str | None]:
     return refusals
 
 
-def _chosen() -> dict[str, dict[str, str | None]]:
-    """Return which backend takes a plain call, by device and dtype."""
+def _chosen() -> dict[str, str | None]:
+    """Return which backend takes a plain call on the CPU, by dtype."""
     import torch
 
     from deberta_kernels import dispatch
 
-    found: dict[str, dict[str, str | None]] = {}
-    for device in ("cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))):
-        found[device] = {}
-        for dtype in _DTYPES:
-            try:
-                problem = dispatch.ordinary_call(torch.device(device), getattr(torch, dtype))
-                found[device][dtype] = dispatch.explain(problem).chosen
-            except Exception:  # an unusable environment variable is shown under "environment"
-                found[device][dtype] = None
+    found: dict[str, str | None] = {}
+    for dtype in _DTYPES:
+        problem = dispatch.ordinary_call(torch.device("cpu"), getattr(torch, dtype))
+        try:
+            found[dtype] = dispatch.explain(problem).chosen
+        except Exception:  # an unusable environment variable is shown under "environment"
+            found[dtype] = None
     return found

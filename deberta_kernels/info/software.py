@@ -1,31 +1,20 @@
-"""The software a report needs: Python, packages, system, commit, settings. Nothing is imported for it."""
+"""The software a report needs: Python, packages, system, commit. Nothing is imported for it."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from deberta_kernels import env
-
-__all__ = ["commit", "packages", "python", "settings", "system"]
+__all__ = ["commit", "packages", "python", "system"]
 
 _PACKAGES = (
     "torch", "transformers", "accelerate", "peft", "adapters", "gliner", "sentence-transformers", "numpy", "triton",
     "tokenizers", "huggingface-hub", "sentencepiece",
-)  # fmt: skip
-# Settings of OpenMP, oneDNN, PyTorch, Triton, CUDA and the hub; none of them holds a secret.
-_PREFIXES = (
-    "DEBERTA_KERNELS_", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "ONEDNN_", "DNNL_", "ATEN_", "TRITON_", "MALLOC_",
-)  # fmt: skip
-_NAMES = (
-    "LRU_CACHE_CAPACITY", "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE",
-    "TOKENIZERS_PARALLELISM", "LD_PRELOAD",
 )  # fmt: skip
 _GIT_SECONDS = 10
 
@@ -78,12 +67,3 @@ def _installed_commit() -> str | None:
     except (importlib.metadata.PackageNotFoundError, ValueError, AttributeError):
         return None
     return found if isinstance(found, str) else None
-
-
-def settings() -> dict[str, str]:
-    """Return the variables of others that change speed or results, and unknown ones that look like the package's."""
-    return {
-        name: value
-        for name, value in sorted(os.environ.items())
-        if name not in env.VARIABLES and (name in _NAMES or name.startswith(_PREFIXES))
-    }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from deberta_kernels import env
+from deberta_kernels.backends import order
 
 __all__ = ["as_text"]
 
@@ -87,9 +88,13 @@ def _backend_lines(found: dict[str, Any]) -> list[str]:
     for name, reason in found["backends"].items():
         chosen = " (backend='auto' takes this one)" if name == found["auto"] else ""
         lines.append(f"    {name:<10} {'can run' + chosen if reason is None else 'cannot run: ' + reason}")
-    for device, dtypes in found["chosen"].items():
-        lines.append(f"  on {device:<9} {', '.join(f'{dtype}: {name}' for dtype, name in dtypes.items())}")
-    return lines
+    chosen = ", ".join(f"{dtype}: {name}" for dtype, name in found["chosen"]["cpu"].items())
+    asked = "`deberta-kernels explain --device cuda` compiles and asks them"
+    return [
+        *lines,
+        f"  on the CPU   {chosen}",
+        f"  on a GPU     tried in this order: {', '.join(order('cuda'))}; {asked}",
+    ]
 
 
 def _settings(key: str, found: dict[str, Any]) -> list[str]:

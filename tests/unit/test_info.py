@@ -196,3 +196,16 @@ def test_forced_instruction_set_is_shown():
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert "loaded, generic variant" in result.stdout
     assert "DEBERTA_KERNELS_CPU_ISA=generic" in result.stdout
+
+
+def test_gpus_are_counted_and_not_initialised(monkeypatch):
+    import torch
+
+    def refuse(*given):
+        raise AssertionError("a process with an initialised GPU cannot be forked")
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "_lazy_init", refuse)
+    monkeypatch.setattr(info.machine, "gpus", list)
+    assert info.info()["gpus"] == ["2 seen by torch"]
+    assert "  gpu          2 seen by torch\n" in info.format_info()
