@@ -43,6 +43,7 @@ from native_build import (  # noqa: E402
     package_file,
     put_in_place,
     read_record,
+    record_absence,
     remove_library,
     run_compiler,
 )
@@ -144,13 +145,13 @@ def say(text: str) -> None:
 def build_or_warn(layout: Layout | None = None, force: bool = False, strict: bool = False) -> bool:
     """Build the library in place and return whether there is one now; never raise unless `strict`."""
     if is_set(SKIP_VARIABLE):
-        remove_or_say(layout)
+        remove_or_say(layout, f"{SKIP_VARIABLE} was set; unset it")
         say(f"{SKIP_VARIABLE} is set: no native library, the package will use its PyTorch path")
         return False
     try:
         record = build_library(layout, force)
     except (BuildError, OSError) as error:
-        remove_or_say(layout)
+        remove_or_say(layout, str(error))
         if strict:
             raise SystemExit(f"deberta_kernels: {error}") from error
         say(f"WARNING: no native library: {error}")
@@ -166,10 +167,11 @@ def build_or_warn(layout: Layout | None = None, force: bool = False, strict: boo
     return True
 
 
-def remove_or_say(layout: Layout | None) -> None:
-    """Delete an earlier library, or say that it could not be done."""
+def remove_or_say(layout: Layout | None, reason: str) -> None:
+    """Delete an earlier library and leave the reason in its place, or say that it could not be done."""
     try:
         remove_library(layout)
+        record_absence(reason, layout)
     except OSError as error:
         say(f"WARNING: an earlier native library could not be deleted: {error}")
 

@@ -273,8 +273,8 @@ def build_library(layout: Layout | None = None, force: bool = False) -> dict[str
     The library is written beside its final place and renamed, so a process that has the old one open keeps it.
 
     Returns:
-        The record also written to build.json: digest, library (digest of the file), compiler, variants, left_out
-        (variant -> reason); and "is_new": whether anything was built.
+        The record also written to build.json: digest, library (digest of the file), compiler, compiler_version,
+        variants, left_out (variant -> reason); and "is_new": whether anything was built.
 
     Raises:
         BuildError: no compiler, sources missing, or the compiler failed.
@@ -288,7 +288,8 @@ def build_library(layout: Layout | None = None, force: bool = False) -> dict[str
     compiler = find_compiler()
     platform = platform_of(compiler)
     wanted = digest(layout, compiler, platform)
-    if layout.flags and "clang" in version_of(compiler):
+    said = version_of(compiler)
+    if layout.flags and "clang" in said:
         raise BuildError("the sanitized build is made with g++, whose sanitizers can be loaded before Python")
     if not force and is_built(layout, wanted, platform):
         return {**read_record(layout.record), "is_new": False}
@@ -298,7 +299,8 @@ def build_library(layout: Layout | None = None, force: bool = False) -> dict[str
         finished = link(layout, compiler, objects, folder)
         built = hashlib.sha256(finished.read_bytes()).hexdigest()
         record = {
-            "digest": wanted, "library": built, "compiler": compiler, "variants": list(objects), "left_out": left_out,
+            "digest": wanted, "library": built, "compiler": compiler,
+            "compiler_version": said.strip().partition("\n")[0], "variants": list(objects), "left_out": left_out,
         }  # fmt: skip
         (folder / "build.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         put_in_place(finished, layout.library)
@@ -354,3 +356,12 @@ def remove_library(layout: Layout | None = None) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+def record_absence(reason: str, layout: Layout | None = None) -> None:
+    """Leave the reason for there being no library where the package, once installed, finds it."""
+    layout = layout or Layout()
+    layout.record.parent.mkdir(parents=True, exist_ok=True)
+    with build_folder(layout.record.parent) as folder:
+        (folder / "build.json").write_text(json.dumps({"not_built": reason}, indent=1) + "\n", encoding="utf-8")
+        put_in_place(folder / "build.json", layout.record)

@@ -1,75 +1,91 @@
-"""Command line: `python -m deberta_kernels demo | info | bench | explain`, also installed as `deberta-kernels`."""
+"""Command line: `python -m deberta_kernels demo | info | bench | explain`, also installed as `deberta-kernels`.
+
+Status 2 means wrong arguments, 1 that a command could not do its work. Nothing here imports torch before it is needed:
+`info`, `--version` and `--help` work without it.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from deberta_kernels import env
+from deberta_kernels import __version__, env
+
+from .demo import arguments, checkpoint, results
 
 __all__ = ["main"]
 
+PROGRAM = "deberta-kernels"
 MASKS = ("none", "key", "pair")
 DTYPES = ("float32", "bfloat16", "float16", "float64")  # those of `dtypes`, which would import torch for --help
+INTERRUPTED = 130  # what a shell reports of a program that Ctrl-C ended
 
 
-def _size(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
-    return int(text)
-
-
-def parser() -> argparse.ArgumentParser:
+def parser() -> arguments.Parser:
     """Return the command line's parser."""
-    from .demo.runner import add_arguments
-
-    top = argparse.ArgumentParser(prog="deberta-kernels", description="Fused disentangled attention for DeBERTa.")
+    top = arguments.Parser(prog=PROGRAM, description="Fused disentangled attention for DeBERTa.")
+    top.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="demo | info | bench | explain")
     demo = commands.add_parser("demo", help="measure a DeBERTa on real text before and after patching")
-    add_arguments(demo)
-    commands.add_parser("info", help="say what is installed, which backends are active, and why")
+    arguments.add_demo_arguments(demo)
+    info = commands.add_parser("info", help="say what is installed, which backends are active, and why: for a report")
+    info.add_argument("--json", action="store_true", help="as JSON, with keys that stay")
     commands.add_parser(
         "bench",
-        help="time the attention core; in a checkout all further options go to `python -m benchmarks core`",
+        help="measure a model of yours on texts of yours (--model, --text); without --model, time the attention core",
         add_help=False,
     )
     explain = commands.add_parser("explain", help="say which backend would run a call, and why not the others")
-    explain.add_argument("--batch", type=_size, default=1, help="B")
-    explain.add_argument("--heads", type=_size, default=12, help="H")
-    explain.add_argument("--length", type=_size, default=512, help="N, queries and keys")
-    explain.add_argument("--head-dim", type=_size, default=64, help="D")
+    explain.add_argument("--batch", type=arguments.size, default=1, help="B")
+    explain.add_argument("--heads", type=arguments.size, default=12, help="H")
+    explain.add_argument("--length", type=arguments.size, default=512, help="N, queries and keys")
+    explain.add_argument("--head-dim", type=arguments.size, default=64, help="D")
     explain.add_argument("--dtype", choices=DTYPES, default="float32")
     explain.add_argument("--device", default="cpu", help="a torch device, such as cpu or cuda:0")
     explain.add_argument("--mask", choices=MASKS, default="none", help="none, per key (B, N), per pair (B, 1, N, N)")
-    explain.add_argument("--dropout", type=float, default=0.0, help="probability in [0, 1)")
+    explain.add_argument("--dropout", type=arguments.probability, default=0.0, help="probability in [0, 1)")
     explain.add_argument("--position-buckets", type=int, default=256)
-    explain.add_argument("--max-relative-positions", type=int, default=512)
+    explain.add_argument("--max-relative-positions", type=arguments.size, default=512)
     explain.add_argument("--no-position", action="store_true", help="neither c2p nor p2c")
-    explain.add_argument("--backend", default="auto")
+    explain.add_argument("--backend", choices=arguments.BACKEND_NAMES, default="auto")
     return top
 
 
-def show_info() -> int:
+def show_info(as_json: bool) -> int:
     """Print the state of the installation."""
-    from .info import format_info
+    from .info import format_info, info
 
-    print(format_info())
+    print(json.dumps(info(), indent=1) if as_json else format_info())
     return 0
 
 
 def show_explanation(options: argparse.Namespace) -> int:
     """Print which backend would run a call of the given shape."""
+    if missing := arguments.missing_package("torch"):
+        return _failed("explain", missing)
     import torch
 
     import deberta_kernels as dk
 
     try:
-        dtype: torch.dtype = getattr(torch, options.dtype)
-        place: dict[str, Any] = {"dtype": dtype, "device": torch.device(options.device)}
+        device = torch.device(options.device)
+    except RuntimeError:
+        remedy = "write cuda, or cuda:0 for the first GPU" if "gpu" in options.device.lower() else "write cpu or cuda"
+        return _failed("explain", f"--device must be a device of torch, got {options.device!r}; {remedy}", status=2)
+    place: dict[str, Any] = {"dtype": getattr(torch, options.dtype), "device": device}
+    try:
+        torch.zeros((), **place)
+    except Exception as error:  # torch asserts, or raises one of several errors, when a device is not there
+        said = f"torch {torch.__version__} cannot use it ({_first_line(error)})"
+        return _failed("explain", f"--device {device}: {said}; `{PROGRAM} info` lists GPUs")
+    try:
         # Only shapes, dtypes and devices decide: one stored number, expanded, stands for each tensor.
         q = torch.zeros((), **place).expand(options.batch, options.heads, options.length, options.head_dim)
         table = None
@@ -80,7 +96,7 @@ def show_explanation(options: argparse.Namespace) -> int:
         shape = {"none": None, "key": (options.batch, options.length)}.get(
             options.mask, (options.batch, 1, options.length, options.length)
         )
-        mask = None if shape is None else torch.ones((), dtype=torch.bool, device=place["device"]).expand(shape)
+        mask = None if shape is None else torch.ones((), dtype=torch.bool, device=device).expand(shape)
         answer = dk.explain(
             q, q, q, table, table,
             attention_mask=mask,
@@ -89,37 +105,86 @@ def show_explanation(options: argparse.Namespace) -> int:
             dropout_p=options.dropout,
             backend=options.backend,
         )  # fmt: skip
-    except (ValueError, TypeError, RuntimeError, AssertionError) as error:  # torch asserts when a device is not there
-        print(f"deberta-kernels explain: {error}", file=sys.stderr)
-        return 1
+    except (ValueError, TypeError, RuntimeError) as error:
+        return _failed("explain", _first_line(error))
     print(answer)
     return 0
 
 
-def bench(arguments: Sequence[str]) -> int:
-    """Run the checkout's benchmark when there is one, else the small one that is installed."""
+def bench(given: Sequence[str]) -> int:
+    """Measure a model if one is named; else run the checkout's benchmark, or the small one that is installed."""
+    from .bench import options
+
+    wanted = options.parser().parse_args(given) if options.name_a_model(given) else None
+    if missing := arguments.missing_package("torch"):
+        return _failed("bench", missing)
+    if wanted is not None:
+        from .bench.command import run as run_model
+
+        return run_model(wanted)
     checkout = Path(__file__).resolve().parent.parent
     if (checkout / "benchmarks" / "__main__.py").is_file():
-        command = [sys.executable, "-m", "benchmarks", "core", *arguments]
+        command = [sys.executable, "-m", "benchmarks", "core", *given]
         return subprocess.run(command, check=False, env=env.importing_from(str(checkout))).returncode
     from .demo.bench import run
 
-    return run(arguments)
+    return run(given)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return the process's exit status."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+def demo(options: argparse.Namespace) -> int:
+    """Run the demo, unless something it needs is not there."""
+    if missing := arguments.missing_package("torch", "transformers"):
+        return _failed("demo", missing)
+    try:
+        results.check_folder(options.output)
+        if options.model is not None:
+            checkpoint.check_model(options.model)
+    except (OSError, ValueError) as error:
+        return _failed("demo", str(error))
+    from .demo.runner import run
+
+    return run(options)
+
+
+def _failed(command: str, message: str, status: int = 1) -> int:
+    print(f"{PROGRAM} {command}: {message}", file=sys.stderr)
+    return status
+
+
+def _first_line(error: Exception) -> str:
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line.partition(". ")[0][:300]
+
+
+def _run(given: list[str]) -> int:
     if given[:1] == ["bench"]:
         return bench(given[1:])
     options = parser().parse_args(given)
     if options.command == "info":
-        return show_info()
+        return show_info(options.json)
     if options.command == "explain":
         return show_explanation(options)
-    from .demo.runner import run
+    return demo(options)
 
-    return run(options)
+
+def main(given: Sequence[str] | None = None) -> int:
+    """Run one command and return the process's exit status."""
+    words = list(sys.argv[1:] if given is None else given)
+    try:
+        status = _run(words)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        print(f"\n{PROGRAM}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # whoever read has seen enough; Python would complain again when it closes the pipe
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except ImportError as error:  # a package that is there and broken
+        return _failed(words[0], f"{error}; `{PROGRAM} info` shows what is installed")
+    except OSError as error:  # a full disk, a folder that is gone
+        return _failed(words[0], str(error))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ class Backend:
         own_graph: its `attention` is made of differentiable operators, and autograd, forward-mode differentiation and
             functional transforms work on those, to any order.
         self_tested: it answers on a device only after `proof.self_test`.
+        costs: what running it costs where a faster one could run, a clause for the user; "" for the fastest.
     """
 
     module: str
@@ -34,13 +35,16 @@ class Backend:
     direct: bool = False
     own_graph: bool = False
     self_tested: bool = False
+    costs: str = ""
 
+
+_TILED_COSTS = "tiled PyTorch is as exact, and several times slower than a kernel"
 
 # Slowest first. The CUDA kernels lose "by_name_only" where a committed measurement shows them right and ahead: on those
 # devices, dtypes and lengths. There is none yet.
 REGISTRY = {
     "reference": Backend(".impl.reference", by_name_only=True, own_graph=True),
-    "torch": Backend(".impl.torch_tiled"),
+    "torch": Backend(".impl.torch_tiled", costs=_TILED_COSTS),
     "cpu": Backend(".impl.cpu", ("cpu",), prepares=True, direct=True),
     "triton": Backend(".impl.triton", ("cuda",), prepares=True, self_tested=True),
     "cuda": Backend(".impl.cuda", ("cuda",), by_name_only=True, gradients="triton", prepares=True, self_tested=True),

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from deberta_kernels import __name__ as PACKAGE
-from deberta_kernels import env
+from deberta_kernels import dtypes, env, native
 from deberta_kernels.backends import BACKENDS, REGISTRY, order
 from deberta_kernels.notices import DebertaKernelsWarning, warn_once
 from deberta_kernels.proof import self_test
-from deberta_kernels.types import AttentionProblem
+from deberta_kernels.types import AttentionProblem, Masks, PositionSpec
 
 __all__ = [
     "BACKENDS",
@@ -26,6 +26,8 @@ __all__ = [
     "choose",
     "explain",
     "load",
+    "ordinary_call",
+    "outlook",
     "prepare",
     "refusal",
 ]
@@ -176,9 +178,10 @@ def _automatic(problem: AttentionProblem, strict: bool, backward: bool) -> str:
         reason = refusal(name, problem, backward=backward)
         if reason is None:
             if skipped:
+                costs = f"{REGISTRY[name].costs}; " if REGISTRY[name].costs else ""
                 message = (
                     f"disentangled attention on {device_type} runs backend {name!r}, a slower one, because {skipped}; "
-                    f"see `python -m deberta_kernels info` for what is active; backend={name!r} silences this."
+                    f"{costs}see `python -m deberta_kernels info` for what is active; backend={name!r} silences this."
                 )
                 if strict:
                     raise NotImplementedError(message)
@@ -262,6 +265,45 @@ def explain(problem: AttentionProblem, backend: str = "auto") -> Explanation:
             idle = other if forced or name in automatic else f"runs on {device_type} only when asked for by name"
             reasons[name] = refusals[name] or idle
     return Explanation(chosen, reasons, _gradients_elsewhere(chosen, problem))
+
+
+def ordinary_call(device: torch.device, dtype: torch.dtype, heads: int = 12, head_dim: int = 64) -> AttentionProblem:
+    """Return a call as models of this dtype and size make them, to ask backends about."""
+    q = torch.zeros(1, heads, 8, head_dim, dtype=dtype, device=device)
+    table = torch.zeros(heads, 512, head_dim, dtype=dtype, device=device)
+    return AttentionProblem(q, q, q, table, table, Masks(), PositionSpec(), 1.0, max_seqlen=8)
+
+
+def outlook(problem: AttentionProblem, backend: str = "auto") -> str:
+    """Say which backend would run a call like this one, what that costs, and what keeps a faster one from it.
+
+    Args:
+        problem: the call.
+        backend: as in `choose`.
+
+    Returns:
+        Text of one line, and one more for each faster backend of the device that cannot run.
+    """
+    call = f"{dtypes.name(problem.q.dtype)} on {problem.q.device}"
+    try:
+        found = explain(problem, backend)
+    except ValueError as error:  # the environment variable
+        return f"{call}: no backend: {error}"
+    chosen, forced = found.chosen, env.forced_backend() if backend == "auto" else backend
+    if chosen is None:
+        return f"{call}: no backend" + (f": {forced!r} was asked for: {found.reasons[forced]}" if forced else "")
+    variant = _variant() if chosen == "cpu" else ""
+    asked = ", which was asked for" if forced else ""
+    automatic = order(problem.q.device.type)
+    faster = () if forced or chosen not in automatic else automatic[: automatic.index(chosen)]
+    costs = f"; {REGISTRY[chosen].costs}" if faster and REGISTRY[chosen].costs else ""
+    head = f"{call}: backend {chosen!r}{variant}{asked}{costs}"
+    return "\n".join([head, *(f"  not {name!r}: {found.reasons[name]}" for name in faster)])
+
+
+def _variant() -> str:
+    status = native.library_status()
+    return f", instruction set {status['isa']}" + (f" ({status['slower']})" if status["slower"] else "")
 
 
 def _gradients_elsewhere(chosen: str | None, problem: AttentionProblem) -> str | None:

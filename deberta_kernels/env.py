@@ -19,6 +19,7 @@ __all__ = [
     "importing_from",
     "library_path",
     "self_tests",
+    "settings_of_others",
     "triton_interpreted",
     "variables_set",
 ]
@@ -49,6 +50,15 @@ VARIABLES = {
     LIBRARY: "path of the native CPU library to load instead of the installed one; read when it is first used",
     SELF_TEST: "0: GPU kernels answer on a device that has not been proven, without a self-test at the first use",
 }
+
+# Settings of OpenMP, oneDNN, PyTorch, Triton, CUDA and the hub that a report shows; none of them holds a secret.
+_OTHER_PREFIXES = (
+    "DEBERTA_KERNELS_", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "ONEDNN_", "DNNL_", "ATEN_", "TRITON_", "MALLOC_",
+)  # fmt: skip
+_OTHERS = (
+    "LRU_CACHE_CAPACITY", "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE",
+    "TOKENIZERS_PARALLELISM", "LD_PRELOAD",
+)  # fmt: skip
 
 
 def forced_backend() -> str | None:
@@ -110,6 +120,15 @@ def self_tests() -> bool:
 def triton_interpreted() -> bool:
     """Tell whether Triton interprets kernels, on the CPU; it reads its own variable when it is imported."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def settings_of_others() -> dict[str, str]:
+    """Return the variables of others that change speed or results, and unknown ones that look like the package's."""
+    return {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if name not in VARIABLES and (name in _OTHERS or name.startswith(_OTHER_PREFIXES))
+    }
 
 
 def variables_set() -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -13,6 +12,8 @@ from torch.nn.functional import scaled_dot_product_attention
 import deberta_kernels as dk
 from deberta_kernels.info import info
 from deberta_kernels.testing.geometries import settings
+
+from .arguments import Parser, lengths, seconds, size
 
 __all__ = ["run"]
 
@@ -37,16 +38,16 @@ def medians(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str,
 
 def run(arguments: Sequence[str]) -> int:
     """Print one line per length; return the exit status."""
-    parser = argparse.ArgumentParser(prog="deberta-kernels bench", description=__doc__)
-    parser.add_argument("--lengths", default="128,512,1024", help="tokens, comma-separated")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=2.0, help="per length")
+    parser = Parser(prog="deberta-kernels bench", description=__doc__)
+    parser.add_argument("--lengths", type=lengths, default=(128, 512, 1024), help="tokens, comma-separated")
+    parser.add_argument("--threads", type=size, default=1)
+    parser.add_argument("--seconds", type=seconds, default=2.0, help="per length")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     print(f"forward, float32, B1 H{HEADS} D{HEAD_DIM}, {options.threads} thread(s), {info()['cpu']['model']}")
     print("ms, medians, calls taking turns; SDPA computes no position terms and is shown as the floor")
     print(f"{'N':>6} {'reference':>11} {'SDPA':>9} {'this':>9}   backend")
-    for length in map(int, options.lengths.split(",")):
+    for length in options.lengths:
         generator = torch.Generator().manual_seed(0)
         q, k, v = (torch.randn(1, HEADS, length, HEAD_DIM, generator=generator) for _ in range(3))
         tables = [torch.randn(HEADS, 2 * BUCKETS, HEAD_DIM, generator=generator) for _ in range(2)]

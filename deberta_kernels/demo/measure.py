@@ -1,4 +1,4 @@
-"""Time and peak memory of two models, each measurement in a process of its own.
+"""Time and peak memory of models that take turns, each measurement in a process of its own.
 
 A forked child shares the weights with its parent and starts with nothing else, so neither an earlier length nor the
 other model can hide or add memory. The parent must not have computed anything on several threads before: OpenMP's
@@ -13,9 +13,10 @@ import statistics
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +25,19 @@ from torch import nn
 import deberta_kernels as dk
 from deberta_kernels.testing import memory
 
-__all__ = ["MEMORY_METHOD", "Case", "MeasurementError", "difference_and_times", "in_child", "peak_memory"]
+__all__ = [
+    "MEMORY_METHOD",
+    "Case",
+    "MeasurementError",
+    "Times",
+    "can_measure",
+    "difference_and_times",
+    "forward",
+    "in_child",
+    "peak_memory",
+    "take_turns",
+    "warm_up",
+]
 
 MEMORY_METHOD = (
     "peak resident memory above that of the loaded model, for one forward pass in a fresh process "
@@ -39,22 +52,42 @@ class MeasurementError(RuntimeError):
 
 @dataclass(frozen=True)
 class Case:
-    """One input of the demo.
+    """One batch.
 
     Attributes:
         label: name in the table.
-        input_ids: (B, N) int64.
-        attention_mask: (B, N) int64; 1 = real token.
+        input_ids: (B, N) int64; (B, 1, N) for a head that chooses among texts.
+        attention_mask: of the same shape, int64; 1 = real token.
+        extra: what else the model is given, by name.
     """
 
     label: str
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
+    extra: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
         """Return N, the padded length."""
-        return self.input_ids.shape[1]
+        return self.input_ids.shape[-1]
+
+
+@dataclass
+class Times:
+    """How long each call took, in seconds.
+
+    Attributes:
+        wall: by the clock.
+        cpu: of the processor, all threads of the process together.
+    """
+
+    wall: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+
+
+def can_measure() -> bool:
+    """Tell whether this system has what measuring memory needs: fork and /proc."""
+    return hasattr(os, "fork") and Path("/proc/self/status").exists()
 
 
 def in_child(work: Callable[[], dict[str, Any]], threads: int) -> dict[str, Any]:
@@ -92,28 +125,59 @@ def in_child(work: Callable[[], dict[str, Any]], threads: int) -> dict[str, Any]
     return dict(received["result"])
 
 
-def _forward(model: nn.Module, case: Case) -> torch.Tensor:
+def forward(model: nn.Module, case: Case) -> Any:
+    """Run one batch; return what the model returns."""
     with torch.no_grad():
-        hidden: torch.Tensor = model(input_ids=case.input_ids, attention_mask=case.attention_mask)[0]
-    return hidden
+        return model(input_ids=case.input_ids, attention_mask=case.attention_mask, **case.extra)
 
 
-def _warm_up(model: nn.Module, case: Case) -> None:
-    short = Case(case.label, case.input_ids[:1, :WARM_UP_TOKENS], case.attention_mask[:1, :WARM_UP_TOKENS])
-    _forward(model, short)
+def warm_up(model: nn.Module, case: Case) -> None:
+    """Run a few tokens of a batch, so that libraries, thread pools and kept tables are there and not counted."""
+    few = {name: x[:1, ..., :WARM_UP_TOKENS] for name, x in case.extra.items()}
+    ids, mask = (x[:1, ..., :WARM_UP_TOKENS] for x in (case.input_ids, case.attention_mask))
+    forward(model, Case(case.label, ids, mask, few))
 
 
 def peak_memory(model: nn.Module, case: Case) -> dict[str, Any]:
-    """Return {"bytes": peak resident memory of one forward pass above that of the loaded model}.
-
-    A pass over a few tokens comes first, so that libraries and thread pools are loaded and not counted.
-    """
-    _warm_up(model, case)
+    """Return {"bytes": peak resident memory of one forward pass above that of the loaded model}."""
+    warm_up(model, case)
     with suppress(OSError):  # without it, the mark is that of this process, which has done nothing larger
         memory.reset_high_water()
     start = memory.status("VmRSS")
-    _forward(model, case)
+    forward(model, case)
     return {"bytes": max(memory.status("VmHWM") - start, 0)}
+
+
+def take_turns(
+    models: Mapping[str, nn.Module],
+    case: Case,
+    times: Mapping[str, Times],
+    first: int = 0,
+    keep: Callable[[Any], Any] = lambda output: None,
+) -> dict[str, Any]:
+    """Run a batch through each model once, and add how long each took.
+
+    Args:
+        models: name -> model.
+        case: the batch.
+        times: name -> where to add.
+        first: number of the model that begins, counted around: who follows whom should change.
+        keep: what to keep of a model's output, before the next model runs; not timed.
+
+    Returns:
+        Name -> what was kept.
+    """
+    names = list(models)
+    start = first % len(names)
+    found = {}
+    for name in names[start:] + names[:start]:
+        wall, cpu = time.perf_counter(), time.process_time()
+        output = forward(models[name], case)
+        times[name].cpu.append(time.process_time() - cpu)
+        times[name].wall.append(time.perf_counter() - wall)
+        found[name] = keep(output)
+        del output
+    return found
 
 
 def difference_and_times(before: nn.Module, after: nn.Module, case: Case, pairs: int, seconds: float) -> dict[str, Any]:
@@ -128,28 +192,28 @@ def difference_and_times(before: nn.Module, after: nn.Module, case: Case, pairs:
 
     Returns:
         difference (largest, over real tokens), scale (largest |output|), before and after (medians in seconds),
-        samples, calls (per backend), fallbacks (per reason).
+        cpu_before and cpu_after (medians of the processor's time in seconds), samples, calls (per backend),
+        fallbacks (per reason).
     """
-    for model in (before, after):
-        _warm_up(model, case)
+    models = {"before": before, "after": after}
+    times = {name: Times() for name in models}
+    for model in models.values():
+        warm_up(model, case)
     dk.reset_stats()
-    expected, got = _forward(before, case), _forward(after, case)
-    counts = dk.stats()
-    real = case.attention_mask.bool()
-    difference = (expected[real].double() - got[real].double()).abs().max().item()
-    samples: dict[str, list[float]] = {"before": [], "after": []}
     begin = time.perf_counter()
-    while len(samples["after"]) < 2 or (len(samples["after"]) < pairs and time.perf_counter() - begin < seconds):
-        for name, model in (("before", before), ("after", after)):
-            start = time.perf_counter()
-            _forward(model, case)
-            samples[name].append(time.perf_counter() - start)
+    real = case.attention_mask.bool()
+    found = take_turns(models, case, times, keep=lambda output: output[0][real])
+    counts = dk.stats()
+    expected, got = (found[name] for name in models)
+    difference = (expected.double() - got.double()).abs().max().item()
+    while len(times["after"].wall) < 2 or (len(times["after"].wall) < pairs and time.perf_counter() - begin < seconds):
+        take_turns(models, case, times, first=len(times["after"].wall))
     return {
         "difference": difference,
-        "scale": expected[real].abs().max().item(),
-        "before": statistics.median(samples["before"]),
-        "after": statistics.median(samples["after"]),
-        "samples": samples,
+        "scale": expected.abs().max().item(),
+        **{name: statistics.median(times[name].wall) for name in models},
+        **{f"cpu_{name}": statistics.median(times[name].cpu) for name in models},
+        "samples": {name: times[name].wall for name in models},
         "calls": dict(counts["calls"]),
         "fallbacks": dict(counts["fallbacks"]),
     }

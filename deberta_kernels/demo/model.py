@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +14,12 @@ from torch import nn
 
 from deberta_kernels.testing import geometries
 
+from .arguments import DEFAULT_MODEL, missing_package
+from .checkpoint import hub_problem
 from .text import Encoder, hashing_encoder, paragraphs
 
-__all__ = ["DEFAULT_MODEL", "Loaded", "load", "shared_copy"]
+__all__ = ["Loaded", "load", "shared_copy"]
 
-DEFAULT_MODEL = "microsoft/deberta-v3-base"
-HUB_TIMEOUT_SECONDS = 20
 FEWEST_DISTINCT_TOKENS = 10
 
 log = logging.getLogger(__name__)
@@ -44,28 +42,6 @@ class Loaded:
     remarks: tuple[str, ...]
 
 
-def hub_reachable(name: str) -> bool:
-    """Return whether the checkpoint's configuration can be had from the hub or its cache within a few seconds.
-
-    Asked in a process of its own, since a hub client that retries cannot be given up any other way.
-    """
-    question = "import sys, transformers; transformers.AutoConfig.from_pretrained(sys.argv[1])"
-    environment = {**os.environ, "HF_HUB_ETAG_TIMEOUT": "5"}
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", question, name],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            timeout=HUB_TIMEOUT_SECONDS,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return False
-    return done.returncode == 0
-
-
 def find_encoder(name: str, vocab_size: int) -> tuple[Encoder, str | None]:
     """Return (text to ids, remark): the checkpoint's own tokenizer if it loads, else the hashing stand-in."""
     from transformers import AutoTokenizer
@@ -81,7 +57,8 @@ def find_encoder(name: str, vocab_size: int) -> tuple[Encoder, str | None]:
         if len(set(ids)) < FEWEST_DISTINCT_TOKENS or max(ids) >= vocab_size:
             problem = "what is there does not fit the text or the model"
     except Exception as error:  # whatever a checkpoint lacks or a tokenizer library raises
-        problem = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+        problem = missing_package("sentencepiece", "google.protobuf") or first
     if problem is None:
         return encode, None
     return hashing_encoder(vocab_size), f"no tokenizer in {name} ({problem}): words are hashed to token ids"
@@ -118,8 +95,8 @@ def load(name: str | None, dtype: torch.dtype) -> Loaded:
 
     transformers.logging.set_verbosity_error()
     if name is None:
-        if not hub_reachable(DEFAULT_MODEL):
-            loaded = random_model(f"{DEFAULT_MODEL} cannot be had from the hub")
+        if problem := hub_problem(DEFAULT_MODEL):
+            loaded = random_model(f"no {DEFAULT_MODEL}, {problem}")
             return Loaded(loaded.model.to(dtype).eval(), loaded.name, loaded.encode, loaded.remarks)
         name = DEFAULT_MODEL
     model = transformers.AutoModel.from_pretrained(name, dtype=dtype).eval()

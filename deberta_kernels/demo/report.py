@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,10 +11,23 @@ import torch
 
 from deberta_kernels import dtypes
 from deberta_kernels.info import info
+from deberta_kernels.native import processor
 
+from . import results
+from .picture import PATCHED, STOCK, Bar, Panel, figure_of, gain
 from .tables import aligned
 
-__all__ = ["Row", "conditions", "draw", "format_table", "write_numbers"]
+__all__ = [
+    "MEGABYTE",
+    "Row",
+    "conditions",
+    "described",
+    "draw",
+    "format_table",
+    "megabytes",
+    "milliseconds",
+    "write_numbers",
+]
 
 MEGABYTE = 1e6
 
@@ -31,6 +42,8 @@ class Row:
         tokens: padded length N.
         seconds_before: median time of one forward pass of the model as it was.
         seconds_after: the same, patched.
+        cpu_before: median time of the processor in one forward pass, all threads together, as it was.
+        cpu_after: the same, patched.
         bytes_before: peak memory of one forward pass above the loaded model, as it was; None = not measured.
         bytes_after: the same, patched.
         difference: largest |before - after| of the last hidden state over real tokens.
@@ -43,6 +56,8 @@ class Row:
     tokens: int
     seconds_before: float
     seconds_after: float
+    cpu_before: float
+    cpu_after: float
     bytes_before: int | None
     bytes_after: int | None
     difference: float
@@ -62,7 +77,7 @@ def conditions(model: str, dtype: torch.dtype, threads: int) -> dict[str, Any]:
         "model": model,
         "dtype": dtypes.name(dtype),
         "threads": threads,
-        "processor": found["cpu"]["model"],
+        "processor": processor.everyday_name(),
         "instruction_set": found["library"]["isa"],
         "python": platform.python_version(),
         "torch": found["packages"]["torch"],
@@ -71,12 +86,14 @@ def conditions(model: str, dtype: torch.dtype, threads: int) -> dict[str, Any]:
     }
 
 
-def _milliseconds(seconds: float) -> str:
+def milliseconds(seconds: float) -> str:
+    """Return a time as it stands in a table, in ms."""
     value = seconds * 1e3
     return f"{value:.1f}" if value < 100 else f"{value:.0f}"
 
 
-def _megabytes(count: int | None) -> str:
+def megabytes(count: int | None) -> str:
+    """Return a number of bytes as it stands in a table, in MB."""
     return "n/a" if count is None else f"{count / MEGABYTE:.0f}"
 
 
@@ -86,65 +103,52 @@ def format_table(rows: list[Row]) -> str:
     units = ["", "ms", "ms", "", "MB", "MB", "largest", ""]
     lines = [head, units]
     for row in rows:
-        times = [_milliseconds(row.seconds_before), _milliseconds(row.seconds_after), f"{row.speed_up:.2f}x"]
-        memory = [_megabytes(row.bytes_before), _megabytes(row.bytes_after)]
+        times = [milliseconds(row.seconds_before), milliseconds(row.seconds_after), f"{row.speed_up:.2f}x"]
+        memory = [megabytes(row.bytes_before), megabytes(row.bytes_after)]
         lines.append([row.label, *times, *memory, f"{row.difference:.1e}", row.backend])
     return aligned(lines, left=(0, len(head) - 1), heads=2)
 
 
 def write_numbers(folder: Path, name: str, about: dict[str, Any], rows: list[Row]) -> list[Path]:
     """Write name.json (conditions and rows) and name.csv (rows); return both paths."""
-    folder.mkdir(parents=True, exist_ok=True)
     records = [{**asdict(row), "speed_up": row.speed_up} for row in rows]
-    as_json, as_csv = folder / f"{name}.json", folder / f"{name}.csv"
-    as_json.write_text(json.dumps({"conditions": about, "rows": records}, indent=1) + "\n", encoding="utf-8")
-    with as_csv.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(records[0]))
-        writer.writeheader()
-        writer.writerows(records)
-    return [as_json, as_csv]
+    as_json = results.write_json(folder / f"{name}.json", {"conditions": about, "rows": records})
+    return [as_json, results.write_csv(folder / f"{name}.csv", records)]
 
 
-def draw(path: Path, about: dict[str, Any], rows: list[Row]) -> None:
-    """Draw time and memory over length, for the rows with one sequence.
+def title(rows: list[Row]) -> str:
+    """Return what to see in the rows."""
+    least, most = min(row.speed_up for row in rows), max(row.speed_up for row in rows)
+    times = f"{least:.1f}" if f"{least:.1f}" == f"{most:.1f}" else f"{least:.1f} to {most:.1f}"
+    return f"A patched DeBERTa is {times} times as fast"
+
+
+def described(about: dict[str, Any]) -> str:
+    """Return the conditions as they stand under the title of a picture."""
+    where = processor.with_cores(about["processor"], about["threads"])
+    return f"{about['model']}, {about['dtype']}; {where}; torch {about['torch']}, transformers {about['transformers']}"
+
+
+def draw(about: dict[str, Any], rows: list[Row]) -> Any:
+    """Draw time and memory of every row, before and after, with what was gained in the bars; return the figure.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, StrMethodFormatter
-
-    rows = sorted((row for row in rows if row.batch == 1), key=lambda row: row.tokens)
-    lengths = [row.tokens for row in rows]
-    figure = Figure(figsize=(9, 4), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, 2)
-    curves = (
+    quantities = (
         ("time of one forward pass, ms", 1e3, "seconds_before", "seconds_after"),
         ("peak memory above the model, MB", 1 / MEGABYTE, "bytes_before", "bytes_after"),
     )
-    for panel, (title, unit, before, after) in zip(panels, curves):
-        for name, label, colour, marker in (
-            (before, "Hugging Face", "#b45309", "s"),
-            (after, "patched", "#0f766e", "o"),
-        ):
-            points = [(n, getattr(row, name) * unit) for n, row in zip(lengths, rows) if getattr(row, name) is not None]
-            panel.plot(*zip(*points), marker=marker, color=colour, label=label)
-        panel.set_xscale("log", base=2)
-        panel.set_yscale("log")
-        panel.set_xticks(lengths, [str(n) for n in lengths])
-        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        panel.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
-        panel.minorticks_off()
-        panel.set_xlabel("tokens")
-        panel.set_title(title, fontsize=10)
-        panel.grid(True, alpha=0.3)
-        panel.legend(frameon=False)
-    figure.suptitle(
-        f"{about['model']}, {about['dtype']}, 1 sequence, {about['threads']} thread(s)\n"
-        f"{about['processor']}; torch {about['torch']}, transformers {about['transformers']}",
-        fontsize=9,
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    panels = []
+    for name, unit, before, after in quantities:
+        groups = {}
+        for row in rows:
+            first, second = getattr(row, before), getattr(row, after)
+            bars = (Bar(_times(first, unit), STOCK), Bar(_times(second, unit), PATCHED, gain(first, second)))
+            groups[row.label] = bars
+        panels.append(Panel(name, groups))
+    return figure_of(title(rows), described(about), panels)
+
+
+def _times(value: float | None, unit: float) -> float | None:
+    return None if value is None else value * unit

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,45 +12,17 @@ from torch import nn
 
 import deberta_kernels as dk
 
-from .measure import MEMORY_METHOD, Case, MeasurementError, difference_and_times, in_child, peak_memory
-from .model import DEFAULT_MODEL, Loaded, load, shared_copy
-from .report import Row, conditions, draw, format_table, write_numbers
+from .arguments import DEFAULT_MODEL, LENGTHS, QUICK_LENGTHS
+from .measure import MEMORY_METHOD, Case, MeasurementError, can_measure, difference_and_times, in_child, peak_memory
+from .model import Loaded, load, shared_copy
+from .report import Row, conditions, described, draw, format_table, write_numbers
+from .results import write_picture
 from .text import ragged_batch, single
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["run"]
 
-LENGTHS = (64, 128, 256, 512, 1024, 2048)
-QUICK_LENGTHS = (64, 128, 256)
-RAGGED_SENTENCES = 8
-RAGGED_LONGEST = 256
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of the demo."""
-    parser.add_argument(
-        "model",
-        nargs="?",
-        help=f"hub id or local directory of a DeBERTa-v2 or v3 (default: {DEFAULT_MODEL}, or random weights offline)",
-    )
-    parser.add_argument("--lengths", type=_lengths, help=f"tokens, comma-separated (default: {_join(LENGTHS)})")
-    parser.add_argument("--max-length", type=int, help="leave out longer inputs; a longer one than the list adds it")
-    parser.add_argument("--quick", action="store_true", help=f"lengths {_join(QUICK_LENGTHS)}, fewer repetitions")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
-    parser.add_argument("--threads", type=int, help="threads to compute with (default: torch's choice)")
-    parser.add_argument("--backend", default="auto", help="backend of the patched model (default: auto)")
-    parser.add_argument("--output", type=Path, default=Path("demo-results"), help="folder for picture and numbers")
-    parser.add_argument("--name", default="demo", help="file name, without ending, of picture and numbers")
-
-
-def _join(lengths: tuple[int, ...]) -> str:
-    return ",".join(map(str, lengths))
-
-
-def _lengths(text: str) -> tuple[int, ...]:
-    lengths = tuple(int(part) for part in text.split(","))
-    if min(lengths) < 3:
-        raise argparse.ArgumentTypeError("lengths start at 3 tokens: [CLS], one of text, [SEP]")
-    return lengths
+RAGGED_TEXTS = 8
+RAGGED_LONGEST = 512
 
 
 def _chosen_lengths(options: argparse.Namespace) -> list[int]:
@@ -69,23 +39,14 @@ def _say(text: str) -> None:
     print(f"[demo] {text}", file=sys.stderr, flush=True)
 
 
-def _say_backend(backend: str, dtype: torch.dtype) -> None:
-    """Say which backend runs an ordinary call, and why it is not the kernel, if so."""
-    q, table = torch.zeros(1, 1, 8, 64, dtype=dtype), torch.zeros(1, 512, 64, dtype=dtype)
-    answer = dk.explain(q, q, q, table, table, backend=backend)
-    reason = answer.reasons.get("cpu")
-    _say(f"backend: {answer.chosen}" + (f"; not cpu: {reason}" if reason else ""))
-
-
 def _cases(loaded: Loaded, options: argparse.Namespace) -> list[Case]:
     lengths = _chosen_lengths(options)
     if not lengths:
         raise ValueError(f"--max-length {options.max_length} leaves no length to run")
     cases = [Case(f"1 x {n}", *single(loaded.encode, n)) for n in lengths]
-    sentences = 4 if options.quick else RAGGED_SENTENCES
-    ids, mask = ragged_batch(loaded.encode, sentences, min(RAGGED_LONGEST, lengths[-1]))
-    filled = mask.float().mean().item()
-    cases.append(Case(f"{sentences} x {ids.shape[1]}, ragged ({filled:.0%} real)", ids, mask))
+    texts = 4 if options.quick else RAGGED_TEXTS
+    longest = min(RAGGED_LONGEST, lengths[-1])
+    cases.append(Case(f"{texts} texts, one long ({longest})", *ragged_batch(loaded.encode, texts, longest)))
     return cases
 
 
@@ -95,7 +56,7 @@ def _measure(before: nn.Module, after: nn.Module, case: Case, threads: int, quic
         _say(f"{case.label}: memory {name}")
         memory[name] = in_child(lambda model=model: peak_memory(model, case), threads)["bytes"]  # type: ignore[misc]
     _say(f"{case.label}: time before and after")
-    pairs, seconds = (3, 2.0) if quick else (15, 8.0)
+    pairs, seconds = (3, 2.0) if quick else (15, 6.0)
     timed = in_child(lambda: difference_and_times(before, after, case, pairs, seconds), threads)
     row = Row(
         label=case.label,
@@ -103,6 +64,8 @@ def _measure(before: nn.Module, after: nn.Module, case: Case, threads: int, quic
         tokens=case.tokens,
         seconds_before=timed["before"],
         seconds_after=timed["after"],
+        cpu_before=timed["cpu_before"],
+        cpu_after=timed["cpu_after"],
         bytes_before=memory["before"],
         bytes_after=memory["after"],
         difference=timed["difference"],
@@ -117,9 +80,8 @@ def _show(options: argparse.Namespace, about: dict[str, Any], rows: list[Row], f
     print()
     print(format_table(rows))
     print()
-    print(f"model: {about['model']}, {about['dtype']}, {about['threads']} thread(s)")
-    print(f"processor: {about['processor']}, native library: {about['instruction_set'] or 'not there'}")
-    print(f"torch {about['torch']}, transformers {about['transformers']}, deberta_kernels {about['deberta_kernels']}")
+    print(described(about))
+    print(f"deberta_kernels {about['deberta_kernels']}, native library: {about['instruction_set'] or 'not there'}")
     print("time: median of one forward pass, the two models taking turns in one process")
     print(f"memory: {about['memory']}")
     largest = max(row.scale for row in rows)
@@ -129,8 +91,7 @@ def _show(options: argparse.Namespace, about: dict[str, Any], rows: list[Row], f
     written = write_numbers(options.output, options.name, about, rows)
     picture = options.output / f"{options.name}.png"
     try:
-        draw(picture, about, rows)
-        written.insert(0, picture)
+        written.insert(0, write_picture(picture, draw(about, rows)))
     except ImportError:
         print("no picture: matplotlib is not installed (pip install matplotlib)")
     print("written: " + ", ".join(map(str, written)))
@@ -138,7 +99,7 @@ def _show(options: argparse.Namespace, about: dict[str, Any], rows: list[Row], f
 
 def run(options: argparse.Namespace) -> int:
     """Run the demo and return the process's exit status."""
-    if not hasattr(os, "fork") or not Path("/proc/self/status").exists():
+    if not can_measure():
         print("The demo measures memory through /proc and needs Linux.", file=sys.stderr)
         return 1
     started = time.perf_counter()
@@ -156,8 +117,8 @@ def run(options: argparse.Namespace) -> int:
         return 1
     for remark in loaded.remarks:
         _say(remark)
-    _say(str(report))
-    _say_backend(options.backend, dtype)
+    for line in str(report).splitlines():
+        _say(line)
     rows: list[Row] = []
     fallbacks: dict[str, int] = {}
     failed = False

@@ -51,21 +51,20 @@ def single(encode: Encoder, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     return row, torch.ones_like(row)
 
 
-def ragged_batch(encode: Encoder, sentences: int, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (input_ids, attention_mask), both (sentences, N) int64: paragraphs of mixed lengths, padded on the right.
+def ragged_batch(encode: Encoder, texts: int, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (input_ids, attention_mask), both (texts, N) int64: short paragraphs and one long text, padded right.
 
     Args:
         encode: text to token ids.
-        sentences: how many paragraphs.
-        longest: no row has more tokens than this.
+        texts: how many; all but one are the shortest paragraphs.
+        longest: N, the tokens of the long one, which is the beginning of the whole text.
     """
-    by_length = sorted((encode(part) for part in paragraphs()), key=len)
-    step = (len(by_length) - 1) / max(sentences - 1, 1)
-    chosen = [[CLS, *by_length[round(i * step)][: longest - 2], SEP] for i in range(sentences)]
-    width = max(map(len, chosen))
-    ids = torch.full((sentences, width), PAD)
-    mask = torch.zeros(sentences, width, dtype=torch.int64)
-    for row, tokens in enumerate(chosen):
+    short = sorted((encode(part) for part in paragraphs()), key=len)[: texts - 1]
+    ids = torch.full((texts, longest), PAD)
+    mask = torch.zeros(texts, longest, dtype=torch.int64)
+    for row, words in enumerate(short):
+        tokens = [CLS, *words[: longest - 2], SEP]
         ids[row, : len(tokens)] = torch.tensor(tokens)
         mask[row, : len(tokens)] = 1
+    ids[-1], mask[-1] = (x[0] for x in single(encode, longest))
     return ids, mask

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+import torch
 from torch import nn
 
 from deberta_kernels import __name__ as PACKAGE
@@ -19,6 +22,25 @@ from deberta_kernels.models.registry import Kind, install, row_of, rows, uninsta
 
 __all__ = ["PatchReport", "patch", "patch_all", "unpatch", "unpatch_all"]
 
+# Attributes under which other objects hold a module: pipelines, trainers and spaCy's components `model`, recognizers of
+# Presidio `ner_pipeline`, its component for spaCy `pipeline`, spacy-transformers' model `transformer`.
+_HOLDERS = ("model", "ner_pipeline", "pipeline", "transformer")
+_DEEPEST = 3  # a spaCy component holds a pipeline, which holds the module
+
+
+class Example(NamedTuple):
+    """What decides on the backend of a call."""
+
+    device: torch.device
+    dtype: torch.dtype
+    heads: int
+    head_dim: int
+    backend: str
+
+    def __str__(self) -> str:
+        problem = dispatch.ordinary_call(self.device, self.dtype, self.heads, self.head_dim)
+        return dispatch.outlook(problem, self.backend)
+
 
 @dataclass(frozen=True)
 class PatchReport:
@@ -28,11 +50,14 @@ class PatchReport:
         patched: number of attention modules that now run through the kernels.
         left_alone: name of each DeBERTa module that still runs its own code -> reason.
         encoders: number of encoders that no longer build N x N tensors.
+        example: a call as the model makes them, and the backend that was asked for; None where nothing was patched, or
+            the model is on no device yet. The text says what would run it, and has a GPU's kernels compiled for that.
     """
 
     patched: int
     left_alone: dict[str, str] = field(default_factory=dict)
     encoders: int = 0
+    example: Example | None = field(default=None, compare=False, repr=False)
 
     def __str__(self) -> str:
         head = f"patched {_counted(self.patched, 'attention module')}"
@@ -47,7 +72,8 @@ class PatchReport:
             f"  left alone: {found[0]}{f' and {len(found) - 1} more' if len(found) > 1 else ''}: {reason}"
             for reason, found in names.items()
         ]
-        return "\n".join([head, *lines])
+        runs = [] if self.example is None else textwrap.indent(str(self.example), "  ").splitlines()
+        return "\n".join([head, *runs, *lines])
 
 
 def _counted(number: int, name: str) -> str:
@@ -55,7 +81,7 @@ def _counted(number: int, name: str) -> str:
 
 
 def patch(
-    model: nn.Module,
+    model: object,
     *,
     backend: str = "auto",
     unpad: str | bool = "auto",
@@ -69,7 +95,8 @@ def patch(
 
     Args:
         model: a Hugging Face model with any head, one inside PEFT or with AdapterHub's adapters, or any module with
-            DeBERTa somewhere inside.
+            DeBERTa somewhere inside (SentenceTransformer, CrossEncoder, GLiNER); or what holds one as `.model`: a
+            pipeline, a Trainer; a recognizer of Presidio, a component of spaCy.
         backend: "auto" or the name of a backend, which then never falls back to another one.
         unpad: whether the encoder leaves out the padding of a batch: "auto", where that pays; True, wherever it can;
             False, never. Results are the same, padded rows included (without dropout).
@@ -85,14 +112,13 @@ def patch(
         What was patched, and what was left alone and why.
 
     Raises:
-        TypeError: model is not a module, or strict is not a bool.
+        TypeError: model neither is nor holds a module, or strict is not a bool.
         ValueError: no DeBERTa inside, or an unknown backend, unpad or fast_linears.
         RuntimeError: the backend's module does not load.
         NotImplementedError: fast_linears=True without the native library; or strict, and something was left alone.
     """
     options = _options(backend, unpad, strict, fast_linears)
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}; pass the model itself.")
+    model = _module_of(model)
     encoders, attentions, left_alone = _find(model)
     if not attentions and not encoders and not left_alone:
         raise ValueError(
@@ -113,7 +139,39 @@ def patch(
         fuse_dense(module, options)
     for module in attentions:
         patch_class(module, row_of(module, Kind.ATTENTION).mixin, options)
-    return PatchReport(len(attentions), left_alone, len(encoders))
+    example = _example(model, attentions[0], backend) if attentions else None
+    return PatchReport(len(attentions), left_alone, len(encoders), example)
+
+
+def _example(model: nn.Module, attention: nn.Module, backend: str) -> Example | None:
+    """Return what one attention module calls for; quantised weights say nothing of the dtype, norms do."""
+    parameters = (x for module in (attention, model) for x in module.parameters() if x.is_floating_point())
+    weight = next(parameters, None)
+    if weight is None or weight.is_meta:
+        return None
+    heads = int(attention.num_attention_heads)  # type: ignore[arg-type]
+    return Example(weight.device, weight.dtype, heads, int(attention.all_head_size) // heads, backend)  # type: ignore[arg-type]
+
+
+def _module_of(model: object) -> nn.Module:
+    """Return the model if it is a module, else the module that it holds.
+
+    Raises:
+        TypeError: neither.
+    """
+    if isinstance(model, type):
+        raise TypeError(f"model must be a torch.nn.Module, got the class {model.__name__}; pass an instance of it.")
+    level: list[object] = [model]
+    for _ in range(_DEEPEST + 1):
+        for one in level:
+            if isinstance(one, nn.Module):
+                return one
+        level = [getattr(one, name) for one in level for name in _HOLDERS if hasattr(one, name)]
+    held = f", whose .model is a {type(model.model).__name__}" if hasattr(model, "model") else ""
+    raise TypeError(
+        f"model must be a torch.nn.Module, got {type(model).__name__}{held}; "
+        "pass the model itself, or a pipeline, Trainer or the like that holds it as .model."
+    )
 
 
 def _find(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module], dict[str, str]]:
@@ -157,24 +215,22 @@ def _encoder_refusal(module: nn.Module) -> str | None:
     return row_of(module, Kind.ENCODER).refusal(module)
 
 
-def unpatch(model: nn.Module) -> int:
+def unpatch(model: object) -> int:
     """Give every module that `patch` changed inside a model its own class back.
 
     A forward that another thread has begun ends patched, and is waited for; one that begins meanwhile is not patched.
 
     Args:
-        model: the model given to `patch`, or any module that contains it; one that is not patched stays as it is.
+        model: what was given to `patch`, or any module that contains it; one that is not patched stays as it is.
 
     Returns:
         Number of attention modules and encoders that changed.
 
     Raises:
-        TypeError: model is not a module.
+        TypeError: model neither is nor holds a module.
         RuntimeError: something made subclasses of the patched classes since; nothing was changed.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}; pass the model itself.")
-    modules = list(model.modules())
+    modules = list(_module_of(model).modules())
     for module in modules:
         if isinstance(module, Patched) and not has_patched_class(module):
             restore_class(module)  # raises, before anything changed

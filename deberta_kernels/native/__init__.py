@@ -8,14 +8,15 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
-import torch
+try:
+    import torch
+except (ImportError, OSError):  # `info` describes an installation without it, or with a broken one, as well
+    torch = None  # type: ignore[assignment]
 
-from deberta_kernels import __name__ as PACKAGE
 from deberta_kernels import env
-from deberta_kernels.native import library_file
+from deberta_kernels.native import absence, library_file
 from deberta_kernels.native.params import ABI_VERSION, AttentionParams, DropoutParams, LinearParams, layouts
 
 __all__ = [
@@ -33,7 +34,8 @@ __all__ = [
     "use_isa",
 ]
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DataType of csrc/cpu/params.h
+# DataType of csrc/cpu/params.h
+DTYPES = {} if torch is None else {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Status of csrc/cpu/params.h: the error, and what it says.
 _STATUS: dict[int, tuple[type[Exception], str]] = {
     1: (MemoryError, "out of memory"),
@@ -50,20 +52,6 @@ _TAKES = {
     "dk_cpu_dropout": DropoutParams,
 }
 
-_DISTRIBUTED = "deberta_kernels"
-
-
-def _installed() -> Path:
-    """Return where the library is: in this package; for a copy without one, in the package that is installed."""
-    package = Path(__file__).resolve().parents[1]
-    found = importlib.util.find_spec(_DISTRIBUTED) if PACKAGE != _DISTRIBUTED else None
-    if found is not None and found.origin is not None:
-        package = Path(found.origin).resolve().parent
-    return package / "lib" / "libdeberta_kernels_cpu.so"
-
-
-_INSTALLED = _installed()
-
 
 class Library:
     """The open library and the instruction-set variant in use."""
@@ -74,10 +62,10 @@ class Library:
         for name in ("dk_abi_version", "dk_variant_count"):
             getattr(handle, name).restype = ctypes.c_int64
         if handle.dk_abi_version() != ABI_VERSION:
-            raise OSError("it was built from another version of the package; rebuild it")
+            raise OSError("it was built from another version of the package")
         handle.dk_layouts.restype = ctypes.c_char_p
         if handle.dk_layouts() != layouts().encode():
-            raise OSError("its structs are not those of the package; rebuild it")
+            raise OSError("its structs are not those of the package")
         handle.dk_variant_name.restype = ctypes.c_char_p
         handle.dk_variant_name.argtypes = handle.dk_variant_runs.argtypes = [ctypes.c_int64]
         for name, params in _TAKES.items():
@@ -103,7 +91,8 @@ class Library:
         self.isa = env.cpu_isa() or next(iter(self.variants))
         if self.isa not in self.variants:
             usable = ", ".join(self.variants)
-            raise OSError(f"{env.CPU_ISA}={self.isa} is not among what it has for this processor ({usable})")
+            asked = f"{env.CPU_ISA}={self.isa}"
+            raise ValueError(f"{asked} is not among what it has for this processor ({usable}); unset it")
 
     def threads(self) -> int:
         """Return how many threads may compute: one in a forked child, where OpenMP's own threads do not exist.
@@ -187,25 +176,25 @@ def opened() -> Library | None:
         return _library
     with _lock:
         if _library is None and _problem is None:
-            path = str(_INSTALLED)
+            path = str(absence.INSTALLED)
             try:
                 path = env.library_path() or path
                 _problem = _damage(path)
                 if _problem is None:
                     _library = Library(path)
-            except (OSError, ValueError, AttributeError) as error:
+            except ValueError as error:  # of an environment variable: another library would not do either
                 _problem = f"the native library {path} cannot be used: {error}"
+            except (OSError, AttributeError) as error:
+                _problem = absence.unusable(path, str(error))
     return _library
 
 
 def _damage(path: str) -> str | None:
     """Return why the library cannot be opened, and what to do about it; None where nothing speaks against it."""
     if not os.path.lexists(path):
-        remedy = "install a C++ compiler and reinstall" if PACKAGE == _DISTRIBUTED else "pip install deberta-kernels"
-        return f"the native library is not built ({path} is missing); {remedy}"
+        return absence.not_built(path)
     found = library_file.damage(path)
-    remedy = "build it again with `python setup.py build_native`, or reinstall"
-    return None if found is None else f"the native library {path} cannot be used: {found}; {remedy}"
+    return None if found is None else absence.unusable(path, found)
 
 
 def unavailable() -> str | None:
@@ -230,14 +219,19 @@ def library_status() -> dict[str, Any]:
 
     Returns:
         loaded: bool; path: str or None; reason: why it is not loaded, or None; isa: variant in use, or None;
-        variants: names that run on this processor, fastest first; compiled: all names in the library.
+        variants: names that run on this processor, fastest first; compiled: all names in the library; slower: why a
+        faster variant is not in use, or "".
     """
     library = opened()
     if library is None:
-        return {"loaded": False, "path": None, "reason": _problem, "isa": None, "variants": [], "compiled": []}
+        nothing: list[str] = []
+        return {
+            "loaded": False, "path": None, "reason": _problem, "isa": None, "variants": nothing, "compiled": nothing,
+            "slower": "",
+        }  # fmt: skip
     return {
         "loaded": True, "path": library.path, "reason": None, "isa": library.isa, "variants": list(library.variants),
-        "compiled": library.compiled,
+        "compiled": library.compiled, "slower": absence.slower_variant(library.isa, library.compiled),
     }  # fmt: skip
 
 
@@ -261,13 +255,14 @@ def use_isa(isa: str) -> Iterator[None]:
         library.isa = before
 
 
-def gemm_rate(dtype: torch.dtype = torch.float32) -> float:
+def gemm_rate(dtype: torch.dtype | None = None) -> float:
     """Measure the GFLOP/s of one core's micro-kernel on data in the first-level cache: the kernels' ceiling.
 
     Args:
-        dtype: float32 or bfloat16.
+        dtype: float32, or None for it, or bfloat16.
     """
     library = need()
     repeats = 20_000  # some milliseconds, of which reading the clock is nothing
-    rate: float = library.handle.dk_cpu_gemm_rate(DTYPES[dtype], repeats, library.variants[library.isa])
+    code, variant = DTYPES[dtype or torch.float32], library.variants[library.isa]
+    rate: float = library.handle.dk_cpu_gemm_rate(code, repeats, variant)
     return rate

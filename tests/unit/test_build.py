@@ -328,23 +328,29 @@ def test_wheel_with_the_library_fits_every_python(tmp_path):
 
 @needs_setuptools
 @pytest.mark.parametrize(
-    ("environment", "message"),
+    ("environment", "message", "left"),
     [
-        ({"CXX": "/nowhere/c++"}, "WARNING: no native library: CXX is '/nowhere/c++'"),
-        ({"CXX": "false"}, "WARNING: no native library: asking the compiler what it compiles for failed"),
-        ({"DEBERTA_KERNELS_SKIP_NATIVE": "1"}, "DEBERTA_KERNELS_SKIP_NATIVE is set: no native library"),
+        ({"CXX": "/nowhere/c++"}, "WARNING: no native library: ", "CXX is '/nowhere/c++'"),
+        ({"CXX": "false"}, "WARNING: no native library: ", "asking the compiler what it compiles for failed"),
+        (
+            {build.SKIP_VARIABLE: "1"},
+            f"{build.SKIP_VARIABLE} is set: no native library",
+            f"{build.SKIP_VARIABLE} was set",
+        ),
     ],
     ids=["no compiler", "broken compiler", "not wanted"],
 )
-def test_wheel_without_the_library_fits_everywhere_and_says_why(tmp_path, environment, message):
+def test_wheel_without_the_library_fits_everywhere_and_says_why(tmp_path, environment, message, left):
     folder = small_checkout(tmp_path)
     stale = folder / "deberta_kernels" / "lib" / native_build.LIBRARY_NAME
     stale.parent.mkdir()
     stale.write_text("left from an earlier build")
     path, said = wheel(folder, **environment)
     assert path.name.endswith("-py3-none-any.whl")
-    assert not [name for name in zipfile.ZipFile(path).namelist() if name.endswith(".so")]
-    assert message in said
+    files = zipfile.ZipFile(path)
+    assert not [name for name in files.namelist() if name.endswith(".so")]
+    assert (message + left if message.endswith(" ") else message) in said
+    assert json.loads(files.read("deberta_kernels/lib/build.json"))["not_built"].startswith(left)
 
 
 @needs_setuptools

@@ -64,32 +64,6 @@ def test_explain_takes_no_memory_for_long_sequences(capsys):
     assert "torch would run" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--backend", "fastest"], "backend must be one of"),
-        (["--dropout", "1.5"], "dropout_p"),
-        (["--device", "nowhere"], "nowhere"),
-    ],
-)
-def test_explain_reports_bad_options_without_a_traceback(capsys, arguments, message):
-    assert main(["explain", *arguments]) == 1
-    assert message in capsys.readouterr().err
-
-
-def test_explain_refuses_sizes_below_one_by_name(capsys):
-    with pytest.raises(SystemExit):
-        main(["explain", "--length", "-3"])
-    assert "--length: must be an integer of at least 1, got '-3'" in capsys.readouterr().err
-
-
-def test_unknown_command_shows_the_usage(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(["fly"])
-    assert stopped.value.code == 2
-    assert "explain" in capsys.readouterr().err
-
-
 def test_installed_benchmark_prints_a_line_per_length(capsys, monkeypatch):
     from deberta_kernels.demo import bench
 
@@ -118,27 +92,6 @@ def test_demo_measures_a_local_checkpoint(tiny_checkpoint, tmp_path):
         assert len(list(csv.DictReader(file))) == 3
     drawn = (tmp_path / "demo-results" / "demo.png").exists()
     assert drawn or "matplotlib is not installed" in done.stdout
-
-
-@pytest.mark.skipif(not LINUX, reason="the demo measures memory through /proc")
-def test_demo_names_a_checkpoint_it_cannot_load(tmp_path):
-    done = command("demo", tmp_path, "--quick", cwd=tmp_path)
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("deberta-kernels demo: ")
-    assert str(tmp_path) in done.stderr
-
-
-@pytest.mark.skipif(not LINUX, reason="the demo measures memory through /proc")
-def test_demo_refuses_a_model_without_deberta(tmp_path):
-    import transformers
-
-    config = transformers.BertConfig(
-        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
-    )
-    transformers.BertModel(config).save_pretrained(tmp_path / "bert")
-    done = command("demo", tmp_path / "bert", "--quick", cwd=tmp_path)
-    assert done.returncode == 1
-    assert "model must contain a DeBERTa of transformers" in done.stderr
 
 
 @pytest.mark.skipif(not LINUX, reason="the demo measures memory through /proc")

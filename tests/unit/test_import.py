@@ -1,8 +1,10 @@
 """Importing the package: nothing heavy, no thread, no device, no native library, little time."""
 
+import ast
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -98,6 +100,18 @@ def test_public_names_are_listed_and_load():
 )
 def test_model_names_load(name):
     assert callable(getattr(dk, name))
+
+
+def test_what_is_loaded_late_is_what_type_checkers_see_and_what_a_star_gives():
+    tree = ast.parse(Path(dk.__file__).read_text(encoding="utf-8"))
+    (checked,) = [x for x in tree.body if isinstance(x, ast.If)]
+    homes = {alias.name: f".{x.module}" for x in checked.body for alias in x.names}
+    assert homes == dk._HOME
+    assert sorted([*homes, "__version__"]) == sorted(dk.__all__)
+    given: dict[str, object] = {}
+    exec("from deberta_kernels import *", given)
+    assert set(dk.__all__) <= set(given)
+    assert given["patch"] is dk.patch
 
 
 def test_unknown_name_is_an_attribute_error():

@@ -9,10 +9,9 @@ import sys
 
 import pytest
 
-from deberta_kernels import native
 from deberta_kernels.native import library_file
+from deberta_kernels.native.absence import INSTALLED
 
-INSTALLED = native._INSTALLED
 needs_library = pytest.mark.skipif(
     not INSTALLED.exists() or not sys.platform.startswith("linux"), reason="there is no library of ELF format"
 )

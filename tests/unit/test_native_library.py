@@ -48,7 +48,7 @@ def test_a_library_with_other_structs_is_refused(monkeypatch):
         "AttentionParams", (ctypes.Structure,), {"_fields_": [("abi_version", ctypes.c_int64), second, first]}
     )
     monkeypatch.setattr(params, "_STRUCTS", (swapped, *params._STRUCTS[1:]))
-    with pytest.raises(OSError, match="its structs are not those of the package; rebuild it"):
+    with pytest.raises(OSError, match="its structs are not those of the package"):
         native.Library(path)
 
 
@@ -56,7 +56,7 @@ def test_a_library_of_another_version_is_refused(monkeypatch):
     needs.native_library()
     path = native.need().path
     monkeypatch.setattr(native, "ABI_VERSION", native.ABI_VERSION + 1)
-    with pytest.raises(OSError, match="it was built from another version of the package; rebuild it"):
+    with pytest.raises(OSError, match="it was built from another version of the package"):
         native.Library(path)
 
 

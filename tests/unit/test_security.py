@@ -25,9 +25,9 @@ FORBIDDEN_CALLS = {
 # Modules imported by name come from constants in these files, never from a configuration or a caller.
 IMPORTS_BY_NAME = {"__init__.py", "dispatch.py", "models/registry.py"}
 OPENS_LIBRARIES = {"native/__init__.py", "testing/memory.py", "impl/cuda/driver.py", "impl/cuda/nvrtc.py"}
-STARTS_PROCESSES = {"__main__.py", "demo/model.py"}
+STARTS_PROCESSES = {"__main__.py", "demo/checkpoint.py", "info/software.py"}
 # The cache of compiled CUDA modules and of self-tests: a folder of the user's own, tested in test_cuda_image.py.
-WRITES_FILES = {"demo/report.py", "demo/measure.py", "testing/memory.py", "impl/cache.py"}
+WRITES_FILES = {"demo/results.py", "demo/measure.py", "testing/memory.py", "impl/cache.py"}
 
 
 def place(path):

@@ -154,8 +154,8 @@ def test_another_value_is_an_error(kernels, monkeypatch):
 
 
 def test_info_says_whether_it_runs(kernels, monkeypatch):
-    chosen()  # and what info itself asks the backends is another variant
-    assert "self-test    on at the first use on a GPU; committed results cover no devices, 2 variants" in _text()
+    chosen()  # and what info itself asks the backends, in four dtypes, are others
+    assert "self-test    on at the first use on a GPU; committed results cover no devices, 5 variants" in _text()
     monkeypatch.setenv(env.SELF_TEST, "0")
     assert "self-test    off, DEBERTA_KERNELS_SELF_TEST=0: GPU kernels answer on any device" in _text()
     monkeypatch.setenv(env.SELF_TEST, "yes")

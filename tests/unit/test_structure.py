@@ -21,6 +21,7 @@ FLOORS = (
     {"models"},
     {"integrations", "modules", "info", "testing"},
     {"demo"},
+    {"bench"},
     {"__main__"},
 )
 MOST_FILES = 15
