@@ -18,6 +18,7 @@ from deberta_kernels.bench import checkpoint, command, compare, show
 from deberta_kernels.bench.agreement import Agreement, Answers, answers_of
 from deberta_kernels.bench.batches import encode
 from deberta_kernels.demo.measure import Case
+from tests import needs
 from tests.checkout import ROOT
 from tests.word_tokenizer import word_tokenizer
 
@@ -299,8 +300,9 @@ def test_patched_models_leave_the_stock_ones_as_they_are(save):
     assert models[0].model.embeddings.word_embeddings.weight is models[1].model.embeddings.word_embeddings.weight
 
 
+@pytest.mark.packages("matplotlib")
 def test_a_picture_says_what_was_gained(tmp_path):
-    pytest.importorskip("matplotlib")
+    needs.package("matplotlib")
     from deberta_kernels.demo.picture import PATCHED, STOCK, Bar, Panel, figure_of, gain
     from deberta_kernels.demo.results import write_picture
 
