@@ -133,7 +133,8 @@ def run(options: argparse.Namespace) -> int:
     try:
         return _measured(options)
     except MeasurementError as error:
-        print(f"deberta-kernels bench: not measured: {error}; try a smaller --batch-size.", file=sys.stderr)
+        reason = str(error).strip().splitlines()[-1]  # of a traceback, the error
+        print(f"deberta-kernels bench: not measured: {reason}; try a smaller --batch-size.", file=sys.stderr)
     except (CheckpointError, texts.TextsError, OSError, ValueError, ImportError) as error:
         print(f"deberta-kernels bench: {error}", file=sys.stderr)
     return 1

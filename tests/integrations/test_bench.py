@@ -17,7 +17,7 @@ from deberta_kernels.__main__ import main
 from deberta_kernels.bench import checkpoint, command, compare, show
 from deberta_kernels.bench.agreement import Agreement, Answers, answers_of
 from deberta_kernels.bench.batches import encode
-from deberta_kernels.demo.measure import Case
+from deberta_kernels.demo.measure import Case, MeasurementError
 from tests import needs
 from tests.checkout import ROOT
 from tests.word_tokenizer import word_tokenizer
@@ -183,7 +183,7 @@ def texts(tmp_path):
 def refused(texts, capsys, monkeypatch):
     """Run the command, which must end with a message of one line before anything is measured."""
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
-    monkeypatch.setattr(compare, "measure", None)
+    monkeypatch.setattr(command, "measure", None)
 
     def refused(model, *options, file=texts):
         assert main(["bench", "--model", str(model), "--text", str(file), *map(str, options)]) == 1
@@ -235,6 +235,16 @@ def test_options_are_checked_before_any_work(refused, save, tmp_path, texts, mon
     assert "nowhere.txt cannot be read" in refused(folder, file=tmp_path / "nowhere.txt")
     monkeypatch.setattr(command, "missing_package", lambda *names: f"{names[0]} is not installed; run `pip install x`")
     assert refused(folder) == "transformers is not installed; run `pip install x`"
+
+
+def test_a_measurement_that_failed_is_told_in_one_line(refused, save, tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise MeasurementError("Traceback (most recent call last):\n  File ...\nMemoryError: no room")
+
+    monkeypatch.setattr(command, "measure", fail)
+    message = refused(save("DebertaV2Model"), "--output", tmp_path / "out")
+    assert message == "not measured: MemoryError: no room; try a smaller --batch-size."
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
