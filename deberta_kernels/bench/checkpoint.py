@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from deberta_kernels.demo.checkpoint import hub_problem
+from deberta_kernels.demo.arguments import missing_package
+from deberta_kernels.demo.checkpoint import MODEL_TYPES
+from deberta_kernels.demo.model import prepare_transformers
 
-__all__ = ["Checkpoint", "CheckpointError", "check_name", "load"]
-
-MODEL_TYPES = ("deberta", "deberta-v2")
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-INSTALL = "pip install 'deberta-kernels[demo]'"
+__all__ = ["Checkpoint", "CheckpointError", "load"]
 
 
 class CheckpointError(ValueError):
@@ -44,60 +40,28 @@ class Checkpoint:
     remarks: tuple[str, ...]
 
 
-def check_name(name: str) -> None:
-    """Look, before anything is imported or asked of the hub, whether a name can be that of a model.
-
-    Raises:
-        CheckpointError: it cannot.
-    """
-    if importlib.util.find_spec("transformers") is None:
-        raise CheckpointError(f"bench --model needs transformers, which is not installed; {INSTALL}")
-    path = Path(name).expanduser()
-    if path.is_file():
-        raise CheckpointError(f"--model must be a directory or a hub id, and {name} is a file; pass its directory.")
-    if path.is_dir() and not (path / "config.json").is_file():
-        if (path / "gliner_config.json").is_file():
-            raise CheckpointError(
-                f"--model must be a model of transformers, and {name} is GLiNER's; use dk.patch(model)."
-            )
-        found = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
-        raise CheckpointError(
-            f"--model must be a directory that save_pretrained wrote; {name} has no config.json (it has: {found})."
-        )
-    if not path.exists() and not HUB_ID.fullmatch(name):
-        raise CheckpointError(
-            f"--model must be a directory or a hub id (owner/name), and there is no directory {name}."
-        )
-
-
 def load(name: str, dtype: torch.dtype) -> Checkpoint:
     """Load a checkpoint with its own head.
 
     Args:
-        name: directory or hub id, see `check_name`.
+        name: directory or hub id that `demo.checkpoint.check_model` has found.
         dtype: of the weights.
 
     Raises:
         CheckpointError: it is no DeBERTa, or does not load.
     """
-    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # it runs in a thread, and this process is forked
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     path = Path(name).expanduser()
-    if path.is_dir():
-        name = str(path)
-    elif problem := hub_problem(name):
-        raise CheckpointError(
-            f"--model {name}: there is no such directory, and {problem}; pass the directory that save_pretrained wrote."
-        )
+    name = str(path) if path.is_dir() else name
+    prepare_transformers()
     import transformers
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     config = _attempt("its configuration", name, lambda: transformers.AutoConfig.from_pretrained(name))
     if config.model_type not in MODEL_TYPES:
         expected = " or ".join(MODEL_TYPES)
         raise CheckpointError(f"--model must be a DeBERTa (model_type {expected}), got model_type {config.model_type}.")
-    tokenizer = _attempt("its tokenizer", name, lambda: transformers.AutoTokenizer.from_pretrained(name))
+    of_tokenizers = ("sentencepiece", "google.protobuf")
+    load = transformers.AutoTokenizer.from_pretrained
+    tokenizer = _attempt("its tokenizer", name, lambda: load(name), *of_tokenizers)
     if tokenizer.pad_token_id is None:
         raise CheckpointError(f"--model {name}: its tokenizer must have a padding token, and has none.")
     chosen, remarks = _class_of(config)
@@ -110,13 +74,14 @@ def load(name: str, dtype: torch.dtype) -> Checkpoint:
     return Checkpoint(model.eval(), tokenizer, shown, longest, remarks)
 
 
-def _attempt(what: str, name: str, load: Any) -> Any:
+def _attempt(what: str, name: str, load: Callable[[], Any], *needed: str) -> Any:
     try:
         return load()
     except Exception as error:  # whatever a checkpoint lacks or a library of tokenizers raises
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        missing = f"; {INSTALL}" if isinstance(error, ImportError) or "sentencepiece" in str(error).lower() else ""
-        raise CheckpointError(f"--model {name}: {what} does not load: {reason}{missing}") from None
+        missing = missing_package(*needed)
+        message = f"--model {name}: {what} does not load: {reason}" + (f"; {missing}" if missing else "")
+        raise CheckpointError(message) from None
 
 
 def _class_of(config: Any) -> tuple[Any, tuple[str, ...]]:

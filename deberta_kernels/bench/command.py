@@ -12,8 +12,10 @@ import torch
 
 from deberta_kernels.bench import show, texts
 from deberta_kernels.bench.batches import Batches, encode
-from deberta_kernels.bench.checkpoint import Checkpoint, CheckpointError, check_name, load
+from deberta_kernels.bench.checkpoint import Checkpoint, CheckpointError, load
 from deberta_kernels.bench.compare import Measured, candidates, measure
+from deberta_kernels.demo.arguments import missing_package
+from deberta_kernels.demo.checkpoint import check_model
 from deberta_kernels.demo.measure import MEMORY_METHOD, MeasurementError, can_measure
 from deberta_kernels.demo.report import conditions, described
 from deberta_kernels.demo.results import check_folder, write_json, write_picture
@@ -92,9 +94,11 @@ def _measured(options: argparse.Namespace) -> int:
     """Check, load, measure, show; every check that needs no model comes before it is loaded."""
     if not can_measure():
         raise CheckpointError("bench --model measures memory through /proc and needs Linux.")
+    if missing := missing_package("transformers"):
+        raise CheckpointError(missing)
     check_folder(options.output)
     found = texts.read(options.text, options.column, options.limit)
-    check_name(options.model)
+    check_model(options.model)
     wanted = [getattr(torch, name) for name in dict.fromkeys(options.dtype)]
     threads = options.threads or torch.get_num_threads()
     torch.set_num_threads(1)  # demo/measure.py: this process must stay free of threads
@@ -129,10 +133,8 @@ def run(options: argparse.Namespace) -> int:
     try:
         return _measured(options)
     except MeasurementError as error:
-        print(f"deberta-kernels bench: not measured: {error}; try a smaller --batch-size.", file=sys.stderr)
+        reason = str(error).strip().splitlines()[-1]  # of a traceback, the error
+        print(f"deberta-kernels bench: not measured: {reason}; try a smaller --batch-size.", file=sys.stderr)
     except (CheckpointError, texts.TextsError, OSError, ValueError, ImportError) as error:
         print(f"deberta-kernels bench: {error}", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("\ndeberta-kernels bench: stopped; nothing was written.", file=sys.stderr)
-        return 130
     return 1

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from deberta_kernels.demo.arguments import Parser
+from deberta_kernels.demo.arguments import Parser, length, size
 
 __all__ = ["name_a_model", "parser"]
 
@@ -22,13 +22,8 @@ def name_a_model(arguments: Sequence[str]) -> bool:
     return any(given.partition("=")[0] in options for given in arguments)
 
 
-def _count(least: int) -> Callable[[str], int]:
-    def count(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be an integer of at least {least}, got {text!r}")
-        return int(text)
-
-    return count
+def _limit(text: str) -> int:
+    return 0 if text == "0" else size(text)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -42,11 +37,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--model", required=True, help="directory or hub id of a DeBERTa v1, v2 or v3, with any head")
     made.add_argument("--text", required=True, type=Path, help="file: a text a line; or .csv, .tsv, .jsonl")
     made.add_argument("--column", help="column or key of the texts (default: the only one, or the one named text, ...)")
-    made.add_argument("--limit", type=_count(0), default=TEXTS, help=f"texts at most; 0: all (default: {TEXTS})")
+    made.add_argument("--limit", type=_limit, default=TEXTS, help=f"texts at most; 0: all (default: {TEXTS})")
     made.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"], help="of the weights, one or more")
-    made.add_argument("--batch-size", type=_count(1), default=8, help="texts in a batch (default: 8)")
-    made.add_argument("--max-length", type=_count(3), help="tokens at which a text is cut (default: the model's)")
+    made.add_argument("--batch-size", type=size, default=8, help="texts in a batch (default: 8)")
+    made.add_argument("--max-length", type=length, help="tokens at which a text is cut (default: the model's)")
     made.add_argument("--sort", action="store_true", help="sort the texts by length before they are batched")
-    made.add_argument("--threads", type=_count(1), help="threads to compute with (default: torch's choice)")
+    made.add_argument("--threads", type=size, help="threads to compute with (default: torch's choice)")
     made.add_argument("--output", type=Path, default=Path("bench-results"), help="folder for picture and numbers")
     return made

@@ -99,7 +99,7 @@ def draw(about: dict[str, Any], measured: Sequence[Measured], batches: Batches) 
         colour, rate = PATCHED if one.patched else STOCK, record["tokens_per_second"]
         written = gain(rate, records[0]["tokens_per_second"]) if one is not measured[0] else ""
         speed[one.name] = [Bar(rate, colour, written)]
-        less = gain(measured[0].bytes, one.bytes) if one.patched else ""
+        less = gain(measured[0].bytes, one.bytes, "less") if one.patched else ""
         memory[one.name] = [Bar(one.bytes / MEGABYTE, colour, less)]
     panels = [
         Panel("tokens per second", speed, logarithmic=False),

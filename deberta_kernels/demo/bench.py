@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 import deberta_kernels as dk
-from deberta_kernels.info import info
+from deberta_kernels.native import processor
 from deberta_kernels.testing.geometries import settings
 
 from .arguments import Parser, lengths, seconds, size
@@ -44,7 +44,8 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--seconds", type=seconds, default=2.0, help="per length")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    print(f"forward, float32, B1 H{HEADS} D{HEAD_DIM}, {options.threads} thread(s), {info()['cpu']['model']}")
+    where = processor.with_cores(processor.everyday_name(), options.threads)
+    print(f"forward, float32, B1 H{HEADS} D{HEAD_DIM}, {where}")
     print("ms, medians, calls taking turns; SDPA computes no position terms and is shown as the floor")
     print(f"{'N':>6} {'reference':>11} {'SDPA':>9} {'this':>9}   backend")
     for length in options.lengths:

@@ -109,7 +109,7 @@ def in_child(work: Callable[[], dict[str, Any]], threads: int) -> dict[str, Any]
             answer: dict[str, Any] = {"result": work()}
         except BaseException:
             answer = {"error": traceback.format_exc()}
-        with os.fdopen(send, "w") as pipe:
+        with suppress(BrokenPipeError), os.fdopen(send, "w") as pipe:  # broken: the parent was interrupted, and is gone
             pipe.write(json.dumps(answer))
         os._exit(0)
     os.close(send)

@@ -18,7 +18,7 @@ from .arguments import DEFAULT_MODEL, missing_package
 from .checkpoint import hub_problem
 from .text import Encoder, hashing_encoder, paragraphs
 
-__all__ = ["Loaded", "load", "shared_copy"]
+__all__ = ["Loaded", "load", "prepare_transformers", "shared_copy"]
 
 FEWEST_DISTINCT_TOKENS = 10
 
@@ -78,6 +78,16 @@ def random_model(reason: str) -> Loaded:
     return Loaded(model, "v3-base geometry, random weights", hashing_encoder(sizes["vocab_size"]), remarks)
 
 
+def prepare_transformers() -> None:
+    """Keep transformers quiet, and this process free of its threads: a process that has some should not be forked."""
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # which would run in the background
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
 def load(name: str | None, dtype: torch.dtype) -> Loaded:
     """Load the model to measure.
 
@@ -88,12 +98,9 @@ def load(name: str | None, dtype: torch.dtype) -> Loaded:
     Raises:
         OSError: the named checkpoint cannot be loaded.
     """
-    # Conversion runs in a background thread, and a process with threads should not be forked.
-    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    prepare_transformers()
     import transformers
 
-    transformers.logging.set_verbosity_error()
     if name is None:
         if problem := hub_problem(DEFAULT_MODEL):
             loaded = random_model(f"no {DEFAULT_MODEL}, {problem}")

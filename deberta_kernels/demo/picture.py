@@ -43,12 +43,12 @@ class Panel:
     logarithmic: bool = True
 
 
-def gain(before: float | None, after: float | None) -> str:
-    """Return how many times as large `before` is, as "12.9x"; "" where one is missing or nothing."""
+def gain(before: float | None, after: float | None, word: str = "") -> str:
+    """Return how many times as large `before` is, as "12.9x", with a word; "" where one is missing or nothing."""
     if not before or not after:
         return ""
     times = before / after
-    return f"{times:.1f}x" if times < 99.5 else f"{times:.0f}x"
+    return (f"{times:.1f}x" if times < 99.5 else f"{times:.0f}x") + (f" {word}" if word and times > 1 else "")
 
 
 def figure_of(title: str, conditions: str, panels: Sequence[Panel], legend: bool = True) -> Any:
@@ -77,7 +77,8 @@ def figure_of(title: str, conditions: str, panels: Sequence[Panel], legend: bool
         _draw_panel(axis, panel)
     if legend:
         _draw_legend(figure)
-    figure.suptitle(f"{title}\n", fontsize=12, fontweight="bold")
+    room = "\n" * (conditions.count("\n") + 1)
+    figure.suptitle(title + room, fontsize=12, fontweight="bold")
     figure.text(0.5, 1 - 0.36 / figure.get_figheight(), conditions, ha="center", va="top", fontsize=7.5)
     return figure
 

@@ -136,18 +136,18 @@ def draw(about: dict[str, Any], rows: list[Row]) -> Any:
         ImportError: matplotlib is not installed.
     """
     quantities = (
-        ("time of one forward pass, ms", 1e3, "seconds_before", "seconds_after"),
-        ("peak memory above the model, MB", 1 / MEGABYTE, "bytes_before", "bytes_after"),
+        ("time of one forward pass, ms", 1e3, "seconds_before", "seconds_after", "faster"),
+        ("peak memory above the model, MB", 1 / MEGABYTE, "bytes_before", "bytes_after", "less"),
     )
     panels = []
-    for name, unit, before, after in quantities:
+    for name, unit, before, after, word in quantities:
         groups = {}
         for row in rows:
             first, second = getattr(row, before), getattr(row, after)
-            bars = (Bar(_times(first, unit), STOCK), Bar(_times(second, unit), PATCHED, gain(first, second)))
+            bars = (Bar(_times(first, unit), STOCK), Bar(_times(second, unit), PATCHED, gain(first, second, word)))
             groups[row.label] = bars
         panels.append(Panel(name, groups))
-    return figure_of(title(rows), described(about), panels)
+    return figure_of(title(rows), f"{described(about)}; inputs are texts x tokens", panels)
 
 
 def _times(value: float | None, unit: float) -> float | None:

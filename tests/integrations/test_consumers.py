@@ -15,6 +15,7 @@ import transformers
 
 import deberta_kernels as dk
 from tests import needs
+from tests.word_tokenizer import word_tokenizer
 
 TEXTS = ["Anna works for Acme in Berlin", "the weather today is great and it is a very happy example", "Paris is great"]
 WORDS = sorted({word for text in TEXTS for word in text.split()} | {"person", "city", "company", "This", "."})
@@ -26,20 +27,8 @@ def save(build, tmp_path: Path) -> Callable[..., str]:
     """Save a small model and a tokenizer of whole words as a checkpoint; return its directory."""
 
     def save(head: str, **settings: Any) -> str:
-        from tokenizers import Tokenizer, models, pre_tokenizers, processors
-
-        vocabulary = {word: i for i, word in enumerate(["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]", *WORDS])}
-        tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
-        )
-        fast = transformers.PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", unk_token="[UNK]",
-            mask_token="[MASK]", model_max_length=64, model_input_names=["input_ids", "attention_mask"],
-        )  # fmt: skip
         build(head, **settings).save_pretrained(tmp_path)
-        fast.save_pretrained(tmp_path)
+        word_tokenizer(WORDS, longest=64).save_pretrained(tmp_path)
         return str(tmp_path)
 
     return save

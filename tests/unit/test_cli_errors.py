@@ -54,7 +54,7 @@ WRONG = {
     "demo --name ../x": "argument --name: must be a file name without folders, got '../x'; --output has the folder",
     "demo one two": "unrecognized arguments: two",
     "bench --model x": "the following arguments are required: --text",
-    "bench --model x --text y --batch-size 0": "argument --batch-size: must be an integer of at least 1, got '0'",
+    "bench --model x --text y --batch-size 0": "argument --batch-size: must be an integer from 1",
     "bench --model x --text y --dtype int3": "argument --dtype: invalid choice: 'int3'",
     "explain --length -3": "argument --length: must be an integer from 1 to 2147483647, got '-3'",
     "explain --batch 0": "argument --batch: must be an integer from 1",

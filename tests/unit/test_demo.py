@@ -1,0 +1,51 @@
+"""What the demo measures and shows."""
+
+import torch
+
+from deberta_kernels.demo import report, text
+
+
+def row(**values):
+    fields = {
+        "label": "8 texts, one long (512)", "batch": 8, "tokens": 512, "seconds_before": 2.6, "seconds_after": 0.2,
+        "cpu_before": 2.6, "cpu_after": 0.2, "bytes_before": 400_000_000, "bytes_after": 100_000_000,
+        "difference": 1e-6, "scale": 5.0, "backend": "cpu",
+    }  # fmt: skip
+    return report.Row(**{**fields, **values})
+
+
+def test_of_a_batch_of_eight_texts_one_is_long():
+    ids, mask = text.ragged_batch(text.hashing_encoder(1000), 8, 512)
+    assert ids.shape == mask.shape == (8, 512)
+    lengths = mask.sum(1)
+    assert lengths[-1] == 512
+    assert lengths[:-1].max() < 40
+    assert len({tuple(x[:9].tolist()) for x in ids}) == 8
+    assert torch.equal(mask.bool(), torch.arange(512) < lengths[:, None])
+    assert torch.equal(ids[-1:], text.single(text.hashing_encoder(1000), 512)[0])
+    assert (ids[mask == 0] == text.PAD).all()
+
+
+def test_short_inputs_cut_every_text():
+    ids, mask = text.ragged_batch(text.hashing_encoder(1000), 4, 9)
+    assert ids.shape == (4, 9)
+    assert (mask.sum(1) == 9).all()
+
+
+def test_the_title_says_how_much_faster():
+    assert report.title([row(), row(seconds_after=1.0)]) == "A patched DeBERTa is 2.6 to 13.0 times as fast"
+    assert report.title([row()]) == "A patched DeBERTa is 13.0 times as fast"
+
+
+def test_conditions_name_the_processor_as_people_do(monkeypatch):
+    monkeypatch.setattr(
+        report.processor, "described", lambda: {"model name": "AMD EPYC", "cpu family": "25", "model": "17"}
+    )
+    said = report.described(report.conditions("some model", torch.float32, 1))
+    assert said.startswith("some model, float32; AMD EPYC 9004 (Zen 4), 1 core; torch ")
+
+
+def test_numbers_of_the_processor_are_kept(tmp_path):
+    paths = report.write_numbers(tmp_path / "new", "demo", {}, [row()])
+    assert [path.name for path in paths] == ["demo.json", "demo.csv"]
+    assert "cpu_before" in paths[1].read_text().splitlines()[0]
