@@ -10,7 +10,7 @@ from .task import InputError, Record
 
 __all__ = ["label_name", "names_of", "shown"]
 
-SHOWN = 12
+SHOWN, LONGEST_SHOWN = 12, 30  # names, and letters of one
 FEWEST_SUSPECT = 20  # classes; more than half as many classes as rows, and the column is likely a wrong one
 
 
@@ -33,7 +33,8 @@ def label_name(value: Any) -> str:
 
 def shown(names: list[str]) -> str:
     """Return names for a message, cut after a few."""
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+    short = [name if len(name) <= LONGEST_SHOWN else f"{name[:LONGEST_SHOWN]}..." for name in names[:SHOWN]]
+    return ", ".join(short) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
 def _sorted(names: set[str]) -> list[str]:

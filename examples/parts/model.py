@@ -169,6 +169,9 @@ def _load(head: Any, config: Any, options: argparse.Namespace) -> Any:
 
 
 def _finish(task: Task, options: argparse.Namespace, model: Any) -> Any:
+    for parameter in model.parameters():
+        # Loaded weights lie where the file has them; some products round by the alignment, and a resumed run must not.
+        parameter.data = parameter.data.clone()
     if options.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if not options.no_patch:

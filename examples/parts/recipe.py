@@ -6,6 +6,7 @@ import argparse
 import json
 import random
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,7 @@ def _train_and_report(task: Task, loop: Loop, fixed: dict[str, Any]) -> int:
             with saving.beside(path) as partial:
                 partial.write_text(content, encoding="utf-8")
         (output / saving.STATE).unlink(missing_ok=True)
+        shutil.rmtree(output / START, ignore_errors=True)
         print(f"model and card: {output / saving.MODEL}   results: {output / saving.RESULTS}")
     else:
         print("nothing was saved; --output DIR keeps model, card and results")
