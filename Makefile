@@ -139,6 +139,7 @@ test-newest: env-newest $(VENV_NEWEST)/triton-$(TRITON) $(VENV_NEWEST)/triton-$(
 
 test-ecosystem: env-ecosystem ## run the tests with GLiNER, sentence-transformers, Presidio, spaCy and quantised layers
 	@$(OFFLINE) $(VENV_ECOSYSTEM)/bin/python -m pytest tests/integrations/test_consumers.py \
+		tests/integrations/examples/test_programs.py \
 		--require gliner,sentence_transformers,presidio_analyzer,bitsandbytes,torchao $(ARGS)
 	@$(OFFLINE) $(VENV_SPACY)/bin/python -m pytest tests/integrations/test_consumers.py -k spacy_transformers \
 		--require spacy_transformers $(ARGS)
