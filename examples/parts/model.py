@@ -173,7 +173,10 @@ def _finish(task: Task, options: argparse.Namespace, model: Any) -> Any:
         # Loaded weights lie where the file has them; some products round by the alignment, and a resumed run must not.
         parameter.data = parameter.data.clone()
     if options.checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if hasattr(model, "activation_checkpointing_enable"):  # its newer name
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        else:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
     if not options.no_patch:
         print(dk.patch(model))
     return task.wrap(model).to(options.device)

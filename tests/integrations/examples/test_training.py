@@ -34,7 +34,7 @@ RECORDS: dict[str, list[dict[str, Any]]] = {
 @pytest.mark.parametrize("name", NAMES)
 def test_it_trains_fused_on_its_own_text_and_a_new_vocabulary(name, train):
     dk.reset_stats()
-    found = train(name, "--steps", "2", "--limit", "40")
+    found = train(name, "--steps", "2", "--limit", "40", "--length", "32", "--batch-size", "2")
     assert found["patched"]
     assert found["steps"] == 2
     assert sum(dk.stats()["calls"].values()) > 0
@@ -134,14 +134,15 @@ def test_the_best_checkpoint_is_kept_and_training_stops_early(train, checkpoint,
 
 @pytest.mark.parametrize("options", [("--precision", "float16"), ("--precision", "bfloat16", "--checkpointing")])
 def test_precisions_and_checkpoints(options, train):
-    found = train("masked_lm", "--steps", "2", "--limit", "30", *options)
+    found = train("masked_lm", "--steps", "2", "--limit", "30", "--length", "32", *options)
     assert found["metrics"]["perplexity"] > 1
 
 
-@pytest.mark.parametrize("name", ["masked_lm", "token_classification"])
-def test_the_loss_falls(name, train):
-    schedule = ("--learning-rate", "1e-3", "--schedule", "constant", "--warmup", "0", "--patience", "0")
-    found = train(name, "--steps", "30", "--evaluate-every", "6", "--limit", "60", "--length", "48", *schedule)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_loss_falls(name, train, checkpoint, json_lines):
+    schedule = ("--learning-rate", "1e-2", "--schedule", "constant", "--warmup", "0", "--patience", "0")
+    data = ("--data", json_lines(RECORDS[name] * 12), "--model", checkpoint())
+    found = train(name, *TINY, *data, "--steps", "60", "--evaluate-every", "15", *schedule)
     losses = [x["training_loss"] for x in found["history"]]
     assert losses[-1] < 0.9 * losses[0]
 
@@ -210,16 +211,8 @@ def test_a_new_head_begins_anew(train, checkpoint, table, tmp_path):
 
 
 def test_one_command_shows_both_models_and_saves_nothing(tmp_path: Path):
-    command = [
-        sys.executable,
-        str(EXAMPLES / "sequence_classification.py"),
-        "--steps",
-        "2",
-        "--limit",
-        "20",
-        "--device",
-        "cpu",
-    ]
+    small = ("--steps", "1", "--limit", "12", "--length", "32", "--batch-size", "2", "--device", "cpu")
+    command = [sys.executable, str(EXAMPLES / "sequence_classification.py"), *small]
     done = subprocess.run(
         [*command, "--comparison-seconds", "1"], capture_output=True, text=True, check=True, cwd=tmp_path
     )
