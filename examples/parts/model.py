@@ -93,11 +93,8 @@ def _unloadable(name: str, error: Exception) -> InputError:
     if isinstance(error, InputError):
         return error
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    here = (
-        "the folder lacks what a checkpoint has"
-        if Path(name).is_dir()
-        else "give the folder of a checkpoint or its hub id"
-    )
+    lacks = Path(name).is_dir() and not (Path(name) / "config.json").exists()
+    here = "the folder has no config.json" if lacks else "give the folder of a checkpoint or its hub id"
     return InputError(f"--model {name} cannot be loaded; {here}. transformers says: {reason}")
 
 
@@ -149,22 +146,34 @@ def _fit(config: Any, head: str, labels: list[str] | None, options: argparse.Nam
 
 
 def _load(head: Any, config: Any, options: argparse.Namespace) -> Any:
+    # A head of another task can have weights of the same name.
+    fresh = options.new_head or head.__name__ not in (config.architectures or [])
     try:
         model, loading = head.from_pretrained(
-            options.model, config=config, dtype=torch.float32, output_loading_info=True,
-            ignore_mismatched_sizes=options.new_head,
-        )  # fmt: skip
+            options.model, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+        )
     except (OSError, ValueError, RuntimeError) as error:
         raise _unloadable(options.model, error) from error
-    absent = [key for key in loading["missing_keys"] if key.startswith(head.base_model_prefix + ".")]
-    if absent:
+    encoder = head.base_model_prefix + "."
+    if absent := sorted(key for key in loading["missing_keys"] if key.startswith(encoder)):
         raise InputError(
-            f"--model {options.model} lacks {len(absent)} weights of its encoder, the first {sorted(absent)[0]}; "
+            f"--model {options.model} lacks {len(absent)} weights of its encoder, the first {absent[0]}; "
             "config.json and weights are not of the same model."
         )
-    if options.new_head and hasattr(model, "classifier"):
+    for entry in loading["mismatched_keys"]:
+        key = entry if isinstance(entry, str) else entry[0]  # transformers 5 adds the shapes
+        if key.startswith(encoder) or not fresh:
+            raise InputError(
+                f"{key} of --model {options.model} has not the shape {tuple(model.state_dict()[key].shape)} that its "
+                "config.json asks for; they are not of the same model."
+            )
+    if fresh and hasattr(model, "classifier"):
         nn.init.normal_(model.classifier.weight, std=config.initializer_range)
         nn.init.zeros_(model.classifier.bias)
+    new = {key.partition(".")[0] for key in loading["missing_keys"]}
+    new |= {"classifier"} if fresh and hasattr(model, "classifier") else set()
+    if new:
+        print(f"not in the checkpoint, so trained from nothing: {', '.join(sorted(new))}")
     return model
 
 

@@ -165,7 +165,7 @@ def test_numbers_beyond_the_head(refused, table, checkpoint):
 def test_a_folder_without_a_checkpoint(refused, table, tmp_path):
     (tmp_path / "nothing").mkdir()
     said = refused("sequence_classification", "--data", table(*LABELS), "--model", str(tmp_path / "nothing"))
-    assert "cannot be loaded; the folder lacks what a checkpoint has" in said
+    assert "cannot be loaded; the folder has no config.json" in said
 
 
 def test_another_kind_of_model(refused, table, checkpoint):
@@ -182,6 +182,16 @@ def test_weights_of_another_size(refused, table, checkpoint):
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
     said = refused("sequence_classification", "--data", table(*LABELS), "--model", str(folder))
     assert "weights of its encoder, the first deberta.encoder.layer.2." in said
+
+
+@pytest.mark.parametrize(("head", "change"), [("DebertaV2Model", "hidden_size"), ("DebertaV2Model", "vocab_size")])
+def test_weights_of_another_shape(head, change, refused, table, checkpoint):
+    folder = Path(checkpoint(head))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, change: 2 * config[change]}))
+    said = refused("sequence_classification", "--data", table(*LABELS), "--model", str(folder))
+    assert "deberta.embeddings.word_embeddings.weight of --model" in said
+    assert "that its config.json asks for; they are not of the same model" in said
 
 
 def test_a_tokenizer_of_another_checkpoint(refused, table, checkpoint):

@@ -210,6 +210,24 @@ def test_a_new_head_begins_anew(train, checkpoint, table, tmp_path):
     assert config.label2id == {"bad": 0, "good": 1, "neither": 2}
 
 
+@pytest.mark.parametrize("name", ["token_classification", "multiple_choice"])
+def test_a_checkpoint_of_another_task_gets_a_new_head(name, train, checkpoint, json_lines, tmp_path, capsys):
+    # Its classifier has the same name, and for three labels the same shape as that of three tags.
+    model = checkpoint("DebertaV2ForSequenceClassification", num_labels=3)
+    data = ("--data", json_lines(RECORDS[name] * 6), "--model", model)
+    train(name, *TINY, *data, "--steps", "1", "--learning-rate", "1e-9")
+    assert "not in the checkpoint, so trained from nothing: classifier" in capsys.readouterr().out
+    from safetensors.torch import load_file
+
+    old, new = (load_file(Path(x) / "model.safetensors") for x in (model, tmp_path / "output" / "model"))
+    assert old["classifier.weight"].shape != new["classifier.weight"].shape or not torch.allclose(
+        old["classifier.weight"], new["classifier.weight"], atol=1e-3
+    )
+    torch.testing.assert_close(
+        new["deberta.embeddings.word_embeddings.weight"], old["deberta.embeddings.word_embeddings.weight"]
+    )
+
+
 def test_one_command_shows_both_models_and_saves_nothing(tmp_path: Path):
     small = ("--steps", "1", "--limit", "12", "--length", "32", "--batch-size", "2", "--device", "cpu")
     command = [sys.executable, str(EXAMPLES / "sequence_classification.py"), *small]
