@@ -70,7 +70,7 @@ def encode(
 
 
 class TagScorer:
-    """F1 of entities where tags are of the form B-, I-, O; else the macro F1 of tags."""
+    """F1 is that of whole entities where tags are of the form B-, I-, O; else the macro F1 of tags."""
 
     def __init__(self, data: Data, options: argparse.Namespace) -> None:
         self._names = data.labels or []
@@ -87,15 +87,13 @@ class TagScorer:
 
     def result(self) -> dict[str, float]:
         expected, found = ([tag for row in rows for tag in row] for rows in (self._expected, self._found))
-        result = {
-            "macro_f1": macro_f1(expected, found),
-            "accuracy": sum(x == y for x, y in zip(expected, found)) / len(expected),
-            "loss": self._loss / self._rows,
-        }
+        macro = macro_f1(expected, found)
+        result = {"f1": macro}
         if any(name.startswith("B-") for name in self._names):
             rows = [[[self._names[tag] for tag in row] for row in rows] for rows in (self._expected, self._found)]
-            result = entity_f1(*rows) | result
-        return {"f1": result.get("entity_f1", result["macro_f1"]), **result}
+            result = entity_f1(*rows)
+        accuracy = sum(x == y for x, y in zip(expected, found)) / len(expected)
+        return {**result, "macro_f1": macro, "accuracy": accuracy, "loss": self._loss / self._rows}
 
 
 def add_options(parser: Any) -> None:
@@ -118,7 +116,7 @@ TASK = Task(
     labels_of=lambda record: list(record["tags"]),
     add_options=add_options,
     scorer=TagScorer,
-    metrics=("f1", "entity_f1", "macro_f1", "accuracy", "loss"),
+    metrics=("f1", "macro_f1", "accuracy", "loss"),
 )
 
 if __name__ == "__main__":

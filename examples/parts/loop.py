@@ -248,8 +248,6 @@ class Loop:
     def _evaluate(self, save_best: Callable[[dict[str, float]], None]) -> None:
         standing, name = self.standing, self.options.metric
         found = self.metrics()
-        if name not in found:
-            raise InputError(f"--metric {name} cannot be had from this data; what can: {', '.join(found)}.")
         value = found[name]
         lower = name in self.task.lower_is_better
         better = standing.best is None or (value < standing.best if lower else value > standing.best)

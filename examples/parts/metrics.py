@@ -89,7 +89,7 @@ def entity_f1(expected: Sequence[Sequence[str]], found: Sequence[Sequence[str]])
         wanted, got = entities(one), entities(other)
         right, of_expected, of_found = right + len(wanted & got), of_expected + len(wanted), of_found + len(got)
     return {
-        "entity_f1": 2 * right / max(of_expected + of_found, 1),
+        "f1": 2 * right / max(of_expected + of_found, 1),
         "precision": right / max(of_found, 1),
         "recall": right / max(of_expected, 1),
     }

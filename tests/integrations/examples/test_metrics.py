@@ -40,7 +40,7 @@ def test_entity_f1_counts_whole_entities(metrics):
     found = [["B-PER", "O", "O", "B-LOC"], ["B-LOC"]]
     result = metrics.entity_f1(expected, found)
     assert result == {
-        "entity_f1": pytest.approx(2 / 3),
+        "f1": pytest.approx(2 / 3),
         "precision": pytest.approx(2 / 3),
         "recall": pytest.approx(2 / 3),
     }

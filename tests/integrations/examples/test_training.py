@@ -183,7 +183,7 @@ def test_numbered_tags_get_their_names(train, checkpoint, json_lines, tmp_path):
     file = json_lines([{"words": ["anna", "works", "in", "berlin"], "ner": [1, 0, 0, 2]}] * 8)
     options = ("--tokens-column", "words", "--tags-column", "ner", "--tag-names", "O,B-PER,B-LOC")
     found = train("token_classification", *TINY, "--steps", "2", "--data", file, "--model", checkpoint(), *options)
-    assert {"entity_f1", "precision", "recall"} <= set(found["metrics"])
+    assert {"f1", "precision", "recall"} <= set(found["metrics"])
     config = transformers.AutoConfig.from_pretrained(tmp_path / "output" / "model")
     assert sorted(config.label2id) == ["B-LOC", "B-PER", "O"]
 
