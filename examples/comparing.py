@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from parts.options import add_columns
+from parts.options import add_columns, check_device
 from parts.progress import Progress
 from parts.records import load
 from parts.saving import beside
@@ -71,6 +71,7 @@ def texts(options: argparse.Namespace) -> list[str]:
         raise InputError("--compare runs the patched and the stock model; leave --no-patch out.")
     if options.output and options.output.is_dir():
         raise InputError(f"--output {options.output} must be a file, got a folder.")
+    check_device(options.device)
     if options.texts:
         return list(options.texts)
     return [str(record["text"]) for record in load(options.file, [TEXT], options)]

@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 import torch
+from parts.batching import CUT
 from parts.labels import label_name
 from parts.metrics import ClassScorer
 from parts.recipe import run
@@ -53,13 +54,14 @@ def encode(
 ) -> list[tuple[dict[str, Tensor], Any]]:
     """Return the tokens of one question: a row for each choice."""
     context = encoder.ids(record["context"])
-    rows = []
+    rows, cut = [], None
     for ending in record["endings"]:
         chosen = encoder.ids(ending)[: options.length // 2]
+        cut = CUT if len(context) + len(chosen) > options.length - 3 else cut
         kept = context[-(options.length - len(chosen) - 3) :]  # what stands next to the ending
         rows.append(torch.tensor([encoder.cls, *kept, encoder.sep, *chosen, encoder.sep]))
     ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=encoder.pad)
-    return [({"input_ids": ids, "labels": torch.tensor(record["label"])}, None)]
+    return [({"input_ids": ids, "labels": torch.tensor(record["label"])}, cut)]
 
 
 def add_options(parser: Any) -> None:

@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 import torch
+from parts.batching import CUT
 from parts.labels import label_name
 from parts.metrics import ClassScorer
 from parts.recipe import run
@@ -36,8 +37,9 @@ def encode(
     second = encoder.ids(str(record["pair"])) if record.get("pair") else []
     room = options.length - (3 if second else 2)
     kept = min(len(second), max(room - len(first), room // 2))
+    cut = CUT if len(first) + len(second) > room else None
     ids = [encoder.cls, *first[: room - kept], encoder.sep, *([*second[:kept], encoder.sep] if second else [])]
-    return [({"input_ids": torch.tensor(ids), "labels": torch.tensor(labels[record["label"]])}, None)]
+    return [({"input_ids": torch.tensor(ids), "labels": torch.tensor(labels[record["label"]])}, cut)]
 
 
 TASK = Task(

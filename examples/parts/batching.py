@@ -12,7 +12,10 @@ from .progress import Progress
 from .task import IGNORED, Feature, InputError, Record, Task
 from .vocabulary import Encoder
 
-__all__ = ["Order", "collate", "encode_all", "generator"]
+__all__ = ["CUT", "Order", "collate", "encode_all", "generator"]
+
+
+CUT = "cut"  # extra of a feature that has not all of its text
 
 
 def generator(*numbers: int) -> torch.Generator:
@@ -41,6 +44,8 @@ def encode_all(
                 raise InputError(f"{options.data}, {record.get('place', number)}: {error}") from error
             found += [Feature(inputs, number, extra) for inputs, extra in rows]
             progress.at(number + 1)
+    if cut := sum(feature.extra is CUT for feature in found):
+        print(f"{cut} of {len(records)} texts are longer than --length {options.length}; they were cut")
     if not found:
         raise InputError("no text is left to train on; all are empty once turned into tokens.")
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -68,6 +69,7 @@ def _asked_to_stop() -> Iterator[Callable[[], bool]]:
 
     def note(number: int, frame: Any) -> None:
         asked.append(number)
+        print("\nstopping after this step; once more to stop at once", file=sys.stderr)
         for one in before:
             signal.signal(one, before[one])
 

@@ -12,7 +12,7 @@ import torch
 from .saving import check_output, load_state
 from .task import InputError, Task
 
-__all__ = ["add_columns", "parse"]
+__all__ = ["add_columns", "check_device", "parse"]
 
 LEARNING_RATE, LEARNING_RATE_OF_NEW = 2e-5, 3e-4  # of a checkpoint, of a small model that starts from nothing
 PATHS = ("data", "validation", "output")
@@ -145,6 +145,14 @@ def parse(task: Task, arguments: list[str] | None) -> tuple[argparse.Namespace, 
     return options, state
 
 
+def check_device(name: str) -> None:
+    """Raise InputError where this PyTorch has no such device."""
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name} cannot be used, try --device cpu: {str(error).splitlines()[0]}") from error
+
+
 def _check(options: argparse.Namespace) -> None:
     for option in ("validation",):
         if getattr(options, option) and not options.data:
@@ -153,12 +161,8 @@ def _check(options: argparse.Namespace) -> None:
         raise InputError("--new-head needs --model; without it the head is new already.")
     if options.stop_after and not options.output:
         raise InputError("--stop-after needs --output DIR, where the run can go on from.")
-    try:
-        device = torch.device(options.device)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {options.device} cannot be used: {str(error).splitlines()[0]}") from error
-    if options.precision == "float16" and device.type == "cpu":
+    check_device(options.device)
+    if options.precision == "float16" and torch.device(options.device).type == "cpu":
         print("float16 on a CPU is slow and can overflow; --precision bfloat16 is meant for it.")
     if options.learning_rate is None:
         options.learning_rate = LEARNING_RATE if options.model else LEARNING_RATE_OF_NEW

@@ -31,13 +31,16 @@ START = "start"  # folder of configuration and tokenizer, which a resumed run be
 
 
 def run(task: Task, arguments: list[str] | None = None) -> int:
-    """Train the task from the command line; return the exit code: 0 done, 2 bad input, 3 stopped before the end."""
+    """Train the task from the command line; return the exit code: 0 done, 2 bad input, 3 stopped to go on later."""
     try:
         options, state = parse(task, arguments)
         return _run(task, options, state)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
 
 
 def _data(task: Task, options: argparse.Namespace) -> Data:

@@ -84,12 +84,9 @@ def check_output(output: Path | None, resume: bool) -> None:
     if output.is_dir() and any(output.iterdir()):
         hint = " Go on with the run in it: --resume." if (output / STATE).exists() else ""
         raise InputError(f"--output {output} is not empty; name another folder.{hint}")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output {output} cannot be made: {error}") from error
-    if not os.access(output, os.W_OK):
-        raise InputError(f"--output {output} cannot be written to.")
+    there = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise InputError(f"--output {output} cannot be made: {there} is no folder that can be written to.")
 
 
 def load_state(output: Path, device: str = "cpu") -> dict[str, Any]:

@@ -137,6 +137,7 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(name, run,
         (("--file", "nothing.txt"), "there is no file nothing.txt."),
         (("a", "--compare", "--no-patch"), "leave --no-patch out"),
         (("a", "--batch-size", "0"), "--batch-size must be at least 1, got 0."),
+        (("a", "--device", "nowhere"), "--device nowhere cannot be used, try --device cpu"),
         (("a", "--output", "."), "--output . must be a file, got a folder."),
     ],
 )
