@@ -27,8 +27,6 @@ from .task import Data, InputError, Record, Task
 
 __all__ = ["run"]
 
-START = "start"  # folder of configuration and tokenizer, which a resumed run begins with
-
 
 def run(task: Task, arguments: list[str] | None = None) -> int:
     """Train the task from the command line; return the exit code: 0 done, 2 bad input, 3 stopped to go on later."""
@@ -102,7 +100,7 @@ def _run(task: Task, options: argparse.Namespace, state: dict[str, Any] | None) 
     if state is None:
         model, encoder, numbers = build(task, options, data)
     else:
-        model, encoder, numbers = resumed(task, options, state, options.output / START)
+        model, encoder, numbers = resumed(task, options, state, options.output / saving.START)
     training = encode_all(task, options, encoder, data.training, numbers)
     validation = encode_all(task, options, encoder, data.validation, numbers)
     data.labels = _labels(core(model).config) if numbers else None
@@ -112,7 +110,7 @@ def _run(task: Task, options: argparse.Namespace, state: dict[str, Any] | None) 
         saving.restore_random(state["random"])
         print(f"going on after step {loop.standing.step}")
     elif options.output:
-        with saving.beside(options.output / START) as folder:
+        with saving.beside(options.output / saving.START) as folder:
             core(model).config.save_pretrained(folder)
             encoder.tokenizer.save_pretrained(folder)
     fixed = {"title": task.title, "options": saving.plain(options), "files": files, "numbers": numbers}
@@ -163,7 +161,7 @@ def _train_and_report(task: Task, loop: Loop, fixed: dict[str, Any]) -> int:
             with saving.beside(path) as partial:
                 partial.write_text(content, encoding="utf-8")
         (output / saving.STATE).unlink(missing_ok=True)
-        shutil.rmtree(output / START, ignore_errors=True)
+        shutil.rmtree(output / saving.START, ignore_errors=True)
         print(f"model and card: {output / saving.MODEL}   results: {output / saving.RESULTS}")
     else:
         print("nothing was saved; --output DIR keeps model, card and results")

@@ -18,6 +18,7 @@ from .task import InputError
 __all__ = [
     "MODEL",
     "RESULTS",
+    "START",
     "STATE",
     "beside",
     "check_output",
@@ -29,6 +30,7 @@ __all__ = [
 ]
 
 STATE, MODEL, RESULTS = "last.pt", "model", "results.json"
+START = "start"  # folder of configuration and tokenizer, which a resumed run begins with
 
 
 @contextmanager
@@ -76,6 +78,8 @@ def check_output(output: Path | None, resume: bool) -> None:
                 f"the run is finished, its model is in {output / MODEL}" if done else f"there is no {output / STATE}"
             )
             raise InputError(f"nothing to resume in {output}: {reason}. Start a run without --resume.")
+        if not (output / START).is_dir():
+            raise InputError(f"{output / START} is missing, without which the run in {output} cannot go on.")
         return
     if output is None:
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -136,6 +137,15 @@ def test_a_resumed_run_keeps_its_options(run, data, checkpoint, tmp_path, capsys
     assert "is not the file it was when this run began" in capsys.readouterr().err
 
 
+def test_a_run_that_lost_its_beginning_is_refused(run, data, checkpoint, tmp_path, capsys):
+    output = ("--output", str(tmp_path / "output"))
+    options = (*TINY, "--data", data, "--model", checkpoint(), *output)
+    assert run("sequence_classification", *options, "--stop-after", "1") == STOPPED
+    shutil.rmtree(tmp_path / "output" / "start")
+    assert run("sequence_classification", *output, "--resume") == 2
+    assert "start is missing, without which the run in" in capsys.readouterr().err
+
+
 def test_there_must_be_something_to_resume(run, data, checkpoint, tmp_path, capsys):
     output = ("--output", str(tmp_path / "output"))
     assert run("sequence_classification", "--resume") == 2
@@ -145,6 +155,7 @@ def test_there_must_be_something_to_resume(run, data, checkpoint, tmp_path, caps
     assert run("sequence_classification", *TINY, "--data", data, "--model", checkpoint(), "--steps", "1", *output) == 0
     assert run("sequence_classification", "--resume", *output) == 2
     assert "the run is finished" in capsys.readouterr().err
+    (tmp_path / "output" / "start").mkdir()
     (tmp_path / "output" / "last.pt").write_bytes(b"no state")
     capsys.readouterr()
     assert run("sequence_classification", "--resume", *output) == 2
