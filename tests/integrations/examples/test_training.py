@@ -92,12 +92,27 @@ def test_timing_leaves_the_weights_and_the_patch_alone(program, checkpoint):
         "labels": torch.tensor([1]),
     }
     dk.reset_stats()
-    found = compare(model, [batch] * 3, lambda model, batch: model(**batch).loss, "cpu", 60)
-    assert found["tokens"] == 12
+    found = compare(model, [batch] * 4, lambda model, batch: model(**batch).loss, "cpu", 60)
+    assert found["tokens"] == 16
     # Two layers; before the timed batches two steps and an inference of each model.
-    assert sum(dk.stats()["calls"].values()) >= 2 * (3 + 2 * 3)
+    assert sum(dk.stats()["calls"].values()) >= 2 * (3 + 2 * 4)
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+    calls = sum(dk.stats()["calls"].values())
+    model(**batch)
+    assert sum(dk.stats()["calls"].values()) == calls + 2  # it is patched still
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_each_row_counts_the_same_where_the_last_batch_of_a_step_is_smaller(train, checkpoint, table):
+    rows = [("a good film", "x"), ("a bad, bad house", "y"), ("a text", "y"), ("the very small text", "x")]
+    model = checkpoint(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    data = ("--data", table(("text", "label"), *rows), "--model", model, "--steps", "1", "--length", "16")
+    losses = []
+    for size, accumulation in ((3, 1), (2, 2)):
+        sizes = ("--batch-size", str(size), "--accumulation", str(accumulation))
+        found = train("sequence_classification", *data, *sizes, output=f"output{size}")
+        losses.append(found["history"][0]["training_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_the_best_checkpoint_is_kept_and_training_stops_early(train, checkpoint, table, tmp_path, capsys):
