@@ -148,6 +148,7 @@ test-tensorflow: env-tensorflow ## run the tests with TensorFlow: its checkpoint
 
 test-ecosystem: env-ecosystem build/kernels-$(KERNELS) ## run the tests with GLiNER, sentence-transformers, Presidio, spaCy and quantised layers
 	@$(OFFLINE) $(VENV_ECOSYSTEM)/bin/python -m pytest tests/integrations/test_consumers.py \
+		tests/integrations/examples/test_programs.py \
 		--require gliner,sentence_transformers,presidio_analyzer,bitsandbytes,torchao $(ARGS)
 	@$(OFFLINE) $(VENV_SPACY)/bin/python -m pytest tests/integrations/test_consumers.py -k spacy_transformers \
 		--require spacy_transformers $(ARGS)

@@ -1,42 +1,63 @@
-"""Sequence classification with mixed precision: python examples/sequence_classification.py [--data FILE] [--help]."""
+"""Classification of texts or pairs of texts: python examples/sequence_classification.py --data FILE --model ID."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 from typing import Any
 
-from recipe import Record, Task, run
-from sample_text import sentences
-from vocabulary import CLS, SEP, Encoder
+import torch
+from parts.batching import CUT
+from parts.labels import label_name
+from parts.metrics import ClassScorer
+from parts.recipe import run
+from parts.sample_text import sentences
+from parts.task import Column, Record, Task
+from parts.vocabulary import Encoder
+from torch import Tensor
 
 
-def default_records() -> list[Record]:
+def samples() -> list[Record]:
     """Tell sentences from the same sentences with their words turned round."""
-    kept = [{"text": text, "label": 0} for text in sentences()]
-    turned = [{"text": " ".join(text.split()[::-1]), "label": 1} for text in sentences()]
+    kept = [{"text": text, "label": "as written"} for text in sentences()]
+    turned = [{"text": " ".join(text.split()[::-1]), "label": "turned round"} for text in sentences()]
     return [record for pair in zip(kept, turned) for record in pair]
 
 
-def encode(record: Record, encoder: Encoder, longest: int) -> Record:
-    """Return the features of one text."""
-    text = record.get("text", record.get("sentence"))
-    return {"input_ids": [CLS, *encoder.ids(str(text))[: longest - 2], SEP], "labels": int(record["label"])}
+def tidy(values: Record, options: argparse.Namespace) -> Record:
+    """Return a row with its label by name."""
+    return {**values, "text": str(values["text"]), "label": label_name(values["label"])}
 
 
-def settings(records: list[Record]) -> dict[str, Any]:
-    """Return the number of classes."""
-    return {"num_labels": 1 + max(int(record["label"]) for record in records)}
+def encode(
+    record: Record, encoder: Encoder, options: argparse.Namespace, labels: dict[str, int]
+) -> list[tuple[dict[str, Tensor], Any]]:
+    """Return the tokens of one text or pair; where both are too long, the longer one is cut more."""
+    first = encoder.ids(record["text"])
+    second = encoder.ids(str(record["pair"])) if record.get("pair") else []
+    room = options.length - (3 if second else 2)
+    kept = min(len(second), max(room - len(first), room // 2))
+    cut = CUT if len(first) + len(second) > room else None
+    ids = [encoder.cls, *first[: room - kept], encoder.sep, *([*second[:kept], encoder.sep] if second else [])]
+    return [({"input_ids": torch.tensor(ids), "labels": torch.tensor(labels[record["label"]])}, cut)]
 
 
 TASK = Task(
-    title="Sequence classification with mixed precision",
-    head="DebertaV2ForSequenceClassification",
-    default_records=default_records,
-    columns='"text" (or "sentence") and "label", a number',
-    texts=lambda record: [str(record.get("text", record.get("sentence")))],
+    title="Sequence classification",
+    head="AutoModelForSequenceClassification",
+    pipeline="text-classification",
+    columns=(
+        Column("text", "text", "the text"),
+        Column("label", "label", "its class, a name or a whole number"),
+        Column("pair", "text_pair", "a second text, of a pair", required=False, may_be_empty=True),
+    ),
+    samples=samples,
+    texts=lambda record: [record["text"]],
     encode=encode,
-    settings=settings,
-    precision="bfloat16",
+    tidy=tidy,
+    labels_of=lambda record: [record["label"]],
+    scorer=lambda data, options: ClassScorer(),
+    metrics=("accuracy", "macro_f1", "loss"),
 )
 
 if __name__ == "__main__":
