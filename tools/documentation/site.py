@@ -1,0 +1,117 @@
+"""Build the site into site/: gather its pages, have them rendered, and look for anything of another host.
+
+    python tools/documentation/site.py                       # in the environment that `make docs` makes
+
+Pages are the files of docs/ and those of the repository that `PAGES` lists. On GitHub a page links to files,
+`../CONTRIBUTING.md` or `../csrc/cpu/score.h`. On the site a file that is a page there is linked to as such; any other
+is linked to in the repository, where pyproject.toml gives its address, else its name stays as text. The renderer gets a
+folder of finished pages and its own configuration, mkdocs.yml, and nothing else: another one can take its place.
+"""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from tools.documentation.links import relinked  # noqa: E402
+
+__all__ = ["PAGES", "address", "foreign", "gather", "main"]
+
+# Files outside docs/ that are pages of the site, and where they are there.
+PAGES = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "SECURITY.md": "security.md",
+    "csrc/README.md": "code/cpu.md",
+    "csrc/cuda/README.md": "code/cuda.md",
+    "tools/ptx/README.md": "code/ptx.md",
+    "benchmarks/README.md": "code/benchmarks.md",
+    "examples/README.md": "examples.md",
+}
+GATHERED, SITE = ROOT / "build" / "pages", ROOT / "site"
+_ELSEWHERE = re.compile(
+    rb"""<(?:script|img|iframe|source)\b[^>]*?\bsrc=["']?(?:https?:)?//[^"'\s>]+"""
+    rb"""|<link\b(?![^>]*rel=["']?(?:canonical|edit))[^>]*?\bhref=["']?(?:https?:)?//[^"'\s>]+"""
+    rb"""|@import\s+(?:url\()?["']?(?:https?:)?//[^"')\s]+|url\(["']?(?:https?:)?//[^"')\s]+"""
+)
+
+
+def address() -> str | None:
+    """Return the address of the repository, as pyproject.toml has it; None while it has none."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    found = re.search(r'^(?:Repository|Source|Homepage)\s*=\s*"(https?://[^"]+)"', text, re.M | re.I)
+    return found[1].rstrip("/") if found else None
+
+
+def gather(folder: Path) -> None:
+    """Write every page of the site and every picture into a folder, links as the site has them."""
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(ROOT / "docs", folder, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    sources = {f"docs/{path.relative_to(folder).as_posix()}": path for path in folder.rglob("*.md")}
+    sources.update({source: folder / page for source, page in PAGES.items() if (ROOT / source).is_file()})
+    for source, path in sources.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        page = path.relative_to(folder).as_posix()
+        text = (ROOT / source).read_text(encoding="utf-8")
+        path.write_text(relinked(text, lambda target: _target(target, source, page)), encoding="utf-8")  # noqa: B023
+
+
+def _target(target: str, source: str, page: str) -> str | None:
+    """Return what a link of a file of the repository is on the site; None where it leads nowhere."""
+    here = address()
+    for form in ("blob", "raw", "tree"):
+        target = target.removeprefix(f"{here}/{form}/main/") if here and "://" in target else target
+    if re.match(r"[a-z]+:|#|//", target):
+        return target
+    file, _, anchor = target.partition("#")
+    path = posixpath.normpath(posixpath.join(posixpath.dirname(source), file))
+    if not (ROOT / path).exists():
+        return target  # the renderer complains
+    if path.startswith("docs/") and (ROOT / path).is_file() and not path.endswith(".py"):
+        goal = path.removeprefix("docs/")
+    elif path in PAGES:
+        goal = PAGES[path]
+    else:
+        kind = "tree" if (ROOT / path).is_dir() else "blob"
+        return f"{here}/{kind}/main/{path}" if here else None
+    relative = posixpath.relpath(goal, posixpath.dirname(page) or ".")
+    return f"{relative}#{anchor}" if anchor else relative
+
+
+def foreign(site: Path) -> list[str]:
+    """Return what the pages of a built site would fetch from another host."""
+    return [
+        f"{path.relative_to(site)}: {found.decode(errors='replace')}"
+        for path in sorted(site.rglob("*"))
+        if path.suffix in (".html", ".css")
+        for found in sorted(set(_ELSEWHERE.findall(path.read_bytes())))
+    ]
+
+
+def main() -> int:
+    """Build the site; return the process's exit status."""
+    gather(GATHERED)
+    # The theme announces its successor at every build.
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1", "REPOSITORY": address() or ""}
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(SITE)]
+    if subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode:
+        print("The site was not built: mend what is said above, and run `make docs` again.", file=sys.stderr)
+        return 1
+    if found := foreign(SITE):
+        print("The site must fetch nothing from other hosts:", *found, sep="\n  ", file=sys.stderr)
+        return 1
+    print(f"{sum(1 for _ in SITE.rglob('*.html'))} pages in {SITE.relative_to(ROOT)}/, from {SITE.name}/index.html on")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
