@@ -62,7 +62,9 @@ def test_modules_that_are_run_are_there(name, monkeypatch):
 
 @every_document
 def test_commands_of_the_package_are_there(name):
-    assert named(r"(?:[A-Z_]+=\S+ )*(?:python3? -m deberta_kernels|deberta-kernels) ([a-z]+)", name) - commands() == set()
+    assert (
+        named(r"(?:[A-Z_]+=\S+ )*(?:python3? -m deberta_kernels|deberta-kernels) ([a-z]+)", name) - commands() == set()
+    )
 
 
 @every_document
