@@ -46,6 +46,11 @@ class Block:
         return sorted(top for top in tops if top in needs.PACKAGES)
 
     @property
+    def answers(self) -> list[str]:
+        """The lines that the block says it prints: what stands behind `# ->`."""
+        return re.findall(r"# -> (.*\S)", self.code)
+
+    @property
     def checkpoints(self) -> list[str]:
         """The strings of the block that look like the name of a checkpoint on the hub."""
         constants = (n.value for n in ast.walk(ast.parse(self.code)) if isinstance(n, ast.Constant))

@@ -37,7 +37,7 @@ def runner(home: Path) -> Iterator[subprocess.Popen[str]]:
 
 @pytest.fixture
 def run_program(runner: subprocess.Popen[str], home: Path, tmp_path: Path) -> Callable[..., tuple[int, str]]:
-    """Run a program by itself, in a folder of its own: run_program(code, checkpoints) -> exit status, what it printed."""
+    """Run a program by itself, in a folder of its own: run_program(code, checkpoints) -> exit status, all printed."""
 
     def run_program(code: str, checkpoints: Sequence[str] = ()) -> tuple[int, str]:
         for name in checkpoints:

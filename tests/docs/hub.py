@@ -1,4 +1,4 @@
-"""Tiny random checkpoints in the folder where Hugging Face's libraries keep downloads, under the names that documents use.
+"""Tiny random checkpoints where Hugging Face's libraries keep their downloads, under the names that documents use.
 
 Every library, and every process that a document starts, finds them there as it would find the real ones.
 """

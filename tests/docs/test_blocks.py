@@ -21,6 +21,10 @@ def test_a_block_runs_by_itself(block: Block, run_program):
     status, printed = run_program(block.code, block.checkpoints)
     if status:
         pytest.fail(f"{block.name} ended with {status}:\n{block.code}\n{printed[-4000:]}", pytrace=False)
+    lines = iter(printed.splitlines())
+    for answer in block.answers:
+        if answer not in lines:  # which reads up to it
+            pytest.fail(f"{block.name} does not print {answer!r} in its place, but\n{printed[-4000:]}", pytrace=False)
 
 
 def test_no_block_is_left_out():
@@ -31,6 +35,11 @@ def test_a_block_that_fails_is_seen(run_program):
     status, printed = run_program("undefined_name")
     assert status == 1
     assert "NameError" in printed
+
+
+def test_answers_are_compared():
+    block = Block("made up", "print(1 + 1)  # -> 2\nprint(3)  # no answer\n", None)
+    assert block.answers == ["2"]
 
 
 def test_blocks_do_not_see_each_other(run_program):

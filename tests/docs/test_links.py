@@ -15,7 +15,7 @@ FILES = links.markdown_files(ROOT)
 
 
 def broken(text: str, source: str, root: Path) -> list[str]:
-    """The links of a file, named by its path below the root, that lead nowhere; those to other hosts are not followed."""
+    """The links of a file that lead nowhere; those to other hosts are not followed."""
     address = site.address()
     found = []
     for target in links.links(text):

@@ -111,7 +111,9 @@ def test_what_is_not_there_is_found(monkeypatch):
     def modules(name):
         test_modules_that_are_run_are_there(name, monkeypatch)
 
-    text = "`make nothing`\n```bash\npython -m no_module\npython tools/none.py  # x\n```\n`DEBERTA_KERNELS_NONE`, `dk.none`\n"
+    text = (
+        "```bash\npython -m no_module\npython tools/none.py\n```\n`make nothing`, `DEBERTA_KERNELS_NONE`, `dk.none`\n"
+    )
     monkeypatch.setitem(DOCUMENTS, "made up", text)
     for test in (
         test_make_targets_are_in_the_makefile,

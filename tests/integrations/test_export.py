@@ -37,7 +37,7 @@ def operators(program: torch.export.ExportedProgram) -> list[str]:
 @pytest.mark.parametrize("head", HEADS)
 def test_torch_export_gives_the_stock_graph(head, dynamic, build, batch):
     inputs = tuple(batch(2, 9).values())
-    shapes = dict.fromkeys(NAMES, {0: ANY, 1: ANY}) if dynamic else None
+    shapes = {name: {0: ANY, 1: ANY} for name in NAMES} if dynamic else None
     programs = []
     for model in both(build, head):
         with torch.no_grad():
@@ -64,7 +64,7 @@ def test_a_model_that_was_exported_is_still_patched(build, batch):
 def written(model: Any, inputs: dict[str, torch.Tensor], file: Path, dynamo: bool) -> Path:
     """Export a model to ONNX, for any number of texts of any length."""
     axes = {name: {0: "texts", 1: "tokens"} for name in NAMES}
-    shapes = {"dynamic_shapes": dict.fromkeys(NAMES, {0: ANY, 1: ANY})} if dynamo else {"dynamic_axes": axes}
+    shapes = {"dynamic_shapes": {name: {0: ANY, 1: ANY} for name in NAMES}} if dynamo else {"dynamic_axes": axes}
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", dk.DebertaKernelsWarning)
