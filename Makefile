@@ -40,7 +40,7 @@ TF4_TESTS ?= tests/integrations tests/unit tests/docs
 # Ranges, since the newest do not run on Python 3.10. The theme is mended until May 2027; its successor, Zensical, reads
 # the same mkdocs.yml, and does not yet tell of pages that are in no menu.
 DOCS_PINS = --pin mkdocs==1.6.1 --pin "mkdocs-material>=9.6,<9.9" --pin "mkdocstrings>=0.30,<1.1" \
-	--pin "mkdocstrings-python>=1.16,<2.1"
+	--pin "mkdocstrings-python>=1.16,<2.1" --pin "pymdown-extensions>=10.14,<11; python_version < '3.11'"
 # The oldest and the newest of what pyproject.toml and the README promise; Triton's are above. torch is 7 GB with CUDA,
 # which its index for CPUs spares: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 PYTHON_OLDEST ?= $(or $(shell python3.10 -c "print('python3.10')" 2>/dev/null),$(PYTHON))

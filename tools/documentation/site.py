@@ -16,6 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 from tools.documentation.links import relinked  # noqa: E402
 
-__all__ = ["PAGES", "address", "foreign", "gather", "main"]
+__all__ = ["PAGES", "address", "foreign", "gather", "main", "render", "unnoticed"]
 
 # Files outside docs/ that are pages of the site, and where they are there.
 PAGES = {
@@ -97,17 +98,40 @@ def foreign(site: Path) -> list[str]:
     ]
 
 
+def render(into: Path) -> tuple[int, list[str]]:
+    """Render the gathered pages into a folder; return the exit status, and what was complained of."""
+    # The theme announces its successor at every build. Not --quiet, which keeps warnings from being counted.
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1", "REPOSITORY": address() or ""}
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(into)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, check=False)
+    return done.returncode, [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("INFO ")]
+
+
+def unnoticed() -> list[str]:
+    """Return which faults of a page the renderer says nothing of, of those that must make it fail."""
+    faults = {"missing.md": "[a](missing.md)", "#missing": "[a](gpu.md#missing)", "missing.svg": "![a](missing.svg)"}
+    page = GATHERED / "planted.md"
+    page.write_text("\n\n".join(["# Planted", *faults.values()]), encoding="utf-8")
+    with tempfile.TemporaryDirectory() as folder:
+        status, complaints = render(Path(folder))
+    page.unlink()
+    said = "\n".join(complaints)
+    return [fault for fault in (*faults, "- planted.md") if status == 0 or fault not in said]
+
+
 def main() -> int:
     """Build the site; return the process's exit status."""
     gather(GATHERED)
-    # The theme announces its successor at every build.
-    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1", "REPOSITORY": address() or ""}
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(SITE)]
-    if subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode:
+    status, complaints = render(SITE)
+    if status:
+        print(*complaints, sep="\n", file=sys.stderr)
         print("The site was not built: mend what is said above, and run `make docs` again.", file=sys.stderr)
         return 1
     if found := foreign(SITE):
         print("The site must fetch nothing from other hosts:", *found, sep="\n  ", file=sys.stderr)
+        return 1
+    if missed := unnoticed():
+        print(f"The renderer does not complain of {', '.join(missed)}; see validation in mkdocs.yml.", file=sys.stderr)
         return 1
     print(f"{sum(1 for _ in SITE.rglob('*.html'))} pages in {SITE.relative_to(ROOT)}/, from {SITE.name}/index.html on")
     return 0
