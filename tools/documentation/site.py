@@ -103,7 +103,8 @@ def render(into: Path) -> tuple[int, list[str]]:
     # The theme announces its successor at every build. Not --quiet, which keeps warnings from being counted.
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1", "REPOSITORY": address() or ""}
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(into)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, check=False)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    done = subprocess.run(command, cwd=ROOT, env=environment, check=False, **quiet)
     return done.returncode, [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("INFO ")]
 
 
