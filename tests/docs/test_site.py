@@ -68,6 +68,8 @@ def test_files_that_are_no_pages_are_in_the_repository_or_plain_text(monkeypatch
         '<script src="https://cdn.example/x.js"></script>',
         '<link rel="stylesheet" href="//fonts.example/x.css">',
         '<img alt="" src="https://badges.example/x.svg">',
+        '<div class="md-source" data-md-component="source"></div>',
+        '<pre class="mermaid"><code>graph LR</code></pre>',
         "<style>@import url(https://fonts.example/x.css)</style>",
     ],
 )

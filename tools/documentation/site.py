@@ -42,6 +42,8 @@ GATHERED, SITE = ROOT / "build" / "pages", ROOT / "site"
 _ELSEWHERE = re.compile(
     rb"""<(?:script|img|iframe|source)\b[^>]*?\bsrc=["']?(?:https?:)?//[^"'\s>]+"""
     rb"""|<link\b(?![^>]*rel=["']?(?:canonical|edit))[^>]*?\bhref=["']?(?:https?:)?//[^"'\s>]+"""
+    # What makes the theme's script ask GitHub about the repository, or fetch a program that draws.
+    rb"""|data-md-component="source"[^>]*|<pre class="mermaid\""""
     rb"""|@import\s+(?:url\()?["']?(?:https?:)?//[^"')\s]+|url\(["']?(?:https?:)?//[^"')\s]+"""
 )
 
@@ -101,7 +103,7 @@ def foreign(site: Path) -> list[str]:
 def render(into: Path) -> tuple[int, list[str]]:
     """Render the gathered pages into a folder; return the exit status, and what was complained of."""
     # The theme announces its successor at every build. Not --quiet, which keeps warnings from being counted.
-    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1", "REPOSITORY": address() or ""}
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(into)]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     done = subprocess.run(command, cwd=ROOT, env=environment, check=False, **quiet)
