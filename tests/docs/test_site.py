@@ -35,6 +35,25 @@ def test_every_page_has_one_title(pages):
         assert sum(line.startswith("# ") for line in lines) == 1, path.name
 
 
+def test_lists_and_tables_stand_apart(pages):
+    """GitHub needs no empty line before a list or table, and two spaces before a nested item; others need more."""
+    found = []
+    for path in sorted(pages.rglob("*.md")):
+        before = ""
+        for line, is_text in links.prose(path.read_text(encoding="utf-8")):
+            item = re.match(r"( *)([*+-]|\d+\.) ", line) if is_text else None
+            row = is_text and re.match(r"\|.*\|$", line.rstrip())
+            apart = not before.strip() or re.match(r"( *([*+-]|\d+\.) |#| {2}|\|)", before)
+            if ((item or row) and not apart) or (item and len(item[1]) % 4):
+                found.append(f"{path.name}: {line.strip()}")
+            before = line
+    assert found == []
+
+
+def test_markdown_in_html_is_read_as_such(pages):
+    assert not any("<details>" in path.read_text(encoding="utf-8") for path in pages.rglob("*.md"))
+
+
 @pytest.mark.parametrize(
     ("link", "source", "goal"),
     [

@@ -65,6 +65,7 @@ def gather(folder: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         page = path.relative_to(folder).as_posix()
         text = (ROOT / source).read_text(encoding="utf-8")
+        text = text.replace("<details>", '<details markdown="1">')  # GitHub reads Markdown in it, others when told
         path.write_text(relinked(text, lambda target: _target(target, source, page)), encoding="utf-8")  # noqa: B023
 
 
