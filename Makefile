@@ -17,6 +17,7 @@ VENV_TENSORFLOW ?= .venv-tensorflow
 VENV_OLDEST ?= .venv-oldest
 VENV_NEWEST ?= .venv-newest
 VENV_WHEELS ?= .venv-wheels
+VENV_DOCS ?= .venv-docs
 # The newest Triton the kernels are compiled with, and the oldest that is supported.
 TRITON ?= 3.9.0
 TRITON_OLDEST ?= 3.6.0
@@ -39,7 +40,11 @@ ECOSYSTEM_PINS = --pin transformers==5.16.1 --pin gliner==0.2.29 --pin sentence-
 # It needs a transformers older than that of the test extra.
 SPACY_PINS = --pin spacy-transformers==1.4.0 --pin spacy==3.8.18 --pin pytest --pin hypothesis --pin numpy
 TENSORFLOW_PINS = --pin transformers==4.57.6 --pin tensorflow-cpu==2.21.0 --pin tf-keras==2.21.0
-TF4_TESTS ?= tests/integrations tests/unit
+TF4_TESTS ?= tests/integrations tests/unit tests/docs
+# Ranges, since the newest do not run on Python 3.10. The theme is mended until May 2027; its successor, Zensical, reads
+# the same mkdocs.yml, and does not yet tell of pages that are in no menu.
+DOCS_PINS = --pin mkdocs==1.6.1 --pin "mkdocs-material>=9.6,<9.9" --pin "mkdocstrings>=0.30,<1.1" \
+	--pin "mkdocstrings-python>=1.16,<2.1" --pin "pymdown-extensions>=10.14,<11; python_version < '3.11'"
 # The oldest and the newest of what pyproject.toml and the README promise; Triton's are above. torch is 7 GB with CUDA,
 # which its index for CPUs spares: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 PYTHON_OLDEST ?= $(or $(shell python3.10 -c "print('python3.10')" 2>/dev/null),$(PYTHON))
@@ -73,6 +78,7 @@ OFFLINE = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 .PHONY: help demo test test-sanitized test-tf4 test-triton test-ecosystem lint format types build bench-cpu bench-model bench-train
 .PHONY: env-demo env-test env-bench env-tf4 env-triton env-ecosystem env-gpu env-wheels clean kernels-offline cuda-offline count-ptx
 .PHONY: test-tensorflow bench-tensorflow env-tensorflow hf-kernel
+.PHONY: docs env-docs
 .PHONY: gpu gpu-smoke tune wheels bench-adapters test-fast test-ptx mutants test-versions test-oldest test-newest test-upstream env-oldest env-newest
 MAKEFLAGS += --no-print-directory
 
@@ -170,6 +176,10 @@ format: env-test ## rewrite the Python and C++ files in the house format
 types: env-test ## check the type annotations
 	@$(RUN) -m mypy
 
+# griffe reads the docstrings from the sources: neither torch nor the package is installed for it.
+docs: env-docs ## build the site into site/; a broken link or a page that is in no menu is an error
+	@$(VENV_DOCS)/bin/python tools/documentation/site.py
+
 build: env-demo ## build the native library, and fail if that is not possible
 	@$(RUN) setup.py -q build_native --strict
 
@@ -222,7 +232,7 @@ tune: env-gpu ## on a GPU: time tile sizes and write their table
 	@$(OFFLINE) PYTHONPATH=. $(GPU_RUN) -m benchmarks tune $(ARGS)
 
 clean: ## delete the environments and everything built
-	rm -rf $(VENV) $(VENV_TF4) $(VENV_ECOSYSTEM) $(VENV_SPACY) $(VENV_TENSORFLOW) $(VENV_OLDEST) $(VENV_NEWEST) $(VENV_WHEELS) build dist deberta_kernels/lib deberta_kernels.egg-info demo-results
+	rm -rf $(VENV) $(VENV_TF4) $(VENV_ECOSYSTEM) $(VENV_SPACY) $(VENV_TENSORFLOW) $(VENV_OLDEST) $(VENV_NEWEST) $(VENV_WHEELS) $(VENV_DOCS) build dist site deberta_kernels/lib deberta_kernels.egg-info demo-results
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -238,6 +248,9 @@ env-test:
 env-wheels:
 	@$(PYTHON) tools/environment.py --venv $(VENV_WHEELS) --torch "$(TORCH)" --extras transformers \
 		--pin auditwheel --pin twine --pin packaging
+
+env-docs:
+	@$(PYTHON) tools/environment.py --venv $(VENV_DOCS) --alone $(DOCS_PINS)
 
 env-bench:
 	@$(ENVIRONMENT) --venv $(VENV) --extras demo,bench

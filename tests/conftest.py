@@ -59,7 +59,9 @@ def quick_interpreter():
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--write-tables", action="store_true", help="write what the tests see into the tables of docs/ecosystem.md"
+        "--write-tables",
+        action="store_true",
+        help="write what the tests see into the tables of docs/ecosystem.md and support.md",
     )
     parser.addoption(
         "--every-case",

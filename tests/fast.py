@@ -21,6 +21,7 @@ AREAS = {
     "position": ("unit/test_position.py",),
     "operators": ("ops/test_accuracy.py", "ops/test_gradients.py"),
     "linear": ("ops/test_linear.py", "integrations/test_fast_linears.py"),
+    "documents": ("docs/test_links.py", "docs/test_names.py"),
     "models": ("integrations/test_parity.py", "integrations/test_packing.py"),
 }
 # Cases of each test, for each target.

@@ -1,6 +1,7 @@
 """Make a virtual environment with the package in it, using nothing but a Python 3 and pip's own defaults.
 
     python3 tools/environment.py --venv .venv --torch torch==2.13.0 --extras demo,test [--pin transformers==4.57.6 ...]
+    python3 tools/environment.py --venv .venv-docs --alone --pin mkdocs==1.6.1 ...      # neither torch nor the package
 
 Does nothing when the environment already holds what is asked for. torch is installed first and on its own, so that the
 version given here is the one that stays. Run by the Makefile; it must parse under any Python 3, to be able to say that
@@ -122,7 +123,11 @@ def wanted_state(options):
     state = hashlib.sha256()
     for name in ("pyproject.toml", "tools/environment.py"):
         state.update((ROOT / name).read_bytes())
-    state.update(json.dumps([sys.version, str(ROOT), sorted(options.extras.split(",")), sorted(options.pin)]).encode())
+    state.update(
+        json.dumps(
+            [sys.version, str(ROOT), sorted(options.extras.split(",")), sorted(options.pin), options.alone]
+        ).encode()
+    )
     return state.hexdigest()
 
 
@@ -132,6 +137,7 @@ def main():
     parser.add_argument("--venv", required=True, type=Path)
     parser.add_argument("--torch", default="torch", help="what to give to pip when no recent torch is there")
     parser.add_argument("--extras", default="", help="comma-separated extras of the package")
+    parser.add_argument("--alone", action="store_true", help="install what --pin names, without torch and the package")
     parser.add_argument("--pin", action="append", default=[], help="one more requirement, as transformers==4.57.6")
     options = parser.parse_args()
     if sys.version_info < OLDEST:
@@ -142,21 +148,30 @@ def main():
     venv = (ROOT / options.venv).resolve()
     inside = str(venv / "bin" / "python")
     # One stamp per set of extras: `make demo` and `make test` share an environment.
-    name = "-".join(sorted(options.extras.split(","))) or "bare"
+    name = "alone" if options.alone else "-".join(sorted(options.extras.split(","))) or "bare"
     stamp = venv / ("installed-" + name)
-    if stamp.is_file() and stamp.read_text() == wanted_state(options) and works([inside, "-c", "import torch"]):
+    needed = "import pip" if options.alone else "import torch"
+    if stamp.is_file() and stamp.read_text() == wanted_state(options) and works([inside, "-c", needed]):
         return
     same_python = answer(inside, PYTHON_VERSION) == answer(sys.executable, PYTHON_VERSION)
     if not same_python or not works([inside, "-m", "pip", "--version"]):
         create(venv)
+    if options.alone:
+        pip_install(inside, *options.pin)
+    else:
+        install_package(inside, options)
+    stamp.write_text(wanted_state(options))
+    say("ready: " + str(venv))
+
+
+def install_package(inside, options):
+    """Install torch, unless a recent one is there, and the package with its extras."""
     found = torch_version(inside)
     if found is None or found < OLDEST_TORCH:
         pip_install(inside, options.torch)
     pip_install(inside, "setuptools>=77")
     package = f".[{options.extras}]" if options.extras else "."
     pip_install(inside, "--no-build-isolation", "-e", package, *options.pin)
-    stamp.write_text(wanted_state(options))
-    say("ready: " + str(venv))
 
 
 if __name__ == "__main__":

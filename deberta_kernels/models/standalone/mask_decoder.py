@@ -123,6 +123,10 @@ class EnhancedMaskDecoder(nn.Module):
         Returns:
             `MaskedLMOutput`. Without labels, `logits` is (B, N, vocabulary). With labels, `loss` is the mean cross
             entropy over the L tokens that have one (0 when none has), and `logits` is (L, vocabulary), of these alone.
+            float32 loss; logits have the dtype of the weights.
+
+        Raises:
+            ValueError: neither input_ids nor inputs_embeds is given, or there are more tokens than absolute positions.
         """
         from transformers.modeling_outputs import MaskedLMOutput
 

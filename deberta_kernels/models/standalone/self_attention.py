@@ -75,10 +75,24 @@ class DisentangledSelfAttention(nn.Module):
         relative_pos: Tensor | None = None,
         rel_embeddings: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend; see `attend` for the arguments.
+        """Attend.
+
+        Args:
+            hidden_states: (B, N, hidden size), dtype of the weights; keys and values.
+            attention_mask: broadcastable to (B, H, N, N), any dtype, not 0 = keep: (B, 1, 1, N) for keys,
+                (B, 1 or H, N, N) for pairs; None masks nothing.
+            output_attentions: also return the probabilities, which plain PyTorch computes.
+            query_states: (B, N, hidden size), the queries; None: hidden_states.
+            relative_pos: None for ordinary distances; other integers, (N, N) to (1, H, N, N), in plain PyTorch.
+            rel_embeddings: (2 * att_span, hidden size), dtype of the weights; None without relative attention only.
 
         Returns:
-            (context, probabilities): context is (B, N, H * D); probabilities is None unless asked for.
+            (context, probabilities): context is (B, N, H * D), dtype of the weights; probabilities is None unless asked
+            for, else (B, H, N, N).
+
+        Raises:
+            ValueError: a tensor has a wrong shape or device.
+            TypeError: a tensor has a wrong dtype.
         """
         return attend(
             self, self.options, attend_in_full, hidden_states, attention_mask, output_attentions, query_states,
