@@ -42,14 +42,19 @@ PACKAGES = {
     "accelerate": "test",
     "adapters": "test-tf4",
     "bitsandbytes": "test-ecosystem",
+    "fastapi": "test-serving",
     "gliner": "test-ecosystem",
+    "httpx": "test-serving",
     "matplotlib": "test",
     "presidio_analyzer": "test-ecosystem",
+    "pyspark": "test-serving",
+    "ray": "test-serving",
     "sentence_transformers": "test-ecosystem",
     "spacy": "test-ecosystem",
     "spacy_transformers": "test-ecosystem",
     "torchao": "test-ecosystem",
     "triton": "test-triton",
+    "uvicorn": "test-serving",
 }
 
 # Packages that this run was told to have: pytest --require NAME,NAME.
