@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["DTYPES", "Answer", "Classifier", "check_model", "cores", "digest"]
+__all__ = ["DTYPES", "Answer", "Classifier", "check_model", "cores", "digest", "shared"]
 
 Answer = dict[str, Any]  # "label": str; "score": float; "scores": label -> float; "truncated": bool
 DTYPES = ("float32", "bfloat16")
@@ -134,8 +135,14 @@ class Classifier:
         return logits.softmax(-1)
 
     def warm_up(self, batch_size: int) -> None:
-        """Run the shapes that come: the native library is loaded, threads are started and memory is there afterwards."""
+        """Run the shapes that come: the library is loaded, threads are started and memory is held afterwards."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a tokenizer about a text that is longer than the model's limit
             self(["word " * self.max_length])
             self(["word"] * batch_size)
+
+
+@functools.cache
+def shared(name: str, threads: int = 1, max_length: int = 512, dtype: str = "float32") -> Classifier:
+    """Return this process's one classifier of these options: for engines that send task after task to a process."""
+    return Classifier(name, threads, max_length, dtype)

@@ -1,6 +1,6 @@
 """A web server for a DeBERTa classifier: python examples/serve.py --model DIRECTORY_OR_HUB_ID [--help].
 
-    curl http://127.0.0.1:8000/classify -H 'Content-Type: application/json' -d '{"texts": ["A fine day.", "A bad one."]}'
+    curl http://127.0.0.1:8000/classify -H 'Content-Type: application/json' -d '{"texts": ["A fine day."]}'
 
 Concurrent requests share batches. GET /health says that the process lives, /ready whether it takes texts, /metrics what
 it did, for Prometheus. It needs: pip install fastapi 'uvicorn>=0.37'
@@ -29,9 +29,7 @@ try:
     from fastapi.responses import JSONResponse, PlainTextResponse
     from pydantic import BaseModel, Field
 except ImportError as absence:
-    raise SystemExit(
-        f"The server needs FastAPI and uvicorn ({absence}): pip install fastapi 'uvicorn>=0.37'"
-    ) from absence
+    raise SystemExit(f"FastAPI and uvicorn are missing ({absence}): pip install fastapi 'uvicorn>=0.37'") from absence
 
 __all__ = ["create_app", "main", "parse"]
 
@@ -54,7 +52,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-wait-ms", type=float, default=5.0, help="longest wait for more texts to fill a batch")
     parser.add_argument("--max-queue", type=int, default=256, help="most texts that wait; more get 503")
     parser.add_argument(
-        "--max-length", type=int, default=512, help="tokens of a text; the rest is cut off, and said so"
+        "--max-length", type=int, default=512, help="tokens of a text; the rest is cut off, and the answer says so"
     )
     parser.add_argument("--max-texts", type=int, default=32, help="texts of one request; more get 422")
     parser.add_argument("--max-characters", type=int, default=20_000, help="characters of a text; more get 422")
