@@ -17,7 +17,7 @@ Answer = dict[str, Any]  # "label": str; "score": float; "scores": label -> floa
 DTYPES = ("float32", "bfloat16")
 _MODEL_TYPES = ("deberta", "deberta-v2")
 _TOKENIZER_FILES = ("tokenizer.json", "spm.model", "vocab.json", "bpe_encoder.bin")
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def cores() -> int:
@@ -31,7 +31,7 @@ def cores() -> int:
 
 
 def check_model(name: str) -> None:
-    """Refuse what cannot be a DeBERTa classifier, by its files alone; a hub id is looked at when it is loaded.
+    """Refuse what cannot be a DeBERTa classifier, by its configuration and the names of its files.
 
     Raises:
         ValueError: with what is missing, and what to do.
@@ -40,18 +40,31 @@ def check_model(name: str) -> None:
     if not folder.is_dir():
         if folder.exists() or not _HUB_ID.fullmatch(name):
             raise ValueError(f"--model must be a directory or a hub id such as owner/name, got {name!r}.")
-        return
-    config = folder / "config.json"
-    if not config.is_file():
+    elif not (folder / "config.json").is_file():
         raise ValueError(f"--model {name} has no config.json; name a directory that save_pretrained wrote.")
-    kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    kind = _model_type(folder)
     if kind not in _MODEL_TYPES:
         raise ValueError(f"--model must hold a DeBERTa (model_type {' or '.join(_MODEL_TYPES)}), got {kind!r}.")
-    if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
+    if folder.is_dir() and not any((folder / file).is_file() for file in _TOKENIZER_FILES):
         raise ValueError(
             f"--model {name} has no tokenizer (none of {', '.join(_TOKENIZER_FILES)}); "
             "write one there with tokenizer.save_pretrained."
         )
+
+
+def _model_type(name: Path) -> Any:
+    if name.is_dir():
+        try:
+            return json.loads((name / "config.json").read_text(encoding="utf-8")).get("model_type")
+        except ValueError as error:
+            raise ValueError(f"--model {name}: config.json cannot be read ({error}).") from error
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(str(name)).model_type
+    except (OSError, ValueError) as error:
+        said = str(error).splitlines()[0]
+        raise ValueError(f"--model {name} is no directory, and the hub gives no configuration: {said}") from error
 
 
 def digest(name: str) -> dict[str, Any]:

@@ -46,6 +46,7 @@ def client(serve: Any, checkpoint: str) -> Iterator[Any]:
     ("wrong", "message"),
     [
         (["--model", "no such directory"], "--model must be a directory or a hub id such as owner/name, got 'no such"),
+        (["--model", "owner/absent"], "--model owner/absent is no directory, and the hub gives no configuration: "),
         (["--model", str(EXAMPLES)], "has no config.json; name a directory that save_pretrained wrote"),
         (["--max-batch", "0"], "--max-batch must be 1 or more, got 0"),
         (["--max-texts", "500"], r"--max-texts \(500\) must not be above --max-queue \(256\)"),
@@ -67,6 +68,7 @@ def test_wrong_options_are_named(serve, checkpoint, wrong, message, capsys):
     ("file", "content", "message"),
     [
         ("config.json", '{"model_type": "bert"}', r"must hold a DeBERTa .*, got 'bert'"),
+        ("config.json", "{", r"config.json cannot be read \(Expecting property name"),
         ("tokenizer.json", None, "has no tokenizer .*tokenizer.save_pretrained"),
     ],
 )
@@ -145,10 +147,17 @@ def test_a_long_request_without_a_length_is_refused_too(client):
 
 def test_the_loop_goes_on_while_the_model_computes(client):
     batcher = client.app.state.batcher
-    classify, free = batcher.classify, threading.Event()
-    batcher.classify = lambda texts: free.wait(30) and classify(texts)
+    classify, begun, free = batcher.classify, threading.Event(), threading.Event()
+
+    def slowly(texts: list[str]) -> Any:
+        begun.set()
+        assert free.wait(20), "nothing else was answered meanwhile"
+        return classify(texts)
+
+    batcher.classify = slowly
     with ThreadPoolExecutor(1) as other:
         slow = other.submit(client.post, "/classify", json={"texts": ["a"]})
+        assert begun.wait(20)
         assert client.get("/health").json() == {"status": "ok"}
         assert not slow.done()
         free.set()
@@ -186,7 +195,7 @@ def test_batches_fill_and_none_waits_for_ever():
         assert answers == [[f"T{i}"] for i in range(10)]
         assert sizes == [4, 4, 2]
         assert await asyncio.wait_for(batcher.submit(["alone"]), 10) == ["ALONE"]
-        await batcher.close()
+        await asyncio.wait_for(batcher.close(), 10)  # nothing waits
 
     asyncio.run(scene())
 
@@ -251,7 +260,7 @@ def running(checkpoint: str, request: pytest.FixtureRequest) -> Iterator[Any]:
         process.wait(30)
 
 
-@pytest.mark.parametrize("running", [("--threads", "1", "--max-batch", "8", "--max-wait-ms", "20")], indirect=True)
+@pytest.mark.parametrize("running", [("--threads", "1", "--max-batch", "8", "--max-wait-ms", "200")], indirect=True)
 def test_concurrent_requests_share_batches_and_the_last_are_answered(running, texts, same):
     import httpx
 
