@@ -27,7 +27,7 @@ VARIANT = "torch-universal"
 # The oldest release of `kernels` that this layout is tested with.
 KERNELS_MIN = "0.16.0"
 # The command line, what only tests use, names for old pickles, the native library, and what imports `adapters`.
-LEFT_OUT = ("__main__.py", "info.py", "demo/", "testing/", "modules/", "lib/", "integrations/adapters.py")
+LEFT_OUT = ("__main__.py", "info/", "bench/", "demo/", "testing/", "modules/", "lib/", "integrations/adapters.py")
 SUFFIXES = (".py", ".json")
 LAYERS = '''"""The layers of this kernel; `kernels` finds them by their names."""
 

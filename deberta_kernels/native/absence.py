@@ -48,6 +48,8 @@ def not_built(path: str) -> str:
     """Return why there is no file at the path, and what to do."""
     if path != str(INSTALLED):
         return f"the native library {path} is missing; {_leave_it()}"
+    if PACKAGE != _DISTRIBUTED and Path(__file__).resolve().parents[1] == _PACKAGE:
+        return "this copy of the package has no native library; `pip install deberta-kernels`, whose library it takes"
     reason = build_record().get("not_built")
     if not isinstance(reason, str) or not reason:
         reason = f"{path} is missing; install a C++ compiler (Debian, Ubuntu: `apt install g++`)"

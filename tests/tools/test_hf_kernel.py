@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import deberta_kernels as dk
-from deberta_kernels import native
+from deberta_kernels.native import absence
 from tests.checkout import ROOT
 from tools import hf_kernel
 
@@ -61,7 +61,7 @@ def test_the_build_names_itself_nowhere_and_its_digests_are_right(build: Path) -
             assert not [x for x in named if x.split(".")[0] == "deberta_kernels"], name
     assert metadata["id"].isidentifier()
     assert {"impl/triton/kernels/primitives.py", "models/encoder.py", "layers.py"} <= set(files)
-    assert not any(name.startswith(("lib/", "demo/")) or name.endswith(".so") for name in files)
+    assert not any(name.startswith(("lib/", "bench/", "demo/", "info/")) or name.endswith(".so") for name in files)
     assert "library_name: kernels" in (build.parents[1] / "README.md").read_text()
 
 
@@ -104,8 +104,8 @@ def test_a_copy_calls_its_own_operator_where_somebody_watches(build: Path) -> No
 
 def test_a_copy_finds_the_library_of_the_installed_package(build: Path) -> None:
     copy = load(build)
-    found = importlib.import_module(f"{copy.__name__}.native")
-    assert native._INSTALLED == found._INSTALLED
+    found = importlib.import_module(f"{copy.__name__}.native.absence")
+    assert absence.INSTALLED == found.INSTALLED
 
 
 def test_a_copy_alone_runs_on_pytorch_and_says_what_to_install(build: Path) -> None:
