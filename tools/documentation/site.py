@@ -32,6 +32,7 @@ PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "SECURITY.md": "security.md",
+    "CODE_OF_CONDUCT.md": "conduct.md",
     "csrc/README.md": "code/cpu.md",
     "csrc/cuda/README.md": "code/cuda.md",
     "tools/ptx/README.md": "code/ptx.md",
