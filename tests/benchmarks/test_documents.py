@@ -56,7 +56,7 @@ def test_no_measured_figure_is_typed_by_hand(path: Path) -> None:
 @pytest.mark.parametrize("path", DOCUMENTS, ids=_name)
 def test_no_line_begins_with_a_figure(path: Path) -> None:
     # A comment at the beginning of a line ends the paragraph before it.
-    assert re.findall(r"^[ >*-]*<!-- figure:.*", path.read_text(encoding="utf-8"), re.MULTILINE) == []
+    assert re.findall(r"^ *(?:[>*-] +)*<!-- figure:.*", path.read_text(encoding="utf-8"), re.MULTILINE) == []
 
 
 def test_the_documents_that_show_results_are_found() -> None:
