@@ -21,6 +21,10 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tools.index_page import version  # noqa: E402
+
 PACKAGE = "deberta_kernels"
 NAME = "deberta-kernels"
 VARIANT = "torch-universal"
@@ -95,13 +99,6 @@ def relative(text: str, name: str) -> str:
     return "".join(lines)
 
 
-def version() -> str:
-    """Return the version of the package."""
-    found = re.search(r'^__version__ = "(.+)"$', (ROOT / PACKAGE / "__init__.py").read_text(), re.MULTILINE)
-    assert found is not None
-    return found[1]
-
-
 def metadata(files: dict[str, str]) -> dict[str, object]:
     """Return what `kernels` asks of a build; its name as a module follows its content."""
     digests = {name: hashlib.sha256(text.encode()).digest() for name, text in files.items()}
@@ -109,7 +106,7 @@ def metadata(files: dict[str, str]) -> dict[str, object]:
     return {
         "name": NAME,
         "id": f"_{PACKAGE}_{whole[:12]}",
-        "version": int(version().split(".")[0]),
+        "version": int(version(ROOT).split(".")[0]),
         "license": "Apache-2.0",
         "kernels-minver": KERNELS_MIN,
         "python-depends": [],
@@ -149,7 +146,7 @@ def fill(repository: Path, files: dict[str, str]) -> None:
         path = build / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
-    (repository / "README.md").write_text(CARD.format(version=version()), encoding="utf-8")
+    (repository / "README.md").write_text(CARD.format(version=version(ROOT)), encoding="utf-8")
     shutil.copy(ROOT / "LICENSE", repository / "LICENSE")
     repository.chmod(0o755)
 

@@ -183,7 +183,7 @@ def test_a_target_that_cannot_be_a_folder_is_refused_and_nothing_stays(
             hf_kernel.main([str(tmp_path / target)])
     monkeypatch.setattr(hf_kernel, "ROOT", tmp_path)  # without a licence to copy
     monkeypatch.setattr(hf_kernel, "sources", lambda: {"env.py": ""})
-    monkeypatch.setattr(hf_kernel, "version", lambda: "0.0.0")
+    monkeypatch.setattr(hf_kernel, "version", lambda root: "0.0.0")
     with pytest.raises(SystemExit, match=r"cannot be written \(.*LICENSE"):
         hf_kernel.main([str(tmp_path / "kernel")])
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
