@@ -21,9 +21,14 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tools.index_page import version  # noqa: E402
+
 PACKAGE = "deberta_kernels"
 NAME = "deberta-kernels"
 VARIANT = "torch-universal"
+WRITTEN = {"LICENSE", "README.md", "build"}
 # The oldest release of `kernels` that this layout is tested with.
 KERNELS_MIN = "0.16.0"
 # The command line, what only tests use, names for old pickles, the native library, and what imports `adapters`.
@@ -50,8 +55,15 @@ installed `deberta-kernels`. The functions of that package are here too.
 
 
 def sources() -> dict[str, str]:
-    """Return the files of the build: path inside of it -> content."""
+    """Return the files of the build: path inside of it -> content.
+
+    Raises:
+        SystemExit: what is to be left out is not there, or a file cannot be made relative.
+    """
     package, found = ROOT / PACKAGE, {}
+    for name in LEFT_OUT:
+        if name != "lib/" and not (package / name).exists():  # that of the library is made by its build
+            sys.exit(f"[hf-kernel] LEFT_OUT names {name}, which {package} does not have; write where it is now")
     for path in sorted(package.rglob("*")):
         name = path.relative_to(package).as_posix()
         if path.suffix not in SUFFIXES or name.startswith(LEFT_OUT):
@@ -87,13 +99,6 @@ def relative(text: str, name: str) -> str:
     return "".join(lines)
 
 
-def version() -> str:
-    """Return the version of the package."""
-    found = re.search(r'^__version__ = "(.+)"$', (ROOT / PACKAGE / "__init__.py").read_text(), re.MULTILINE)
-    assert found is not None
-    return found[1]
-
-
 def metadata(files: dict[str, str]) -> dict[str, object]:
     """Return what `kernels` asks of a build; its name as a module follows its content."""
     digests = {name: hashlib.sha256(text.encode()).digest() for name, text in files.items()}
@@ -101,7 +106,7 @@ def metadata(files: dict[str, str]) -> dict[str, object]:
     return {
         "name": NAME,
         "id": f"_{PACKAGE}_{whole[:12]}",
-        "version": int(version().split(".")[0]),
+        "version": int(version(ROOT).split(".")[0]),
         "license": "Apache-2.0",
         "kernels-minver": KERNELS_MIN,
         "python-depends": [],
@@ -113,23 +118,37 @@ def metadata(files: dict[str, str]) -> dict[str, object]:
     }
 
 
+def is_replaceable(folder: Path) -> bool:
+    """Tell whether a folder has nothing but what an earlier run wrote."""
+    names = {path.name for path in folder.iterdir()}
+    return not names or (names <= WRITTEN and (folder / "build" / VARIANT / "metadata.json").is_file())
+
+
 def write(folder: Path) -> Path:
     """Write the repository of the kernel beside the folder, then in its place; return the folder of the build."""
     files = sources()
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    build = beside / "build" / VARIANT
+    try:
+        fill(beside, files)
+        if folder.exists():
+            shutil.rmtree(folder)
+        beside.rename(folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return folder / "build" / VARIANT
+
+
+def fill(repository: Path, files: dict[str, str]) -> None:
+    """Write a build and what goes with it into an empty folder."""
+    build = repository / "build" / VARIANT
     for name, text in {**files, "metadata.json": json.dumps(metadata(files), indent=2) + "\n"}.items():
         path = build / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
-    (beside / "README.md").write_text(CARD.format(version=version()), encoding="utf-8")
-    shutil.copy(ROOT / "LICENSE", beside / "LICENSE")
-    beside.chmod(0o755)
-    if folder.exists():
-        shutil.rmtree(folder)
-    beside.rename(folder)
-    return folder / "build" / VARIANT
+    (repository / "README.md").write_text(CARD.format(version=version(ROOT)), encoding="utf-8")
+    shutil.copy(ROOT / "LICENSE", repository / "LICENSE")
+    repository.chmod(0o755)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -138,10 +157,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "folder", nargs="?", type=Path, default=ROOT / "build" / "hf-kernel", help="default: %(default)s"
     )
-    folder = parser.parse_args(arguments).folder
-    if folder.exists() and not (folder / "build" / VARIANT / "metadata.json").is_file() and any(folder.iterdir()):
-        sys.exit(f"[hf-kernel] {folder} must be empty or an earlier kernel, but holds other files; name another folder")
-    build = write(folder)
+    folder = parser.parse_args(arguments).folder.resolve()
+    try:
+        if folder.exists() and not is_replaceable(folder):
+            sys.exit(
+                f"[hf-kernel] {folder} must be empty or an earlier kernel, but holds other files; name another folder"
+            )
+        build = write(folder)
+    except OSError as error:
+        sys.exit(f"[hf-kernel] {folder} cannot be written ({error}); name another folder")
     name = json.loads((build / "metadata.json").read_text())["id"]
     print(f"[hf-kernel] {folder}: {sum(1 for _ in build.rglob('*.py'))} files, imported as {name}")
 

@@ -9,8 +9,6 @@ PICTURES = (".png", ".svg", ".gif")
 # A link, unless it stands in code.
 LINK = re.compile(r"```.*?```|`[^`\n]*`|(!?\[[^\]]*\]\()([^)\s]+)(\))", re.DOTALL)
 SOURCE = re.compile(r'^Source = "([^"]+)"$', re.MULTILINE)
-
-
 VERSION = re.compile(r'^__version__ = "([^"]+)"$', re.MULTILINE)
 
 
@@ -24,17 +22,27 @@ def index_page(root: Path) -> str:
     Raises:
         ValueError: one of the two is not there.
     """
-    address = _only(SOURCE, root / "pyproject.toml").rstrip("/")
-    version = _only(VERSION, root / "deberta_kernels" / "__init__.py")
+    release = f"v{version(root)}"
+    repository = address(root)
 
     def whole(match: re.Match[str]) -> str:
         before, target, after = match.groups()
         if target is None or re.match(r"[a-z]+:|#|//", target):
             return match[0]
         way = "raw" if target.endswith(PICTURES) else "blob"
-        return f"{before}{address}/{way}/v{version}/{target}{after}"
+        return f"{before}{repository}/{way}/{release}/{target}{after}"
 
     return LINK.sub(whole, (root / "README.md").read_text(encoding="utf-8"))
+
+
+def address(root: Path) -> str:
+    """Return the address of the repository; raise ValueError where pyproject.toml has none."""
+    return _only(SOURCE, root / "pyproject.toml").rstrip("/")
+
+
+def version(root: Path) -> str:
+    """Return the version of the package; raise ValueError where it has none."""
+    return _only(VERSION, root / "deberta_kernels" / "__init__.py")
 
 
 def _only(line: re.Pattern[str], path: Path) -> str:

@@ -77,10 +77,18 @@ def encode_in_place(encoder: Any, *arguments: Any, **named: Any) -> Any:
             unpatch(encoder)  # of `patch_all`, which looks for the modules' own classes
         return cls.forward(encoder, *arguments, **named)
     for attention in attentions:
-        is_plain = row_of(attention, Kind.ATTENTION).mixin is FusedAttention and not has_patched_class(attention)
-        if is_plain and attention_refusal(attention) is None:
+        is_known = row_of(attention, Kind.ATTENTION).mixin is FusedAttention
+        if is_known and _is_free(attention) and attention_refusal(attention) is None:
             patch_class(attention, HandedAttention, _OPTIONS)
     return encode_unless_changed(encoder, *arguments, **named)
+
+
+def _is_free(attention: nn.Module) -> bool:
+    """Tell whether no patch has the module: its class is its own, or that of a layer of another copy, which is off."""
+    if not has_patched_class(attention):
+        return True
+    mixin = type(attention).__mro__[1]
+    return mixin is not HandedAttention and mixin.__name__ == HandedAttention.__name__
 
 
 class DebertaV2Encoder(nn.Module):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from deberta_kernels import __name__ as PACKAGE
-from deberta_kernels import dispatch, native, notices
+from deberta_kernels import dispatch, dtypes, native, notices
 from deberta_kernels.linear import products
 from deberta_kernels.models.dense import fuse_dense
 from deberta_kernels.models.fused import FusedAttention, FusedEncoder, attention_refusal, is_ours
@@ -38,7 +38,11 @@ class Example(NamedTuple):
     backend: str
 
     def __str__(self) -> str:
-        problem = dispatch.ordinary_call(self.device, self.dtype, self.heads, self.head_dim)
+        try:
+            problem = dispatch.ordinary_call(self.device, self.dtype, self.heads, self.head_dim)
+        except (RuntimeError, AssertionError) as error:  # the device is full, or was one of another machine
+            reason = str(error).partition("\n")[0].partition(". ")[0]
+            return f"{dtypes.name(self.dtype)} on {self.device}: no tensor can be made there ({reason})"
         return dispatch.outlook(problem, self.backend)
 
 

@@ -71,14 +71,16 @@ def slower_variant(isa: str, compiled: Collection[str]) -> str:
         isa: the variant in use.
         compiled: those in the library.
     """
-    if env.cpu_isa() == isa:
+    faster = [
+        name for name in env.CPU_ISAS[: env.CPU_ISAS.index(isa)] if processor.features() >= {*env.ISA_FEATURES[name]}
+    ]
+    if env.cpu_isa() == isa and faster:
         return f"{env.CPU_ISA} asks for it"
-    faster = env.CPU_ISAS[: env.CPU_ISAS.index(isa)]
-    lacking = [name for name in faster if name not in compiled and processor.features() >= {*env.ISA_FEATURES[name]}]
+    lacking = [name for name in faster if name not in compiled]
     if lacking:
         return f"the library was compiled without {lacking[0]}; update the C++ compiler, then `{_build_command()}`"
     is_x86 = processor.vendor() is not None
-    return "this processor has no AVX2, the library is slow on it" if isa == "generic" and is_x86 else ""
+    return "this processor has no AVX2, the library is slow on it" if isa == "generic" and is_x86 and not faster else ""
 
 
 def _leave_it() -> str:

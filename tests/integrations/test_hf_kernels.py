@@ -55,10 +55,10 @@ def decorated() -> Iterator[None]:
 def kernelize(folder: Path) -> Callable[..., Any]:
     """Put the layer on a model's encoder: kernelize(model, mode, only=modes the layer is registered for, or none)."""
 
-    def kernelize(model: Any, mode: Any = None, only: Any = "all") -> Any:
+    def kernelize(model: Any, mode: Any = None, only: Any = "all", repository: Path | None = None) -> Any:
         mode = mode or (kernels.Mode.TRAINING if model.training else kernels.Mode.INFERENCE)
-        repository = kernels.LocalLayerRepository(folder, layer_name=LAYER)
-        mapping = {} if only is None else {LAYER: {"cpu": repository if only == "all" else {only: repository}}}
+        layer = kernels.LocalLayerRepository(repository or folder, layer_name=LAYER)
+        mapping = {} if only is None else {LAYER: {"cpu": layer if only == "all" else {only: layer}}}
         with kernels.use_kernel_mapping(mapping, inherit_mapping=False):
             return kernels.kernelize(model, mode=mode, device="cpu")
 
@@ -143,6 +143,24 @@ def test_a_patch_takes_over_from_the_layer_and_gives_back(
     found, _ = run(model, inputs, grad=False)
     torch.testing.assert_close(found, expected)
     assert (ran(dk), ran(kernel)) == (2, 2)
+
+
+def test_another_version_of_the_kernel_takes_over(
+    kernel, kernelize, build, batch, run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = hf_kernel.sources()
+    monkeypatch.setattr(hf_kernel, "sources", lambda: {**files, "env.py": files["env.py"] + "# another version\n"})
+    hf_kernel.write(tmp_path / "other")
+    other = kernels.get_local_kernel(tmp_path / "other")
+    model, inputs = build(), batch(padding="right")
+    expected, _ = run(model, inputs, grad=False)
+    run(kernelize(model), inputs, grad=False)
+    kernel.reset_stats()
+    for used, repository in ((other, tmp_path / "other"), (kernel, None)):
+        found, _ = run(kernelize(model, repository=repository), inputs, grad=False)
+        torch.testing.assert_close(found, expected)
+        assert ran(used) == 2
+    assert (ran(other), ran(dk)) == (2, 0)
 
 
 def test_where_the_layer_is_taken_off_everything_is_as_before(kernel, kernelize, build, batch, run) -> None:

@@ -1,6 +1,8 @@
 """What `patch` reports: what it found, and which backend will run it."""
 
 import pickle
+import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -29,3 +31,9 @@ def test_the_report_says_which_backend_will_run(build, dtype):
 
 def test_the_report_of_a_model_without_a_device_is_silent_about_backends(build):
     assert len(str(dk.patch(build().to("meta"))).splitlines()) == 1
+
+
+def test_a_report_can_be_read_where_its_device_is_not(build):
+    report = dk.patch(build())
+    gone = replace(report, example=report.example._replace(device=torch.device("xla")))  # no build of PyTorch has it
+    assert re.search(r"^  float32 on xla: no tensor can be made there \(Could not run ", str(gone), re.MULTILINE)

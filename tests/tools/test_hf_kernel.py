@@ -105,7 +105,8 @@ def test_a_copy_calls_its_own_operator_where_somebody_watches(build: Path) -> No
 def test_a_copy_finds_the_library_of_the_installed_package(build: Path) -> None:
     copy = load(build)
     found = importlib.import_module(f"{copy.__name__}.native.absence")
-    assert absence.INSTALLED == found.INSTALLED
+    assert found is not absence
+    assert found.INSTALLED == absence.INSTALLED
 
 
 def test_a_copy_alone_runs_on_pytorch_and_says_what_to_install(build: Path) -> None:
@@ -173,6 +174,54 @@ def test_an_import_that_cannot_become_relative_is_named() -> None:
         hf_kernel.relative("from \\\n  deberta_kernels import env\n", "x.py")
 
 
+def test_a_target_that_cannot_be_a_folder_is_refused_and_nothing_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    for target in ("file", "file/kernel"):
+        with pytest.raises(SystemExit, match=r"file.* cannot be written .*name another folder"):
+            hf_kernel.main([str(tmp_path / target)])
+    monkeypatch.setattr(hf_kernel, "ROOT", tmp_path)  # without a licence to copy
+    monkeypatch.setattr(hf_kernel, "sources", lambda: {"env.py": ""})
+    monkeypatch.setattr(hf_kernel, "version", lambda root: "0.0.0")
+    with pytest.raises(SystemExit, match=r"cannot be written \(.*LICENSE"):
+        hf_kernel.main([str(tmp_path / "kernel")])
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_link_to_an_earlier_kernel_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "kernel")
+    for _ in range(2):
+        hf_kernel.main([str(tmp_path / "link")])
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "kernel" / "LICENSE").is_file()
+
+
+def test_what_is_left_out_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hf_kernel, "LEFT_OUT", (*hf_kernel.LEFT_OUT, "gone.py"))
+    with pytest.raises(SystemExit, match=r"LEFT_OUT names gone\.py, which .*deberta_kernels does not have"):
+        hf_kernel.sources()
+
+
+def test_every_module_of_the_build_is_imported_without_the_package(build: Path) -> None:
+    program = f"""
+import importlib.util, json, sys
+from pathlib import Path
+sys.modules["deberta_kernels"] = None
+build = Path({str(build)!r})
+name = json.loads((build / "metadata.json").read_text())["id"]
+spec = importlib.util.spec_from_file_location(name, build / "__init__.py")
+module = sys.modules[name] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+for path in build.rglob("*.py"):
+    if "triton" not in path.parts:
+        below = path.relative_to(build).with_suffix("").parts
+        importlib.import_module(".".join([name, *below[:-1], *[x for x in below[-1:] if x != "__init__"]]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd="/")
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_folder_with_other_files_is_left_alone_and_an_earlier_kernel_replaced(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("")
     with pytest.raises(SystemExit, match="must be empty or an earlier kernel, but holds other files; name another"):
@@ -180,7 +229,12 @@ def test_a_folder_with_other_files_is_left_alone_and_an_earlier_kernel_replaced(
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
     folder = tmp_path / "kernel"
     hf_kernel.main([str(folder)])
-    (folder / "stale").touch()
+    (folder / "build" / "stale").touch()
     hf_kernel.main([str(folder)])
+    assert [path.name for path in (folder / "build").iterdir()] == [hf_kernel.VARIANT]
+    (folder / ".git").mkdir()  # a clone of what was published
+    with pytest.raises(SystemExit, match="but holds other files"):
+        hf_kernel.main([str(folder)])
+    (folder / ".git").rmdir()
     assert sorted(path.name for path in folder.iterdir()) == ["LICENSE", "README.md", "build"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kernel", "mine"]

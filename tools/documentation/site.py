@@ -22,6 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from tools import index_page  # noqa: E402
 from tools.documentation.links import relinked  # noqa: E402
 
 __all__ = ["PAGES", "address", "foreign", "gather", "main", "render", "unnoticed"]
@@ -51,9 +52,10 @@ _ELSEWHERE = re.compile(
 
 def address() -> str | None:
     """Return the address of the repository, as pyproject.toml has it; None while it has none."""
-    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    found = re.search(r'^(?:Repository|Source|Homepage)\s*=\s*"(https?://[^"]+)"', text, re.M | re.I)
-    return found[1].rstrip("/") if found else None
+    try:
+        return index_page.address(ROOT)
+    except ValueError:
+        return None
 
 
 def gather(folder: Path) -> None:
