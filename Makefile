@@ -3,7 +3,7 @@
 #
 #   make demo                       measure a DeBERTa before and after patching
 #   make demo MODEL=path-or-hub-id ARGS="--quick"
-#   make test PYTHON=python3.12     another Python (3.10 to 3.13)
+#   make test PYTHON=python3.12     another Python (3.10 to 3.14)
 #   make test TORCH=torch==2.9.1    another torch, used when the environment is made
 #   make gpu GPU_PYTHON=python3     a Python that has torch and Triton already; nothing is installed then
 
@@ -52,7 +52,7 @@ SERVING_PINS = --pin fastapi==0.165.0 --pin uvicorn==0.54.0 --pin httpx==0.28.1 
 # The oldest and the newest of what pyproject.toml and the README promise; Triton's are above. torch is 7 GB with CUDA,
 # which its index for CPUs spares: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 PYTHON_OLDEST ?= $(or $(shell python3.10 -c "print('python3.10')" 2>/dev/null),$(PYTHON))
-PYTHON_NEWEST ?= $(or $(shell python3.13 -c "print('python3.13')" 2>/dev/null),$(PYTHON))
+PYTHON_NEWEST ?= $(or $(shell python3.14 -c "print('python3.14')" 2>/dev/null),$(PYTHON))
 TORCH_OLDEST ?= torch==2.9.1
 TORCH_NEWEST ?= torch==2.14.1
 OLDEST_PINS = --torch "$(TORCH_OLDEST)" --pin "$(TORCH_OLDEST)" --pin transformers==4.57.1
