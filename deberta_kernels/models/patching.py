@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -118,6 +119,11 @@ def patch(
         NotImplementedError: fast_linears=True without the native library; or strict, and something was left alone.
     """
     options = _options(backend, unpad, strict, fast_linears)
+    if callable(_held(model, "model_init").get("model_init")):
+        notices.warn_once(
+            f"{type(model).__name__} has a model_init, which makes another model when it trains, and that one is not "
+            "patched; patch the model inside model_init, before it is returned."
+        )
     model = _module_of(model)
     encoders, attentions, left_alone = _find(model)
     if not attentions and not encoders and not left_alone:
@@ -166,12 +172,21 @@ def _module_of(model: object) -> nn.Module:
         for one in level:
             if isinstance(one, nn.Module):
                 return one
-        level = [getattr(one, name) for one in level for name in _HOLDERS if hasattr(one, name)]
-    held = f", whose .model is a {type(model.model).__name__}" if hasattr(model, "model") else ""
+        level = [value for one in level for value in _held(one, *_HOLDERS).values()]
+    held = "".join(f", whose .model is a {type(value).__name__}" for value in _held(model, "model").values())
     raise TypeError(
         f"model must be a torch.nn.Module, got {type(model).__name__}{held}; "
         "pass the model itself, or a pipeline, Trainer or the like that holds it as .model."
     )
+
+
+def _held(holder: object, *names: str) -> dict[str, object]:
+    """Return the attributes of these names that an object has; one whose property raises has it not."""
+    found = {}
+    for name in names:
+        with suppress(Exception):
+            found[name] = getattr(holder, name)
+    return found
 
 
 def _find(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module], dict[str, str]]:
