@@ -97,7 +97,8 @@ def patch(
     Args:
         model: a Hugging Face model with any head, one inside PEFT or with AdapterHub's adapters, or any module with
             DeBERTa somewhere inside (SentenceTransformer, CrossEncoder, GLiNER); or what holds one as `.model`: a
-            pipeline, a Trainer; a recognizer of Presidio, a component of spaCy.
+            pipeline, a Trainer (without model_init, which makes another model); a recognizer of Presidio, a component
+            of spaCy.
         backend: "auto" or the name of a backend, which then never falls back to another one.
         unpad: whether the encoder leaves out the padding of a batch: "auto", where that pays; True, wherever it can;
             False, never. Results are the same, padded rows included (without dropout).
