@@ -25,6 +25,7 @@ __all__ = ["main"]
 PROGRAM = "deberta-kernels"
 MASKS = ("none", "key", "pair")
 DTYPES = ("float32", "bfloat16", "float16", "float64")  # those of `dtypes`, which would import torch for --help
+LARGEST_TENSOR = 2**63 - 1  # numbers
 INTERRUPTED = 130  # what a shell reports of a program that Ctrl-C ended
 
 
@@ -70,6 +71,10 @@ def show_explanation(options: argparse.Namespace) -> int:
     """Print which backend would run a call of the given shape."""
     if missing := arguments.missing_package("torch"):
         return _failed("explain", missing)
+    scores = options.batch * options.heads * options.length * max(options.length, options.head_dim)
+    if scores > LARGEST_TENSOR:
+        sizes = f"--batch {options.batch} --heads {options.heads} --length {options.length}"
+        return _failed("explain", f"{sizes}: a tensor has fewer than 2**63 numbers; name a smaller call", status=2)
     import torch
 
     import deberta_kernels as dk
@@ -136,7 +141,7 @@ def demo(options: argparse.Namespace) -> int:
     if missing := arguments.missing_package("torch", "transformers"):
         return _failed("demo", missing)
     try:
-        results.check_folder(options.output)
+        results.check_folder(options.output, *(options.name + ending for ending in (".json", ".csv", ".png")))
         if options.model is not None:
             checkpoint.check_model(options.model)
     except (OSError, ValueError) as error:

@@ -22,6 +22,7 @@ from deberta_kernels.demo.results import check_folder, write_json, write_picture
 
 __all__ = ["run"]
 
+NUMBERS, PICTURE = FILES = ("bench.json", "bench.png")
 SECONDS_BETWEEN_LINES = 10.0  # of progress where nobody watches
 
 
@@ -82,9 +83,9 @@ def _show(
     for reason, count in counts["fallbacks"].items():
         print(f"original code was used {count} times: {reason}")
     records = show.as_records(measured, batches)
-    written = [write_json(folder / "bench.json", {"conditions": about, **counts, "models": records})]
+    written = [write_json(folder / NUMBERS, {"conditions": about, **counts, "models": records})]
     try:
-        written.insert(0, write_picture(folder / "bench.png", show.draw(about, measured, batches)))
+        written.insert(0, write_picture(folder / PICTURE, show.draw(about, measured, batches)))
     except ImportError:
         print("no picture: matplotlib is not installed (pip install matplotlib)")
     print("written: " + ", ".join(map(str, written)))
@@ -96,7 +97,7 @@ def _measured(options: argparse.Namespace) -> int:
         raise CheckpointError("bench --model measures memory through /proc and needs Linux.")
     if missing := missing_package("transformers"):
         raise CheckpointError(missing)
-    check_folder(options.output)
+    check_folder(options.output, *FILES)
     found = texts.read(options.text, options.column, options.limit)
     check_model(options.model)
     wanted = [getattr(torch, name) for name in dict.fromkeys(options.dtype)]

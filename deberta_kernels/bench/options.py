@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from deberta_kernels.demo.arguments import Parser, length, size
+from deberta_kernels.demo.arguments import Parser, length, size, threads
 
 __all__ = ["name_a_model", "parser"]
 
@@ -42,6 +42,6 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--batch-size", type=size, default=8, help="texts in a batch (default: 8)")
     made.add_argument("--max-length", type=length, help="tokens at which a text is cut (default: the model's)")
     made.add_argument("--sort", action="store_true", help="sort the texts by length before they are batched")
-    made.add_argument("--threads", type=size, help="threads to compute with (default: torch's choice)")
+    made.add_argument("--threads", type=threads, help="threads to compute with (default: torch's choice)")
     made.add_argument("--output", type=Path, default=Path("bench-results"), help="folder for picture and numbers")
     return made

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -17,6 +19,10 @@ SEPARATORS = {".csv": ",", ".tsv": "\t"}
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 # Names that only a column of texts has.
 USUAL_NAMES = ("text", "texts", "sentence", "review", "content", "document", "comment", "prompt", "body")
+
+# How files begin that are compressed: gzip, zip (.xlsx too), zstd, bzip2, xz; and Parquet.
+COMPRESSED = (b"\x1f\x8b", b"PK\x03\x04", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ", b"PAR1")
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON may have one; no tokenizer takes it
 
 
 class TextsError(ValueError):
@@ -68,19 +74,28 @@ def read(path: Path, column: str | None, limit: int) -> Texts:
     except OSError as error:
         raise TextsError(f"--text {path} cannot be read: {error.strerror or error}.") from None
     except UnicodeDecodeError as error:
-        raise TextsError(
-            f"--text {path} must be UTF-8, got byte {error.object[error.start]:#04x} that is not; "
-            f"convert it: iconv -f latin1 -t utf-8 {path} > utf8{path.suffix}"
-        ) from None
+        byte, remedy = error.object[error.start], _remedy(path, error.object)
+        raise TextsError(f"--text {path} must be UTF-8, got byte {byte:#04x} that is not; {remedy}") from None
     except csv.Error as error:
         raise TextsError(f"--text {path} is not a {kind} file: {error}.") from None
+
+
+def _remedy(path: Path, begin: bytes) -> str:
+    """Return what to do with a file that is not UTF-8, by how it begins."""
+    if begin.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        encoding = "utf-16"
+    elif begin.startswith(COMPRESSED) or b"\0" in begin:
+        return "it is no text file; write its texts as .csv or .jsonl, or unpack it"
+    else:
+        encoding = "latin1"
+    return f"convert it: iconv -f {encoding} -t utf-8 {path} > utf8{path.suffix}"
 
 
 def _gathered(rows: Iterable[str], path: Path, column: str | None, limit: int) -> Texts:
     texts: list[str] = []
     skipped, more = 0, False
     for row in rows:
-        text = row.strip()
+        text = LONE_SURROGATE.sub("\ufffd", row.strip())
         if not text:
             skipped += 1
         elif limit and len(texts) == limit:
@@ -97,7 +112,14 @@ def _gathered(rows: Iterable[str], path: Path, column: str | None, limit: int) -
 def _of_csv(file: TextIO, path: Path, column: str | None, separator: str) -> tuple[str, Iterator[str]]:
     csv.field_size_limit(sys.maxsize)
     reader = csv.DictReader(file, delimiter=separator)
-    chosen = _chosen(list(reader.fieldnames or ()), path, column)
+    names = list(reader.fieldnames or ())
+    other = [mark for mark in ";\t" if len(names) == 1 and column is None and mark in names[0]]
+    if other:
+        raise TextsError(
+            f"--text {path} must have columns separated by {separator!r}, got the one column {names[0]!r}; "
+            "name the file .tsv where tabs separate them, else write it anew with commas; or pass that --column."
+        )
+    chosen = _chosen(names, path, column)
     return chosen, (row[chosen] or "" for row in reader)
 
 
@@ -125,10 +147,11 @@ def _records(file: TextIO, path: Path) -> Iterator[dict[str, Any]]:
             continue
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             record = None
         if not isinstance(record, dict):
-            raise TextsError(f"--text {path} must have a JSON object in each line, and line {number} is none.")
+            remedy = "; write a list so: jq -c '.[]'" if number == 1 and line.lstrip().startswith("[") else ""
+            raise TextsError(f"--text {path} must have a JSON object in each line, and line {number} is none{remedy}.")
         yield record
 
 

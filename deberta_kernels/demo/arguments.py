@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 from pathlib import Path
 from typing import NoReturn
 
@@ -23,6 +24,7 @@ __all__ = [
     "probability",
     "seconds",
     "size",
+    "threads",
 ]
 
 DEFAULT_MODEL = "microsoft/deberta-v3-base"
@@ -30,6 +32,8 @@ LENGTHS = (64, 128, 256, 512, 1024)
 QUICK_LENGTHS = (64, 128, 256)
 SHORTEST = 3  # [CLS], one token of text, [SEP]
 LARGEST = 2**31 - 1
+MOST_THREADS = 1024  # torch ends in a crash where the system does not give it as many
+LONGEST_NAME = 200  # bytes; file systems take 255 with what is added
 BACKEND_NAMES = ("auto", *BACKENDS)
 # What each package comes with, as pip installs it.
 _DEMO = '"deberta-kernels[demo]"'
@@ -55,7 +59,7 @@ def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-length", type=length, help="leave out longer inputs; a longer one than the list adds it")
     parser.add_argument("--quick", action="store_true", help=f"lengths {_join(QUICK_LENGTHS)}, fewer repetitions")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
-    parser.add_argument("--threads", type=size, help="threads to compute with (default: torch's choice)")
+    parser.add_argument("--threads", type=threads, help="threads to compute with (default: torch's choice)")
     parser.add_argument("--backend", choices=BACKEND_NAMES, default="auto", help="of the patched model (default: auto)")
     parser.add_argument("--output", type=Path, default=Path("demo-results"), help="folder for picture and numbers")
     parser.add_argument("--name", type=file_name, default="demo", help="of picture and numbers, without ending")
@@ -69,6 +73,13 @@ def size(text: str) -> int:
     """Return a whole number of at least 1."""
     if not (text.isascii() and text.isdecimal() and len(text) <= 10 and 1 <= int(text) <= LARGEST):
         raise argparse.ArgumentTypeError(f"must be an integer from 1 to {LARGEST}, got {text!r}")
+    return int(text)
+
+
+def threads(text: str) -> int:
+    """Return a number of threads."""
+    if size(text) > MOST_THREADS:
+        raise argparse.ArgumentTypeError(f"must be an integer from 1 to {MOST_THREADS}, got {text!r}")
     return int(text)
 
 
@@ -112,6 +123,8 @@ def file_name(text: str) -> str:
     """Return a name of files that lie in the folder of --output, not elsewhere."""
     if not text or Path(text).name != text or text in (".", ".."):
         raise argparse.ArgumentTypeError(f"must be a file name without folders, got {text!r}; --output has the folder")
+    if len(os.fsencode(text)) > LONGEST_NAME:
+        raise argparse.ArgumentTypeError(f"must be a name of at most {LONGEST_NAME} bytes, got {text[:20]!r} ...")
     return text
 
 

@@ -13,7 +13,7 @@ import deberta_kernels as dk
 from deberta_kernels.native import processor
 from deberta_kernels.testing.geometries import settings
 
-from .arguments import Parser, lengths, seconds, size
+from .arguments import Parser, lengths, seconds, threads
 
 __all__ = ["run"]
 
@@ -40,7 +40,7 @@ def run(arguments: Sequence[str]) -> int:
     """Print one line per length; return the exit status."""
     parser = Parser(prog="deberta-kernels bench", description=__doc__)
     parser.add_argument("--lengths", type=lengths, default=(128, 512, 1024), help="tokens, comma-separated")
-    parser.add_argument("--threads", type=size, default=1)
+    parser.add_argument("--threads", type=threads, default=1)
     parser.add_argument("--seconds", type=seconds, default=2.0, help="per length")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)

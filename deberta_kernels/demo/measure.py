@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import statistics
 import time
 import traceback
@@ -17,7 +18,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -97,24 +98,28 @@ def in_child(work: Callable[[], dict[str, Any]], threads: int) -> dict[str, Any]
         MeasurementError: the process raised, or was killed.
     """
     receive, send = os.pipe()
-    with warnings.catch_warnings():
-        # Python warns when any thread exists; those of the tokenizer and hub libraries are idle here.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        child = os.fork()
+    # A Ctrl-C waits until both processes are where they can take it.
+    allowed = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
+    try:
+        with warnings.catch_warnings():
+            # Python warns when any thread exists; those of the tokenizer and hub libraries are idle here.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            child = os.fork()
+    except OSError:  # no memory, or too many processes
+        signal.pthread_sigmask(signal.SIG_SETMASK, allowed)
+        raise
     if child == 0:
         os.close(receive)
-        try:
-            torch.set_num_threads(threads)
-            warnings.simplefilter("ignore", dk.DebertaKernelsWarning)  # each process would repeat what the parent says
-            answer: dict[str, Any] = {"result": work()}
-        except BaseException:
-            answer = {"error": traceback.format_exc()}
-        with suppress(BrokenPipeError), os.fdopen(send, "w") as pipe:  # broken: the parent was interrupted, and is gone
-            pipe.write(json.dumps(answer))
-        os._exit(0)
+        _answer(work, threads, send, allowed)
     os.close(send)
-    with os.fdopen(receive) as pipe:
-        text = pipe.read()
+    try:
+        signal.pthread_sigmask(signal.SIG_SETMASK, allowed)
+        with os.fdopen(receive) as pipe:
+            text = pipe.read()
+    except BaseException:  # interrupted: the child must not go on by itself
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        raise
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if not text:
         cause = "killed, probably for want of memory" if status == -9 else f"ended with status {status}"
@@ -123,6 +128,24 @@ def in_child(work: Callable[[], dict[str, Any]], threads: int) -> dict[str, Any]
     if "error" in received:
         raise MeasurementError(received["error"])
     return dict(received["result"])
+
+
+def _answer(work: Callable[[], dict[str, Any]], threads: int, send: int, allowed: set[Any]) -> NoReturn:
+    """Be the child: compute, write the answer into the pipe, and end, whatever happens."""
+    try:
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # it ends without a word: the parent has the word
+        signal.pthread_sigmask(signal.SIG_SETMASK, allowed)
+        try:
+            torch.set_num_threads(threads)
+            warnings.simplefilter("ignore", dk.DebertaKernelsWarning)  # each process would repeat what the parent says
+            answer = json.dumps({"result": work()})
+        except BaseException:
+            answer = json.dumps({"error": traceback.format_exc()})
+        with suppress(BrokenPipeError), os.fdopen(send, "w") as pipe:  # broken: the parent is gone
+            pipe.write(answer)
+    finally:
+        os._exit(0)
 
 
 def forward(model: nn.Module, case: Case) -> Any:

@@ -12,17 +12,26 @@ from typing import Any
 __all__ = ["check_folder", "place", "write_csv", "write_json", "write_picture"]
 
 
-def check_folder(folder: Path) -> None:
+def check_folder(folder: Path, *names: str) -> None:
     """Make sure, before any work, that results can be written to a folder, which may not exist yet.
+
+    Args:
+        folder: of the results.
+        names: of the files.
 
     Raises:
         OSError: they cannot; the message says why.
     """
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+    if not existing.exists():
+        raise NotADirectoryError(f"--output must be a folder, and {existing} is a broken link; name another folder.")
     if not existing.is_dir():
         raise NotADirectoryError(f"--output must be a folder, and {existing} is a file; name another folder.")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise PermissionError(f"--output must be a folder to write to, and {existing} is not; name another folder.")
+    for name in names:
+        if (folder / name).is_dir():
+            raise IsADirectoryError(f"--output {folder} needs room for {name}, a folder there; name another folder.")
 
 
 def place(path: Path, write: Callable[[Path], object]) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -100,7 +101,8 @@ def patch(
     Args:
         model: a Hugging Face model with any head, one inside PEFT or with AdapterHub's adapters, or any module with
             DeBERTa somewhere inside (SentenceTransformer, CrossEncoder, GLiNER); or what holds one as `.model`: a
-            pipeline, a Trainer; a recognizer of Presidio, a component of spaCy.
+            pipeline, a Trainer (without model_init, which makes another model); a recognizer of Presidio, a component
+            of spaCy.
         backend: "auto" or the name of a backend, which then never falls back to another one.
         unpad: whether the encoder leaves out the padding of a batch: "auto", where that pays; True, wherever it can;
             False, never. Results are the same, padded rows included (without dropout).
@@ -122,6 +124,11 @@ def patch(
         NotImplementedError: fast_linears=True without the native library; or strict, and something was left alone.
     """
     options = _options(backend, unpad, strict, fast_linears)
+    if callable(_held(model, "model_init").get("model_init")):
+        notices.warn_once(
+            f"{type(model).__name__} has a model_init, which makes another model when it trains, and that one is not "
+            "patched; patch the model inside model_init, before it is returned."
+        )
     model = _module_of(model)
     encoders, attentions, left_alone = _find(model)
     if not attentions and not encoders and not left_alone:
@@ -170,12 +177,21 @@ def _module_of(model: object) -> nn.Module:
         for one in level:
             if isinstance(one, nn.Module):
                 return one
-        level = [getattr(one, name) for one in level for name in _HOLDERS if hasattr(one, name)]
-    held = f", whose .model is a {type(model.model).__name__}" if hasattr(model, "model") else ""
+        level = [value for one in level for value in _held(one, *_HOLDERS).values()]
+    held = "".join(f", whose .model is a {type(value).__name__}" for value in _held(model, "model").values())
     raise TypeError(
         f"model must be a torch.nn.Module, got {type(model).__name__}{held}; "
         "pass the model itself, or a pipeline, Trainer or the like that holds it as .model."
     )
+
+
+def _held(holder: object, *names: str) -> dict[str, object]:
+    """Return the attributes of these names that an object has; one whose property raises has it not."""
+    found = {}
+    for name in names:
+        with suppress(Exception):
+            found[name] = getattr(holder, name)
+    return found
 
 
 def _find(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module], dict[str, str]]:

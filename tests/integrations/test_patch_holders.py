@@ -27,6 +27,28 @@ def test_what_holds_no_module_is_refused_by_what_it_holds(build):
         dk.patch(endless)
 
 
+class Closed:
+    def __getattr__(self, name):
+        raise RuntimeError(f"no {name} before fit()")
+
+
+@pytest.mark.no_kernels
+def test_what_raises_when_it_is_asked_holds_nothing():
+    for act in (dk.patch, dk.unpatch):
+        with pytest.raises(TypeError, match=r"must be a torch.nn.Module, got Closed; pass the model itself"):
+            act(Closed())
+
+
+@pytest.mark.no_kernels
+def test_a_trainer_that_will_make_another_model_is_warned_of(build):
+    trainer = Holder(build())
+    trainer.model_init = build
+    with pytest.warns(
+        dk.DebertaKernelsWarning, match=r"Holder has a model_init, .* is not patched; patch the model ins"
+    ):
+        dk.patch(trainer)
+
+
 def test_what_holds_a_model_is_patched_and_unpatched(build, batch):
     model, inputs = build(), batch(3, 20)
     classes = [type(module) for module in model.modules()]

@@ -51,6 +51,16 @@ def test_the_column_is_named_or_clear(write, name, content, column, chosen):
     assert found.column == chosen
 
 
+def test_a_lone_surrogate_becomes_a_text_that_tokenizers_take(write):
+    (text,) = read(write("a.jsonl", '{"text": "\\ud800 and more"}\n'), None, 0).texts
+    assert text == "\ufffd and more"
+    text.encode()
+
+
+def test_a_header_with_other_separators_can_be_insisted_on(write):
+    assert read(write("a.csv", "text; any\nfirst\n"), "text; any", 0).texts == ("first",)
+
+
 def test_a_text_of_several_lines_is_one_cell(write):
     assert read(write("a.csv", 'text\n"two\nlines, one text"\n'), None, 0).texts == ("two\nlines, one text",)
 
@@ -73,8 +83,15 @@ def test_a_text_of_several_lines_is_one_cell(write):
         ("later.jsonl", '{"a": "x"}\n{"a": [1]}\n', "a", r"must hold texts, got list in record 2"),
         ("broken.jsonl", '{"a": "x"}\n{"a": \n', None, r"a JSON object in each line, and line 2 is none"),
         ("list.json", '[{"a": "x"}]', None, r"a JSON object in each line, and line 1 is none"),
+        ("list.json", '[{"a": "x"}]', None, r"line 1 is none; write a list so: jq -c"),
+        ("deep.jsonl", "[" * 100_000, None, r"a JSON object in each line, and line 1 is none"),
+        ("semicolons.csv", "text;label\na, b;1\n", None, r"columns separated by ',', got the one column 'text;label'"),
+        ("tabs.csv", "text\tlabel\na, b\t1\n", None, r"name the file .tsv where tabs separate them"),
         ("lines.txt", "a\n", "text", r"--column text needs a file with columns"),
         ("latin.txt", "caf\xe9\n".encode("latin1"), None, r"must be UTF-8, got byte 0xe9 .* iconv -f latin1"),
+        ("wide.txt", "caf\xe9\n".encode("utf-16"), None, r"must be UTF-8, got byte 0xf[ef] .* iconv -f utf-16"),
+        ("rows.parquet", b"PAR1\xff\xff", None, r"must be UTF-8, got byte 0xff .* it is no text file"),
+        ("packed.txt", b"\x1f\x8b\x08", None, r"must be UTF-8, got byte 0x8b .* or unpack it"),
     ],
 )
 def test_a_file_without_texts_is_refused_by_name(write, name, content, column, message):

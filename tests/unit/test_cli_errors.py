@@ -52,12 +52,16 @@ WRONG = {
     "demo --dtype float16": "argument --dtype: invalid choice: 'float16'",
     "demo --backend tpu": "argument --backend: invalid choice: 'tpu'",
     "demo --name ../x": "argument --name: must be a file name without folders, got '../x'; --output has the folder",
+    f"demo --name {'x' * 201}": "argument --name: must be a name of at most 200 bytes, got 'xxxxxxxxxxxxxxxxxxxx' ...",
+    "demo --threads 1025": "argument --threads: must be an integer from 1 to 1024, got '1025'",
     "demo one two": "unrecognized arguments: two",
     "bench --model x": "the following arguments are required: --text",
     "bench --model x --text y --batch-size 0": "argument --batch-size: must be an integer from 1",
+    "bench --model x --text y --threads 100000": "argument --threads: must be an integer from 1 to 1024",
     "bench --model x --text y --dtype int3": "argument --dtype: invalid choice: 'int3'",
     "explain --length -3": "argument --length: must be an integer from 1 to 2147483647, got '-3'",
     "explain --batch 0": "argument --batch: must be an integer from 1",
+    "explain --heads 2147483647 --length 2147483647": "--batch 1 --heads 2147483647 --length 2147483647: a tensor has",
     "explain --heads 99999999999999999999": "argument --heads: must be an integer from 1",
     "explain --head-dim ²": "argument --head-dim: must be an integer from 1",
     "explain --max-relative-positions 0": "argument --max-relative-positions: must be an integer from 1",
@@ -176,6 +180,18 @@ def test_a_folder_that_cannot_be_written_to_is_named_before_anything_else(places
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     assert ended(["demo", "nosuchdir"]) == FAILED
     assert f"--output must be a folder to write to, and {places} is not; " in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_take_the_files_is_refused_before_the_work(places, capsys):
+    (places / "link").symlink_to(places / "gone")
+    assert ended(["demo", "nosuchdir", "--output", "link"]) == FAILED
+    assert f"--output must be a folder, and {places / 'link'} is a broken link; " in capsys.readouterr().err
+    (places / "taken" / "demo.csv").mkdir(parents=True)
+    assert ended(["demo", "nosuchdir", "--output", "taken"]) == FAILED
+    assert "--output taken needs room for demo.csv, a folder there; name another folder." in capsys.readouterr().err
+    (places / "taken" / "bench.png").mkdir()
+    assert ended(["bench", "--model", "nosuchdir", "--text", "nosuch.txt", "--output", "taken"]) == FAILED
+    assert "--output taken needs room for bench.png, a folder there; name another folder." in capsys.readouterr().err
 
 
 def test_a_directory_that_may_not_be_read_is_named(places, monkeypatch, capsys):

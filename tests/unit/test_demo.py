@@ -1,8 +1,13 @@
 """What the demo measures and shows."""
 
+import re
+import subprocess
+import sys
+
+import pytest
 import torch
 
-from deberta_kernels.demo import report, text
+from deberta_kernels.demo import measure, report, text
 
 
 def row(**values):
@@ -49,3 +54,52 @@ def test_numbers_of_the_processor_are_kept(tmp_path):
     paths = report.write_numbers(tmp_path / "new", "demo", {}, [row()])
     assert [path.name for path in paths] == ["demo.json", "demo.csv"]
     assert "cpu_before" in paths[1].read_text().splitlines()[0]
+
+
+# The parent interrupts itself and its child as a terminal does: at once after the fork, or when the child is at work.
+INTERRUPTED = """
+import os, signal, sys, time
+from deberta_kernels.demo import measure
+
+os.setpgrp()
+fork = os.fork
+
+def fork_and_interrupt():
+    child = fork()
+    if child == 0:
+        time.sleep(0.3)  # the signal comes before anything else is done here
+    else:
+        print(child, flush=True)
+        time.sleep(0.1)
+        os.killpg(0, signal.SIGINT)
+    return child
+
+def work():
+    if sys.argv[1] == "at work":
+        os.kill(os.getppid(), signal.SIGINT)
+    print("begun", flush=True)
+    time.sleep(60)
+
+if sys.argv[1] == "fork":
+    os.fork = fork_and_interrupt
+try:
+    measure.in_child(work, threads=1)
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+"""
+
+
+@pytest.mark.skipif(not measure.can_measure(), reason="there is no fork, or no /proc")
+@pytest.mark.parametrize(("when", "said"), [("fork", r"\d+\ninterrupted\n"), ("at work", "(begun\n)?interrupted\n")])
+def test_an_interrupt_ends_both_processes_without_a_word(when, said):
+    command = [sys.executable, "-c", INTERRUPTED, when]
+    # communicate() ends when the last process that holds the pipe does: a child that goes on runs into the limit.
+    done = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
+    assert done.stderr == ""
+    assert re.fullmatch(said, done.stdout)
+
+
+@pytest.mark.skipif(not measure.can_measure(), reason="there is no fork, or no /proc")
+def test_an_answer_that_is_no_json_is_an_error_of_the_work():
+    with pytest.raises(measure.MeasurementError, match="not JSON serializable"):
+        measure.in_child(lambda: {"answer": object()}, threads=1)
