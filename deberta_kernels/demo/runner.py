@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ __all__ = ["run"]
 
 RAGGED_TEXTS = 8
 RAGGED_LONGEST = 512
+# From here on a stock model's attention takes longer than all that is linear in the length.
+LINEAR_TOKENS = 1000
 
 
 def _chosen_lengths(options: argparse.Namespace) -> list[int]:
@@ -56,8 +59,7 @@ def _measure(before: nn.Module, after: nn.Module, case: Case, threads: int, quic
         _say(f"{case.label}: memory {name}")
         memory[name] = in_child(lambda model=model: peak_memory(model, case), threads)["bytes"]  # type: ignore[misc]
     _say(f"{case.label}: time before and after")
-    pairs, seconds = (3, 2.0) if quick else (15, 6.0)
-    timed = in_child(lambda: difference_and_times(before, after, case, pairs, seconds), threads)
+    timed = in_child(lambda: difference_and_times(before, after, case, *_pairs(quick)), threads)
     row = Row(
         label=case.label,
         batch=case.input_ids.shape[0],
@@ -72,8 +74,26 @@ def _measure(before: nn.Module, after: nn.Module, case: Case, threads: int, quic
         scale=timed["scale"],
         backend="+".join(name for name, count in timed["calls"].items() if count) or "original code",
     )
-    _say(f"{case.label}: {row.speed_up:.2f}x, difference {row.difference:.1e}")
     return row, timed
+
+
+def _seconds_left(row: Row, done: Case, cases: Sequence[Case], quick: bool) -> float:
+    """Return about how long the remaining cases take, by the last one: a forward takes more than linear time."""
+
+    def work(case: Case) -> float:
+        return case.input_ids.numel() * (case.tokens + LINEAR_TOKENS)
+
+    pairs, limit = _pairs(quick)
+    left = 0.0
+    for case in cases:
+        pair = (row.seconds_before + row.seconds_after) * work(case) / work(done)
+        # Three for memory and warming up; then as many as `difference_and_times` begins.
+        left += 3 * pair + max(2 * pair, min(pairs * pair, limit + pair))
+    return left
+
+
+def _pairs(quick: bool) -> tuple[int, float]:
+    return (3, 2.0) if quick else (15, 6.0)
 
 
 def _show(options: argparse.Namespace, about: dict[str, Any], rows: list[Row], fallbacks: dict[str, int]) -> None:
@@ -122,13 +142,16 @@ def run(options: argparse.Namespace) -> int:
     rows: list[Row] = []
     fallbacks: dict[str, int] = {}
     failed = False
-    for case in cases:
+    for i, case in enumerate(cases):
         try:
             row, timed = _measure(loaded.model, after, case, threads, options.quick)
         except MeasurementError as error:
             _say(f"{case.label}: not measured: {error}")
             failed = True
             continue
+        left = _seconds_left(row, case, cases[i + 1 :], options.quick)
+        remains = f", about {left:.0f} s left" if left else ""
+        _say(f"{case.label}: {row.speed_up:.2f}x, difference {row.difference:.1e}{remains}")
         rows.append(row)
         fallbacks.update(timed["fallbacks"])
     if rows:

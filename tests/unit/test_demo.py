@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from deberta_kernels.demo import measure, report, text
+from deberta_kernels.demo import measure, report, runner, text
 
 
 def row(**values):
@@ -103,3 +103,18 @@ def test_an_interrupt_ends_both_processes_without_a_word(when, said):
 def test_an_answer_that_is_no_json_is_an_error_of_the_work():
     with pytest.raises(measure.MeasurementError, match="not JSON serializable"):
         measure.in_child(lambda: {"answer": object()}, threads=1)
+
+
+def test_the_time_left_is_that_of_the_cases_to_come():
+    def case(tokens: int) -> measure.Case:
+        return measure.Case(f"1 x {tokens}", torch.ones(1, tokens, dtype=torch.int64), torch.ones(1, tokens))
+
+    found, done = row(seconds_before=1.5, seconds_after=0.5), case(1000)
+    assert runner._seconds_left(found, done, [], quick=False) == 0
+    # A pair takes 2 s: three of them, and as many as begin in 6 s.
+    assert runner._seconds_left(found, done, [case(1000)], quick=False) == pytest.approx(3 * 2 + 6 + 2)
+    # Twice the tokens take three times as long: three pairs, and two at least.
+    assert runner._seconds_left(found, done, [case(2000)], quick=False) == pytest.approx(5 * 6)
+    # A short one reaches its 15 pairs before its 6 s.
+    pair = 2 * 10 * 1010 / (1000 * 2000)
+    assert runner._seconds_left(found, done, [case(10)], quick=False) == pytest.approx(18 * pair)
