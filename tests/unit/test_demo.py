@@ -62,6 +62,7 @@ import os, signal, sys, time
 from deberta_kernels.demo import measure
 
 os.setpgrp()
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that it is ignored
 fork = os.fork
 
 def fork_and_interrupt():
