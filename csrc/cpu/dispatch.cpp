@@ -15,9 +15,14 @@ DK_VARIANTS(DK_DECLARE)
 std::atomic<TeamRunner> team_runner{nullptr};
 }  // namespace dk
 
-// libstdc++, which is linked in, asks whether it may count references without atomics; from glibc, that needs 2.32.
+// libstdc++, which is linked in, asks whether it may count references without atomics; from glibc, that needs 2.32. Where
+// it was compiled beside a newer glibc it also reads numbers by a name of 2.38, for a function as old as C.
 extern "C" {
 __attribute__((visibility("hidden"))) char __libc_single_threaded = 0;
+unsigned long old_strtoul(const char*, char**, int) __asm__("strtoul");
+__attribute__((visibility("hidden"))) unsigned long __isoc23_strtoul(const char* text, char** end, int base) {
+  return old_strtoul(text, end, base);
+}
 }
 
 namespace {
