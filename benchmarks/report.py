@@ -26,10 +26,23 @@ from benchmarks.harness.arguments import existing_file
 from benchmarks.harness.plots import PICTURES
 from benchmarks.harness.process import RESULTS, ROOT
 from benchmarks.harness.quotes import QUOTED, replace_quotes
+from benchmarks.training.memory import section as training_memory
 
 __all__ = ["KINDS", "SECTIONS", "documents", "main", "newest", "picture_of", "update", "update_each"]
 
-KINDS = ("cpu", "model", "texts", "tensorflow", "train", "linear", "adapters", "memory", "convergence", "gpu")
+KINDS = (
+    "cpu",
+    "model",
+    "texts",
+    "tensorflow",
+    "train",
+    "linear",
+    "adapters",
+    "memory",
+    "training_memory",
+    "convergence",
+    "gpu",
+)
 
 # Not a string, which would be taken for a name.
 EVERY = Path("every document")
@@ -49,6 +62,7 @@ def _other_models(result: dict[str, Any]) -> str:
 SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     **{f"bench-{kind}": (kind, _tables) for kind in KINDS},
     "other-models": ("texts", _other_models),
+    "training-memory": ("training_memory", training_memory),
 }
 
 
@@ -89,7 +103,9 @@ def _date(name: str) -> str:
 
 
 def render(result: dict[str, Any], *, text: bool) -> str:
-    """Return a result as aligned text, or as markdown; one of a GPU is text."""
+    """Return a result as aligned text, or as markdown; one of a GPU is text, one of training's memory markdown."""
+    if tables.kind_of(result) == "training_memory":
+        return training_memory(result)
     if "stages" in result:
         from benchmarks.gpu.table import table
 

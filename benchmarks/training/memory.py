@@ -1,32 +1,28 @@
 """Memory of training each released size, eager and patched: the tables of docs/training.md.
 
 What one layer keeps for backward is measured on a real layer of each geometry, by hooks on saved tensors; a model keeps
-that times its layers. The measured column is the high-water mark of a whole step in a process of its own. Measurements
-are kept under build/, so that an interrupted run goes on where it was; delete the file after a change of the kernels.
+that times its layers. The measured column is the high-water mark of a whole step in a process of its own.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 from typing import Any
 
 import torch
 
 import deberta_kernels as dk
-from benchmarks.harness.process import ROOT, run_alone
-from benchmarks.harness.record import Progress
-from benchmarks.harness.tables import markdown_rows, replace_section
+from benchmarks.harness.process import note, run_alone
+from benchmarks.harness.record import Progress, Run
+from benchmarks.harness.tables import markdown_rows, sentence
 from deberta_kernels.testing import geometries
 from deberta_kernels.testing.memory import free, peak
 
-__all__ = ["one_layer", "step", "write_table"]
+__all__ = ["measure_training", "one_layer", "section", "step"]
 
-DOCUMENT = ROOT / "docs" / "training.md"
-KEPT = ROOT / "build" / "benchmarks" / "training-memory.json"
 LENGTHS = (512, 2048)
 GIGABYTE, MEBIBYTE = 1e9, 2**20
 BYTES_PER_WEIGHT = 16  # float32: the weight, its gradient and AdamW's two moments
+WAYS = ("eager", "patched")
 MODELS = ("v3-base", "v3-large", "v2-xlarge", "v2-xxlarge")
 # Saved for backward by one attention module of v3-base: what it may be of eager's, at each length.
 MUST, AIM = {512: 0.25, 2048: 0.10}, {512: 0.15, 2048: 0.05}
@@ -90,21 +86,14 @@ def computed(name: str, length: int, patched: bool, checkpointing: bool, layer: 
 
 
 def measured(name: str, length: int, patched: bool, checkpointing: bool, expected: float, threads: int) -> float | None:
-    """Return the high-water mark of a step, in bytes; None where it does not fit, or with 0 threads."""
-    kept = json.loads(KEPT.read_text(encoding="utf-8")) if KEPT.exists() else {}
-    key = f"{name} {length} {patched} {checkpointing}" + (f" {threads} threads" if threads > 1 else "")
-    if key in kept:
-        return float(kept[key])
-    if not threads or expected * 1.15 + 2e9 > free():
+    """Return the high-water mark of a step, in bytes; None where it does not fit."""
+    if expected * 1.15 + 2e9 > free():
         return None
     found = run_alone(step, threads, name=name, length=length, patched=patched, checkpointing=checkpointing)
     if "error" in found:
-        print(f"{name} {length}: {found['error']}", file=sys.stderr)
+        note(f"{name} {length}: {found['error']}")
         return None
-    kept[key] = found["bytes"] + found["held_before"]
-    KEPT.parent.mkdir(parents=True, exist_ok=True)
-    KEPT.write_text(json.dumps(kept, indent=1), encoding="utf-8")
-    return float(kept[key])
+    return float(found["bytes"] + found["held_before"])
 
 
 def step(name: str, length: int, patched: bool, checkpointing: bool) -> dict[str, Any]:
@@ -129,40 +118,55 @@ def step(name: str, length: int, patched: bool, checkpointing: bool) -> dict[str
     return peak(lambda: run(length))
 
 
-def tables(threads: int) -> tuple[list[list[str]], list[list[str]]]:
-    """Return what one module keeps, and what training takes, each with a head; 0 threads measure nothing anew."""
+def measure_training(run: Run) -> None:
+    """Measure what one module keeps, and what training takes where it fits; keep both in the result.
+
+    "attention" holds {length, eager, patched}, bytes; "training" {model, length, patched, checkpointing, computed,
+    measured}, bytes, measured None where it does not fit on this machine.
+    """
+    kept = [
+        {"length": length, **{name: one_layer("v3-base", length, name == "patched", "attention") for name in WAYS}}
+        for length in LENGTHS
+    ]
+    cells = [(name, length) for name in MODELS[: 1 if run.quick else None] for length in LENGTHS]
+    progress = Progress(geometries.settings(name)["num_hidden_layers"] * length for name, length in cells)
+    found: list[dict[str, Any]] = []
+    run.keep(complete=False, attention=kept, training=found)
+    for name, length in cells:
+        for patched in (False, True):
+            layer = one_layer(name, length, patched, "layer")
+            for checkpointing in (False, True):
+                way = {"model": name, "length": length, "patched": patched, "checkpointing": checkpointing}
+                expected = computed(name, length, patched, checkpointing, layer)
+                peak = measured(name, length, patched, checkpointing, expected, run.threads)
+                found.append({**way, "computed": expected, "measured": peak})
+        progress.step(f"{name} {length}: " + ", ".join(map(_gigabytes, found[-4:])))
+        run.keep()
+    run.keep(complete=True)
+
+
+def _gigabytes(record: dict[str, Any]) -> str:
+    peak = record["measured"]
+    return f"{record['computed'] / GIGABYTE:.1f} / {'-' if peak is None else f'{peak / GIGABYTE:.1f}'}"
+
+
+def section(result: dict[str, Any]) -> str:
+    """Return the tables of docs/training.md."""
     kept = [["N", "eager, MiB", "patched, MiB", "share", "must", "aim"]]
-    for length in LENGTHS:
-        eager, ours = (one_layer("v3-base", length, patched, "attention") for patched in (False, True))
+    for record in result["attention"]:
+        length, eager, ours = record["length"], record["eager"], record["patched"]
         bounds = [f"≤ {MUST[length]:.0%}", f"≤ {AIM[length]:.0%}"]
         kept.append([str(length), f"{eager / MEBIBYTE:.0f}", f"{ours / MEBIBYTE:.1f}", f"{ours / eager:.1%}", *bounds])
-    ways = [(patched, checkpointing) for patched in (False, True) for checkpointing in (False, True)]
-    head = [f"{'patched' if x else 'eager'}, {'checkpointing' if y else 'plain'}" for x, y in ways]
-    whole = [["model", "N", *head]]
-    cells = [(name, length) for name in MODELS for length in LENGTHS]
-    progress = Progress(geometries.settings(name)["num_hidden_layers"] * length for name, length in cells)
-    for name, length in cells:
-        layers = {patched: one_layer(name, length, patched, "layer") for patched in (False, True)}
-        row = [name, str(length)]
-        for patched, checkpointing in ways:
-            expected = computed(name, length, patched, checkpointing, layers[patched])
-            found = measured(name, length, patched, checkpointing, expected, threads)
-            row.append(f"{expected / GIGABYTE:.1f} / {'-' if found is None else f'{found / GIGABYTE:.1f}'}")
-        progress.step(", ".join(row))
-        whole.append(row)
-    return kept, whole
-
-
-def write_table(threads: int) -> None:
-    """Measure what fits, with this many threads, and print the tables; 0 compute only.
-
-    Those of one thread are those of docs/training.md, and written there.
-    """
-    kept, whole = tables(threads)
-    lines = ["", "Saved for backward by one attention module of v3-base, float32, one sequence, dropout 0.1:", ""]
-    lines += markdown_rows(kept, text=0)
-    lines += ["", "Training one sequence in float32 with AdamW, GB; computed / measured (-: not measured here):", ""]
-    lines += [*markdown_rows(whole), ""]
-    if threads <= 1:
-        replace_section(DOCUMENT, "training-memory", lines)
-    print("\n".join(lines))
+    whole = [["model", "N", *(f"{name}, {way}" for name in WAYS for way in ("plain", "checkpointing"))]]
+    cells: dict[tuple[str, int], list[str]] = {}
+    for record in result["training"]:
+        cells.setdefault((record["model"], record["length"]), []).append(_gigabytes(record))
+    whole += [[model, str(length), *texts] for (model, length), texts in cells.items()]
+    return "\n".join(
+        [
+            "Saved for backward by one attention module of v3-base, float32, one sequence, dropout 0.1:", "",
+            *markdown_rows(kept, text=0), "",
+            "Training one sequence in float32 with AdamW, GB; computed / measured (-: not measured here):", "",
+            *markdown_rows(whole), "", sentence(result),
+        ]
+    )  # fmt: skip

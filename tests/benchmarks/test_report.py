@@ -115,3 +115,17 @@ def test_a_document_without_a_section_is_refused_by_name(tmp_path: Path) -> None
         report.update(readme, {"cpu": result([], kind="cpu")})
     with pytest.raises(ValueError, match="must contain the lines <!-- x:begin --> and <!-- x:end -->"):
         tables.replace_section(readme, "x", [])
+
+
+def test_memory_of_training_is_shown_computed_and_measured() -> None:
+    way = {"model": "v3-base", "length": 512, "checkpointing": False}
+    training = [
+        {**way, "patched": False, "computed": 4.25e9, "measured": 5.4e9},
+        {**way, "patched": True, "computed": 3.25e9, "measured": None},
+    ]
+    kept = [{"length": 512, "eager": 80 * 2**20, "patched": 12 * 2**20}]
+    made = result([], kind="training_memory", attention=kept, training=training, figures=[])
+    shown = report.render(made, text=False)
+    assert "| 512 | 80 | 12.0 | 15.0% | ≤ 25% | ≤ 15% |" in shown
+    assert "| v3-base | 512 | 4.2 / 5.4 | 3.2 / - |" in shown
+    assert "commit 01234567" in shown
