@@ -38,13 +38,10 @@ def torch_threads(problem: str | None) -> dict[str, Any]:
 
 def library() -> dict[str, Any]:
     """Return `native.library_status`, and under "build" how the installed library was made."""
-    status: dict[str, Any] = {
-        "loaded": False, "path": None, "reason": None, "isa": None, "variants": [], "compiled": [], "slower": "",
-    }  # fmt: skip
     try:
-        status |= native.library_status()
+        status = native.library_status()
     except Exception as error:  # a broken installation is what this report is for
-        status["reason"] = f"{type(error).__name__}: {error}"
+        status = native.status_without(f"{type(error).__name__}: {error}")
     record = absence.build_record()
     build = {name: record.get(name) for name in ("compiler", "compiler_version", "digest", "left_out", "not_built")}
     return {**status, "build": build}

@@ -29,6 +29,7 @@ __all__ = [
     "library_status",
     "need",
     "opened",
+    "status_without",
     "unavailable",
     "use_isa",
 ]
@@ -213,6 +214,15 @@ def need() -> Library:
     return library
 
 
+def status_without(reason: str | None) -> dict[str, Any]:
+    """Return what `library_status` says where there is no library, for this reason."""
+    nothing: list[str] = []
+    return {
+        "loaded": False, "path": None, "reason": reason, "isa": None, "variants": nothing, "compiled": nothing,
+        "slower": "",
+    }  # fmt: skip
+
+
 def library_status() -> dict[str, Any]:
     """Describe the native library.
 
@@ -223,11 +233,7 @@ def library_status() -> dict[str, Any]:
     """
     library = opened()
     if library is None:
-        nothing: list[str] = []
-        return {
-            "loaded": False, "path": None, "reason": _problem, "isa": None, "variants": nothing, "compiled": nothing,
-            "slower": "",
-        }  # fmt: skip
+        return status_without(_problem)
     return {
         "loaded": True, "path": library.path, "reason": None, "isa": library.isa, "variants": list(library.variants),
         "compiled": library.compiled, "slower": absence.slower_variant(library.isa, library.compiled),
