@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -111,7 +111,7 @@ def _gathered(rows: Iterable[str], path: Path, column: str | None, limit: int) -
 
 def _of_csv(file: TextIO, path: Path, column: str | None, separator: str) -> tuple[str, Iterator[str]]:
     csv.field_size_limit(sys.maxsize)
-    reader = csv.DictReader(file, delimiter=separator)
+    reader = csv.DictReader(file, delimiter=separator, skipinitialspace=True)
     names = list(reader.fieldnames or ())
     other = [mark for mark in ";\t" if len(names) == 1 and column is None and mark in names[0]]
     if other:
@@ -125,20 +125,12 @@ def _of_csv(file: TextIO, path: Path, column: str | None, separator: str) -> tup
 
 def _of_json(file: TextIO, path: Path, column: str | None) -> tuple[str, Iterator[str]]:
     records = _records(file, path)
-    first = list(islice(records, 1))
-    if not first:
+    first = next(records, None)
+    if first is None:
         raise TextsError(f"--text needs at least one text, and {path} is empty.")
-    names = [name for name, value in first[0].items() if isinstance(value, str)]
-    chosen = _chosen(list(first[0]) if column is not None else names, path, column)
-
-    def texts() -> Iterator[str]:
-        for number, record in enumerate([*first, None]):
-            if record is not None:
-                yield _text(record, chosen, path, number + 1)
-        for number, record in enumerate(records, 2):
-            yield _text(record, chosen, path, number)
-
-    return chosen, texts()
+    names = [name for name, value in first.items() if isinstance(value, str)]
+    chosen = _chosen(list(first) if column is not None else names, path, column)
+    return chosen, (_text(record, chosen, path, n) for n, record in enumerate(chain([first], records), 1))
 
 
 def _records(file: TextIO, path: Path) -> Iterator[dict[str, Any]]:

@@ -39,6 +39,7 @@ def test_the_limit_counts_texts(write, limit, texts, more):
         ("usual.csv", "id,Review,label\n1,first,x\n2,second,y\n", None, "Review"),
         ("named.csv", 'id,note\n1,first\n2,"second"\n', "note", "note"),
         ("tabs.tsv", "id\ttext\n1\tfirst\n2\tsecond\n", None, "text"),
+        ("spaced.csv", 'id, text\n1, first\n2, "second"\n', None, "text"),
         ("bom.csv", b"\xef\xbb\xbftext\nfirst\nsecond\n", None, "text"),
         ("only.jsonl", '{"id": 1, "note": "first"}\n{"id": 2, "note": "second"}\n', None, "note"),
         ("usual.jsonl", '{"text": "first", "name": "x"}\n\n{"text": "second", "name": "y"}\n', None, "text"),

@@ -267,3 +267,8 @@ def test_a_loss_that_is_no_number_ends_the_run(table, checkpoint, monkeypatch, p
     arguments = ("--data", table(*LABELS, *LABELS[1:]), "--model", checkpoint(), "--length", "16", "--device", "cpu")
     assert recipe.run(program("sequence_classification").TASK, list(arguments)) == 2
     assert "at step 1; try a lower --learning-rate." in capsys.readouterr().err
+
+
+def test_spaces_behind_the_commas_of_a_header_are_no_part_of_its_names(train, checkpoint, tmp_path):
+    (tmp_path / "rows.csv").write_text("text, label\n" + 'a good film, x\n"a bad, bad film", y\n' * 4, encoding="utf-8")
+    train("sequence_classification", "--data", str(tmp_path / "rows.csv"), "--steps", "1", "--model", checkpoint())
