@@ -22,7 +22,7 @@ from typing import Any
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
 from classifier import DTYPES, Classifier, check_model, cores, digest
-from records import SUFFIXES, Part, cut, find_files, read
+from file_parts import SUFFIXES, Part, cut, find_files, read
 
 __all__ = ["main"]
 

@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 import torch
-from parts.batching import CUT
+from parts.features import CUT
 from parts.labels import label_name
 from parts.metrics import ClassScorer
 from parts.recipe import run

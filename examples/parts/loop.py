@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batching import Order, collate, generator
+from .features import Order, collate, generator
 from .progress import Progress
 from .task import Data, Feature, InputError, Task
 from .vocabulary import Encoder

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from . import saving
-from .batching import encode_all
 from .card import card, versions
+from .features import encode_all
 from .labels import names_of
 from .loop import Loop
 from .model import build, core, resumed, save

@@ -45,7 +45,7 @@ def _table(path: Path) -> Iterator[tuple[str, Record]]:
     csv.field_size_limit(sys.maxsize)  # 131,072 characters otherwise
     with path.open(encoding="utf-8-sig", newline="") as file:
         tabs = path.suffix.lower() == ".tsv"
-        reader = csv.DictReader(file, delimiter="\t" if tabs else ",", strict=True)
+        reader = csv.DictReader(file, delimiter="\t" if tabs else ",", skipinitialspace=True, strict=True)
         names = [name for name in reader.fieldnames or [] if name]
         line = reader.line_num + 1  # of a row that goes over several lines, the first
         for values in reader:

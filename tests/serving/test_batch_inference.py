@@ -117,7 +117,7 @@ def test_a_killed_run_is_gone_on_with(checkpoint, files, rows, tmp_path, same):
 
 
 def test_parts_are_read_where_they_begin(files, rows, write):
-    from records import cut, read
+    from file_parts import cut, read
 
     for path, count in (("a.csv", ROWS), ("b.jsonl", 23), ("c.parquet", 37)):
         parts = cut(str(files / path), ["review", "id"], 5)
@@ -159,7 +159,7 @@ def test_wrong_input_is_named_before_anything_starts(checkpoint, write, tmp_path
 
 
 def test_wrong_bytes_are_named(tmp_path):
-    from records import cut
+    from file_parts import cut
 
     (tmp_path / "a.csv").write_bytes(b"review\ngood\n\xff\xfe\n")
     with pytest.raises(ValueError, match=r"a\.csv, line 3: not UTF-8 \(invalid start byte\)"):

@@ -95,14 +95,14 @@ def test_a_model_that_saw_no_unanswerable_question_is_not_asked_for_them(program
 
 
 def test_each_row_counts_the_same_in_a_step_of_unequal_batches(program):
-    order = program("parts.batching").Order(7, 2, 2, seed=3)
+    order = program("parts.features").Order(7, 2, 2, seed=3)
     assert order.steps_per_epoch == 2
     steps = [order.step(number) for number in range(4)]
     assert [[len(batch) for batch in step] for step in steps] == [[2, 2], [2, 1]] * 2
     epochs = [[place for step in part for batch in step for place in batch] for part in (steps[:2], steps[2:])]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(7))
     assert epochs[0] != epochs[1]
-    assert program("parts.batching").Order(7, 2, 2, seed=3).step(3) == steps[3]
+    assert program("parts.features").Order(7, 2, 2, seed=3).step(3) == steps[3]
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])

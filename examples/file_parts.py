@@ -75,7 +75,7 @@ class _Lines:
 
 def _csv_options(path: str) -> dict[str, Any]:
     csv.field_size_limit(2**31 - 1)  # a text may be longer than the 131,072 characters that csv takes by default
-    return {"delimiter": "\t" if path.endswith(".tsv") else ",", "strict": True}
+    return {"delimiter": "\t" if path.endswith(".tsv") else ",", "skipinitialspace": True, "strict": True}
 
 
 def _rows(path: str, lines: _Lines, header: list[str] | None = None) -> Iterator[Row]:
