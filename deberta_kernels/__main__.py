@@ -131,7 +131,7 @@ def bench(given: Sequence[str]) -> int:
     if (checkout / "benchmarks" / "__main__.py").is_file():
         command = [sys.executable, "-m", "benchmarks", "core", *given]
         return subprocess.run(command, check=False, env=env.importing_from(str(checkout))).returncode
-    from .demo.bench import run
+    from .bench.core import run
 
     return run(given)
 

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from deberta_kernels.demo.arguments import Parser, length, size, threads
+from deberta_kernels.demo.arguments import Parser, length, path, size, threads
 
 __all__ = ["name_a_model", "parser"]
 
@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     made.add_argument("--model", required=True, help="directory or hub id of a DeBERTa v1, v2 or v3, with any head")
-    made.add_argument("--text", required=True, type=Path, help="file: a text a line; or .csv, .tsv, .jsonl")
+    made.add_argument("--text", required=True, type=path, help="file: a text a line; or .csv, .tsv, .jsonl")
     made.add_argument("--column", help="column or key of the texts (default: the only one, or the one named text, ...)")
     made.add_argument("--limit", type=_limit, default=TEXTS, help=f"texts at most; 0: all (default: {TEXTS})")
     made.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"], help="of the weights, one or more")
@@ -43,5 +43,5 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--max-length", type=length, help="tokens at which a text is cut (default: the model's)")
     made.add_argument("--sort", action="store_true", help="sort the texts by length before they are batched")
     made.add_argument("--threads", type=threads, help="threads to compute with (default: torch's choice)")
-    made.add_argument("--output", type=Path, default=Path("bench-results"), help="folder for picture and numbers")
+    made.add_argument("--output", type=path, default=Path("bench-results"), help="folder for picture and numbers")
     return made

@@ -21,6 +21,7 @@ __all__ = [
     "length",
     "lengths",
     "missing_package",
+    "path",
     "probability",
     "seconds",
     "size",
@@ -61,12 +62,17 @@ def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
     parser.add_argument("--threads", type=threads, help="threads to compute with (default: torch's choice)")
     parser.add_argument("--backend", choices=BACKEND_NAMES, default="auto", help="of the patched model (default: auto)")
-    parser.add_argument("--output", type=Path, default=Path("demo-results"), help="folder for picture and numbers")
+    parser.add_argument("--output", type=path, default=Path("demo-results"), help="folder for picture and numbers")
     parser.add_argument("--name", type=file_name, default="demo", help="of picture and numbers, without ending")
 
 
 def _join(numbers: tuple[int, ...]) -> str:
     return ",".join(map(str, numbers))
+
+
+def path(text: str) -> Path:
+    """Return a path; the shell leaves a ~ behind an equals sign as it is."""
+    return Path(text).expanduser()
 
 
 def size(text: str) -> int:

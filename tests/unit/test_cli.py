@@ -65,10 +65,10 @@ def test_explain_takes_no_memory_for_long_sequences(capsys):
 
 
 def test_installed_benchmark_prints_a_line_per_length(capsys, monkeypatch):
-    from deberta_kernels.demo import bench
+    from deberta_kernels.bench import core
 
-    monkeypatch.setattr(bench.torch, "set_num_threads", lambda threads: None)
-    assert bench.run(["--lengths", "16,40", "--seconds", "0.01"]) == 0
+    monkeypatch.setattr(core.torch, "set_num_threads", lambda threads: None)
+    assert core.run(["--lengths", "16,40", "--seconds", "0.01"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[-2:]] == ["16", "40"]
 

@@ -13,6 +13,7 @@ import pytest
 
 import deberta_kernels
 from deberta_kernels.__main__ import main
+from deberta_kernels.bench.options import parser
 from deberta_kernels.demo import arguments, checkpoint
 
 ROOT = Path(deberta_kernels.__file__).resolve().parents[1]
@@ -91,10 +92,10 @@ def test_wrong_arguments_are_one_line_and_status_2(words, capsys):
 
 @pytest.mark.parametrize("words", ["--lengths 4,x", "--threads 0", "--seconds -1", "--seconds nan", "--size 3"])
 def test_wrong_arguments_of_the_installed_benchmark_are_named(words, capsys):
-    from deberta_kernels.demo import bench
+    from deberta_kernels.bench import core
 
     with pytest.raises(SystemExit) as stopped:
-        bench.run(words.split())
+        core.run(words.split())
     assert stopped.value.code == USAGE
     assert words.split()[0] in capsys.readouterr().err
 
@@ -351,3 +352,10 @@ def test_a_full_disk_is_named():
         _, said = process.communicate(timeout=120)
     assert process.returncode == FAILED
     assert said.startswith("deberta-kernels info: [Errno 28] No space left on device")
+
+
+def test_a_tilde_behind_an_equals_sign_is_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/somewhere")
+    given = ["--model", "m", "--text=~/texts.txt", "--output=~/found"]
+    found = parser().parse_args(given)
+    assert (str(found.text), str(found.output)) == ("/somewhere/texts.txt", "/somewhere/found")

@@ -10,10 +10,9 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 import deberta_kernels as dk
+from deberta_kernels.demo.arguments import Parser, lengths, seconds, threads
 from deberta_kernels.native import processor
 from deberta_kernels.testing.geometries import settings
-
-from .arguments import Parser, lengths, seconds, threads
 
 __all__ = ["run"]
 
