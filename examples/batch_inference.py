@@ -15,6 +15,7 @@ import os
 import sys
 import time
 import uuid
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,9 @@ JOB = "_job.json"  # readers of a directory of Parquet leave out what begins wit
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse and check the command line; leave with a message that names what is wrong."""
     parser = argparse.ArgumentParser(description="Classify files of texts with Ray Data.", allow_abbrev=False)
-    parser.add_argument("--model", required=True, help="directory or hub id of a sequence classifier")
-    parser.add_argument("--input", required=True, nargs="+", help=f"files or directories: {', '.join(SUFFIXES)}")
+    parser.add_argument("--model", required=True, type=expanduser, help="directory or hub id of a sequence classifier")
+    files = f"files or directories: {', '.join(SUFFIXES)}"
+    parser.add_argument("--input", required=True, type=expanduser, nargs="+", help=files)
     parser.add_argument("--column", default="text", help="that holds the texts; plain lines (.txt) have `text` alone")
     parser.add_argument("--keep", nargs="*", default=[], metavar="COLUMN", help="columns to copy into the output")
     parser.add_argument("--output", required=True, type=Path, help="directory for Parquet files")
@@ -60,7 +62,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         options.files = find_files(options.input)
         if Path(options.model).is_dir():
             options.model = str(Path(options.model).absolute())  # an actor may run in another directory
-        options.output = options.output.absolute()
+        options.output = options.output.expanduser().absolute()
         if options.output.exists() and not options.output.is_dir():
             raise ValueError(f"--output must be a directory, {options.output} is a file.")
     except ValueError as error:

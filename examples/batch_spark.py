@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,10 @@ from classifier import DTYPES, check_model
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse and check the command line."""
     parser = argparse.ArgumentParser(description="Classify a column of texts with Spark.", allow_abbrev=False)
-    parser.add_argument("--model", required=True, help="directory or hub id of a sequence classifier")
-    parser.add_argument("--input", required=True, help="Parquet: a file, a directory, or an address Spark can read")
+    parser.add_argument("--model", required=True, type=expanduser, help="directory or hub id of a sequence classifier")
+    parser.add_argument("--input", required=True, type=expanduser, help="Parquet: a file, a folder or an address")
     parser.add_argument("--column", default="text", help="that holds the texts")
-    parser.add_argument("--output", required=True, help="directory or address that does not exist yet")
+    parser.add_argument("--output", required=True, type=expanduser, help="directory or address that does not exist yet")
     parser.add_argument("--master", help="of Spark, such as local[8]; default: spark-submit's, else this machine")
     parser.add_argument("--batch-size", type=int, default=32, help="texts of one forward")
     parser.add_argument("--max-length", type=int, default=512, help="tokens of a text; the rest is cut off")

@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from parts.saving import beside
 from parts.task import Column, InputError
 
 import deberta_kernels as dk
+from deberta_kernels.demo.arguments import path
 
 __all__ = [
     "add_texts",
@@ -49,14 +51,16 @@ def package(name: str, wanted: str) -> Any:
         raise InputError(f"this example needs {wanted}: pip install {wanted}") from error
 
 
-def add_texts(parser: argparse.ArgumentParser, what: str) -> None:
-    """Add arguments for texts, given on the command line or in a file."""
+def add_texts(parser: argparse.ArgumentParser, what: str, *, kind: str, model: str) -> None:
+    """Add arguments for texts, given on the command line or in a file, and for a kind of model with its default."""
     parser.add_argument("texts", nargs="*", help=f"{what}, or --file")
-    parser.add_argument("--file", type=Path, help=f"file of {what}: .txt (one on each line), .csv, .tsv, .jsonl, .json")
+    parser.add_argument("--file", type=path, help=f"file of {what}: .txt (one on each line), .csv, .tsv, .jsonl, .json")
     add_columns(parser, [TEXT])
+    found = f"hub id or folder of {kind} (default: {model})"
+    parser.add_argument("--model", type=expanduser, default=model, help=found)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--output", type=Path, help="JSON lines with the results; default: print them")
+    parser.add_argument("--output", type=path, help="JSON lines with the results; default: print them")
     parser.add_argument("--no-patch", action="store_true", help="run the stock model")
     parser.add_argument("--compare", action="store_true", help="run the stock model too; print difference and speed-up")
 

@@ -15,10 +15,9 @@ MODEL = "urchade/gliner_small-v2.1"
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description="Find entities of kinds that you name, with a GLiNER on DeBERTa.")
-    add_texts(parser, "texts")
+    add_texts(parser, "texts", kind="a GLiNER model", model=MODEL)
     parser.add_argument("--labels", required=True, help="the kinds of entities, with commas between them")
     parser.add_argument("--threshold", type=float, default=0.5, help="lowest score of an entity (default: 0.5)")
-    parser.add_argument("--model", default=MODEL, help=f"hub id or folder of a GLiNER model (default: {MODEL})")
     return parser.parse_args(arguments)
 
 

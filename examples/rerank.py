@@ -15,11 +15,10 @@ MODEL = "mixedbread-ai/mxbai-rerank-xsmall-v1"
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description="Rank passages for one or more queries with a DeBERTa CrossEncoder.")
-    add_texts(parser, "passages")
+    add_texts(parser, "passages", kind="a CrossEncoder", model=MODEL)
     parser.add_argument(
         "--query", action="append", required=True, help="what is looked for; may be given several times"
     )
-    parser.add_argument("--model", default=MODEL, help=f"hub id or folder of a CrossEncoder (default: {MODEL})")
     parser.add_argument("--top", type=int, default=5, help="passages to show of each query (default: 5)")
     parser.add_argument("--length", type=int, default=512, help="longest pair, in tokens")
     return parser.parse_args(arguments)

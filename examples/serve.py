@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from os.path import expanduser
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,7 +42,7 @@ log = logging.getLogger("uvicorn.error")
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse and check the command line; leave with a message that names what is wrong."""
     parser = argparse.ArgumentParser(description="Serve a DeBERTa classifier over HTTP.", allow_abbrev=False)
-    parser.add_argument("--model", required=True, help="directory or hub id of a sequence classifier")
+    parser.add_argument("--model", required=True, type=expanduser, help="directory or hub id of a sequence classifier")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--workers", type=int, default=1, help="processes, each with a model of its own")

@@ -16,13 +16,12 @@ HYPOTHESIS = "This text is about {}."
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description="Classify texts by labels of your own with a DeBERTa trained on NLI.")
-    add_texts(parser, "texts")
+    add_texts(parser, "texts", kind="an NLI model", model=MODEL)
     parser.add_argument("--labels", required=True, help="the classes, with commas between them")
     parser.add_argument(
         "--hypothesis", default=HYPOTHESIS, help=f"sentence with {{}} for a label (default: {HYPOTHESIS})"
     )
     parser.add_argument("--multi-label", action="store_true", help="a text may have several labels, or none")
-    parser.add_argument("--model", default=MODEL, help=f"hub id or folder of an NLI model (default: {MODEL})")
     return parser.parse_args(arguments)
 
 

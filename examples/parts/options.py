@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from deberta_kernels.demo.arguments import path
 
 from .saving import check_output, load_state
 from .task import InputError, Task
@@ -53,8 +56,8 @@ def _parser(task: Task) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     data = parser.add_argument_group("data")
-    data.add_argument("--data", type=Path, help="file to train on: .csv, .tsv, .jsonl, .json, .txt")
-    data.add_argument("--validation", type=Path, help="file to evaluate on; default: a part of --data is held out")
+    data.add_argument("--data", type=path, help="file to train on: .csv, .tsv, .jsonl, .json, .txt")
+    data.add_argument("--validation", type=path, help="file to evaluate on; default: a part of --data is held out")
     data.add_argument("--validation-share", type=_number(float, 0, 0.9, above=True), default=0.1, metavar="SHARE")
     add_columns(data, task.columns)
     _add_model(parser.add_argument_group("model"))
@@ -65,7 +68,7 @@ def _parser(task: Task) -> argparse.ArgumentParser:
 
 
 def _add_model(model: Any) -> None:
-    model.add_argument("--model", help="hub id or directory of a checkpoint")
+    model.add_argument("--model", type=expanduser, help="hub id or directory of a checkpoint")
     model.add_argument("--new-head", action="store_true", help="drop the checkpoint's own labels and start a new head")
     model.add_argument("--length", type=_number(int, 8), default=256, help="longest row, in tokens (default: 256)")
     model.add_argument("--no-patch", action="store_true", help="train the stock model")
@@ -98,7 +101,7 @@ def _add_training(training: Any) -> None:
 
 
 def _add_results(results: Any, task: Task) -> None:
-    results.add_argument("--output", type=Path, metavar="DIR", help="folder for model, card and results; default: none")
+    results.add_argument("--output", type=path, metavar="DIR", help="folder for model, card and results; default: none")
     results.add_argument("--evaluate-every", type=_COUNT, metavar="STEPS", help="default: after each epoch")
     results.add_argument("--metric", choices=task.metrics, default=task.metrics[0], help="that the best is chosen by")
     results.add_argument(

@@ -272,3 +272,22 @@ def test_a_loss_that_is_no_number_ends_the_run(table, checkpoint, monkeypatch, p
 def test_spaces_behind_the_commas_of_a_header_are_no_part_of_its_names(train, checkpoint, tmp_path):
     (tmp_path / "rows.csv").write_text("text, label\n" + 'a good film, x\n"a bad, bad film", y\n' * 4, encoding="utf-8")
     train("sequence_classification", "--data", str(tmp_path / "rows.csv"), "--steps", "1", "--model", checkpoint())
+
+
+@pytest.mark.parametrize("name", ["sequence_classification", "zero_shot", "batch_inference", "batch_spark"])
+def test_a_tilde_behind_an_equals_sign_is_the_home_folder(name, program, checkpoint, monkeypatch):
+    model = Path(checkpoint())
+    monkeypatch.setenv("HOME", str(model.parent))
+    (model.parent / "in.txt").write_text("a good film\n", encoding="utf-8")
+    given = [f"--model=~/{model.name}"]
+    if name == "sequence_classification":
+        given += ["--data=~/in.txt", "--validation=~/in.txt", "--output=~/out"]
+        options, _ = program("parts.options").parse(program(name).TASK, given)
+        paths = [options.data, options.validation, options.output]
+    elif name == "zero_shot":
+        options = program(name).parse([*given, "--labels=a,b", "--file=~/in.txt", "--output=~/out"])
+        paths = [options.file, options.output]
+    else:
+        options = program(name).parse([*given, "--input=~/in.txt", "--output=~/out"])
+        paths = [*getattr(options, "files", [options.input]), options.output]
+    assert [Path(path).parent for path in (options.model, *paths)] == [model.parent] * (1 + len(paths))
