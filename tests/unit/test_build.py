@@ -370,6 +370,13 @@ def test_every_extra_serves_something_of_this_release():
     assert re.findall(r"^(\w+) = ", section, re.MULTILINE) == names
 
 
+@pytest.mark.parametrize("extra", ["transformers", "adapters", "demo", "test"])
+def test_an_extra_with_transformers_reads_the_vocabularies_of_v2_and_v3(extra):
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    content = text.partition(f"\n{extra} = [")[2].partition("]\n")[0]
+    assert {"sentencepiece", "protobuf"} <= set(re.findall(r'"([\w-]+)', content))
+
+
 def test_every_environment_variable_is_documented():
     from deberta_kernels import env
 
