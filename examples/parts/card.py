@@ -11,6 +11,7 @@ import torch
 import transformers
 
 import deberta_kernels as dk
+from deberta_kernels.native import processor
 
 from .speed import table
 from .task import Data, Task
@@ -30,13 +31,8 @@ def versions() -> dict[str, str]:
 
 
 def _processor(device: str) -> str:
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.machine()
+    cuda = torch.device(device).type == "cuda"
+    return torch.cuda.get_device_name(device) if cuda else processor.everyday_name()
 
 
 def _front_matter(task: Task, options: argparse.Namespace) -> str:

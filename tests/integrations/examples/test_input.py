@@ -269,9 +269,12 @@ def test_a_loss_that_is_no_number_ends_the_run(table, checkpoint, monkeypatch, p
     assert "at step 1; try a lower --learning-rate." in capsys.readouterr().err
 
 
-def test_spaces_behind_the_commas_of_a_header_are_no_part_of_its_names(train, checkpoint, tmp_path):
+def test_spaces_behind_the_commas_of_a_header_are_no_part_of_its_names(train, program, checkpoint, tmp_path):
     (tmp_path / "rows.csv").write_text("text, label\n" + 'a good film, x\n"a bad, bad film", y\n' * 4, encoding="utf-8")
     train("sequence_classification", "--data", str(tmp_path / "rows.csv"), "--steps", "1", "--model", checkpoint())
+    file_parts = program("file_parts")
+    parts = file_parts.cut(str(tmp_path / "rows.csv"), ["text", "label"], 3)
+    assert [file_parts.read(part, ["label"])["label"] for part in parts] == [list("xyx"), list("yxy"), list("xy")]
 
 
 @pytest.mark.parametrize("name", ["sequence_classification", "zero_shot", "batch_inference", "batch_spark"])

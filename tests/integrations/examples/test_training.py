@@ -13,6 +13,7 @@ import torch
 import transformers
 
 import deberta_kernels as dk
+from deberta_kernels.native import processor
 
 from .conftest import EXAMPLES
 
@@ -75,6 +76,7 @@ def test_the_card_tells_metrics_data_versions_and_the_measured_speed(train, chec
     assert f"| accuracy | {found['metrics']['accuracy']:.4f} |" in card
     assert "rows.csv (18 records)" in card
     assert f"torch {torch.__version__}" in card
+    assert f"on the stock model: {processor.everyday_name()}, " in card
     assert f"| {speed['patched']['inference']:,.0f} | {speed['stock']['inference']:,.0f} |" in card
     assert speed["batches"] == 3
     assert dk.stats()["fallbacks"] == {}
