@@ -1,7 +1,7 @@
 """Memory of training each released size, eager and patched: the tables of docs/training.md.
 
-What one layer keeps for backward is measured on a real layer of each geometry, by hooks on saved tensors; a model keeps
-that times its layers. The measured column is the high-water mark of a whole step in a process of its own.
+What one more layer keeps for backward is measured on encoders of each geometry, by hooks on saved tensors; a model
+keeps that times its layers. The measured column is the high-water mark of a whole step in a process of its own.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from benchmarks.harness.tables import markdown_rows, sentence
 from deberta_kernels.testing import geometries
 from deberta_kernels.testing.memory import free, peak
 
-__all__ = ["measure_training", "one_layer", "section", "step"]
+__all__ = ["measure_training", "one_attention", "one_layer", "section", "step"]
 
 LENGTHS = (512, 2048)
 GIGABYTE, MEBIBYTE = 1e9, 2**20
@@ -47,26 +47,42 @@ def saved_bytes(call: Any, known: list[torch.Tensor]) -> int:
     return total
 
 
-def one_layer(name: str, length: int, patched: bool, part: str) -> int:
-    """Return the bytes that one "layer", or its "attention", keeps for backward of one sequence."""
+def one_attention(name: str, length: int, patched: bool) -> int:
+    """Return the bytes that one attention module keeps for backward of one sequence."""
+    encoder, states, mask = _encoder(name, length, patched, 1)
+    arguments: dict[str, Any] = {"rel_embeddings": encoder.get_rel_embedding()}
+    if patched:
+        arguments |= {"attention_mask": mask[:, None, None, :]}
+    else:
+        arguments |= {"attention_mask": encoder.get_attention_mask(mask), "relative_pos": encoder.get_rel_pos(states)}
+    attention = encoder.layer[0].attention.self
+    return saved_bytes(lambda: attention(states, **arguments), [*encoder.parameters(), *encoder.buffers()])
+
+
+def one_layer(name: str, length: int, patched: bool) -> int:
+    """Return the bytes that one more layer of an encoder keeps for backward of one sequence.
+
+    Not what a layer keeps that is called alone: there a patched one hands out a copy of what its attention keeps.
+    """
+
+    def kept(layers: int) -> int:
+        encoder, states, mask = _encoder(name, length, patched, layers)
+        known = [*encoder.parameters(), *encoder.buffers()]
+        return saved_bytes(lambda: encoder(states, mask, output_hidden_states=False), known)
+
+    return kept(2) - kept(1)
+
+
+def _encoder(name: str, length: int, patched: bool, layers: int) -> tuple[Any, torch.Tensor, torch.Tensor]:
+    """Return an encoder in training, states for it and a mask that keeps all of them."""
     from transformers import DebertaV2Config, DebertaV2Model
 
     torch.manual_seed(0)
-    config = DebertaV2Config(**geometries.settings(name, num_hidden_layers=1, vocab_size=64))
+    config = DebertaV2Config(**geometries.settings(name, num_hidden_layers=layers, vocab_size=64))
     encoder = DebertaV2Model(config).train().encoder
     if patched:
         dk.patch(encoder, strict=True)
-    layer = encoder.layer[0]
-    module = layer if part == "layer" else layer.attention.self
-    states = torch.randn(1, length, config.hidden_size, requires_grad=True)
-    mask = torch.ones(1, length)
-    rel_embeddings = encoder.get_rel_embedding()
-    if patched:
-        arguments: dict[str, Any] = {"attention_mask": mask[:, None, None, :]}
-    else:
-        arguments = {"attention_mask": encoder.get_attention_mask(mask), "relative_pos": encoder.get_rel_pos(states)}
-    known = [*encoder.parameters(), *encoder.buffers()]
-    return saved_bytes(lambda: module(states, rel_embeddings=rel_embeddings, **arguments), known)
+    return encoder, torch.randn(1, length, config.hidden_size, requires_grad=True), torch.ones(1, length)
 
 
 def parameters(name: str) -> int:
@@ -125,7 +141,7 @@ def measure_training(run: Run) -> None:
     measured}, bytes, measured None where it does not fit on this machine.
     """
     kept = [
-        {"length": length, **{name: one_layer("v3-base", length, name == "patched", "attention") for name in WAYS}}
+        {"length": length, **{name: one_attention("v3-base", length, name == "patched") for name in WAYS}}
         for length in LENGTHS
     ]
     cells = [(name, length) for name in MODELS[: 1 if run.quick else None] for length in LENGTHS]
@@ -134,7 +150,7 @@ def measure_training(run: Run) -> None:
     run.keep(complete=False, attention=kept, training=found)
     for name, length in cells:
         for patched in (False, True):
-            layer = one_layer(name, length, patched, "layer")
+            layer = one_layer(name, length, patched)
             for checkpointing in (False, True):
                 way = {"model": name, "length": length, "patched": patched, "checkpointing": checkpointing}
                 expected = computed(name, length, patched, checkpointing, layer)
