@@ -1,4 +1,4 @@
-"""Command line: `python -m deberta_kernels demo | info | bench | explain`, also installed as `deberta-kernels`.
+"""Command line: `python -m deberta_kernels demo | info | bench | explain | warmup`, or `deberta-kernels`.
 
 Status 2 means wrong arguments, 1 that a command could not do its work. Nothing here imports torch before it is needed:
 `info`, `--version` and `--help` work without it.
@@ -33,7 +33,7 @@ def parser() -> arguments.Parser:
     """Return the command line's parser."""
     top = arguments.Parser(prog=PROGRAM, description="Fused disentangled attention for DeBERTa.")
     top.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
-    commands = top.add_subparsers(dest="command", required=True, metavar="demo | info | bench | explain")
+    commands = top.add_subparsers(dest="command", required=True, metavar="demo | info | bench | explain | warmup")
     demo = commands.add_parser("demo", help="measure a DeBERTa on real text before and after patching")
     arguments.add_demo_arguments(demo)
     info = commands.add_parser("info", help="say what is installed, which backends are active, and why: for a report")
@@ -56,6 +56,15 @@ def parser() -> arguments.Parser:
     explain.add_argument("--max-relative-positions", type=arguments.size, default=512)
     explain.add_argument("--no-position", action="store_true", help="neither c2p nor p2c")
     explain.add_argument("--backend", choices=arguments.BACKEND_NAMES, default="auto")
+    warmup = commands.add_parser("warmup", help="compile the GPU kernels ahead of the first call, for this GPU")
+    warmup.add_argument("--training", action="store_true", help="those of training too")
+    warmup.add_argument("--dtype", nargs="+", choices=DTYPES[:3], default=["bfloat16"], help="default: bfloat16")
+    warmup.add_argument(
+        "--head-dim", type=arguments.size, default=64, help="D (default: 64, as in all released models)"
+    )
+    warmup.add_argument("--mask", nargs="+", choices=MASKS, default=["none", "key"], help="default: none key")
+    warmup.add_argument("--dropout", type=arguments.probability, default=0.1, help="in training (default: 0.1)")
+    warmup.add_argument("--device", default="cuda", help="a torch device (default: cuda)")
     return top
 
 
@@ -116,6 +125,28 @@ def show_explanation(options: argparse.Namespace) -> int:
     return 0
 
 
+def warm_up(options: argparse.Namespace) -> int:
+    """Compile the kernels of a GPU."""
+    if missing := arguments.missing_package("torch"):
+        return _failed("warmup", missing)
+    import torch
+
+    from . import warmup
+
+    try:
+        device = torch.device(options.device)
+    except RuntimeError:
+        return _failed("warmup", f"--device must be cuda or cuda:N, got {options.device!r}", status=2)
+    if device.type != "cuda" or not torch.cuda.is_available():
+        said = "torch sees no GPU" if device.type == "cuda" else f"kernels are compiled for GPUs, not for {device.type}"
+        return _failed("warmup", f"{said}; run it on the machine that will compute (`{PROGRAM} info` lists GPUs)")
+    dtypes = [getattr(torch, name) for name in options.dtype]
+    wanted = warmup.kinds(dtypes, options.mask, training=options.training, dropout=options.dropout)
+    complete = warmup.warm(wanted, options.head_dim, device, print)
+    print(f"compiled kernels are in {warmup.folder()}" if complete else "not all of it runs in GPU kernels, see above")
+    return int(not complete)
+
+
 def bench(given: Sequence[str]) -> int:
     """Measure a model if one is named; else run the checkout's benchmark, or the small one that is installed."""
     from .bench import options
@@ -169,6 +200,8 @@ def _run(given: list[str]) -> int:
         return show_info(options.json)
     if options.command == "explain":
         return show_explanation(options)
+    if options.command == "warmup":
+        return warm_up(options)
     return demo(options)
 
 

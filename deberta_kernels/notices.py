@@ -7,6 +7,8 @@ import re
 import sys
 import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 from deberta_kernels import __name__ as PACKAGE
 from deberta_kernels.backends import BACKENDS
@@ -17,6 +19,7 @@ __all__ = [
     "fallback",
     "record_fallback",
     "reset_stats",
+    "slow",
     "stats",
     "warn_once",
 ]
@@ -104,6 +107,23 @@ def warn_once(message: str) -> None:
             return
         _warned.add(kind)
     warnings.warn(message, DebertaKernelsWarning, stacklevel=_caller_level())
+
+
+@contextmanager
+def slow(seconds: float, what: str) -> Iterator[None]:
+    """Say what is going on, in one line of the error output, when what runs inside takes longer than this."""
+
+    def say() -> None:
+        with suppress(Exception):  # there may be no error output, or nobody who reads it
+            print(f"{PACKAGE}: {what}", file=sys.stderr, flush=True)
+
+    timer = threading.Timer(seconds, say)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _caller_level() -> int:

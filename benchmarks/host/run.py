@@ -13,7 +13,7 @@ import torch
 from benchmarks.harness import record
 from benchmarks.harness.record import Progress, Run
 from benchmarks.harness.tables import aligned
-from benchmarks.host import call, frames
+from benchmarks.host import call, frames, gpu
 
 QUICK = 10  # times that each thing is measured
 
@@ -40,10 +40,17 @@ def main(arguments: list[str] | None = None) -> int:
     decision = frames.packing_decision_time(**repeats)
     calls = {name: measure(QUICK) if run.quick else measure() for name, measure in call.MEASURES.items()}
     functions = call.functions_entered()
-    run.keep(layers=layers, packing_decision_seconds=decision, calls=calls, functions=functions)
+    launching = {} if gpu.absence() else gpu.measure(QUICK) if run.quick else gpu.measure()
+    run.keep(launching=launching, layers=layers, packing_decision_seconds=decision, calls=calls, functions=functions)
     print(aligned(rows, left=(0, 1), heads=1))
     print(f"\ndeciding whether to pack, 12 layers: {decision * 1e3:.3f} ms")
     print(f"\none call beside a native one that does nothing, (B, H, N, D) = {call.SIZES}:")
     print(aligned([[f"  {name}", f"{seconds * 1e6:.1f} µs"] for name, seconds in calls.items()], left=(0,)))
     print("\n".join([f"\nrun_attention enters {len(functions)} functions:", *(f"  {name}" for name in functions)]))
+    print(f"\none layer's attention on a GPU, up to the driver, v3-base, {gpu.LENGTH} tokens: {gpu.absence() or ''}")
+    rows = [["", *next(iter(launching.values()), {})]]
+    for name, values in launching.items():
+        cells = [f"{x:.0f}" if "launches" in key else f"{x * 1e6:.0f} µs" for key, x in values.items()]
+        rows.append([f"  {name}", *cells])
+    print(aligned(rows, left=(0,)))
     return 0

@@ -247,7 +247,13 @@ def test_a_name_that_is_nothing_is_refused_within_seconds(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("torch", ["explain"]), ("torch", ["demo"]), ("torch", ["bench"]), ("transformers", ["demo"])],
+    [
+        ("torch", ["explain"]),
+        ("torch", ["demo"]),
+        ("torch", ["bench"]),
+        ("torch", ["warmup"]),
+        ("transformers", ["demo"]),
+    ],
 )
 def test_a_missing_package_is_named_with_the_command_that_installs_it(name, words, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, name, None)
@@ -359,3 +365,19 @@ def test_a_tilde_behind_an_equals_sign_is_the_home_folder(monkeypatch):
     given = ["--model", "m", "--text=~/texts.txt", "--output=~/found"]
     found = parser().parse_args(given)
     assert (str(found.text), str(found.output)) == ("/somewhere/texts.txt", "/somewhere/found")
+
+
+@pytest.mark.parametrize(
+    ("given", "status", "said"),
+    [
+        ([], FAILED, "warmup: torch sees no GPU; run it on the machine that will compute"),
+        (["--device", "cpu"], FAILED, "warmup: kernels are compiled for GPUs, not for cpu"),
+        (["--device", "gpu"], USAGE, "warmup: --device must be cuda or cuda:N, got 'gpu'"),
+    ],
+)
+def test_warming_up_without_a_gpu_is_refused_in_one_line(given, status, said, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(["warmup", *given]) == status
+    found = capsys.readouterr().err
+    assert said in found
+    assert found.count("\n") == 1

@@ -2,6 +2,7 @@
 
 import itertools
 import threading
+import time
 import warnings
 
 import pytest
@@ -67,3 +68,11 @@ def test_the_memory_of_warnings_is_bounded():
         for letters in itertools.product("abcdefgh", repeat=3):
             notices.fallback("".join(letters), "nothing to change", False)
     assert len(caught) == len(notices._warned) == notices._MAX_WARNED
+
+
+def test_what_takes_long_is_told_in_one_line(capsys):
+    with notices.slow(0.0, "compiling"):
+        time.sleep(0.2)
+    with notices.slow(60.0, "something quick"):
+        pass
+    assert capsys.readouterr().err == "deberta_kernels: compiling\n"

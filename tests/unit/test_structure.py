@@ -19,7 +19,7 @@ FLOORS = (
     {"ops", "linear"},
     {"api"},
     {"models"},
-    {"integrations", "modules", "info", "testing"},
+    {"integrations", "modules", "info", "testing", "warmup"},
     {"demo"},
     {"bench"},
     {"__main__"},

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
+from deberta_kernels import notices
 from deberta_kernels.impl.attempts import Attempts, FailedError, LastingError, cause_of, is_passing
 from deberta_kernels.impl.common import Needs, has_positions, inputs
 from deberta_kernels.impl.triton import launch, tuning
@@ -23,6 +24,8 @@ __all__ = ["backward", "compile_refusal", "forward", "prepare", "variant"]
 
 # By variant: whether its kernels are compiled and loaded.
 _compiled: Attempts[tuple[Any, ...], bool] = Attempts()
+# Seconds of a compilation before a user is told.
+_PATIENCE = 3.0
 # How Triton reports what a driver answered: the source has compiled by then.
 _OF_DRIVER = "Triton Error ["
 
@@ -65,7 +68,12 @@ def _compile(problem: AttentionProblem) -> bool:
         return launch.backward_launches(shapes, dout, None, out, lse, needs, key, precision=precision)
 
     try:
-        out, lse = _fitted(q, key, "forward", forward_plan, launch.build).results
+        first = forward_plan()
+        out, lse = first.results
+        launches = [*first.launches, *(backward_plan().launches if _differentiated(problem) else ())]
+        with notices.slow(_PATIENCE, f"compiling Triton kernels for {key}: once, then they are kept"), _on(q.device):
+            launch.build_side_by_side(launches)
+        _fitted(q, key, "forward", forward_plan, launch.build)
         if _differentiated(problem):
             _fitted(q, key, "backward", backward_plan, launch.build)
     except _TooLargeError as error:

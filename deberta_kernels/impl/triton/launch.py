@@ -2,26 +2,45 @@
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from contextvars import Context
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from deberta_kernels.impl.common import Needs, empty_results, padded_row_value
-from deberta_kernels.impl.triton import fences, tuning
+from deberta_kernels.impl.triton import direct, fences, tuning
 from deberta_kernels.impl.triton.backward_plan import Backward
 from deberta_kernels.impl.triton.kernels.forward_kernels import _disentangled_fwd_kernel
 from deberta_kernels.impl.triton.plan import Call, Launch, Plan, expand_launch
 from deberta_kernels.types import AttentionProblem
 
-__all__ = ["Launch", "Plan", "backward_launches", "build", "expand_launch", "forward_launches", "options", "run"]
+__all__ = [
+    "Launch",
+    "Plan",
+    "backward_launches",
+    "build",
+    "build_side_by_side",
+    "expand_launch",
+    "forward_launches",
+    "options",
+    "run",
+]
 
 
 def run(launch: Launch) -> None:
     """Run one launch on the current stream."""
+    form = direct.form_of(launch)
+    if form is not None and direct.launched(launch, form):
+        return
     try:
-        launch.kernel[launch.grid](**launch.arguments, **launch.constants, **options(launch))
+        compiled = launch.kernel[launch.grid](**launch.arguments, **launch.constants, **options(launch))
+        if form is not None:
+            direct.remember(form, compiled)
     except BaseException:
         with suppress(Exception):  # the first error is the one to report
             _forget_failed_loading(_compiled(launch))
@@ -41,6 +60,23 @@ def build(launch: Launch) -> None:
         _ = compiled.run  # the property loads the kernel
     finally:
         _forget_failed_loading(compiled)
+
+
+def build_side_by_side(launches: list[Launch]) -> None:
+    """Compile the kernels of some launches for the current device, as many at once as there are cores.
+
+    Most of a compilation is outside of Python: of several threads each has a core to itself.
+    """
+    distinct = {(launch.kernel.__name__, *launch.constants.values()): launch for launch in launches}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+    def compile_all() -> None:
+        with ThreadPoolExecutor(min(cores, len(distinct))) as pool, triton.AsyncCompileMode(pool):
+            for launch in distinct.values():
+                _compiled(launch)
+
+    # A context of its own: the caller may have one of Triton's modes active, of which there can be one.
+    Context().run(compile_all)
 
 
 def _compiled(launch: Launch) -> Any:

@@ -6,7 +6,9 @@ that compiles the kernels for a machine that is not there gets its signatures th
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -140,8 +142,8 @@ class Call:
 
     def add(self, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], stages: int | None = None) -> None:
         """Append a launch; of `arguments` and the shared sizes and features the kernel's own parameters are passed."""
-        names = set(kernel.arg_names)
-        given = {name: x for name, x in {**self.sizes, **arguments}.items() if name in names}
+        names = _parameters(kernel.fn)
+        given = {name: x for name, x in (self.sizes | arguments).items() if name in names}
         constants = {name: x for name, x in self.features.items() if name in names}
         stages = self.config.num_stages if stages is None else stages
         self.launches.append(Launch(kernel, grid, given, constants, self.config.num_warps, stages))
@@ -231,6 +233,11 @@ class Call:
             "high_start": self.device_tables.ends.high_start, "table_offset": self.window.offset,
             "table_rows": self.window.rows,
         }  # fmt: skip
+
+
+@lru_cache(maxsize=64)
+def _parameters(function: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
 
 
 def mask_kind(problem: AttentionProblem) -> int:

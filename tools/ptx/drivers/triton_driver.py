@@ -21,7 +21,7 @@ from deberta_kernels.impl.triton import backward_plan, execute, plan, tuning
 from ptx.drivers.unwritten import new_memory_is_unwritten
 from ptx.machine import Machine, Memory
 
-__all__ = ["Device", "installed", "laid_out", "memory_of"]
+__all__ = ["Device", "installed", "laid_out", "memory_of", "standing_in"]
 
 # Bytes of shared memory that a block may have, by compute capability: Triton compares before it loads a kernel.
 _SHARED = {80: 163 << 10, 90: 227 << 10}
@@ -112,7 +112,11 @@ class _Driver(DriverBase):  # type: ignore[misc]
             *arguments: Any,
         ) -> None:  # fmt: skip
             given = [value for kind, value in zip(kinds, arguments, strict=True) if kind != "constexpr"]
+            if enter is not None:
+                enter(meta)
             self.device.launch(key, (x, y, z), given)
+            if leave is not None:
+                leave(meta)
 
         return launch
 
@@ -142,11 +146,25 @@ class _Driver(DriverBase):  # type: ignore[misc]
 @contextmanager
 def installed(device: Device) -> Iterator[Device]:
     """Let Triton, and with it the package's backend "triton", run on the machine, on tensors of the CPU."""
+    with standing_in(device), new_memory_is_unwritten():
+        yield device
+
+
+@contextmanager
+def standing_in(device: Device) -> Iterator[Device]:
+    """Let Triton, and with it the package's backend "triton", launch on a device, on tensors of the CPU."""
     compiled = CompiledKernel.__init__
 
     def remembered(self: Any, *arguments: Any) -> None:
         compiled(self, *arguments)
         device.keep(self)
+
+    # Functions, for mock objects would take part of the host time that is measured.
+    def accepted(on: torch.device, dtype: torch.dtype) -> None:
+        return None
+
+    def named(on: torch.device) -> str:
+        return f"sm_{device.architecture}"
 
     def all_rows(rows: int, on: torch.device) -> int:
         return rows
@@ -154,13 +172,12 @@ def installed(device: Device) -> Iterator[Device]:
     active = triton.runtime.driver._active
     with (
         mock.patch.object(CompiledKernel, "__init__", remembered),
-        mock.patch.object(backend, "_device_refusal", return_value=None),
-        mock.patch.object(tuning, "device_key", return_value=f"sm_{device.architecture}"),
+        mock.patch.object(backend, "_device_refusal", accepted),
+        mock.patch.object(tuning, "device_key", named),
         # As on a GPU; on the CPU these say how much the interpreter likes at once.
         mock.patch.object(plan, "rows_of_program", all_rows),
         mock.patch.object(backward_plan, "rows_of_program", all_rows),
         mock.patch.object(execute, "_compiled", Attempts()),
-        new_memory_is_unwritten(),
     ):
         triton.runtime.driver.set_active(_Driver(device))
         try:
