@@ -104,6 +104,6 @@ class Elements:
 @pytest.mark.parametrize("tile", TILES)
 def test_staging_puts_every_element_where_the_address_says(tile, bits):
     values = torch.arange(tile * tile).reshape(tile, tile)
-    order = plain(primitives.staged)(Elements(values, bits), tile).values
+    order = plain(primitives.staged)(Elements(values, bits), tile, tile).values
     for row, column in itertools.product(range(tile), range(tile)):
         assert order[address(row, column, tile, bits)] == values[row, column]
