@@ -58,6 +58,7 @@ PLACES = {
     "store": lambda tile: lambda row, column: (row, column),
     "read along rows": lambda tile: lambda row, column: (row, (row - column) % tile),
     "read along columns": lambda tile: lambda row, column: ((row - column) % tile, column),
+    "read along columns, last row first": lambda tile: lambda row, column: (tile - 1 - (row - column) % tile, column),
     "read along rows, transposed": lambda tile: lambda row, column: (row, (row + column) % tile),
     "read along columns, transposed": lambda tile: lambda row, column: ((row + column) % tile, column),
 }

@@ -1,4 +1,4 @@
-"""Attend in one pass: a program per tile or two of queries, keys in up to four zones (prefix, far left, near, far right)."""
+"""Attend in one pass: a program per tile or two of queries, keys in four zones: prefix, far left, near, far right."""
 
 import triton
 import triton.language as tl
@@ -20,7 +20,7 @@ from deberta_kernels.impl.triton.kernels.primitives import (
 )
 from deberta_kernels.impl.triton.kernels.rotation import (
     content_term,
-    load_reversed,
+    load_groups,
     pairs,
     position_term,
     rotated_product,
@@ -175,14 +175,14 @@ def _near_zone(
     AHEAD: tl.constexpr = 1 if QUERIES == TILE else STAGES
     offs_t = tl.arange(0, TILE)
     offs_d = tl.arange(0, BLOCK_D)
-    by_rows, by_columns, is_high, high_columns = pairs(QUERIES, TILE, PACKED)
+    by_rows, by_columns, is_high, high_pair = pairs(QUERIES, TILE, PACKED)
     block = i0 - (near_start - prefix_tiles) * TILE + prefix - key_start + table_offset
     last = rotated_product(q, load_block(pos_key, block, offs_t, offs_d, BLOCK_D), by_rows, TILE, PACKED, PRECISION)
     old = last
     if QUERIES > TILE:
         key_block = load_block(pos_key, block + TILE, offs_t, offs_d, BLOCK_D)
         old = shifted(last, rotated_product(q, key_block, by_rows, TILE, PACKED, PRECISION), TILE, PACKED)
-    high = load_reversed(pos_query, block, QUERIES, TILE, offs_d, BLOCK_D)
+    high = load_groups(pos_query, block, offs_d, QUERIES, TILE, PACKED, BLOCK_D)
     for tile in tl.range(near_start, near_stop, num_stages=AHEAD):
         j0 = key_start + (tile - prefix_tiles) * TILE
         valid = valid_keys(j0 + offs_t, prefix, nk, key_mask, MASKED)
@@ -193,12 +193,17 @@ def _near_zone(
         else:  # beyond the end the last key again, which costs no comparison of every row
             k, v = load_tokens(keys, j0, tl.minimum(offs_t, nk - 1 - j0), offs_d, None, HEAD_DIM, BLOCK_D)
         block -= TILE
-        low = load_reversed(pos_query, block, QUERIES, TILE, offs_d, BLOCK_D)
+        low = load_groups(pos_query, block, offs_d, QUERIES, TILE, PACKED, BLOCK_D)
         key_block = load_block(pos_key, block, offs_t, offs_d, BLOCK_D)
         now = rotated_product(q, key_block, by_rows, TILE, PACKED, PRECISION)
         new = shifted(now, last, TILE, PACKED)
-        bias = content_term(old, new, high_columns, TILE, PACKED)
-        bias += position_term(high, low, k, by_columns, is_high, TILE, PACKED, PRECISION)
+        # The order by which fewer registers spill; the sum is the same.
+        if PACKED:
+            bias = content_term(old, new, high_pair, TILE, PACKED)
+            bias += position_term(high, low, k, by_columns, is_high, TILE, PACKED, PRECISION)
+        else:
+            bias = position_term(high, low, k, by_columns, is_high, TILE, PACKED, PRECISION)
+            bias += content_term(old, new, high_pair, TILE, PACKED)
         score = tl.dot(q, k.T, bias, input_precision=PRECISION)
         high = low
         old = new
@@ -218,8 +223,9 @@ def _disentangled_fwd_kernel(
     stride_vb: tl.int64, stride_vh: tl.int64, stride_vn, stride_mb: tl.int64, stride_ub: tl.int64,
     stride_pb: tl.int64, stride_ph: tl.int64, stride_pm: tl.int64, stride_pn: tl.int64, heads, nq, nk, prefix, packed,
     row_tiles, list_size, low_end, high_start, table_offset, table_rows, threshold, has_pair, qk_scale, keep_scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, TILE: tl.constexpr, UNIT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    MASKED: tl.constexpr, DROPOUT: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, FENCED: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, TILE: tl.constexpr, UNIT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, FENCED: tl.constexpr,
 ):  # fmt: skip
     """Write out and lse of QUERIES queries, one or two tiles; the grid is (B * H * row_tiles,)."""
     # Program ids.
@@ -260,9 +266,11 @@ def _disentangled_fwd_kernel(
     tables = (pos_key_ptr + table, pos_query_ptr + table, table_rows, table_offset)
     place = (nq, nk, prefix, prefix_tiles, tiles, key_start)
     drop = (seed_ptr, batch_head, threshold)
-    q = load_rows(q_base, offs_m, offs_d, stride_qn, m_mask, HEAD_DIM, BLOCK_D)
-    # The first operand of a product comes from registers where it was computed, from shared memory where it was loaded.
-    q = tl.where(row_valid[:, None], q, 0.0)
+    q = load_rows(q_base, offs_m, offs_d, stride_qn, row_valid, HEAD_DIM, BLOCK_D)
+    if QUERIES > TILE:
+        # Hopper's products read a first operand that was loaded from shared memory, and one that was computed from
+        # registers, which this program has left.
+        q = tl.where(row_valid[:, None], q, 0.0)
     m = tl.full([QUERIES], -float("inf"), tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
     acc = tl.zeros([QUERIES, BLOCK_D], tl.float32)

@@ -7,11 +7,12 @@ x0 + g * TILE + y where r >= c ("high"), elsewhere TILE rows further down ("low"
 * Content to position: one product of the queries with TILE new rows per tile, rotated along its rows. The first group
   reads it now as its low block and for the next tile as its high one; the second group does so a tile later.
 * Position to content: two products of ROWS table rows with the keys, high and low, of which the low one's rows are the
-  next tile's high ones. The rows of a group are in reverse order, TILE - 1 - y: an entry (row, column) of the product
-  is then of the high block where row >= column, the pairs that read theirs there.
+  next tile's high ones. Entry (y, c) is of the high block where y + c < TILE.
 
-In bfloat16 both terms are rounded before they are staged, as eager code rounds them, and a pair of columns is carried
-in one word. float16 could overflow where the sum of the terms does not; it and float32 are staged in float32.
+PACKED, for bfloat16: both terms are rounded before they are staged, as eager code rounds them, and two columns are
+carried in one word. There the rows of a group are in reverse order, TILE - 1 - y, so that one comparison, of row and
+column, tells for both terms what is high. float16 could overflow where a score does not; it and float32 are staged in
+float32.
 """
 
 # No postponed annotations here: Triton reads the annotations of kernels as objects.
@@ -21,7 +22,7 @@ import triton.language as tl
 
 from deberta_kernels.impl.triton.kernels.primitives import difference, load_block, staged, staging_address
 
-__all__ = ["content_term", "load_reversed", "pairs", "position_term", "rotated_product", "shifted"]
+__all__ = ["content_term", "load_groups", "pairs", "position_term", "rotated_product", "shifted"]
 
 
 @triton.jit
@@ -43,8 +44,8 @@ def pairs(ROWS: tl.constexpr, TILE: tl.constexpr, PACKED: tl.constexpr):
 
     Returns:
         the place of (r, y) in the staged product for content to position, (ROWS, TILE); that of (y, c) for position to
-        content, (ROWS, TILE); which pairs read the high block, (ROWS, TILE); and the same as masks of words of two
-        columns, (ROWS, TILE // 2), or where nothing is packed once more.
+        content, (ROWS, TILE); which entries of the second product are of its high block, (ROWS, TILE); and which pairs
+        read the high block of the first, (ROWS, TILE), or as masks of words of two columns, (ROWS, TILE // 2).
     """
     row = tl.arange(0, ROWS)
     col = tl.arange(0, TILE)
@@ -64,10 +65,9 @@ def pairs(ROWS: tl.constexpr, TILE: tl.constexpr, PACKED: tl.constexpr):
     else:
         y = difference(TILE, ROWS)
         by_rows = staging_address(row[:, None] + tl.zeros_like(y), y, TILE, 32)
-        entry = (row & -TILE)[:, None] | (y ^ (TILE - 1))
-        by_columns = staging_address(entry, col[None, :] + tl.zeros_like(y), TILE, 32)
-        is_high = (row & (TILE - 1))[:, None] >= col[None, :]
-        return by_rows, by_columns, is_high, is_high
+        by_columns = staging_address((row & -TILE)[:, None] | y, col[None, :] + tl.zeros_like(y), TILE, 32)
+        r = (row & (TILE - 1))[:, None]
+        return by_rows, by_columns, r + col[None, :] < TILE, r >= col[None, :]
 
 
 @triton.jit
@@ -117,9 +117,14 @@ def content_term(high, low, is_high, TILE: tl.constexpr, PACKED: tl.constexpr):
 
 
 @triton.jit
-def load_reversed(table, row, ROWS: tl.constexpr, TILE: tl.constexpr, offs_d, BLOCK_D: tl.constexpr):
-    """Load ROWS consecutive rows of an expanded table, each TILE of them in reverse order."""
-    return load_block(table, row, tl.arange(0, ROWS) ^ (TILE - 1), offs_d, BLOCK_D)
+def load_groups(
+    table, row, offs_d, ROWS: tl.constexpr, TILE: tl.constexpr, PACKED: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """Load ROWS consecutive rows of an expanded table; where PACKED each TILE of them in reverse order."""
+    offs = tl.arange(0, ROWS)
+    if PACKED:
+        offs = offs ^ (TILE - 1)
+    return load_block(table, row, offs, offs_d, BLOCK_D)
 
 
 @triton.jit
@@ -129,7 +134,7 @@ def position_term(
     """Return position to content of each pair, float32.
 
     Args:
-        high: table rows of the tile's high block, as `load_reversed` gives them.
+        high: table rows of the tile's high block, as `load_groups` gives them.
         low: of its low block.
         k: the keys, (TILE, BLOCK_D).
         by_columns: see `pairs`.
