@@ -59,7 +59,7 @@ OLDEST_PINS = --torch "$(TORCH_OLDEST)" --pin "$(TORCH_OLDEST)" --pin transforme
 NEWEST_PINS = --torch "$(TORCH_NEWEST)" --pin "$(TORCH_NEWEST)" --pin transformers==5.24.0
 # A process for each core, up to eight: one takes a gigabyte. ARGS="-n 0" runs the tests in one process.
 INTERPRETED = TRITON_INTERPRET=1 OMP_NUM_THREADS=1
-INTERPRETED_TESTS = tests/ops/test_triton.py --require triton \
+INTERPRETED_TESTS = tests/ops/test_triton.py tests/ops/test_triton_rotation.py --require triton \
 	tests/tools/test_hf_kernel.py::test_the_triton_kernels_of_a_copy_compute_what_the_packages_do
 PYTEST = -m pytest -n auto --maxprocesses 8 --dist worksteal
 # What Triton compiles is kept. Of the oldest one a sample: every zone, and variants whose code differs most.
@@ -74,7 +74,7 @@ SANITIZED = LD_PRELOAD="$(call CXX_FILE,libasan.so) $(call CXX_FILE,libstdc++.so
 	UBSAN_OPTIONS=print_stacktrace=1:log_path=build/sanitized/report \
 	DEBERTA_KERNELS_LIBRARY=build/sanitized/libdeberta_kernels_cpu.so
 SANITIZED_TESTS = tests/sanitized tests/ops tests/integrations/test_fast_linears.py \
-	--ignore tests/ops/test_torch_tiled.py --ignore tests/ops/test_triton.py
+	--ignore tests/ops/test_torch_tiled.py --ignore tests/ops/test_triton.py --ignore tests/ops/test_triton_rotation.py
 # The tests never ask the hub for anything.
 OFFLINE = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 

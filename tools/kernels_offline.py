@@ -103,14 +103,14 @@ def plain_loop(variant: Any, launch: Any, chip: Any, options: dict[str, int]) ->
     from offline import compiling, variants
     from offline.flash import plain_flash_kernel
 
-    dtype, tile = variants.DTYPES[variant.dtype], launch.constants["TILE"]
+    dtype, rows = variants.DTYPES[variant.dtype], launch.constants["QUERIES"]
     shape = (variants.BATCH, variants.LENGTH, variants.HEADS, variant.head_dim)
     q, k, v, out = (torch.empty(shape, dtype=dtype, device="meta") for _ in range(4))
     arguments = {
         "q_ptr": q, "k_ptr": k, "v_ptr": v, "out_ptr": out, "lse_ptr": torch.empty(shape[:3], device="meta"),
         "scale": 0.1, "heads": shape[2], "queries": shape[1], "keys": shape[1],
         "stride_b": q.stride(0), "stride_h": q.stride(2), "stride_n": q.stride(1),
-        "HEAD_DIM": launch.constants["BLOCK_D"], "BLOCK_M": tile, "BLOCK_N": tile,
+        "HEAD_DIM": launch.constants["BLOCK_D"], "BLOCK_M": rows, "BLOCK_N": launch.constants["TILE"],
     }  # fmt: skip
     report = compiling.compile_launch(plain_flash_kernel, arguments, chip, options)
     return None if report.near is None else report.near.instructions

@@ -19,11 +19,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import torch
 from counted import bounds as executed
 from counted.model import Work, cycles, milliseconds, units
 from counted.zones import PROGRAM
 from offline import bounds as compiled
 
+from deberta_kernels.impl.triton import tuning
 from deberta_kernels.types import PositionSpec
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,7 +42,7 @@ TRITON_KERNELS = {
 }  # fmt: skip
 PLAIN = "fwd_kernel bf16 D64 none"
 CUDA_KERNELS = {"forward": "disentangled_forward_bf16_d64", "backward": "disentangled_backward_bf16_d64"}
-ROWS = {"triton": 64, "cuda": 128}
+CUDA_ROWS = 128
 
 
 class Figures:
@@ -52,7 +54,6 @@ class Figures:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.rows = ROWS["triton" if name.startswith("triton") else "cuda"]
         self._chip = "sm_90" if name.startswith("triton") else "sm_90a"
         self._executed = executed.load().get(name, {}).get(self._chip, {})
 
@@ -79,6 +80,14 @@ class Figures:
         entry = json.loads(compiled.BOUNDS.with_name("cuda_bounds.json").read_text())[version][kernel]
         return entry[f"{zone} loop"][0], 0
 
+    def rows(self, kernel: str) -> int:
+        """Return the queries, or keys, of a thread block."""
+        if self._chip != "sm_90":
+            return CUDA_ROWS
+        direction = "forward" if kernel.startswith("fwd") else "backward"
+        tiles = tuning.config(self._chip, torch.bfloat16, HEAD_DIM, direction)
+        return tiles.queries if direction == "forward" else tiles.tile
+
     def units(self, kernel: str, zone: str) -> dict[str, float]:
         """Return the cycles of each unit, of machine instructions where those are bounded."""
         figures = self.zone(kernel, zone)
@@ -88,11 +97,11 @@ class Figures:
         """Return the estimated cycles of a kernel's parts."""
         if kernel == PLAIN:
             tile = cycles(self.units(kernel, "plain"))
-            return Work(tile, tile, cycles(self.units(kernel, PROGRAM)), self.rows)
+            return Work(tile, tile, cycles(self.units(kernel, PROGRAM)), self.rows(kernel))
         near = cycles(self.units(kernel, "near"))
         if "position" in kernel:  # no far tiles; a few hundred programs in all
-            return Work(near, 0.0, 0.0, self.rows)
-        return Work(near, cycles(self.units(kernel, "far")), cycles(self.units(kernel, PROGRAM)), self.rows)
+            return Work(near, 0.0, 0.0, self.rows(kernel))
+        return Work(near, cycles(self.units(kernel, "far")), cycles(self.units(kernel, PROGRAM)), self.rows(kernel))
 
 
 def time_of(work: Work, length: int) -> float:

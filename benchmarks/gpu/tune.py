@@ -162,6 +162,7 @@ def measure(options: argparse.Namespace, entry: tuple[str, int, str], key: str) 
         "tile": best.tile,
         "num_warps": best.num_warps,
         "num_stages": best.num_stages,
+        "groups": best.groups,
         "milliseconds": {_text(config): [round(t * 1e3, 5) for t in found] for config, found in times.items()},
         "refused": refused,
         "failed": failed,
@@ -180,7 +181,8 @@ def _caller(launches: list[Any]) -> Callable[[int], object]:
 
 
 def _text(config: Any) -> str:
-    return f"tile {config.tile}, {config.num_warps} warps, {config.num_stages} stages"
+    groups = f", {config.groups} groups" if config.groups > 1 else ""
+    return f"tile {config.tile}, {config.num_warps} warps, {config.num_stages} stages{groups}"
 
 
 def compile_share(options: argparse.Namespace, key: str) -> int:

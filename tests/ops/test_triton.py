@@ -50,9 +50,14 @@ def indices_kernel(difference_ptr, total_ptr, TILE: tl.constexpr):
 
 
 @triton.jit
-def kept_kernel(seed_ptr, kept_ptr, batch_head, i0, j0, threshold, KEYS_FIRST: tl.constexpr, TILE: tl.constexpr):
-    offs = tl.arange(0, TILE)[:, None] * TILE + tl.arange(0, TILE)[None, :]
-    keep = primitives.kept(seed_ptr, batch_head, i0, j0, threshold, KEYS_FIRST, TILE)
+def kept_kernel(
+    seed_ptr, kept_ptr, batch_head, i0, j0, threshold, KEYS_FIRST: tl.constexpr, QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+):  # fmt: skip
+    ROWS: tl.constexpr = KEYS if KEYS_FIRST else QUERIES
+    COLUMNS: tl.constexpr = QUERIES if KEYS_FIRST else KEYS
+    offs = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    keep = primitives.kept(seed_ptr, batch_head, i0, j0, threshold, KEYS_FIRST, QUERIES, KEYS)
     tl.store(kept_ptr + offs, keep.to(tl.int32))
 
 
@@ -86,11 +91,12 @@ def test_factored_indices_are_differences_and_sums(tile):
 @pytest.mark.parametrize("keys_first", [False, True])
 def test_dropout_bits_are_those_of_the_contract(keys_first):
     seed, p, tile, i0, j0, batch_head = torch.tensor([1 << 61 | 12345]), 0.3, 32, 70, 48, 7
-    found = torch.empty(tile, tile, dtype=torch.int32)
+    queries = 2 * tile
+    found = torch.empty((tile, queries) if keys_first else (queries, tile), dtype=torch.int32)
     kept_kernel[(1,)](
-        seed, found, batch_head, i0, j0, dropout.threshold(p), KEYS_FIRST=keys_first, TILE=tile
+        seed, found, batch_head, i0, j0, dropout.threshold(p), KEYS_FIRST=keys_first, QUERIES=queries, KEYS=tile
     )  # fmt: skip
-    rows, columns = range(i0, i0 + tile), range(j0, j0 + tile)
+    rows, columns = range(i0, i0 + queries), range(j0, j0 + tile)
     expected = dropout.keep_mask(seed, p, range(batch_head, batch_head + 1), rows, columns)[0]
     assert torch.equal(found.bool(), expected.T if keys_first else expected)
 
@@ -158,10 +164,14 @@ def test_all_zones_stay_within_the_budget(case):
     budget.check(TARGET.run, problem, inputs.dout(case, problem), label=case.id)
 
 
+@pytest.mark.parametrize("mask", ["none", "right"])
+@pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("tile", [16, 32])
-def test_every_tile_size_stays_within_the_budget(monkeypatch, tile):
-    monkeypatch.setattr(tuning, "config", lambda *_: tuning.TileConfig(tile, 4, 1))
-    case = Case(batch=1, heads=1, nq=3 * tile + 5, head_dim=16, mask="right", position_buckets=8,
+def test_every_tile_size_stays_within_the_budget(monkeypatch, tile, groups, mask):
+    monkeypatch.setattr(
+        tuning, "config", lambda *given: tuning.TileConfig(tile, 4, 1, groups if given[3] == "forward" else 1)
+    )
+    case = Case(batch=1, heads=1, nq=6 * tile + 5, head_dim=16, mask=mask, position_buckets=8,
                 max_relative_positions=20)  # fmt: skip
     problem = inputs.problem(case)
     budget.check(TARGET.run, problem, inputs.dout(case, problem), label=case.id)

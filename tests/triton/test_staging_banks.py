@@ -58,6 +58,7 @@ PLACES = {
     "store": lambda tile: lambda row, column: (row, column),
     "read along rows": lambda tile: lambda row, column: (row, (row - column) % tile),
     "read along columns": lambda tile: lambda row, column: ((row - column) % tile, column),
+    "read along columns, last row first": lambda tile: lambda row, column: (tile - 1 - (row - column) % tile, column),
     "read along rows, transposed": lambda tile: lambda row, column: (row, (row + column) % tile),
     "read along columns, transposed": lambda tile: lambda row, column: ((row + column) % tile, column),
 }
@@ -104,6 +105,6 @@ class Elements:
 @pytest.mark.parametrize("tile", TILES)
 def test_staging_puts_every_element_where_the_address_says(tile, bits):
     values = torch.arange(tile * tile).reshape(tile, tile)
-    order = plain(primitives.staged)(Elements(values, bits), tile).values
+    order = plain(primitives.staged)(Elements(values, bits), tile, tile).values
     for row, column in itertools.product(range(tile), range(tile)):
         assert order[address(row, column, tile, bits)] == values[row, column]

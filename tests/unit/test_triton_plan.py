@@ -47,8 +47,8 @@ def test_device_tables_hold_delta_and_its_inverse(spec):
 
 
 @settings(max_examples=60)
-@given(SPECS, LENGTHS, LENGTHS, st.integers(0, 80), TILES)
-def test_far_tiles_are_saturated_and_near_tiles_inside_the_tables(spec, nq, nk, prefix, tile):
+@given(SPECS, LENGTHS, LENGTHS, st.integers(0, 80), TILES, st.integers(1, tuning.MOST_GROUPS))
+def test_far_tiles_are_saturated_and_near_tiles_inside_the_tables(spec, nq, nk, prefix, tile, groups):
     """The zones of every pair of tiles, against delta itself."""
     prefix = min(prefix, nk - 1)
     found = tables.device_tables(max(nq, nk), spec, CPU)
@@ -56,15 +56,15 @@ def test_far_tiles_are_saturated_and_near_tiles_inside_the_tables(spec, nq, nk, 
     start = prefix // STEP * STEP
     shift = prefix - start
     left, right = tables.near_reach(found.ends, shift, tile)
-    for queries in range(-(-nq // tile)):
+    for queries in range(0, -(-nq // tile), groups):
         for keys in range(-(-(nk - start) // tile)):
             x0 = (queries - keys) * tile + shift
-            distances = torch.arange(x0 - tile + 1, x0 + tile)
+            distances = torch.arange(x0 - tile + 1, x0 + groups * tile)
             rows = delta(distances, spec)
-            if queries - left < keys < queries + right:
+            if queries - left < keys < queries + groups - 1 + right:
                 first = x0 - tile + covered.offset
                 assert first >= 0
-                assert first + 2 * tile <= covered.rows
+                assert first + (groups + 1) * tile <= covered.rows
             elif keys < queries:
                 assert bool((rows == found.high_row).all())
             else:
@@ -137,14 +137,16 @@ def test_candidates_start_with_the_default_and_stay_within_the_margin_of_the_tab
     assert all(c.tile <= tuning.LARGEST_TILE for c in found)
 
 
-def test_tiles_shrink_until_nothing_is_left_and_are_remembered(configs):
-    arguments = ("sm_90", torch.bfloat16, 64, "backward")
-    seen = [tuning.config(*arguments)]
+@pytest.mark.parametrize(("direction", "other"), [tuning.DIRECTIONS, tuning.DIRECTIONS[::-1]])
+def test_tiles_shrink_until_nothing_is_left_and_are_remembered(configs, direction, other):
+    arguments = ("sm_90", torch.bfloat16, 64, direction)
+    seen, others = [tuning.config(*arguments)], tuning.config(*arguments[:3], other)
     while tuning.shrunk(*arguments, seen[-1]) is not None:
         seen.append(tuning.config(*arguments))
     assert [c.tile for c in seen] == sorted((c.tile for c in seen), reverse=True)
-    assert (seen[-1].tile, seen[-1].num_stages) == (16, 1)
-    assert tuning.config("sm_90", torch.bfloat16, 64, "forward") == seen[0]
+    assert [c.queries for c in seen] == sorted((c.queries for c in seen), reverse=True)
+    assert (seen[-1].tile, seen[-1].num_stages, seen[-1].groups) == (16, 1, 1)
+    assert tuning.config(*arguments[:3], other) == others
 
 
 def problem(device="meta", dtype=torch.float16, head_dim=64, scale=0.1, nq=8):

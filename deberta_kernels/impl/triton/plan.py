@@ -109,7 +109,7 @@ class Call:
         self.prefix = problem.position.prefix_length
         self.biased = has_positions(problem)
         self.masked = mask_kind(problem)
-        self.row_tiles = -(-self.longest_q // tile)
+        self.row_tiles = -(-self.longest_q // config.queries)
         prefix = self.prefix if self.biased else self.longest_k  # a key without a position is a prefix key
         aligned = prefix // PREFIX_STEP * PREFIX_STEP
         self.prefix_tiles = -(-prefix // tile)
@@ -120,12 +120,13 @@ class Call:
         self.unit = lanes if self.head_dim % lanes == 0 else 1
         self.launches: list[Launch] = []
         self.features = {
-            "HEAD_DIM": self.head_dim, "BLOCK_D": self.block, "TILE": tile, "UNIT": self.unit,
+            "HEAD_DIM": self.head_dim, "BLOCK_D": self.block, "QUERIES": config.queries, "TILE": tile,
+            "UNIT": self.unit,
             # Masks without positions are rare: they take the kernel with positions, all keys being prefix keys, so
             # that there are eight variants: (no bias; bias without masks, with token masks, with pair masks) x dropout.
             "HAS_BIAS": self.biased or self.masked > 0, "MASKED": self.masked, "DROPOUT": problem.dropout_p > 0,
             "FENCED": fences.needed(device_key, config.num_stages),
-            "PRECISION": precision if q.dtype == torch.float32 else "ieee",
+            "STAGES": config.num_stages, "PRECISION": precision if q.dtype == torch.float32 else "ieee",
         }  # fmt: skip
         self.sizes = {
             "heads": self.heads, "nq": self.nq, "nk": self.nk, "prefix": prefix, "packed": int(self.packed),

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from deberta_kernels.impl.gpu_tables import Ends, Window, ends_of, shared_length
-from deberta_kernels.impl.triton.tuning import LARGEST_TILE
+from deberta_kernels.impl.triton.tuning import LARGEST_TILE, MOST_GROUPS
 from deberta_kernels.position import attention_span, plain_tensors, position_index
 from deberta_kernels.torch_state.captures import kept_on_device
 from deberta_kernels.types import PositionSpec
 
 __all__ = ["MARGIN", "DeviceTables", "device_tables", "near_reach"]
 
-# Rows beyond the last distance in use, on each side: two of the largest tile.
-MARGIN = 2 * LARGEST_TILE
+# Rows beyond the last distance in use, on each side: a program's queries, and a tile of keys.
+MARGIN = (MOST_GROUPS + 1) * LARGEST_TILE
 
 
 @dataclass(frozen=True)

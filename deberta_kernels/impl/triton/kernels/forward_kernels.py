@@ -1,4 +1,4 @@
-"""Attend in one pass: one program per tile of queries, keys in up to four zones (prefix, far left, near, far right)."""
+"""Attend in one pass: a program per tile or two of queries, keys in four zones: prefix, far left, near, far right."""
 
 import triton
 import triton.language as tl
@@ -8,8 +8,6 @@ from deberta_kernels.impl.triton.kernels.primitives import (
     LN2_LOW,
     POINTERS,
     RUNTIME,
-    along_rows,
-    difference,
     kept,
     key_segments,
     load_block,
@@ -20,7 +18,15 @@ from deberta_kernels.impl.triton.kernels.primitives import (
     sequence,
     store_rows,
 )
-from deberta_kernels.impl.triton.kernels.scores import allowed, far_constant, far_query, near_score, valid_keys
+from deberta_kernels.impl.triton.kernels.rotation import (
+    content_term,
+    load_groups,
+    pairs,
+    position_term,
+    rotated_product,
+    shifted,
+)
+from deberta_kernels.impl.triton.kernels.scores import allowed, far_constant, far_query, valid_keys
 from deberta_kernels.impl.triton.kernels.tile_list import (
     FULL,
     PARTIAL,
@@ -49,8 +55,8 @@ def unit_of_maximum(x, qk_scale):
 
 @triton.jit
 def _online_softmax(
-    score, m, total, acc, v, drop, i0, j0, qk_scale, GUARD: tl.constexpr, DROPOUT: tl.constexpr, TILE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    score, m, total, acc, v, drop, i0, j0, qk_scale, GUARD: tl.constexpr, DROPOUT: tl.constexpr, QUERIES: tl.constexpr,
+    TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Fold one tile of scores into the running maximum m, sum of exponentials `total` and values acc.
 
@@ -73,7 +79,7 @@ def _online_softmax(
     total = total * alpha + tl.sum(p, 1)
     if DROPOUT:
         seed_ptr, batch_head, threshold = drop
-        p = tl.where(kept(seed_ptr, batch_head, i0, j0, threshold, False, TILE), p, 0.0)
+        p = tl.where(kept(seed_ptr, batch_head, i0, j0, threshold, False, QUERIES, TILE), p, 0.0)
     acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
     return new_m, total, acc
 
@@ -100,8 +106,8 @@ def _zone_ranges(
 @triton.jit
 def _far_zones(
     q, m, total, acc, keys, masks, tables, place, drop, i0, near_start, near_stop, qk_scale, HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr, TILE: tl.constexpr, HAS_BIAS: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, TILE: tl.constexpr, HAS_BIAS: tl.constexpr, MASKED: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attend to the prefix keys, then to the saturated keys on the left and on the right: plain attention each."""
     key_mask, tile_list, list_size, pair_mask, has_pair, stride_pm, stride_pn = masks
@@ -117,7 +123,7 @@ def _far_zones(
             first_key = tl.where(zone == 0, 0, prefix)
             last_key = tl.where(zone == 0, prefix, nk)
             far_q = q
-            row = tl.zeros([TILE], tl.float32)
+            row = tl.zeros([QUERIES], tl.float32)
             if HAS_BIAS:
                 side_row = tl.where(zone == 1, table_rows - 1, 0)
                 far_q = far_query(q, load_table_row(pos_query, side_row, offs_d, zone, BLOCK_D))
@@ -136,7 +142,7 @@ def _far_zones(
                 k, v = load_tokens(keys, j0, offs_t, offs_d, None, HEAD_DIM, BLOCK_D)
                 score = tl.dot(far_q, k.T, input_precision=PRECISION)
                 m, total, acc = _online_softmax(
-                    score, m, total, acc, v, drop, i0, j0, qk_scale, False, DROPOUT, TILE, PRECISION
+                    score, m, total, acc, v, drop, i0, j0, qk_scale, False, DROPOUT, QUERIES, TILE, PRECISION
                 )
             for n in tl.range(part_start, part_stop, num_stages=1):
                 tile = tl.where(n == 0, first_tile, last_tile - 1)
@@ -148,7 +154,7 @@ def _far_zones(
                 score = tl.dot(far_q, k.T, input_precision=PRECISION)
                 score = allowed(score, valid, True, masks, place, i0, j0, False, MASKED, TILE)
                 m, total, acc = _online_softmax(
-                    score, m, total, acc, v, drop, i0, j0, qk_scale, MASKED, DROPOUT, TILE, PRECISION
+                    score, m, total, acc, v, drop, i0, j0, qk_scale, MASKED, DROPOUT, QUERIES, TILE, PRECISION
                 )
             m += row
     return m, total, acc
@@ -157,36 +163,54 @@ def _far_zones(
 @triton.jit
 def _near_zone(
     q, m, total, acc, keys, masks, tables, place, drop, i0, near_start, near_stop, qk_scale, HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attend to linear and logarithmic distances, and to the tiles where they meet the saturated ones."""
     key_mask, tile_list, list_size, pair_mask, has_pair, stride_pm, stride_pn = masks
     pos_key, pos_query, table_rows, table_offset = tables
     nq, nk, prefix, prefix_tiles, tiles, key_start = place
+    PACKED: tl.constexpr = q.dtype == tl.bfloat16
+    # A program of two tiles of queries is alone on its multiprocessor: nothing else would run while it waits for keys.
+    AHEAD: tl.constexpr = 1 if QUERIES == TILE else STAGES
     offs_t = tl.arange(0, TILE)
     offs_d = tl.arange(0, BLOCK_D)
-    distance = difference(TILE)
-    high_row = offs_t[:, None] >= offs_t[None, :]
-    upper = offs_t[:, None] + offs_t[None, :] < TILE
+    by_rows, by_columns, is_high, high_pair = pairs(QUERIES, TILE, PACKED)
     block = i0 - (near_start - prefix_tiles) * TILE + prefix - key_start + table_offset
-    key_block = load_block(pos_key, block, offs_t, offs_d, BLOCK_D)
-    c2p = along_rows(tl.dot(q, key_block.T, input_precision=PRECISION), distance, TILE)
-    high = load_block(pos_query, block, offs_t, offs_d, BLOCK_D)
-    for tile in tl.range(near_start, near_stop, num_stages=1):
+    last = rotated_product(q, load_block(pos_key, block, offs_t, offs_d, BLOCK_D), by_rows, TILE, PACKED, PRECISION)
+    old = last
+    if QUERIES > TILE:
+        key_block = load_block(pos_key, block + TILE, offs_t, offs_d, BLOCK_D)
+        old = shifted(last, rotated_product(q, key_block, by_rows, TILE, PACKED, PRECISION), TILE, PACKED)
+    high = load_groups(pos_query, block, offs_d, QUERIES, TILE, PACKED, BLOCK_D)
+    for tile in tl.range(near_start, near_stop, num_stages=AHEAD):
         j0 = key_start + (tile - prefix_tiles) * TILE
         valid = valid_keys(j0 + offs_t, prefix, nk, key_mask, MASKED)
         partial = (j0 < prefix) | (j0 + TILE > nk)
         if MASKED:
             partial = is_partial(tile_list, list_size, tile, TILE)
-        k, v = load_tokens(keys, j0, offs_t, offs_d, valid, HEAD_DIM, BLOCK_D)
+            k, v = load_tokens(keys, j0, offs_t, offs_d, valid, HEAD_DIM, BLOCK_D)
+        else:  # beyond the end the last key again, which costs no comparison of every row
+            k, v = load_tokens(keys, j0, tl.minimum(offs_t, nk - 1 - j0), offs_d, None, HEAD_DIM, BLOCK_D)
         block -= TILE
-        low = load_block(pos_query, block, offs_t, offs_d, BLOCK_D)
+        low = load_groups(pos_query, block, offs_d, QUERIES, TILE, PACKED, BLOCK_D)
         key_block = load_block(pos_key, block, offs_t, offs_d, BLOCK_D)
-        score, c2p = near_score(q, k, c2p, key_block, high, low, distance, high_row, upper, TILE, PRECISION)
+        now = rotated_product(q, key_block, by_rows, TILE, PACKED, PRECISION)
+        new = shifted(now, last, TILE, PACKED)
+        # The order by which fewer registers spill; the sum is the same.
+        if PACKED:
+            bias = content_term(old, new, high_pair, TILE, PACKED)
+            bias += position_term(high, low, k, by_columns, is_high, TILE, PACKED, PRECISION)
+        else:
+            bias = position_term(high, low, k, by_columns, is_high, TILE, PACKED, PRECISION)
+            bias += content_term(old, new, high_pair, TILE, PACKED)
+        score = tl.dot(q, k.T, bias, input_precision=PRECISION)
         high = low
+        old = new
+        last = now
         score = allowed(score, valid, partial, masks, place, i0, j0, False, MASKED, TILE)
         m, total, acc = _online_softmax(
-            score, m, total, acc, v, drop, i0, j0, qk_scale, MASKED, DROPOUT, TILE, PRECISION
+            score, m, total, acc, v, drop, i0, j0, qk_scale, MASKED, DROPOUT, QUERIES, TILE, PRECISION
         )
     return m, total, acc
 
@@ -199,10 +223,11 @@ def _disentangled_fwd_kernel(
     stride_vb: tl.int64, stride_vh: tl.int64, stride_vn, stride_mb: tl.int64, stride_ub: tl.int64,
     stride_pb: tl.int64, stride_ph: tl.int64, stride_pm: tl.int64, stride_pn: tl.int64, heads, nq, nk, prefix, packed,
     row_tiles, list_size, low_end, high_start, table_offset, table_rows, threshold, has_pair, qk_scale, keep_scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, UNIT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, FENCED: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, TILE: tl.constexpr, UNIT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, FENCED: tl.constexpr,
 ):  # fmt: skip
-    """Write out and lse of one tile of queries; the grid is (B * H * row_tiles,)."""
+    """Write out and lse of QUERIES queries, one or two tiles; the grid is (B * H * row_tiles,)."""
     # Program ids.
     pid = tl.program_id(0)
     batch_head = pid // row_tiles
@@ -212,7 +237,7 @@ def _disentangled_fwd_kernel(
     batch = tl.where(packed != 0, 0, b).to(tl.int64)
     memory_rows = nq
     start, nq, nk = sequence(cu_seqlens_ptr, packed, b, nq, nk)
-    i0 = tile_row * TILE
+    i0 = tile_row * QUERIES
     if i0 >= nq:
         return
     if not HAS_BIAS:
@@ -220,12 +245,12 @@ def _disentangled_fwd_kernel(
     prefix_tiles, tiles, key_start = key_segments(nk, prefix, TILE)
 
     # Offsets, and what stays for the whole loop.
-    offs_t = tl.arange(0, TILE)
+    offs_m = tl.arange(0, QUERIES)
     offs_d = tl.arange(0, BLOCK_D)
-    m_mask = i0 + offs_t < nq
+    m_mask = i0 + offs_m < nq
     row_valid = m_mask
     if MASKED:
-        row_valid = m_mask & (tl.load(query_mask_ptr + b * stride_ub + i0 + offs_t, mask=m_mask, other=0) != 0)
+        row_valid = m_mask & (tl.load(query_mask_ptr + b * stride_ub + i0 + offs_m, mask=m_mask, other=0) != 0)
     first_row = (start + i0).to(tl.int64)
     stride_qn = stride_qn * UNIT
     stride_kn = stride_kn * UNIT
@@ -241,21 +266,27 @@ def _disentangled_fwd_kernel(
     tables = (pos_key_ptr + table, pos_query_ptr + table, table_rows, table_offset)
     place = (nq, nk, prefix, prefix_tiles, tiles, key_start)
     drop = (seed_ptr, batch_head, threshold)
-    q = load_rows(q_base, offs_t, offs_d, stride_qn, row_valid, HEAD_DIM, BLOCK_D)
-    m = tl.full([TILE], -float("inf"), tl.float32)
-    total = tl.zeros([TILE], tl.float32)
-    acc = tl.zeros([TILE, BLOCK_D], tl.float32)
+    q = load_rows(q_base, offs_m, offs_d, stride_qn, row_valid, HEAD_DIM, BLOCK_D)
+    if QUERIES > TILE:
+        # Hopper's products read a first operand that was loaded from shared memory, and one that was computed from
+        # registers, which this program has left.
+        q = tl.where(row_valid[:, None], q, 0.0)
+    m = tl.full([QUERIES], -float("inf"), tl.float32)
+    total = tl.zeros([QUERIES], tl.float32)
+    acc = tl.zeros([QUERIES, BLOCK_D], tl.float32)
 
     # Loops.
     near_start = tiles
     near_stop = tiles
     if HAS_BIAS:
         left, right = near_reach(prefix - key_start, low_end, high_start, TILE)
-        near_start = tl.minimum(prefix_tiles + tl.maximum(tile_row + 1 - left, 0), tiles)
-        near_stop = tl.minimum(prefix_tiles + tl.maximum(tile_row + right, 0), tiles)
+        first = tile_row * (QUERIES // TILE)
+        last = first + QUERIES // TILE - 1
+        near_start = tl.minimum(prefix_tiles + tl.maximum(first + 1 - left, 0), tiles)
+        near_stop = tl.minimum(prefix_tiles + tl.maximum(last + right, 0), tiles)
     m, total, acc = _far_zones(
         q, m, total, acc, keys, masks, tables, place, drop, i0, near_start, near_stop, qk_scale, HEAD_DIM, BLOCK_D,
-        TILE, HAS_BIAS, MASKED, DROPOUT, PRECISION,
+        QUERIES, TILE, HAS_BIAS, MASKED, DROPOUT, PRECISION,
     )  # fmt: skip
     if HAS_BIAS:
         if MASKED:
@@ -263,7 +294,7 @@ def _disentangled_fwd_kernel(
         if near_start < near_stop:
             m, total, acc = _near_zone(
                 q, m, total, acc, keys, masks, tables, place, drop, i0, near_start, near_stop, qk_scale, HEAD_DIM,
-                BLOCK_D, TILE, MASKED, DROPOUT, PRECISION,
+                BLOCK_D, QUERIES, TILE, MASKED, DROPOUT, STAGES, PRECISION,
             )  # fmt: skip
 
     # Epilogue and stores.
@@ -276,5 +307,5 @@ def _disentangled_fwd_kernel(
         out = tl.where(padded[:, None], mean[None, :], out)
         lse = tl.where(padded, -float("inf"), lse)
     out_base = out_ptr + ((batch * memory_rows + first_row) * heads + h) * HEAD_DIM
-    store_rows(out_base, offs_t, offs_d, heads * HEAD_DIM, m_mask, out, HEAD_DIM, BLOCK_D)
-    tl.store(lse_ptr + (batch * heads + h) * memory_rows + first_row + offs_t, lse, mask=m_mask)
+    store_rows(out_base, offs_m, offs_d, heads * HEAD_DIM, m_mask, out, HEAD_DIM, BLOCK_D)
+    tl.store(lse_ptr + (batch * heads + h) * memory_rows + first_row + offs_m, lse, mask=m_mask)

@@ -23,6 +23,7 @@ from deberta_kernels.impl.triton.kernels.scores import (
     far_query,
     lone_score,
     near_score,
+    position_product,
     score_gradient,
     valid_keys,
     weights,
@@ -126,7 +127,7 @@ def _dkv_near_zone(
     below = offs_t[:, None] + offs_t[None, :] < TILE
     block = (near_start - tile + prefix_tiles - 1) * TILE + prefix - key_start + table_offset
     query_block = load_block(pos_query, block, offs_t, offs_d, BLOCK_D)
-    p2c = along_rows(tl.dot(k, query_block.T, input_precision=PRECISION), distance, TILE)
+    p2c = along_rows(position_product(k, query_block, PRECISION), distance, TILE)
     low = load_block(pos_key, block, offs_t, offs_d, BLOCK_D)
     ds_low = tl.zeros([TILE, TILE], k.dtype)
     for tile_row in tl.range(near_start, near_stop, num_stages=1):

@@ -122,9 +122,9 @@ def near_reach(shift, low_end, high_start, TILE: tl.constexpr):
 
 
 @triton.jit
-def difference(TILE: tl.constexpr):
-    """Return (row - column) mod TILE, (TILE, TILE), in the factored form that keeps the gather cheap."""
-    row = tl.arange(0, TILE)[:, None]
+def difference(TILE: tl.constexpr, ROWS: tl.constexpr = None):
+    """Return (row - column) mod TILE, (ROWS or TILE, TILE), in the factored form that keeps the gather cheap."""
+    row = tl.arange(0, TILE if ROWS is None else ROWS)[:, None]
     col = tl.arange(0, TILE)[None, :]
     low = (row & 7) - (col & 7)
     return (low & 7) | ((((row >> 3) - (col >> 3) + (low >> 3)) << 3) & (TILE - 1))
@@ -140,13 +140,13 @@ def total(TILE: tl.constexpr):
 
 
 @triton.jit
-def staging_address(row, col, TILE: tl.constexpr, BITS: tl.constexpr):
+def staging_address(row, col, COLUMNS: tl.constexpr, BITS: tl.constexpr):
     """Return where `staged` puts element (row, col): 8 x 8 blocks, in which no two lanes of a warp share a bank.
 
     32-bit elements also have the lowest column bit moved above the rows of the block: an accumulator's lane holds two
     neighbouring columns, and stores one of them at a time.
     """
-    block = (row >> 3) * (8 * TILE) + (col >> 3) * 64
+    block = (row >> 3) * (8 * COLUMNS) + (col >> 3) * 64
     if BITS == 32:
         return block + (col & 1) * 32 + (row & 7) * 4 + ((col >> 1) & 3)
     else:
@@ -154,13 +154,13 @@ def staging_address(row, col, TILE: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def staged(x, TILE: tl.constexpr):
-    """Return the elements of a tile in the order of `staging_address`, (TILE * TILE,)."""
+def staged(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return the elements of (ROWS, COLUMNS) in the order of `staging_address`, in one dimension."""
     if x.dtype.primitive_bitwidth == 32:
-        blocks = x.reshape(TILE // 8, 8, TILE // 8, 4, 2).permute(0, 2, 4, 1, 3)
+        blocks = x.reshape(ROWS // 8, 8, COLUMNS // 8, 4, 2).permute(0, 2, 4, 1, 3)
     else:
-        blocks = x.reshape(TILE // 8, 8, TILE // 8, 8).permute(0, 2, 1, 3)
-    return blocks.reshape(TILE * TILE)
+        blocks = x.reshape(ROWS // 8, 8, COLUMNS // 8, 8).permute(0, 2, 1, 3)
+    return blocks.reshape(ROWS * COLUMNS)
 
 
 @triton.jit
@@ -168,7 +168,7 @@ def along_rows(x, column, TILE: tl.constexpr):
     """Return x[row, column[row, col]], (TILE, TILE)."""
     row = tl.arange(0, TILE)[:, None] + tl.zeros_like(column)
     address = staging_address(row, column, TILE, x.dtype.primitive_bitwidth)
-    return tl.gather(staged(x, TILE), address.reshape(TILE * TILE), 0).reshape(TILE, TILE)
+    return tl.gather(staged(x, TILE, TILE), address.reshape(TILE * TILE), 0).reshape(TILE, TILE)
 
 
 @triton.jit
@@ -176,7 +176,7 @@ def along_columns(x, row, TILE: tl.constexpr):
     """Return x[row[row, col], col], (TILE, TILE)."""
     col = tl.arange(0, TILE)[None, :] + tl.zeros_like(row)
     address = staging_address(row, col, TILE, x.dtype.primitive_bitwidth)
-    return tl.gather(staged(x, TILE), address.reshape(TILE * TILE), 0).reshape(TILE, TILE)
+    return tl.gather(staged(x, TILE, TILE), address.reshape(TILE * TILE), 0).reshape(TILE, TILE)
 
 
 @triton.jit
@@ -206,8 +206,10 @@ def sum_of_products(a, b, AXIS: tl.constexpr):
 
 
 @triton.jit
-def kept(seed_ptr, batch_head, i0, j0, threshold, KEYS_FIRST: tl.constexpr, TILE: tl.constexpr):
-    """Return which probabilities of a tile dropout keeps, (T, T) bool; `dropout.py` states the contract.
+def kept(
+    seed_ptr, batch_head, i0, j0, threshold, KEYS_FIRST: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr
+):  # fmt: skip
+    """Return which probabilities of ROWS queries by TILE keys dropout keeps, bool; `dropout.py` states the contract.
 
     Args:
         seed_ptr: one int64.
@@ -216,19 +218,20 @@ def kept(seed_ptr, batch_head, i0, j0, threshold, KEYS_FIRST: tl.constexpr, TILE
         threshold: draws below it drop.
         KEYS_FIRST: keys by queries instead of queries by keys.
     """
-    offs_t = tl.arange(0, TILE)
+    offs_m = tl.arange(0, ROWS)
     offs_g = tl.arange(0, TILE // 8)
     if KEYS_FIRST:
-        zero = tl.zeros([TILE // 8, TILE], tl.int32)
+        zero = tl.zeros([TILE // 8, ROWS], tl.int32)
         group = (j0 >> 3) + offs_g[:, None] + zero
-        row = i0 + offs_t[None, :] + zero
+        row = i0 + offs_m[None, :] + zero
     else:
-        zero = tl.zeros([TILE, TILE // 8], tl.int32)
+        zero = tl.zeros([ROWS, TILE // 8], tl.int32)
         group = (j0 >> 3) + offs_g[None, :] + zero
-        row = i0 + offs_t[:, None] + zero
+        row = i0 + offs_m[:, None] + zero
     w0, w1, w2, w3 = tl.philox(tl.load(seed_ptr), group, row, zero + batch_head, zero)
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # words 0 to 3 in the order of the last two dimensions
     draws = tl.join(words & 0xFFFF, words >> 16)
     if KEYS_FIRST:
-        draws = draws.permute(0, 2, 3, 4, 1)
-    return draws.reshape(TILE, TILE).to(tl.int32) >= threshold
+        return draws.permute(0, 2, 3, 4, 1).reshape(TILE, ROWS).to(tl.int32) >= threshold
+    else:
+        return draws.reshape(ROWS, TILE).to(tl.int32) >= threshold

@@ -24,6 +24,7 @@ from deberta_kernels.impl.triton.kernels.scores import (
     allowed,
     far_query,
     near_score,
+    position_product,
     sum_of_only_tile,
     valid_keys,
     weights,
@@ -126,7 +127,7 @@ def _dq_near_zone(
     upper = offs_t[:, None] + offs_t[None, :] < TILE
     block = i0 - (near_start - prefix_tiles) * TILE + prefix - key_start + table_offset
     key_block = load_block(pos_key, block, offs_t, offs_d, BLOCK_D)
-    c2p = along_rows(tl.dot(q, key_block.T, input_precision=PRECISION), distance, TILE)
+    c2p = along_rows(position_product(q, key_block, PRECISION), distance, TILE)
     high = load_block(pos_query, block, offs_t, offs_d, BLOCK_D)
     ds_high = tl.zeros([TILE, TILE], q.dtype)
     for tile in tl.range(near_start, near_stop, num_stages=1):

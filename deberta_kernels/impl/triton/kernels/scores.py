@@ -33,6 +33,20 @@ def far_constant(q, pos_key_row):
 
 
 @triton.jit
+def position_product(x, block, PRECISION: tl.constexpr):
+    """Return the product of tokens with table rows, or of table rows with tokens, float32.
+
+    In bfloat16 it is rounded, as eager code rounds it, in every pass alike: the forward stages it in 16 bits, and a
+    score that another pass forms must be the same, or the probabilities of a row add up to something other than 1. In
+    float16 it could overflow where the score does not.
+    """
+    product = tl.dot(x, block.T, input_precision=PRECISION)
+    if x.dtype == tl.bfloat16:
+        product = product.to(tl.bfloat16).to(tl.float32)
+    return product
+
+
+@triton.jit
 def near_score(
     fixed, moving, carried, fixed_block, old_block, new_block, index, old_pair, old_entry, TILE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -53,9 +67,9 @@ def near_score(
         old_pair: which pairs read the old blocks.
         old_entry: which entries (y, moving token) of the product with the other table are of its old block.
     """
-    rotated = along_rows(tl.dot(fixed, fixed_block.T, input_precision=PRECISION), index, TILE)
-    old = tl.dot(old_block, moving.T, input_precision=PRECISION)
-    new = tl.dot(new_block, moving.T, input_precision=PRECISION)
+    rotated = along_rows(position_product(fixed, fixed_block, PRECISION), index, TILE)
+    old = position_product(old_block, moving, PRECISION)
+    new = position_product(new_block, moving, PRECISION)
     bias = along_columns(tl.where(old_entry, old, new), index, TILE)
     bias += tl.where(old_pair, carried, rotated)
     return tl.dot(fixed, moving.T, bias, input_precision=PRECISION), rotated
@@ -67,12 +81,12 @@ def lone_score(q, k, high_key, low_key, high_query, low_query, TILE: tl.constexp
     row = tl.arange(0, TILE)[:, None]
     col = tl.arange(0, TILE)[None, :]
     distance = difference(TILE)
-    high = tl.dot(q, high_key.T, input_precision=PRECISION)
-    low = tl.dot(q, low_key.T, input_precision=PRECISION)
+    high = position_product(q, high_key, PRECISION)
+    low = position_product(q, low_key, PRECISION)
     # Row r of the product reads entry y of the high block where y <= r, which is where r >= c.
     c2p = along_rows(tl.where(row >= col, high, low), distance, TILE)
-    high = tl.dot(high_query, k.T, input_precision=PRECISION)
-    low = tl.dot(low_query, k.T, input_precision=PRECISION)
+    high = position_product(high_query, k, PRECISION)
+    low = position_product(low_query, k, PRECISION)
     bias = along_columns(tl.where(row + col < TILE, high, low), distance, TILE)
     return tl.dot(q, k.T, bias + c2p, input_precision=PRECISION)
 
@@ -80,7 +94,8 @@ def lone_score(q, k, high_key, low_key, high_query, low_query, TILE: tl.constexp
 @triton.jit
 def valid_keys(offs_j, first_key, last_key, key_mask, MASKED: tl.constexpr):
     """Return which keys are in [first_key, last_key) and not masked, (T,) bool."""
-    valid = (offs_j >= first_key) & (offs_j < last_key)
+    # As unsigned numbers, so that one comparison does for both ends.
+    valid = (offs_j - first_key).to(tl.uint32) < tl.maximum(last_key - first_key, 0).to(tl.uint32)
     if MASKED:
         valid = valid & (tl.load(key_mask + offs_j, mask=valid, other=0) != 0)
     return valid
@@ -110,12 +125,13 @@ def allowed(
         key_mask, tile_list, list_size, pair_mask, has_pair, stride_pm, stride_pn = masks
         nq, nk, prefix, prefix_tiles, tiles, key_start = place
         if has_pair != 0:
-            i = i0 + tl.arange(0, TILE)
             j = j0 + tl.arange(0, TILE)
             if KEYS_FIRST:
+                i = i0 + tl.arange(0, score.shape[1])
                 pointers = pair_mask + j[:, None] * stride_pn + i[None, :] * stride_pm
                 inside = (j < nk)[:, None] & (i < nq)[None, :]
             else:
+                i = i0 + tl.arange(0, score.shape[0])
                 pointers = pair_mask + i[:, None] * stride_pm + j[None, :] * stride_pn
                 inside = (i < nq)[:, None] & (j < nk)[None, :]
             # As a number: the truth values of a tile cannot change their layout on AMD devices.
@@ -160,7 +176,7 @@ def after_dropout(p, dp, drop, i0, j0, keep_scale, KEYS_FIRST: tl.constexpr, DRO
     """
     if DROPOUT:
         seed_ptr, batch_head, threshold = drop
-        keep = kept(seed_ptr, batch_head, i0, j0, threshold, KEYS_FIRST, TILE)
+        keep = kept(seed_ptr, batch_head, i0, j0, threshold, KEYS_FIRST, TILE, TILE)
         dp = tl.where(keep, dp * keep_scale, 0.0)
         p = tl.where(keep, p * keep_scale, 0.0)
     return p, dp
