@@ -90,6 +90,28 @@ def test_atomic_sums_of_several_blocks_are_no_race():
     assert Run(body, out=out).out.tolist() == [77 if lane % 2 == 0 else lane - 1 for lane in range(32)]
 
 
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("opcode", ["red.global.gpu.relaxed", "atom.global.gpu.relaxed"])
+def test_atomic_sums_of_vectors(opcode, size):
+    """Of three blocks, each lane adds to numbers of its own; what was there before comes back from the last one."""
+    names = ", ".join(f"%r{10 + n}" for n in range(size))
+    results = f"{{{', '.join(f'%r{20 + n}' for n in range(size))}}}, " if opcode.startswith("atom") else ""
+    body = "".join(f"    mov.b32 %r{10 + n}, 0f{np.float32(n + 1).view(np.uint32):08X};\n" for n in range(size))
+    body += f"    mul.wide.u32 %rd5, %r1, {4 * size};\n    add.s64 %rd5, %rd1, %rd5;\n"
+    found = Run(f"{body}    {opcode}.add.v{size}.f32 {results}[%rd5], {{{names}}};\n", out=32 * size, dtype=np.float32,
+                grid=(3,))  # fmt: skip
+    assert found.out.reshape(32, size).tolist() == [[3.0 * (n + 1) for n in range(size)]] * 32
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [("%rd1+4", "misaligned atomic operation"), ("%rd1+128", "atomic operation out of range")],
+)
+def test_atomic_sums_of_vectors_used_wrongly(address, message):
+    with pytest.raises(PtxError, match=message):
+        Run(f"    red.global.add.v2.f32 [{address}], {{%r1, %r2}};\n", dtype=np.float32)
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [

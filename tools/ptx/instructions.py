@@ -21,9 +21,10 @@ _ENCODERS: list[tuple[re.Pattern[str], str, Encoder]] = []
 # Handlers of cpp/, in the order of their numbers behind the scalar opcodes.
 HANDLERS = (
     "do_nothing", "do_branch", "do_return", "do_trap", "do_barrier", "do_warp_barrier", "do_load", "do_store",
-    "do_atomic", "do_shuffle", "do_vote", "do_redux", "do_elect", "do_join", "do_part", "do_matrix", "do_mma",
-    "do_copy", "do_copy_commit", "do_copy_wait", "do_product", "do_product_fence", "do_product_commit",
-    "do_product_wait", "do_mbarrier_init", "do_mbarrier_fence", "do_proxy_fence", "do_mbarrier_arrive",
+    "do_atomic", "do_atomic_vector", "do_shuffle", "do_vote", "do_redux", "do_elect", "do_join", "do_part",
+    "do_matrix", "do_mma", "do_copy", "do_copy_commit", "do_copy_wait", "do_product", "do_product_fence",
+    "do_product_commit", "do_product_wait", "do_mbarrier_init", "do_mbarrier_fence", "do_proxy_fence",
+    "do_mbarrier_arrive",
     "do_mbarrier_wait", "do_mbarrier_test", "do_setmaxnreg", "do_tile_copy", "do_bulk_sum", "do_bulk_commit",
     "do_bulk_wait",
 )  # fmt: skip
@@ -140,7 +141,7 @@ _ATOMIC_TYPES = {"u32": 0, "b32": 0, "s32": 1, "u64": 2, "b64": 2, "s64": 3, "f3
 @_encodes(
     "Parallel Synchronization and Communication Instructions: atom, red",
     r"(atom|red)(?:\.(?:relaxed|acq_rel|acquire|release))?(?:\.(?:gpu|cta|sys))?"
-    r"\.(global|shared)(?:::cta)?(?:\.(?:gpu|cta|sys))?\.(add|min|max|and|or|xor|exch|cas)\.(\w+)",
+    r"\.(global|shared)(?:::cta)?(?:\.(?:gpu|cta|sys))?(?:\.relaxed)?\.(add|min|max|and|or|xor|exch|cas)\.(\w+)",
 )
 def _atomic(a: Assembler, o: list[str], m: re.Match[str]) -> Encoded:
     result = m[1] == "atom"
@@ -151,6 +152,18 @@ def _atomic(a: Assembler, o: list[str], m: re.Match[str]) -> Encoded:
     places += [address, *(a.register(text, m[4]) for text in o[1 + result :])]
     settings = [_ATOMIC[m[3]], _ATOMIC_TYPES[m[4]], int(result), int(shared), int(wide)]
     return Encoded("do_atomic", places, int(result), settings, offset)
+
+
+@_encodes(
+    "Parallel Synchronization and Communication Instructions: atom, red (vectors)",
+    r"(atom|red)\.global(?:\.gpu)?(?:\.relaxed)?(?:\.gpu)?\.add\.v([24])\.f32",
+)
+def _atomic_vector(a: Assembler, o: list[str], m: re.Match[str]) -> Encoded:
+    result = m[1] == "atom"
+    results = a.vector(o[0], "f32") if result else []
+    address, offset = a.address(o[result], True)
+    places = [*results, address, *a.vector(o[1 + result], "f32")]
+    return Encoded("do_atomic_vector", places, len(results), [int(m[2]), int(result)], offset)
 
 
 # ---- Data Movement and Conversion Instructions: Asynchronous copy

@@ -250,4 +250,28 @@ inline void do_atomic(Block& block, Warp& warp, const Instruction& i, uint32_t l
   }
 }
 
+// atom and red of two or four neighbouring float32 of global memory: each is added to by itself. Settings: how many,
+// whether there is a result. Operands: the results, if any, the address, what is added.
+inline void do_atomic_vector(Block& block, Warp& warp, const Instruction& i, uint32_t lanes) {
+  const int32_t *s = block.settings(i), *o = block.operands(i);
+  int count = s[0], results = s[1] ? count : 0;
+  uint64_t at[kLanes] = {};
+  for (int lane = 0; lane < kLanes; lane++) {
+    if (!(lanes >> lane & 1)) continue;
+    at[lane] = warp.wide(o[results])[lane] + i.offset;
+    check_aligned(at[lane], count * sizeof(float), lane, "atomic operation");
+    block.global.access(at[lane], count * sizeof(float), block.by_lane(warp, lane, "atomic operation"), true, true);
+    float values[4];
+    memcpy(values, reinterpret_cast<void*>(at[lane]), count * sizeof(float));
+    for (int n = 0; n < count; n++) {
+      float sum = values[n] + Lane<float>::read(warp.reg(o[results + 1 + n]), lane);
+      if (results) Lane<float>::write(warp.reg(o[n]), lane, values[n]);
+      values[n] = sum;
+    }
+    memcpy(reinterpret_cast<void*>(at[lane]), values, count * sizeof(float));
+  }
+  warp.clock.unsynchronised |= lanes;
+  count_sectors(at, lanes, count * sizeof(float), block.count(i));
+}
+
 }  // namespace ptx
