@@ -59,11 +59,12 @@ class Backward(Call):
         shared = {**self.tokens("q", "k", "v"), **self.strided("dout", "o", self.dout), **self.tables()}
         shared.update(self.key_masks())
         self.preprocess(shared, out, lse, dlse)
-        shared["near_ptr"] = self.near_sums() if self.fused else self.nothing(torch.float32)
+        shared.update(self.sums())
         far, by_keys = None, self.needs[1] or self.needs[2] or self.fused
         # The pass by keys reads what the pass by queries writes: in float32, and where there is one tile of keys.
         if self.needs[0] or self.wants_tables or (by_keys and (q.dtype == torch.float32 or self.key_tiles == 1)):
-            far = self.query_pass(shared, q)
+            self.query_pass(shared, q)
+            far = shared["far_ptr"]
         if by_keys:
             self.key_pass(shared, k, v)
         tables = self.table_gradients(shared, far)
@@ -101,17 +102,9 @@ class Backward(Call):
         self.launches.append(Launch(_disentangled_sum_kernel, (groups,), arguments, constants, 4, 1))
         return total
 
-    def query_pass(self, shared: dict[str, Any], dq: Tensor) -> Tensor:
-        """Plan dq; return the sums over the saturated pairs, (2 tables, 2 sides, H, block)."""
-        far, far_size = self.nothing(torch.float32), self.batch * self.row_tiles
-        if self.biased:
-            size = (4 * self.heads, far_size, self.block)
-            far = torch.zeros(size, dtype=torch.float32, device=dq.device)
+    def query_pass(self, shared: dict[str, Any], dq: Tensor) -> None:
         grid = (self.batch * self.heads * self.row_tiles,)
-        self.add(_disentangled_bwd_dq_kernel, grid, {**shared, "dq_ptr": dq, "far_ptr": far, "far_size": far_size})
-        if not self.wants_tables:
-            return far
-        return self.summed(far, 4 * self.heads).view(2, 2, self.heads, self.block)
+        self.add(_disentangled_bwd_dq_kernel, grid, {**shared, "dq_ptr": dq})
 
     def key_pass(self, shared: dict[str, Any], dk: Tensor, dv: Tensor) -> None:
         arguments = {**shared, "dk_ptr": dk, "dv_ptr": dv, "key_tiles": self.key_tiles}
@@ -127,20 +120,26 @@ class Backward(Call):
         tables = self.wanted[3:]
         if not self.wants_tables or far is None:
             return [None if x is None else torch.zeros_like(x, memory_format=torch.contiguous_format) for x in tables]
-        near, parts = (shared["near_ptr"], 1) if self.fused else self.near_gradients(shared)
-        found: list[Tensor | None] = []
-        for which, table in enumerate(tables):
-            gradient = None
-            if table is not None:
-                gradient = torch.empty(table.shape, dtype=table.dtype, device=table.device)
-                self.fold(near[which], far[which], gradient, parts)
-            found.append(gradient)
+        if self.fused:
+            near, parts = shared["near_ptr"], 1
+        else:
+            far = self.summed(far, 4 * self.heads)
+            near, parts = self.near_gradients(shared)
+        found = [None if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in tables]
+        self.fold(near, far, found, parts)
         return found
 
-    def near_sums(self) -> Tensor:
-        """Return zeroed sums for the gradients of the expanded tables, (2 tables, H, rows, block) float32."""
-        size = (2, self.heads, self.window.rows, self.block)
-        return torch.zeros(size, dtype=torch.float32, device=self.problem.q.device)
+    def sums(self) -> dict[str, Any]:
+        """Return zeroed sums for the gradients of the tables, float32, in one piece of memory.
+
+        far: (2 tables, 2 sides, H, far_size, block), of the saturated pairs; near: (2 tables, H, rows, block), of the
+        expanded tables, where they are added to.
+        """
+        far_size = 1 if self.fused else self.batch * self.row_tiles
+        far = 4 * self.heads * far_size * self.block if self.biased else 0
+        near = 2 * self.heads * self.window.rows * self.block if self.fused else 0
+        both = torch.zeros(far + near, dtype=torch.float32, device=self.problem.q.device)
+        return {"far_ptr": both[:far], "near_ptr": both[far:], "far_size": far_size}
 
     def near_gradients(self, shared: dict[str, Any]) -> tuple[Tensor, int]:
         """Plan the gradients of the expanded tables: (2 tables, parts * 2, H, rows, block) float32."""
@@ -156,15 +155,19 @@ class Backward(Call):
         self.add(_disentangled_bwd_position_kernel, (diagonals, self.heads, parts), arguments, stages=1)
         return near, parts * 2
 
-    def fold(self, near: Tensor, far: Tensor, gradient: Tensor, parts: int) -> None:
+    def fold(self, near: Tensor, far: Tensor, gradients: list[Tensor | None], parts: int) -> None:
         tables = self.device_tables
+        some = next(x for x in gradients if x is not None)
+        key, query = (some if x is None else x for x in gradients)
         arguments = {
-            "near_ptr": near, "far_ptr": far, "dpos_ptr": gradient, "order_ptr": tables.order,
-            "bounds_ptr": tables.bounds, "rows": self.window.rows, "skipped": self.window.first - tables.first,
-            "first_row": self.problem.position.first_row, "table_rows": gradient.shape[1], "parts": parts,
-            "heads": self.heads, "low_row": tables.low_row, "high_row": tables.high_row, "scale": self.problem.scale,
+            "near_ptr": near, "far_ptr": far, "dpos_key_ptr": key, "dpos_query_ptr": query,
+            "has_key": int(gradients[0] is not None), "has_query": int(gradients[1] is not None),
+            "order_ptr": tables.order, "bounds_ptr": tables.bounds, "rows": self.window.rows,
+            "skipped": self.window.first - tables.first, "first_row": self.problem.position.first_row,
+            "table_rows": some.shape[1], "parts": parts, "heads": self.heads, "low_row": tables.low_row,
+            "high_row": tables.high_row, "scale": self.problem.scale,
         }  # fmt: skip
-        rows = rows_of_program(_FOLD_ROWS, gradient.device)
+        rows = rows_of_program(_FOLD_ROWS, some.device)
         constants = {"HEAD_DIM": self.head_dim, "BLOCK_D": self.block, "ROWS": rows, "CHUNK": _FOLD_CHUNK}
-        grid = (-(-gradient.shape[1] // rows), self.heads)
+        grid = (-(-some.shape[1] // rows), self.heads, 2)
         self.launches.append(Launch(_disentangled_fold_kernel, grid, arguments, constants, 4, 1))

@@ -38,11 +38,11 @@ __all__ = ["_disentangled_bwd_dq_kernel"]
 def _dq_far_zones(
     q, dout, stats, is_only, keys, masks, tables, place, drop, i0, near_start, near_stop, far_ptr, far_table, far_side,
     qk_scale, keep_scale, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
-    HAS_BIAS: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr, FUSED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Return what prefix keys and saturated keys add to dq and to the sums of p, and the sums of out * dout.
 
-    What they add to the gradients of the saturated table rows is stored.
+    What they add to the gradients of the saturated table rows is stored, or where FUSED added to what is there.
 
     Args:
         stats: (those of `load_pairs` of near keys, dlse, where the pairs are, B * H * Nq, which rows, which there are).
@@ -104,8 +104,14 @@ def _dq_far_zones(
                     pos_row = load_table_row(pos_key, side_row, offs_d, zone, BLOCK_D)
                     dq += ds_sum[:, None] * pos_row[None, :]
                     far = far_ptr + (2 - zone) * far_side + offs_d
-                    tl.store(far, sum_of_products(ds_sum[:, None], q.to(tl.float32), 0))
-                    tl.store(far + far_table, tl.sum(dq_zone, 0))
+                    of_key = sum_of_products(ds_sum[:, None], q.to(tl.float32), 0)
+                    of_query = tl.sum(dq_zone, 0)
+                    if FUSED:
+                        tl.atomic_add(far, of_key, sem="relaxed")
+                        tl.atomic_add(far + far_table, of_query, sem="relaxed")
+                    else:
+                        tl.store(far, of_key)
+                        tl.store(far + far_table, of_query)
     return dq, p_sum, out_dot_dout
 
 
@@ -187,7 +193,8 @@ def _disentangled_bwd_dq_kernel(
 
     Where FUSED, the gradients of pos_key for near pairs are added to near, (2 tables, H, table_rows, BLOCK_D) float32.
 
-    far: (2 tables, 2 sides, H, far_size = B * row_tiles, BLOCK_D) float32; side 0 holds the smallest distances.
+    far: (2 tables, 2 sides, H, far_size, BLOCK_D) float32; side 0 holds the smallest distances. far_size is 1 where
+    FUSED, else B * row_tiles.
     """
     # Program ids.
     pid = tl.program_id(0)
@@ -248,11 +255,13 @@ def _disentangled_bwd_dq_kernel(
     if MASKED:
         first, last = kind_range(tile_list, list_size, 0, tiles, ALL)
     is_only = last - first == 1
-    far = far_ptr + (h * far_size + b * row_tiles + tile_row) * BLOCK_D
+    far = far_ptr + h * far_size * BLOCK_D
+    if not FUSED:
+        far += (b * row_tiles + tile_row) * BLOCK_D
     dq, p_sum, out_dot_dout = _dq_far_zones(
         q, dout, stats, is_only, keys, masks, tables, place, drop, i0, near_start, near_stop, far,
         2 * heads * far_size * BLOCK_D, heads * far_size * BLOCK_D, qk_scale, keep_scale, HEAD_DIM, BLOCK_D, TILE,
-        HAS_BIAS, MASKED, DROPOUT, PRECISION,
+        HAS_BIAS, MASKED, DROPOUT, FUSED, PRECISION,
     )  # fmt: skip
     if HAS_BIAS:
         if MASKED:

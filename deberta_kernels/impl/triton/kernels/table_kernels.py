@@ -42,25 +42,34 @@ def _disentangled_expand_kernel(
 
 
 @triton.jit(
-    do_not_specialize=("rows", "skipped", "first_row", "table_rows", "parts", "heads", "low_row", "high_row"),
+    do_not_specialize=("rows", "skipped", "first_row", "table_rows", "parts", "heads", "low_row", "high_row",
+                       "has_key", "has_query"),
     do_not_specialize_on_alignment=("order_ptr", "bounds_ptr"),
 )  # fmt: skip
 def _disentangled_fold_kernel(
-    near_ptr, far_ptr, dpos_ptr, order_ptr, bounds_ptr, rows, skipped, first_row, table_rows, parts, heads, low_row,
-    high_row, scale, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+    near_ptr, far_ptr, dpos_key_ptr, dpos_query_ptr, order_ptr, bounds_ptr, rows, skipped, first_row, table_rows, parts,
+    heads, low_row, high_row, has_key, has_query, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Sum the gradients of the distances that share a row; the grid is (tiles of ROWS table rows, H), of one table.
+    """Sum the gradients of the distances that share a row; the grid is (tiles of ROWS table rows, H, 2 tables).
 
     Args:
-        near_ptr: (parts, H, rows, BLOCK_D) float32, summed in this order.
-        far_ptr: (2, H, BLOCK_D) float32, sums over the saturated pairs of the smallest and of the largest distances.
-        dpos_ptr: (H, table_rows, HEAD_DIM).
+        near_ptr: (2 tables, parts, H, rows, BLOCK_D) float32, parts summed in this order.
+        far_ptr: (2 tables, 2, H, BLOCK_D) float32, sums over the saturated pairs of the smallest and of the largest
+            distances.
+        dpos_key_ptr: (H, table_rows, HEAD_DIM), written where has_key.
+        dpos_query_ptr: the same of the other table.
         order_ptr: see `DeviceTables`.
         bounds_ptr: see `DeviceTables`.
         low_row: row of the full table that the smallest distances share.
         high_row: row that the largest distances share.
     """
     h = tl.program_id(1)
+    which = tl.program_id(2)
+    if tl.where(which == 0, has_key, has_query) == 0:
+        return
+    near_ptr += which * (parts * heads * rows).to(tl.int64) * BLOCK_D
+    far_ptr += which * 2 * heads * BLOCK_D
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     offs_c = tl.arange(0, CHUNK)
     offs_d = tl.arange(0, BLOCK_D)
@@ -83,5 +92,10 @@ def _disentangled_fold_kernel(
     far = far_ptr + h * BLOCK_D + offs_d[None, :] + tl.zeros([ROWS, BLOCK_D], tl.int32)
     acc += tl.load(far, mask=low[:, None] & (offs_d < BLOCK_D)[None, :], other=0.0)
     acc += tl.load(far + heads * BLOCK_D, mask=high[:, None] & (offs_d < BLOCK_D)[None, :], other=0.0)
-    target = dpos_ptr + (h * table_rows + row).to(tl.int64)[:, None] * HEAD_DIM + offs_d[None, :]
-    tl.store(target, (acc * scale).to(dpos_ptr.dtype.element_ty), mask=exists[:, None] & (offs_d < HEAD_DIM)[None, :])
+    target = (h * table_rows + row).to(tl.int64)[:, None] * HEAD_DIM + offs_d[None, :]
+    gradient = (acc * scale).to(dpos_key_ptr.dtype.element_ty)
+    inside = exists[:, None] & (offs_d < HEAD_DIM)[None, :]
+    if which == 0:
+        tl.store(dpos_key_ptr + target, gradient, mask=inside)
+    else:
+        tl.store(dpos_query_ptr + target, gradient, mask=inside)
