@@ -114,7 +114,7 @@ TARGETS = (
     Target("torch", "torch", FLOATS),
     Target("cpu", "cpu", KERNEL_FLOATS, thread_invariant=True),
     *(Target(f"cpu_{isa}", "cpu", KERNEL_FLOATS, isa=isa, thread_invariant=True) for isa in reversed(env.CPU_ISAS)),
-    Target("triton", "triton", KERNEL_FLOATS, device="cuda"),
+    Target("triton", "triton", KERNEL_FLOATS, device="cuda", repeats=False),
     Target("cuda", "cuda", (torch.bfloat16, torch.float16), device="cuda", head_dims=(64, 128), repeats=False),
     Target("triton_interpreted", "triton", (torch.float32, torch.float16), most_tiles=24),
 )

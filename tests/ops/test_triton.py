@@ -366,4 +366,5 @@ def test_one_term_that_nobody_needs_is_not_computed():
     names = [step.kernel.fn.__name__ for step in plan.launches]
     assert "_disentangled_bwd_position_kernel" not in names
     assert "_disentangled_fold_kernel" not in names
+    assert not any(step.constants.get("FUSED") for step in plan.launches)
     assert plan.results[3:] == (None, None)

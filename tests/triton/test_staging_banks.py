@@ -70,6 +70,26 @@ def test_no_access_conflicts(access, tile, bits):
     assert worst(tile, bits, PLACES[access](tile)) == 1
 
 
+def two_tiles(kind, tile):
+    """Return what `slanted` says: where an element is read in two tiles beside or above each other."""
+    return lambda row, column: {0: tile + row - column, 1: tile + column - row, 2: row + column}[kind]
+
+
+@pytest.mark.parametrize("bits", [16, 32])
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("kind", [0, 1, 2])
+def test_no_access_to_two_tiles_conflicts(kind, tile, bits):
+    index = two_tiles(kind, tile)
+
+    def beside(row, column, tile, bits):
+        return address(row, column, 2 * tile, bits)
+
+    assert worst(tile, bits, lambda row, column: (row, index(row, column)), beside) == 1
+    assert worst(tile, bits, lambda row, column: (index(row, column), column)) == 1
+    assert worst(tile, bits, lambda row, column: (row, tile + column), beside) == 1
+    assert worst(tile, bits, lambda row, column: (tile + row, column)) == 1
+
+
 def test_the_simulator_sees_the_conflicts_of_rows_laid_out_plainly():
     def row_major(row, column, tile, bits):
         return row * tile + column
@@ -104,6 +124,10 @@ class Elements:
 @pytest.mark.parametrize("tile", TILES)
 def test_staging_puts_every_element_where_the_address_says(tile, bits):
     values = torch.arange(tile * tile).reshape(tile, tile)
-    order = plain(primitives.staged)(Elements(values, bits), tile).values
+    order = plain(primitives.staged)(Elements(values, bits), tile, tile).values
     for row, column in itertools.product(range(tile), range(tile)):
         assert order[address(row, column, tile, bits)] == values[row, column]
+    values = torch.arange(2 * tile * tile).reshape(tile, 2 * tile)
+    order = plain(primitives.staged)(Elements(values, bits), tile, 2 * tile).values
+    for row, column in itertools.product(range(tile), range(2 * tile)):
+        assert order[address(row, column, 2 * tile, bits)] == values[row, column]

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from offline.variants import deterministically
 from ptx.machine import Machine
 
 from counted.zones import Counts, Zone, by_zone, problem, zones_of
@@ -32,9 +33,14 @@ class Executed:
 class _Runner:
     """Problems of one variant, run on one device."""
 
-    def __init__(self, backend: Any, device: Any, features: str, dtype: torch.dtype, head_dim: int, grad: bool) -> None:
+    def __init__(
+        self, backend: Any, device: Any, features: str, dtype: torch.dtype, head_dim: int, grad: bool,
+        two_modes: bool = False,
+    ) -> None:  # fmt: skip
         self.backend, self.device, self.grad = backend, device, grad
         self.variant = features, dtype, head_dim
+        # Triton's deterministic kernels are others, the CUDA kernels the same in another grid.
+        self.modes = (False, True) if two_modes and "bias" in features else (False,)
         self.blocks: dict[str, int] = {}
 
     def executed(self) -> dict[str, Executed]:
@@ -57,7 +63,10 @@ class _Runner:
         made = problem(zone, *self.variant, steps)
         out, lse = self.backend.forward(made)
         if self.grad:
-            self.backend.backward(made, torch.randn_like(out), None, out, lse, (True,) * 5)
+            dout = torch.randn_like(out)
+            for deterministic in self.modes:
+                with deterministically(deterministic):
+                    self.backend.backward(made, dout, None, out, lse, (True,) * 5)
         found = {name: machine.counts.copy() for name, machine in self.machines().items()}
         for name, machine in self.machines().items():
             # Every warp executes the first instruction once.
@@ -72,7 +81,7 @@ def of_triton(architecture: int, features: str, dtype: torch.dtype, head_dim: in
     from deberta_kernels.impl import triton as backend
 
     with triton_driver.installed(triton_driver.Device(architecture)) as device:
-        return _Runner(backend, device, features, dtype, head_dim, True).executed()
+        return _Runner(backend, device, features, dtype, head_dim, True, two_modes=True).executed()
 
 
 def of_cuda(

@@ -78,11 +78,13 @@ def records_of(unit: Unit) -> list[Record]:
     else:
         grad = unit.head_dim in HEAD_DIMS["backward"]
         found = execution.of_cuda(unit.features, dtype, unit.head_dim, grad=grad, compiler=unit.compiler)
-        names = {name: name for name in found}
+        names = {name: [name] for name in found}
     records = []
     for name, kernel in found.items():
         first, *again = name.split(" ")
-        title = " ".join((names[first], *again))
+        titles = names[first]
+        number = int(again[0].strip("()")) if again else 1
+        title = titles[number - 1] if number <= len(titles) else f"{titles[0]} ({number})"
         records += [_record(release(unit.compiler), unit.chip, title, kernel, zone) for zone in kernel.zones]
     return records
 
@@ -92,13 +94,14 @@ def _record(compiler: str, chip: str, name: str, kernel: Executed, zone: str) ->
     return Record(compiler, chip, name, zone, figures.values, figures.classes, tuple(conflicts(kernel, zone)))
 
 
-def _triton_names(unit: Unit) -> dict[str, str]:
-    """Return what the bounds of the compiled kernels call each kernel of a variant."""
-    found = {}
+def _triton_names(unit: Unit) -> dict[str, list[str]]:
+    """Return what the bounds of the compiled kernels call each kernel of a variant, deterministic ones last."""
+    found: dict[str, list[str]] = {}
     for direction in ("forward", "backward"):
         variant = compiled.Variant(unit.chip, direction, unit.dtype, unit.head_dim, unit.features)
         for launch in compiled.launches(variant):
-            found[launch.kernel.__name__] = compiled.kernel_title(variant, launch)
+            titles = found.setdefault(launch.kernel.__name__, [])
+            titles.append(compiled.kernel_title(variant, launch))
     return found
 
 

@@ -8,6 +8,8 @@ dtypes, head sizes and devices get the fullest set.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +18,7 @@ import torch
 from deberta_kernels.dtypes import KERNEL_FLOATS, short_name
 from deberta_kernels.types import AttentionProblem, Masks, PositionSpec
 
-__all__ = ["Variant", "kernel_title", "launches", "problem", "selection"]
+__all__ = ["Variant", "deterministically", "kernel_title", "launches", "problem", "selection"]
 
 DTYPES = {short_name(dtype): dtype for dtype in KERNEL_FLOATS}
 FULL = "bias+mask+dropout"
@@ -107,7 +109,7 @@ def problem(variant: Variant) -> AttentionProblem:
 
 @functools.lru_cache(maxsize=64)
 def launches(variant: Variant) -> tuple[Any, ...]:
-    """Return the launches of a variant as the package plans them; see `deberta_kernels.impl.triton.launch`."""
+    """Return the launches of a variant as the package plans them, then those that only a deterministic backward has."""
     from deberta_kernels.impl.triton import launch
 
     call = problem(variant)
@@ -115,13 +117,30 @@ def launches(variant: Variant) -> tuple[Any, ...]:
     if variant.direction == "forward":
         return tuple(forward.launches)
     out, lse = forward.results
-    needs = (True, True, True, True, True)
-    return tuple(launch.backward_launches(call, torch.empty_like(out), None, out, lse, needs, variant.chip).launches)
+    found: dict[str, Any] = {}
+    for deterministic in (False, True):
+        with deterministically(deterministic):
+            plan = launch.backward_launches(call, torch.empty_like(out), None, out, lse, (True,) * 5, variant.chip)
+        for step in plan.launches:
+            found.setdefault(kernel_title(variant, step), step)
+    return tuple(found.values())
+
+
+@contextmanager
+def deterministically(enabled: bool) -> Iterator[None]:
+    """Plan with or without `torch.use_deterministic_algorithms`, which the gradients of the tables depend on."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(enabled)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 # Constant of a kernel -> the feature that each of its values stands for.
 _CONSTANTS: dict[str, dict[Any, str]] = {
     "HAS_BIAS": {True: "bias"}, "MASKED": {1: "mask", 2: "pair"}, "DROPOUT": {True: "dropout"},
+    "FUSED": {True: "tables"},  # a kernel that also sums the gradients of a table
 }  # fmt: skip
 
 

@@ -47,6 +47,11 @@ class Backward(Call):
         self.dout, self.needs = dout, needs
         self.wanted = wanted(problem, needs)
         self.wants_tables = has_positions(problem) and any(x is not None for x in self.wanted[3:])
+        # Whether the passes by queries and by keys add the gradients of tables in any order, or a third pass in one.
+        anyhow = not torch.are_deterministic_algorithms_enabled()
+        self.fused = self.wants_tables and anyhow
+        # Masks without positions take the kernels with positions, also in this.
+        self.features["FUSED"] = self.fused or (anyhow and self.masked > 0 and not self.biased)
 
     def plan(self, out: Tensor, lse: Tensor, dlse: Tensor | None) -> Plan:
         # (B, N, H, D) in memory, as the kernels write them.
@@ -54,7 +59,8 @@ class Backward(Call):
         shared = {**self.tokens("q", "k", "v"), **self.strided("dout", "o", self.dout), **self.tables()}
         shared.update(self.key_masks())
         self.preprocess(shared, out, lse, dlse)
-        far, by_keys = None, self.needs[1] or self.needs[2]
+        shared["near_ptr"] = self.near_sums() if self.fused else self.nothing(torch.float32)
+        far, by_keys = None, self.needs[1] or self.needs[2] or self.fused
         # The pass by keys reads what the pass by queries writes: in float32, and where there is one tile of keys.
         if self.needs[0] or self.wants_tables or (by_keys and (q.dtype == torch.float32 or self.key_tiles == 1)):
             far = self.query_pass(shared, q)
@@ -67,7 +73,7 @@ class Backward(Call):
     def preprocess(self, shared: dict[str, Any], out: Tensor, lse: Tensor, dlse: Tensor | None) -> None:
         device = self.problem.q.device
         batch, heads, nq = lse.shape
-        stats = torch.empty(5, batch, heads, nq, dtype=torch.float32, device=device)
+        stats = torch.empty(7, batch, heads, nq, dtype=torch.float32, device=device)
         groups = self.batch * heads
         partial = self.nothing(torch.float32)
         if self.masked:
@@ -121,7 +127,7 @@ class Backward(Call):
         tables = self.wanted[3:]
         if not self.wants_tables or far is None:
             return [None if x is None else torch.zeros_like(x, memory_format=torch.contiguous_format) for x in tables]
-        near, parts = self.near_gradients(shared)
+        near, parts = (shared["near_ptr"], 1) if self.fused else self.near_gradients(shared)
         found: list[Tensor | None] = []
         for which, table in enumerate(tables):
             gradient = None
@@ -130,6 +136,11 @@ class Backward(Call):
                 self.fold(near[which], far[which], gradient, parts)
             found.append(gradient)
         return found
+
+    def near_sums(self) -> Tensor:
+        """Return zeroed sums for the gradients of the expanded tables, (2 tables, H, rows, block) float32."""
+        size = (2, self.heads, self.window.rows, self.block)
+        return torch.zeros(size, dtype=torch.float32, device=self.problem.q.device)
 
     def near_gradients(self, shared: dict[str, Any]) -> tuple[Tensor, int]:
         """Plan the gradients of the expanded tables: (2 tables, parts * 2, H, rows, block) float32."""

@@ -44,12 +44,20 @@ def variant(problem: AttentionProblem) -> tuple[Any, ...]:
     """Return what the kernels of a call are compiled for: calls of one variant run the same ones."""
     q = problem.q
     features = (mask_kind(problem), has_positions(problem), problem.dropout_p > 0)
-    return q.device, q.dtype, q.shape[-1], *features, _differentiated(problem), _precision()
+    gradients = _differentiated(problem), _needs(problem), torch.are_deterministic_algorithms_enabled()
+    return q.device, q.dtype, q.shape[-1], *features, *(gradients if gradients[0] else (False,)), _precision()
 
 
 def _differentiated(problem: AttentionProblem) -> bool:
     # Whatever the mode: a compiled graph chooses without gradients what it will run with them.
     return any(x is not None and x.requires_grad for x in inputs(problem))
+
+
+def _needs(problem: AttentionProblem) -> Needs:
+    """Return which gradients the kernels are compiled for: without those of the tables they are others."""
+    tables = (problem.pos_key, problem.pos_query)
+    wanted = any(x is not None and x.requires_grad for x in tables)
+    return True, True, True, wanted, wanted
 
 
 def _compile(problem: AttentionProblem) -> bool:
@@ -61,8 +69,8 @@ def _compile(problem: AttentionProblem) -> bool:
         return launch.forward_launches(shapes, key, precision=precision)
 
     def backward_plan() -> launch.Plan:
-        dout, needs = torch.empty_like(out), (True,) * 5
-        return launch.backward_launches(shapes, dout, None, out, lse, needs, key, precision=precision)
+        dout = torch.empty_like(out)
+        return launch.backward_launches(shapes, dout, None, out, lse, _needs(problem), key, precision=precision)
 
     try:
         out, lse = _fitted(q, key, "forward", forward_plan, launch.build).results

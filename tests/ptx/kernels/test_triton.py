@@ -3,14 +3,18 @@
 Ten seconds a variant are the compiler's, and kept in TRITON_CACHE_DIR; a case then takes a second or less.
 """
 
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
+import torch
 from ptx.drivers import triton_driver
 from ptx.errors import PtxError
 from triton import knobs
 
 from deberta_kernels.impl.triton import fences, launch
+from deberta_kernels.testing import budget, inputs
+from deberta_kernels.testing.backends import Target
 from deberta_kernels.testing.inputs import MASKS, Case
 from tests.ptx.kernels import problems
 from tests.ptx.kernels.problems import BF16, FAR, FEW_KEYS, FP16, FP32, GENERAL, SHORT
@@ -72,6 +76,49 @@ def test_results_and_gradients_are_within_the_budget(device, check, case):
 def test_a_warp_may_fall_behind(device, check, case, late):
     device.seed, device.late = 7 * len(late), late
     check("triton", case)
+
+
+DETERMINISTIC = [
+    Case(batch=2, heads=1, nq=150, dtype=BF16, mask="holes"),
+    Case(batch=1, heads=2, nq=330, dtype=FP16, **SHORT),
+    Case(batch=1, heads=1, nq=200, dtype=FP32, **SHORT),
+]
+
+
+@contextmanager
+def deterministically():
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("case", named(DETERMINISTIC))
+def test_deterministic_gradients_are_within_the_budget(device, check, case):
+    with deterministically():
+        check("triton", case)
+
+
+@pytest.mark.parametrize("case", named([Case(batch=2, heads=1, nq=200, dtype=BF16, **SHORT)]))
+def test_only_the_sums_of_tables_depend_on_the_order_of_blocks(device, case):
+    """All other gradients have one order, and all of them where it is asked for."""
+    problem = inputs.problem(case)
+    dout = inputs.dout(case, problem)
+    run = Target("triton", "triton", (case.dtype,)).run
+
+    def gradients(seed):
+        device.seed = seed
+        return budget.evaluate(run, problem, dout)
+
+    with deterministically():
+        first, *others = (gradients(seed) for seed in (1, 100))
+    fused = [gradients(seed) for seed in (1, 100, 200)]
+    tables = {"dpos_key", "dpos_query"}
+    for again in others:
+        assert all(torch.equal(again[name], x) for name, x in first.items())
+    for again in fused:
+        assert all(torch.equal(again[name], x) for name, x in first.items() if name not in tables)
 
 
 @pytest.mark.every_case

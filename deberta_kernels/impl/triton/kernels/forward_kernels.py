@@ -8,16 +8,16 @@ from deberta_kernels.impl.triton.kernels.primitives import (
     LN2_LOW,
     POINTERS,
     RUNTIME,
-    along_rows,
-    difference,
     kept,
     key_segments,
+    layout_of_rows,
     load_block,
     load_rows,
     load_table_row,
     load_tokens,
     near_reach,
     sequence,
+    slanted,
     store_rows,
 )
 from deberta_kernels.impl.triton.kernels.scores import allowed, far_constant, far_query, near_score, valid_keys
@@ -165,12 +165,9 @@ def _near_zone(
     nq, nk, prefix, prefix_tiles, tiles, key_start = place
     offs_t = tl.arange(0, TILE)
     offs_d = tl.arange(0, BLOCK_D)
-    distance = difference(TILE)
-    high_row = offs_t[:, None] >= offs_t[None, :]
-    upper = offs_t[:, None] + offs_t[None, :] < TILE
     block = i0 - (near_start - prefix_tiles) * TILE + prefix - key_start + table_offset
     key_block = load_block(pos_key, block, offs_t, offs_d, BLOCK_D)
-    c2p = along_rows(tl.dot(q, key_block.T, input_precision=PRECISION), distance, TILE)
+    index = slanted(TILE, 0, layout_of_rows(tl.dot(q, key_block.T, input_precision=PRECISION), near_start))
     high = load_block(pos_query, block, offs_t, offs_d, BLOCK_D)
     for tile in tl.range(near_start, near_stop, num_stages=1):
         j0 = key_start + (tile - prefix_tiles) * TILE
@@ -181,9 +178,10 @@ def _near_zone(
         k, v = load_tokens(keys, j0, offs_t, offs_d, valid, HEAD_DIM, BLOCK_D)
         block -= TILE
         low = load_block(pos_query, block, offs_t, offs_d, BLOCK_D)
-        key_block = load_block(pos_key, block, offs_t, offs_d, BLOCK_D)
-        score, c2p = near_score(q, k, c2p, key_block, high, low, distance, high_row, upper, TILE, PRECISION)
+        low_key_block = load_block(pos_key, block, offs_t, offs_d, BLOCK_D)
+        score = near_score(q, k, low_key_block, key_block, low, high, index, TILE, PRECISION)
         high = low
+        key_block = low_key_block
         score = allowed(score, valid, partial, masks, place, i0, j0, False, MASKED, TILE)
         m, total, acc = _online_softmax(
             score, m, total, acc, v, drop, i0, j0, qk_scale, MASKED, DROPOUT, TILE, PRECISION

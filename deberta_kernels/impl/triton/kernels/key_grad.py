@@ -6,22 +6,22 @@ import triton.language as tl
 from deberta_kernels.impl.triton.kernels.primitives import (
     POINTERS,
     RUNTIME,
-    along_rows,
-    difference,
+    add_block,
+    along_two_rows,
     key_segments,
+    layout_of_rows,
     load_block,
+    load_pairs,
     load_table_row,
     load_tokens,
     near_reach,
     sequence,
+    slanted,
     store_rows,
-    total,
-    when,
 )
 from deberta_kernels.impl.triton.kernels.scores import (
     allowed,
     far_query,
-    lone_score,
     near_score,
     score_gradient,
     valid_keys,
@@ -33,30 +33,30 @@ __all__ = ["_disentangled_bwd_dkv_kernel"]
 
 
 @triton.jit
-def _load_queries(queries, stats, stats_size, i0, offs_t, offs_d, nq, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-                  MASKED: tl.constexpr):  # fmt: skip
-    """Return q, dout, lse (raw; +inf on padded rows) and sums of out * dout of a tile of queries.
+def _load_queries(queries, stats, stats_size, kind, first_row, i0, nq, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+                  MASKED: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
+    """Return q, dout and the statistics of a tile of queries, see `load_pairs`.
 
     In float32 all that the weights p are multiplied by comes multiplied by the factor that `weights` asks for.
     """
-    m_mask = i0 + offs_t < nq
-    lse = tl.load(stats + i0 + offs_t, mask=m_mask, other=float("inf"))
-    out_dot_dout = tl.load(stats + stats_size + i0 + offs_t, mask=m_mask, other=0.0)
+    offs_i = i0 + tl.arange(0, TILE)
+    m_mask = offs_i < nq
+    shift, out_dot_dout = load_pairs(stats, kind, stats_size, first_row + offs_i, m_mask)
     row_valid = m_mask
     if MASKED:
-        row_valid = lse != float("inf")
-    q, dout = load_tokens(queries, i0, offs_t, offs_d, row_valid, HEAD_DIM, BLOCK_D)
+        row_valid = shift != -float("inf")
+    q, dout = load_tokens(queries, i0, tl.arange(0, TILE), tl.arange(0, BLOCK_D), row_valid, HEAD_DIM, BLOCK_D)
     if q.dtype == tl.float32:
-        factor = tl.load(stats + 4 * stats_size + i0 + offs_t, mask=m_mask, other=1.0)
+        factor = tl.load(stats + 6 * stats_size + first_row + offs_i, mask=m_mask, other=1.0)
         dout *= factor[:, None]
         out_dot_dout *= factor
-    return q, dout, lse, out_dot_dout
+    return q, dout, shift, out_dot_dout
 
 
 @triton.jit
 def _dkv_far_zones(
-    k, v, valid, partial, queries, stats, stats_size, masks, tables, place, drop, row_list, row_list_size, tile, j0,
-    row_tiles, near_start, near_stop, qk_scale, keep_scale, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    k, v, valid, partial, queries, stats, stats_size, first_row, masks, tables, place, drop, row_list, row_list_size,
+    tile, j0, row_tiles, near_start, near_stop, qk_scale, keep_scale, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     TILE: tl.constexpr, HAS_BIAS: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Return what the saturated queries add to dk and dv, above (side 0, smallest distances) and below (side 1).
@@ -65,7 +65,6 @@ def _dkv_far_zones(
     """
     pos_key, pos_query, table_rows, table_offset = tables
     nq, nk, prefix, prefix_tiles, tiles, key_start = place
-    offs_t = tl.arange(0, TILE)
     offs_d = tl.arange(0, BLOCK_D)
     positioned = (tile >= prefix_tiles).to(tl.int32)
     dk = tl.zeros([TILE, BLOCK_D], tl.float32)
@@ -84,14 +83,12 @@ def _dkv_far_zones(
                 if MASKED:
                     tile_row = listed(row_list, row_list_size, n, ALL)
                 i0 = tile_row * TILE
-                q, dout, lse, out_dot_dout = _load_queries(
-                    queries, stats, stats_size, i0, offs_t, offs_d, nq, HEAD_DIM, BLOCK_D, MASKED
-                )
-                shift = -lse
+                q, dout, shift, out_dot_dout = _load_queries(
+                    queries, stats, stats_size, positioned * (1 + side), first_row, i0, nq, HEAD_DIM, BLOCK_D, MASKED,
+                    TILE,
+                )  # fmt: skip
                 if HAS_BIAS:
                     q = far_query(q, pos_row)
-                    has_row = when(i0 + offs_t < nq, positioned)
-                    shift += tl.load(stats + (2 + side) * stats_size + i0 + offs_t, mask=has_row, other=0.0)
                 if q.dtype == tl.float32:
                     score = tl.dot(q, k.T, input_precision=PRECISION).T
                 else:
@@ -107,63 +104,66 @@ def _dkv_far_zones(
 
 @triton.jit
 def _dkv_near_zone(
-    k, v, dk, dv, valid, partial, queries, stats, stats_size, masks, tables, place, drop, tile, j0, near_start,
-    near_stop, qk_scale, keep_scale, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
-    MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    k, v, dk, dv, valid, partial, queries, stats, stats_size, first_row, masks, tables, dpos, place, drop, tile, j0,
+    near_start, near_stop, qk_scale, keep_scale, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
+    MASKED: tl.constexpr, DROPOUT: tl.constexpr, FUSED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Return dk and dv with what the near queries add.
 
-    Here rows are keys: y = (column - row) mod T, and the low block serves the columns < rows. In the product of a
-    block with the queries, row y of query r is of the low block where y > r, the same condition.
+    Here rows are keys: the distance of a pair from that of the first one is column - row.
+
+    Args:
+        dpos: float32 sums of the gradient of the expanded pos_query of this head; what is added where FUSED.
     """
     pos_key, pos_query, table_rows, table_offset = tables
     nq, nk, prefix, prefix_tiles, tiles, key_start = place
     offs_t = tl.arange(0, TILE)
     offs_d = tl.arange(0, BLOCK_D)
-    distance = (TILE - difference(TILE)) & (TILE - 1)
-    back = total(TILE)
-    low_pair = offs_t[:, None] > offs_t[None, :]
-    below = offs_t[:, None] + offs_t[None, :] < TILE
     block = (near_start - tile + prefix_tiles - 1) * TILE + prefix - key_start + table_offset
     query_block = load_block(pos_query, block, offs_t, offs_d, BLOCK_D)
-    p2c = along_rows(tl.dot(k, query_block.T, input_precision=PRECISION), distance, TILE)
+    zero = layout_of_rows(tl.dot(k, query_block.T, input_precision=PRECISION), near_start)
+    index = slanted(TILE, 1, zero)
+    by_query = slanted(TILE, 0, zero)
+    back = slanted(TILE, 2, zero)
     low = load_block(pos_key, block, offs_t, offs_d, BLOCK_D)
-    ds_low = tl.zeros([TILE, TILE], k.dtype)
+    ds_before = tl.zeros([TILE, TILE], k.dtype)
     for tile_row in tl.range(near_start, near_stop, num_stages=1):
         i0 = tile_row * TILE
-        q, dout, lse, out_dot_dout = _load_queries(
-            queries, stats, stats_size, i0, offs_t, offs_d, nq, HEAD_DIM, BLOCK_D, MASKED
+        q, dout, shift, out_dot_dout = _load_queries(
+            queries, stats, stats_size, 0, first_row, i0, nq, HEAD_DIM, BLOCK_D, MASKED, TILE
         )
         block += TILE
         high_query_block = load_block(pos_query, block, offs_t, offs_d, BLOCK_D)
         high = load_block(pos_key, block, offs_t, offs_d, BLOCK_D)
         if q.dtype == tl.float32:
-            score = lone_score(q, k, high, low, high_query_block, query_block, TILE, PRECISION).T
+            score = near_score(q, k, low, high, query_block, high_query_block, by_query, TILE, PRECISION).T
         else:
-            score, p2c = near_score(
-                k, q, p2c, high_query_block, low, high, distance, low_pair, low_pair, TILE, PRECISION
-            )
+            score = near_score(k, q, query_block, high_query_block, low, high, index, TILE, PRECISION)
         low = high
         score = allowed(score, valid, partial, masks, place, i0, j0, True, MASKED, TILE)
-        p = weights(score, -lse[None, :], qk_scale, q)
+        p = weights(score, shift[None, :], qk_scale, q)
         dp = tl.dot(v, dout.T, input_precision=PRECISION)
         p, ds = score_gradient(p, dp, out_dot_dout[None, :], drop, i0, j0, keep_scale, True, DROPOUT, TILE)
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
         ds = ds.to(q.dtype)
         dk = tl.dot(ds, q, dk, input_precision=PRECISION)
-        by_distance = along_rows(ds, back, TILE)
-        block_ds = tl.where(below, ds_low, by_distance)
-        ds_low = by_distance
+        block_ds = along_two_rows(ds_before, ds, back, TILE)
+        ds_before = ds
         dk = tl.dot(block_ds, query_block, dk, input_precision=PRECISION)
+        if FUSED:
+            dquery = tl.dot(block_ds.T, k, input_precision=PRECISION)
+            add_block(dpos, block - TILE, offs_t, offs_d, dquery, BLOCK_D)
         query_block = high_query_block
-    last_ds = tl.where(below, ds_low, tl.zeros_like(ds_low))
+    last_ds = along_two_rows(ds_before, tl.zeros_like(ds_before), back, TILE)
+    if FUSED:
+        add_block(dpos, block, offs_t, offs_d, tl.dot(last_ds.T, k, input_precision=PRECISION), BLOCK_D)
     dk = tl.dot(last_ds, query_block, dk, input_precision=PRECISION)
     return dk, dv
 
 
 @triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=POINTERS)
 def _disentangled_bwd_dkv_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, dk_ptr, dv_ptr, stats_ptr, dmean_ptr, pos_key_ptr, pos_query_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, dk_ptr, dv_ptr, stats_ptr, dmean_ptr, near_ptr, pos_key_ptr, pos_query_ptr,
     key_mask_ptr, pair_mask_ptr, tile_list_ptr, row_list_ptr, cu_seqlens_ptr, seed_ptr,
     stride_qb: tl.int64, stride_qh: tl.int64, stride_qn, stride_kb: tl.int64, stride_kh: tl.int64, stride_kn,
     stride_vb: tl.int64, stride_vh: tl.int64, stride_vn, stride_ob: tl.int64, stride_oh: tl.int64, stride_on,
@@ -171,9 +171,13 @@ def _disentangled_bwd_dkv_kernel(
     stride_pn: tl.int64, heads, nq, nk, prefix, packed, key_tiles, list_size, row_list_size, low_end, high_start,
     table_offset, table_rows, stats_size: tl.int64, threshold, has_pair, qk_scale, scale, keep_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, UNIT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, FENCED: tl.constexpr,
+    MASKED: tl.constexpr, DROPOUT: tl.constexpr, FUSED: tl.constexpr, PRECISION: tl.constexpr, FENCED: tl.constexpr,
 ):  # fmt: skip
-    """Write dk and dv of one tile of keys; tiles are (keys, queries); the grid is (B * H * key_tiles,)."""
+    """Write dk and dv of one tile of keys; tiles are (keys, queries); the grid is (B * H * key_tiles,).
+
+    Where FUSED, the gradients of pos_query for near pairs are added to near: (2 tables, H, table_rows, BLOCK_D)
+    float32.
+    """
     # Program ids.
     pid = tl.program_id(0)
     batch_head = pid // key_tiles
@@ -214,7 +218,7 @@ def _disentangled_bwd_dkv_kernel(
     q_base = q_ptr + (batch * stride_qb + h * stride_qh + first_token * stride_qn) * UNIT
     dout_base = dout_ptr + (batch * stride_ob + h * stride_oh + first_token * stride_on) * UNIT
     queries = (q_base, dout_base, stride_qn * UNIT, stride_on * UNIT)
-    stats = stats_ptr + (batch * heads + h) * query_rows + start
+    first_query = (batch * heads + h) * query_rows + start
     pair_mask = pair_mask_ptr + b * stride_pb + h * stride_ph
     masks = (key_mask_ptr, tile_list, list_size, pair_mask, has_pair, stride_pm, stride_pn)
     table = h.to(tl.int64) * table_rows * BLOCK_D
@@ -233,17 +237,19 @@ def _disentangled_bwd_dkv_kernel(
         near_start = tl.where(is_prefix, 0, tl.minimum(tl.maximum(position_tile + 1 - right, 0), row_tiles))
         near_stop = tl.where(is_prefix, 0, tl.minimum(tl.maximum(position_tile + left, 0), row_tiles))
     dk, dv = _dkv_far_zones(
-        k, v, valid, partial, queries, stats, stats_size, masks, tables, place, drop, row_list, row_list_size, tile, j0,
-        row_tiles, near_start, near_stop, qk_scale, keep_scale, HEAD_DIM, BLOCK_D, TILE, HAS_BIAS, MASKED, DROPOUT,
-        PRECISION,
+        k, v, valid, partial, queries, stats_ptr, stats_size, first_query, masks, tables, place, drop, row_list,
+        row_list_size, tile, j0, row_tiles, near_start, near_stop, qk_scale, keep_scale, HEAD_DIM, BLOCK_D, TILE,
+        HAS_BIAS, MASKED, DROPOUT, PRECISION,
     )  # fmt: skip
     if HAS_BIAS:
         if MASKED:
             near_start, near_stop = occupied(row_list, row_list_size, near_start, near_stop)
         if near_start < near_stop:
+            dpos = near_ptr + heads.to(tl.int64) * table_rows * BLOCK_D + table
             dk, dv = _dkv_near_zone(
-                k, v, dk, dv, valid, partial, queries, stats, stats_size, masks, tables, place, drop, tile, j0,
-                near_start, near_stop, qk_scale, keep_scale, HEAD_DIM, BLOCK_D, TILE, MASKED, DROPOUT, PRECISION,
+                k, v, dk, dv, valid, partial, queries, stats_ptr, stats_size, first_query, masks, tables, dpos, place,
+                drop, tile, j0, near_start, near_stop, qk_scale, keep_scale, HEAD_DIM, BLOCK_D, TILE, MASKED, DROPOUT,
+                FUSED, PRECISION,
             )  # fmt: skip
 
     # Epilogue and stores.

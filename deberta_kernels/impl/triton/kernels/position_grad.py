@@ -2,7 +2,8 @@
 
 All tiles of a diagonal read the same two blocks of the expanded tables, so their gradients are two sums that stay in
 registers. The scores are recomputed a third time; in exchange the sums have one fixed order, and the same call gives
-the same bits. Saturated tiles are not here: the pass by queries sums their gradients on its way.
+the same bits: what `torch.use_deterministic_algorithms` asks for. Otherwise the passes by queries and by keys add these
+gradients, in any order. Saturated tiles are not here: the pass by queries sums their gradients on its way.
 """
 
 import triton
@@ -16,12 +17,15 @@ from deberta_kernels.impl.triton.kernels.primitives import (
     along_rows,
     difference,
     key_segments,
+    layout_of_rows,
     load_block,
+    load_pairs,
     load_tokens,
     sequence,
+    slanted,
     total,
 )
-from deberta_kernels.impl.triton.kernels.scores import allowed, lone_score, score_gradient, valid_keys, weights
+from deberta_kernels.impl.triton.kernels.scores import allowed, near_score, score_gradient, valid_keys, weights
 from deberta_kernels.impl.triton.kernels.tile_list import ALL, ROWS, kind_range
 
 __all__ = ["_disentangled_bwd_position_kernel"]
@@ -51,16 +55,17 @@ def _disentangled_bwd_position_kernel(
     padded_nk = nk
     offs_t = tl.arange(0, TILE)
     offs_d = tl.arange(0, BLOCK_D)
-    shift = prefix % PREFIX_STEP
-    block = diagonal * TILE + shift + table_offset
+    block = diagonal * TILE + prefix % PREFIX_STEP + table_offset
     pos_key = pos_key_ptr + h.to(tl.int64) * table_rows * BLOCK_D
     pos_query = pos_query_ptr + h.to(tl.int64) * table_rows * BLOCK_D
     high_key = load_block(pos_key, block, offs_t, offs_d, BLOCK_D)
     low_key = load_block(pos_key, block - TILE, offs_t, offs_d, BLOCK_D)
     high_query = load_block(pos_query, block, offs_t, offs_d, BLOCK_D)
     low_query = load_block(pos_query, block - TILE, offs_t, offs_d, BLOCK_D)
-    distance = difference(TILE)
-    around = total(TILE)
+    zero = layout_of_rows(tl.dot(high_query, high_key.T, input_precision=PRECISION), part)
+    index = slanted(TILE, 0, zero)
+    distance = difference(TILE) + zero[:, None]
+    around = total(TILE) + zero[:, None]
     high_row = offs_t[:, None] >= offs_t[None, :]
     upper = offs_t[:, None] + offs_t[None, :] < TILE
     dkey_high = tl.zeros([TILE, BLOCK_D], tl.float32)
@@ -87,10 +92,9 @@ def _disentangled_bwd_position_kernel(
             j0 = key_start + position_tile * TILE
             m_mask = i0 + offs_t < nq_b
             valid = valid_keys(j0 + offs_t, prefix, nk_b, key_mask_ptr + b * stride_mb, MASKED)
-            stats = stats_ptr + (batch * heads + h) * memory_rows + start + i0 + offs_t
-            lse = tl.load(stats, mask=m_mask, other=float("inf"))
-            out_dot_dout = tl.load(stats + stats_size, mask=m_mask, other=0.0)
-            row_valid = lse != float("inf")
+            row = (batch * heads + h) * memory_rows + start + i0 + offs_t
+            shift, out_dot_dout = load_pairs(stats_ptr, 0, stats_size, row, m_mask)
+            row_valid = shift != -float("inf")
             head = h.to(tl.int64)
             q_base = q_ptr + (batch * stride_qb + head * stride_qh) * UNIT
             dout_base = dout_ptr + (batch * stride_ob + head * stride_oh) * UNIT
@@ -100,13 +104,13 @@ def _disentangled_bwd_position_kernel(
             keys = (k_base, v_base, stride_kn * UNIT, stride_vn * UNIT)
             q, dout = load_tokens(queries, start + i0, offs_t, offs_d, row_valid, HEAD_DIM, BLOCK_D)
             k, v = load_tokens(keys, start + j0, offs_t, offs_d, valid, HEAD_DIM, BLOCK_D)
-            score = lone_score(q, k, high_key, low_key, high_query, low_query, TILE, PRECISION)
+            score = near_score(q, k, low_key, high_key, low_query, high_query, index, TILE, PRECISION)
             pair_mask = pair_mask_ptr + b * stride_pb + h * stride_ph
             masks = (key_mask_ptr, tile_list_ptr, list_size, pair_mask, has_pair, stride_pm, stride_pn)
             place = (nq_b, nk_b, prefix, prefix_tiles, tiles, key_start)
             score = allowed(score, valid, True, masks, place, i0, j0, False, MASKED, TILE)
             drop = (seed_ptr, b * heads + h, threshold)
-            p = weights(score, -lse[:, None], qk_scale, q)
+            p = weights(score, shift[:, None], qk_scale, q)
             dp = tl.dot(dout, v.T, input_precision=PRECISION)
             _, ds = score_gradient(p, dp, out_dot_dout[:, None], drop, i0, j0, keep_scale, False, DROPOUT, TILE)
             ds = ds.to(q.dtype)

@@ -79,9 +79,39 @@ def store_rows(base, offs_n, offs_d, stride, row_mask, values, HEAD_DIM: tl.cons
 
 
 @triton.jit
+def load_pairs(stats, kind, stats_size, row, mask):
+    """Return (row constant less log-sum-exp, sum of out * dout) of queries, see `_disentangled_bwd_preprocess_kernel`.
+
+    Args:
+        kind: 0 for near keys and for those without a position, 1 and 2 for those of the smallest and largest distances.
+        stats_size: B * H * Nq.
+        row: of each query among those, (T,).
+        mask: which queries there are.
+    """
+    pointers = stats + 2 * (kind * stats_size + row)[:, None] + tl.arange(0, 2)[None, :]
+    column = tl.arange(0, 2)[None, :]
+    other = tl.where(column == 0, -float("inf"), 0.0) + tl.zeros_like(row)[:, None].to(tl.float32)
+    return tl.load(pointers, mask=mask[:, None] & (column >= 0), other=other).split()
+
+
+@triton.jit
+def store_pairs(stats, kind, stats_size, row, shift, out_dot_dout, mask):
+    """Store what `load_pairs` loads."""
+    pointers = stats + 2 * (kind * stats_size + row)
+    tl.store(pointers, shift, mask=mask)
+    tl.store(pointers + 1, out_dot_dout, mask=mask)
+
+
+@triton.jit
 def load_block(table, row, offs_t, offs_d, BLOCK_D: tl.constexpr):
     """Load T consecutive rows of an expanded table, (T, BLOCK_D); the tables have a margin, so none is outside."""
-    return tl.load(table + (row + offs_t)[:, None] * BLOCK_D + offs_d[None, :])
+    return tl.load(table + row * BLOCK_D + (offs_t[:, None] * BLOCK_D + offs_d[None, :]))
+
+
+@triton.jit
+def add_block(table, row, offs_t, offs_d, values, BLOCK_D: tl.constexpr):
+    """Add (T, BLOCK_D) to T consecutive rows of the float32 sums of an expanded table, which other programs add to."""
+    tl.atomic_add(table + row * BLOCK_D + (offs_t[:, None] * BLOCK_D + offs_d[None, :]), values, sem="relaxed")
 
 
 @triton.jit
@@ -140,13 +170,13 @@ def total(TILE: tl.constexpr):
 
 
 @triton.jit
-def staging_address(row, col, TILE: tl.constexpr, BITS: tl.constexpr):
+def staging_address(row, col, COLUMNS: tl.constexpr, BITS: tl.constexpr):
     """Return where `staged` puts element (row, col): 8 x 8 blocks, in which no two lanes of a warp share a bank.
 
     32-bit elements also have the lowest column bit moved above the rows of the block: an accumulator's lane holds two
     neighbouring columns, and stores one of them at a time.
     """
-    block = (row >> 3) * (8 * TILE) + (col >> 3) * 64
+    block = (row >> 3) * (8 * COLUMNS) + (col >> 3) * 64
     if BITS == 32:
         return block + (col & 1) * 32 + (row & 7) * 4 + ((col >> 1) & 3)
     else:
@@ -154,13 +184,13 @@ def staging_address(row, col, TILE: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def staged(x, TILE: tl.constexpr):
-    """Return the elements of a tile in the order of `staging_address`, (TILE * TILE,)."""
+def staged(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return the elements of (ROWS, COLUMNS) in the order of `staging_address`, in one dimension."""
     if x.dtype.primitive_bitwidth == 32:
-        blocks = x.reshape(TILE // 8, 8, TILE // 8, 4, 2).permute(0, 2, 4, 1, 3)
+        blocks = x.reshape(ROWS // 8, 8, COLUMNS // 8, 4, 2).permute(0, 2, 4, 1, 3)
     else:
-        blocks = x.reshape(TILE // 8, 8, TILE // 8, 8).permute(0, 2, 1, 3)
-    return blocks.reshape(TILE * TILE)
+        blocks = x.reshape(ROWS // 8, 8, COLUMNS // 8, 8).permute(0, 2, 1, 3)
+    return blocks.reshape(ROWS * COLUMNS)
 
 
 @triton.jit
@@ -168,7 +198,7 @@ def along_rows(x, column, TILE: tl.constexpr):
     """Return x[row, column[row, col]], (TILE, TILE)."""
     row = tl.arange(0, TILE)[:, None] + tl.zeros_like(column)
     address = staging_address(row, column, TILE, x.dtype.primitive_bitwidth)
-    return tl.gather(staged(x, TILE), address.reshape(TILE * TILE), 0).reshape(TILE, TILE)
+    return tl.gather(staged(x, TILE, TILE), address.reshape(TILE * TILE), 0).reshape(TILE, TILE)
 
 
 @triton.jit
@@ -176,7 +206,70 @@ def along_columns(x, row, TILE: tl.constexpr):
     """Return x[row[row, col], col], (TILE, TILE)."""
     col = tl.arange(0, TILE)[None, :] + tl.zeros_like(row)
     address = staging_address(row, col, TILE, x.dtype.primitive_bitwidth)
-    return tl.gather(staged(x, TILE), address.reshape(TILE * TILE), 0).reshape(TILE, TILE)
+    return tl.gather(staged(x, TILE, TILE), address.reshape(TILE * TILE), 0).reshape(TILE, TILE)
+
+
+@triton.jit
+def slanted(TILE: tl.constexpr, KIND: tl.constexpr, zero):
+    """Return an index into two tiles beside or above each other: its low three bits, and the others as a sum of two.
+
+    KIND: 0 TILE + row - column, 1 TILE + column - row, 2 row + column. No entry wraps around. The second part of the
+    sum is a constant in every register of a lane: added last, it becomes part of the load.
+
+    Args:
+        zero: see `layout_of_rows`.
+    """
+    row = tl.arange(0, TILE)[:, None]
+    col = tl.arange(0, TILE)[None, :]
+    if KIND == 0:
+        low = (row & 7) - (col & 7)
+        return low & 7, (row >> 3) + (low >> 3) + TILE // 8, -(col >> 3), zero
+    elif KIND == 1:
+        low = (col & 7) - (row & 7)
+        return low & 7, (low >> 3) - (row >> 3) + TILE // 8, col >> 3, zero
+    else:
+        low = (row & 7) + (col & 7)
+        return low & 7, (low >> 3) + (row >> 3), col >> 3, zero
+
+
+@triton.jit
+def layout_of_rows(product, count):
+    """Return zeros, (T,) int32, that the compiler takes for unknown numbers, and lays out as the rows of a product.
+
+    A gather lies as its index does. What goes into a product next would have it in the order of memory, where its loads
+    meet in banks and its result is staged once more; an index that these are added to keeps it in that of accumulators.
+
+    Args:
+        product: (T, T) float32, of `tl.dot`.
+        count: an integer that is never negative, which the compiler does not know.
+    """
+    return tl.max(product, 1).to(tl.int32, bitcast=True) & tl.minimum(count, 0)
+
+
+@triton.jit
+def along_two_rows(left, right, index, TILE: tl.constexpr):
+    """Return x[row, index[row, col]], (TILE, TILE), of x = left beside right; index as `slanted` returns it."""
+    BITS: tl.constexpr = left.dtype.primitive_bitwidth
+    x = tl.join(left, right).permute(0, 2, 1).reshape(TILE, 2 * TILE)
+    low, high, step, zero = index
+    row = tl.arange(0, TILE)[:, None]
+    address = (row >> 3) * (16 * TILE) + high * 64 + staging_address(row & 7, low, 2 * TILE, BITS)
+    address += zero[:, None]
+    address += step * 64
+    return tl.gather(staged(x, TILE, 2 * TILE), address.reshape(TILE * TILE), 0).reshape(TILE, TILE)
+
+
+@triton.jit
+def along_two_columns(top, bottom, index, TILE: tl.constexpr):
+    """Return x[index[row, col], col], (TILE, TILE), of x = top above bottom; index as `slanted` returns it."""
+    BITS: tl.constexpr = top.dtype.primitive_bitwidth
+    x = tl.join(top, bottom).permute(2, 0, 1).reshape(2 * TILE, TILE)
+    low, high, step, zero = index
+    col = tl.arange(0, TILE)[None, :]
+    address = high * (8 * TILE) + staging_address(low, col & 7, TILE, BITS)
+    address += zero[:, None]
+    address += step * (8 * TILE) + (col >> 3) * 64
+    return tl.gather(staged(x, 2 * TILE, TILE), address.reshape(TILE * TILE), 0).reshape(TILE, TILE)
 
 
 @triton.jit

@@ -6,18 +6,19 @@ import triton.language as tl
 from deberta_kernels.impl.triton.kernels.primitives import (
     POINTERS,
     RUNTIME,
-    along_rows,
-    difference,
+    add_block,
+    along_two_rows,
     key_segments,
+    layout_of_rows,
     load_block,
     load_rows,
     load_table_row,
     load_tokens,
     near_reach,
     sequence,
+    slanted,
     store_rows,
     sum_of_products,
-    when,
 )
 from deberta_kernels.impl.triton.kernels.scores import (
     after_dropout,
@@ -44,7 +45,7 @@ def _dq_far_zones(
     What they add to the gradients of the saturated table rows is stored.
 
     Args:
-        stats: (lse, out_dot_dout, dlse, where the saturated constants are, their distance, which rows there are).
+        stats: (those of `load_pairs` of near keys, dlse, where the pairs are, B * H * Nq, which rows, which there are).
         far_ptr: where the sums of pos_key and the smallest distances of this tile go.
         far_table: from there to those of pos_query, in elements.
         far_side: from there to those of the largest distances.
@@ -52,7 +53,7 @@ def _dq_far_zones(
     key_mask, tile_list, list_size, pair_mask, has_pair, stride_pm, stride_pn = masks
     pos_key, pos_query, table_rows, table_offset = tables
     nq, nk, prefix, prefix_tiles, tiles, key_start = place
-    lse, out_dot_dout, dlse, constants, stats_size, m_mask = stats
+    shift, out_dot_dout, dlse, pairs, stats_size, row, m_mask = stats
     offs_t = tl.arange(0, TILE)
     offs_d = tl.arange(0, BLOCK_D)
     dq = tl.zeros([TILE, BLOCK_D], tl.float32)
@@ -67,12 +68,12 @@ def _dq_far_zones(
             first_key = tl.where(zone == 0, 0, prefix)
             last_key = tl.where(zone == 0, prefix, nk)
             far_q = q
-            shift = -lse
+            zone_shift = shift
             side_row = tl.where(zone == 1, table_rows - 1, 0)
             if HAS_BIAS:
                 far_q = far_query(q, load_table_row(pos_query, side_row, offs_d, zone, BLOCK_D))
-                side = constants + (2 - zone) * stats_size + offs_t  # zone 1 holds the largest distances, side 1
-                shift = tl.load(side, mask=when(m_mask, zone), other=0.0) - lse
+                kind = tl.where(zone == 0, 0, 3 - zone)  # zone 1 holds the largest distances
+                zone_shift = tl.load(pairs + 2 * (kind * stats_size + row), mask=m_mask, other=-float("inf"))
             dq_zone = tl.zeros([TILE, BLOCK_D], tl.float32)
             ds_sum = tl.zeros([TILE], tl.float32)
             for n in range(n0, n1):
@@ -87,7 +88,7 @@ def _dq_far_zones(
                 k, v = load_tokens(keys, j0, offs_t, offs_d, valid, HEAD_DIM, BLOCK_D)
                 score = tl.dot(far_q, k.T, input_precision=PRECISION)
                 score = allowed(score, valid, partial, masks, place, i0, j0, False, MASKED, TILE)
-                p = weights(score, shift[:, None], qk_scale, q)
+                p = weights(score, zone_shift[:, None], qk_scale, q)
                 dp = tl.dot(dout, v.T, input_precision=PRECISION)
                 _, dp = after_dropout(p, dp, drop, i0, j0, keep_scale, False, DROPOUT, TILE)
                 if q.dtype != tl.float32:
@@ -110,25 +111,26 @@ def _dq_far_zones(
 
 @triton.jit
 def _dq_near_zone(
-    q, dout, stats, is_only, dq, p_sum, keys, masks, tables, place, drop, i0, near_start, near_stop, qk_scale,
+    q, dout, stats, is_only, dq, p_sum, keys, masks, tables, dpos, place, drop, i0, near_start, near_stop, qk_scale,
     keep_scale, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, FUSED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return dq and the sums of p with what the near keys add, and the sums of out * dout."""
+    """Return dq and the sums of p with what the near keys add, and the sums of out * dout.
+
+    Args:
+        dpos: float32 sums of the gradient of the expanded pos_key of this head; what is added where FUSED.
+    """
     key_mask, tile_list, list_size, pair_mask, has_pair, stride_pm, stride_pn = masks
     pos_key, pos_query, table_rows, table_offset = tables
     nq, nk, prefix, prefix_tiles, tiles, key_start = place
-    lse, out_dot_dout, dlse, constants, stats_size, m_mask = stats
+    shift, out_dot_dout, dlse, pairs, stats_size, row, m_mask = stats
     offs_t = tl.arange(0, TILE)
     offs_d = tl.arange(0, BLOCK_D)
-    distance = difference(TILE)
-    high_row = offs_t[:, None] >= offs_t[None, :]
-    upper = offs_t[:, None] + offs_t[None, :] < TILE
     block = i0 - (near_start - prefix_tiles) * TILE + prefix - key_start + table_offset
     key_block = load_block(pos_key, block, offs_t, offs_d, BLOCK_D)
-    c2p = along_rows(tl.dot(q, key_block.T, input_precision=PRECISION), distance, TILE)
+    index = slanted(TILE, 0, layout_of_rows(tl.dot(q, key_block.T, input_precision=PRECISION), near_start))
     high = load_block(pos_query, block, offs_t, offs_d, BLOCK_D)
-    ds_high = tl.zeros([TILE, TILE], q.dtype)
+    ds_before = tl.zeros([TILE, TILE], q.dtype)
     for tile in tl.range(near_start, near_stop, num_stages=1):
         j0 = key_start + (tile - prefix_tiles) * TILE
         valid = valid_keys(j0 + offs_t, prefix, nk, key_mask, MASKED)
@@ -139,10 +141,10 @@ def _dq_near_zone(
         block -= TILE
         low = load_block(pos_query, block, offs_t, offs_d, BLOCK_D)
         low_key_block = load_block(pos_key, block, offs_t, offs_d, BLOCK_D)
-        score, c2p = near_score(q, k, c2p, low_key_block, high, low, distance, high_row, upper, TILE, PRECISION)
+        score = near_score(q, k, low_key_block, key_block, low, high, index, TILE, PRECISION)
         high = low
         score = allowed(score, valid, partial, masks, place, i0, j0, False, MASKED, TILE)
-        p = weights(score, -lse[:, None], qk_scale, q)
+        p = weights(score, shift[:, None], qk_scale, q)
         dp = tl.dot(dout, v.T, input_precision=PRECISION)
         _, dp = after_dropout(p, dp, drop, i0, j0, keep_scale, False, DROPOUT, TILE)
         if q.dtype != tl.float32:
@@ -153,18 +155,22 @@ def _dq_near_zone(
         ds = ds.to(q.dtype)
         dq = tl.dot(ds, k, dq, input_precision=PRECISION)
         # ds by distance: what this tile and the one before it add to the rows of one table block.
-        by_distance = along_rows(ds, distance, TILE)
-        block_ds = tl.where(high_row, by_distance, ds_high)
-        ds_high = by_distance
+        block_ds = along_two_rows(ds_before, ds, index, TILE)
+        ds_before = ds
         dq = tl.dot(block_ds, key_block, dq, input_precision=PRECISION)
+        if FUSED:
+            dkey = tl.dot(block_ds.T, q, input_precision=PRECISION)
+            add_block(dpos, block + TILE, offs_t, offs_d, dkey, BLOCK_D)
         key_block = low_key_block
-    last_ds = tl.where(high_row, tl.zeros_like(ds_high), ds_high)
+    last_ds = along_two_rows(ds_before, tl.zeros_like(ds_before), index, TILE)
+    if FUSED:
+        add_block(dpos, block, offs_t, offs_d, tl.dot(last_ds.T, q, input_precision=PRECISION), BLOCK_D)
     return tl.dot(last_ds, key_block, dq, input_precision=PRECISION), p_sum, out_dot_dout
 
 
 @triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=POINTERS)
 def _disentangled_bwd_dq_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, dq_ptr, stats_ptr, far_ptr, pos_key_ptr, pos_query_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, dq_ptr, stats_ptr, far_ptr, near_ptr, pos_key_ptr, pos_query_ptr,
     key_mask_ptr, pair_mask_ptr, tile_list_ptr, cu_seqlens_ptr, seed_ptr,
     stride_qb: tl.int64, stride_qh: tl.int64, stride_qn, stride_kb: tl.int64, stride_kh: tl.int64, stride_kn,
     stride_vb: tl.int64, stride_vh: tl.int64, stride_vn, stride_ob: tl.int64, stride_oh: tl.int64, stride_on,
@@ -172,12 +178,14 @@ def _disentangled_bwd_dq_kernel(
     stride_pn: tl.int64, heads, nq, nk, prefix, packed, row_tiles, list_size, low_end, high_start, table_offset,
     table_rows, stats_size: tl.int64, far_size: tl.int64, threshold, has_pair, qk_scale, scale, keep_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, UNIT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, FENCED: tl.constexpr,
+    MASKED: tl.constexpr, DROPOUT: tl.constexpr, FUSED: tl.constexpr, PRECISION: tl.constexpr, FENCED: tl.constexpr,
 ):  # fmt: skip
     """Write dq of one tile of queries and its share of the saturated rows' gradients; the grid is (B * H * row_tiles,).
 
     In float32 it also writes 1 / the sum of p of each query to the last row of the statistics (`weights`), in 16 bits a
     better sum of out * dout where one tile has all keys (`sum_of_only_tile`).
+
+    Where FUSED, the gradients of pos_key for near pairs are added to near, (2 tables, H, table_rows, BLOCK_D) float32.
 
     far: (2 tables, 2 sides, H, far_size = B * row_tiles, BLOCK_D) float32; side 0 holds the smallest distances.
     """
@@ -202,14 +210,14 @@ def _disentangled_bwd_dq_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     m_mask = i0 + offs_t < nq
     first_row = (start + i0).to(tl.int64)
-    of_rows = stats_ptr + (batch * heads + h) * memory_rows + first_row
-    lse = tl.load(of_rows + offs_t, mask=m_mask, other=float("inf"))
-    out_dot_dout = tl.load(of_rows + stats_size + offs_t, mask=m_mask, other=0.0)
+    row = (batch * heads + h) * memory_rows + first_row + offs_t
+    shift = tl.load(stats_ptr + 2 * row, mask=m_mask, other=-float("inf"))
+    out_dot_dout = tl.load(stats_ptr + 2 * row + 1, mask=m_mask, other=0.0)
     dlse = out_dot_dout
     if q_ptr.dtype.element_ty != tl.float32:
-        dlse = tl.load(of_rows + 4 * stats_size + offs_t, mask=m_mask, other=0.0)
-    stats = (lse, out_dot_dout, dlse, of_rows + 2 * stats_size, stats_size, m_mask)
-    row_valid = lse != float("inf")
+        dlse = tl.load(stats_ptr + 6 * stats_size + row, mask=m_mask, other=0.0)
+    stats = (shift, out_dot_dout, dlse, stats_ptr, stats_size, row, m_mask)
+    row_valid = shift != -float("inf")
     stride_qn = stride_qn * UNIT
     stride_kn = stride_kn * UNIT
     stride_vn = stride_vn * UNIT
@@ -251,15 +259,16 @@ def _disentangled_bwd_dq_kernel(
             near_start, near_stop = occupied(tile_list, list_size, near_start, near_stop)
         if near_start < near_stop:
             dq, p_sum, out_dot_dout = _dq_near_zone(
-                q, dout, stats, is_only, dq, p_sum, keys, masks, tables, place, drop, i0, near_start, near_stop,
-                qk_scale, keep_scale, HEAD_DIM, BLOCK_D, TILE, MASKED, DROPOUT, PRECISION,
+                q, dout, stats, is_only, dq, p_sum, keys, masks, tables, near_ptr + table, place, drop, i0, near_start,
+                near_stop, qk_scale, keep_scale, HEAD_DIM, BLOCK_D, TILE, MASKED, DROPOUT, FUSED, PRECISION,
             )  # fmt: skip
 
     # Stores.
     if q.dtype == tl.float32:
         # Queries without a key, and those that a NaN reached, keep a factor of 1.
-        tl.store(of_rows + 4 * stats_size + offs_t, 1.0 / tl.where(p_sum > 0.0, p_sum, 1.0), mask=m_mask)
+        tl.store(stats_ptr + 6 * stats_size + row, 1.0 / tl.where(p_sum > 0.0, p_sum, 1.0), mask=m_mask)
     elif is_only:
-        tl.store(of_rows + stats_size + offs_t, out_dot_dout, mask=m_mask)
+        for kind in tl.static_range(3):
+            tl.store(stats_ptr + 2 * (kind * stats_size + row) + 1, out_dot_dout, mask=m_mask)
     dq_base = dq_ptr + ((batch * memory_rows + first_row) * heads + h) * HEAD_DIM
     store_rows(dq_base, offs_t, offs_d, heads * HEAD_DIM, m_mask, dq * scale, HEAD_DIM, BLOCK_D)

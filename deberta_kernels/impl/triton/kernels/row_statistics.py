@@ -11,6 +11,7 @@ from deberta_kernels.impl.triton.kernels.primitives import (
     load_rows,
     load_table_row,
     sequence,
+    store_pairs,
     sum_of_products,
     when,
 )
@@ -30,9 +31,10 @@ def _disentangled_bwd_preprocess_kernel(
 ):  # fmt: skip
     """Write what the other kernels need of each query; the grid is (B * H * row_tiles,).
 
-    stats: (5, B, H, Nq) float32: the log-sum-exp in units of a raw score, +inf on padded rows; sum of out * dout less
-    dlse; q . pos_key of the saturated distances, smallest, then largest; dlse, or in float32 what the pass by
-    queries writes.
+    stats: float32: (3, B, H, Nq, 2), a pair of each query for near keys, for those of the smallest distances and for
+    those of the largest: the row constant of a raw score less its log-sum-exp, -inf on padded rows; sum of out * dout
+    less dlse. Pairs, since one load of two numbers is copied as one. Then (B, H, Nq): dlse, or in float32 what the pass
+    by queries writes.
     dmean: (B * H, row_tiles, BLOCK_D) float32: what the padded rows of the tile add to every dv.
     """
     pid = tl.program_id(0)
@@ -60,16 +62,18 @@ def _disentangled_bwd_preprocess_kernel(
     # Rounded once: the weights are as exact as what is subtracted here, and a large score makes that coarse.
     wide = lse.to(tl.float64)
     raw = ((wide * LOG2E_HIGH + wide * LOG2E_LOW) / qk_scale).to(tl.float32)
-    tl.store(stats_ptr + stats, tl.where(padded, float("inf"), raw), mask=m_mask)
-    tl.store(stats_ptr + stats_size + stats, tl.where(padded, 0.0, out_dot_dout), mask=m_mask)
-    tl.store(stats_ptr + 4 * stats_size + stats, tl.where(padded, 0.0, dlse), mask=m_mask)
+    shift = tl.where(padded, -float("inf"), -raw)
+    out_dot_dout = tl.where(padded, 0.0, out_dot_dout)
+    store_pairs(stats_ptr, 0, stats_size, stats, shift, out_dot_dout, m_mask)
+    tl.store(stats_ptr + 6 * stats_size + stats, tl.where(padded, 0.0, dlse), mask=m_mask)
     if HAS_BIAS:
         q_base = q_ptr + (batch * stride_qb + h * stride_qh + first_row * stride_qn) * UNIT
         q = load_rows(q_base, offs_t, offs_d, stride_qn * UNIT, m_mask & (padded == 0), HEAD_DIM, BLOCK_D)
         pos_key = pos_key_ptr + h.to(tl.int64) * table_rows * BLOCK_D
         for side in tl.static_range(2):
             row = load_table_row(pos_key, side * (table_rows - 1), offs_d, table_rows, BLOCK_D)
-            tl.store(stats_ptr + (2 + side) * stats_size + stats, far_constant(q, row), mask=m_mask)
+            constant = far_constant(q, row)
+            store_pairs(stats_ptr, 1 + side, stats_size, stats, constant + shift, out_dot_dout, m_mask)
     if MASKED:
         dmean = tl.sum(tl.where((padded & m_mask)[:, None], dout, 0.0), 0) / nk
         tl.store(dmean_ptr + pid.to(tl.int64) * BLOCK_D + offs_d, dmean)

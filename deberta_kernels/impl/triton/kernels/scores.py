@@ -14,7 +14,7 @@ In float32 every pass forms a score from the same products in the same order, so
 import triton
 import triton.language as tl
 
-from deberta_kernels.impl.triton.kernels.primitives import along_columns, along_rows, difference, kept, sum_of_products
+from deberta_kernels.impl.triton.kernels.primitives import along_two_columns, along_two_rows, kept, sum_of_products
 
 
 @triton.jit
@@ -33,48 +33,36 @@ def far_constant(q, pos_key_row):
 
 
 @triton.jit
-def near_score(
-    fixed, moving, carried, fixed_block, old_block, new_block, index, old_pair, old_entry, TILE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Return the raw scores of a near tile, (T, T) float32, fixed by moving tokens, and what the next tile carries on.
+def _product(x, block, PRECISION: tl.constexpr):
+    """Return x . block, (T, T), as it is staged: rounded to the dtype of x, as eager code rounds its bias terms."""
+    return tl.dot(x, block.T, input_precision=PRECISION).to(x.dtype)
 
-    Along a row of tiles the new blocks of one tile are the old ones of the next, so that one product with the fixed
-    tokens and its rotation per tile suffice.
+
+@triton.jit
+def near_score(
+    fixed, moving, fixed_low, fixed_high, moving_low, moving_high, index, TILE: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """Return the raw scores of a near tile, (T, T) float32, fixed by moving tokens.
+
+    Both blocks of each table are multiplied anew in each tile, though the low blocks of one are the high ones of
+    the next: a product carried on from there would take 32 registers of a lane.
 
     Args:
         fixed: tokens of all tiles of this program, (T, BLOCK_D): the queries, or the keys in the pass by keys.
         moving: the other tokens.
-        carried: the rotated product of the fixed tokens with the old block of their table.
-        fixed_block: the new block of that table.
-        old_block: of the other table.
-        new_block: of the other table.
-        index: y of each pair.
-        old_pair: which pairs read the old blocks.
-        old_entry: which entries (y, moving token) of the product with the other table are of its old block.
+        fixed_low: the low block of the table that is multiplied with `fixed`: of the distances x0 - T and up.
+        fixed_high: the high block: of x0 and up.
+        moving_low: of the table that is multiplied with `moving`.
+        moving_high: of it.
+        index: T + the distance of each pair from x0, see `slanted`.
     """
-    rotated = along_rows(tl.dot(fixed, fixed_block.T, input_precision=PRECISION), index, TILE)
-    old = tl.dot(old_block, moving.T, input_precision=PRECISION)
-    new = tl.dot(new_block, moving.T, input_precision=PRECISION)
-    bias = along_columns(tl.where(old_entry, old, new), index, TILE)
-    bias += tl.where(old_pair, carried, rotated)
-    return tl.dot(fixed, moving.T, bias, input_precision=PRECISION), rotated
-
-
-@triton.jit
-def lone_score(q, k, high_key, low_key, high_query, low_query, TILE: tl.constexpr, PRECISION: tl.constexpr):
-    """Return the raw scores of a near tile, queries by keys, from all four blocks: those of `near_score` to the bit."""
-    row = tl.arange(0, TILE)[:, None]
-    col = tl.arange(0, TILE)[None, :]
-    distance = difference(TILE)
-    high = tl.dot(q, high_key.T, input_precision=PRECISION)
-    low = tl.dot(q, low_key.T, input_precision=PRECISION)
-    # Row r of the product reads entry y of the high block where y <= r, which is where r >= c.
-    c2p = along_rows(tl.where(row >= col, high, low), distance, TILE)
-    high = tl.dot(high_query, k.T, input_precision=PRECISION)
-    low = tl.dot(low_query, k.T, input_precision=PRECISION)
-    bias = along_columns(tl.where(row + col < TILE, high, low), distance, TILE)
-    return tl.dot(q, k.T, bias + c2p, input_precision=PRECISION)
+    low = _product(moving_low, moving, PRECISION)
+    high = _product(moving_high, moving, PRECISION)
+    bias = along_two_columns(low, high, index, TILE).to(tl.float32)
+    low = _product(fixed, fixed_low, PRECISION)
+    high = _product(fixed, fixed_high, PRECISION)
+    bias += along_two_rows(low, high, index, TILE).to(tl.float32)
+    return tl.dot(fixed, moving.T, bias, input_precision=PRECISION)
 
 
 @triton.jit
