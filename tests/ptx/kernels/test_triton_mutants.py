@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import triton
+from offline.variants import deterministically
 from ptx import mutations
 from ptx.drivers import triton_driver
 from ptx.redundant import reasons, recorded
@@ -79,7 +80,9 @@ def launches_of(architecture, cases):
         for case in cases:
             problem = inputs.problem(case)
             torch.manual_seed(case.seed)
-            budget.evaluate(target.run, problem, inputs.dout(case, problem))
+            for deterministic in (False, True):
+                with deterministically(deterministic):
+                    budget.evaluate(target.run, problem, inputs.dout(case, problem))
     return [
         launches for launches in found.values() if any(map(mutations.is_ordering, launches[0].machine.program.opcodes))
     ]

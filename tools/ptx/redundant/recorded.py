@@ -116,6 +116,9 @@ def _blocks(launches: list[Launch]) -> list[_Block]:
 
 
 def _only(launches: list[Launch], blocks: list[_Block]) -> list[Launch]:
+    if any(opcode.startswith(("atom.global", "red.global")) for opcode in launches[0].machine.program.opcodes):
+        # What several blocks add to depends on their order: each by itself.
+        return [replace(launches[block.launch], blocks=(block.number,)) for block in blocks]
     chosen: dict[int, list[int]] = {}
     for block in blocks:
         chosen.setdefault(block.launch, []).append(block.number)
