@@ -59,7 +59,9 @@ def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
 def backward(
     problem: AttentionProblem, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, needs: Needs
 ) -> Gradients:
-    """Compute the gradients asked for; every sum has one fixed order, so the same call gives the same bits.
+    """Compute the gradients asked for.
+
+    dq, dk and dv of the same call are the same bits; those of the tables under `torch.use_deterministic_algorithms`.
 
     Args:
         problem: what forward got.
