@@ -78,7 +78,8 @@ def _chosen(kind: Kind, head_dim: int, device: torch.device, backend: str) -> Ex
     # As a model has them: heads inside of tokens, so that pointers and strides are as in its calls.
     q, k, v = (torch.empty(1, _LENGTH, _HEADS, head_dim, **place).transpose(1, 2) for _ in range(3))
     tables = [torch.empty(_ROWS, _HEADS, head_dim, **place).transpose(0, 1) for _ in range(2)]
-    q.requires_grad_(kind.training)
+    for x in (q, *tables):
+        x.requires_grad_(kind.training)
     shape = {"none": None, "key": (1, _LENGTH), "pair": (1, 1, _LENGTH, _LENGTH)}[kind.mask]
     mask = None if shape is None else torch.ones(shape, dtype=torch.bool, device=device)
     return api.explain(q, k, v, *tables, attention_mask=mask, dropout_p=kind.dropout, backend=backend)

@@ -98,10 +98,12 @@ def test_whoever_watches_launches_is_told_of_each(device):
 
 def test_what_is_compiled_side_by_side_is_all_that_a_step_launches(device):
     problem = inputs.problem(CASE)
-    problem.q.requires_grad_()
+    assert problem.pos_key is not None
+    for x in (problem.q, problem.pos_key):
+        x.requires_grad_()
     assert execute.compile_refusal(problem) is None
     with mock.patch.object(JITFunction, "_do_compile", REFUSED):
-        results(CASE, replace(problem, q=problem.q.detach()))
+        results(CASE, inputs.problem(CASE))
 
 
 def test_a_later_process_finds_what_was_compiled_ahead(device, capsys):

@@ -39,6 +39,8 @@ PLAIN = [
 MASKED = [
     Case(batch=2, heads=1, nq=320, dtype=BF16, mask="right", **NEAR),
     Case(batch=2, heads=1, nq=330, nk=128, dtype=BF16, mask="right", **NEAR),
+    # All 128 keys are there: full tiles that saturate, and nothing behind them.
+    Case(batch=1, heads=1, nq=330, nk=128, dtype=BF16, mask="right", seed=246, **NEAR),
     Case(batch=2, heads=1, nq=60, dtype=BF16, mask="right", **NEAR),
     Case(batch=1, heads=1, nq=200, nk=330, dtype=BF16, mask="holes", **NEAR),
     Case(batch=2, heads=1, nq=200, dtype=BF16, mask="right", terms="none"),
