@@ -19,13 +19,7 @@ SHAPES = (
 CASES = [Case(dtype=dtype, **shape) for shape in SHAPES for dtype in DTYPES]
 
 
-@pytest.fixture(autouse=True)
-def asked_for(target):
-    """Ask for the same bits where they are not given otherwise."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(not target.repeats)
-    yield
-    torch.use_deterministic_algorithms(before)
+pytestmark = pytest.mark.usefixtures("same_bits")
 
 
 def bits(target, case):

@@ -74,6 +74,7 @@ def test_packed_sequences_count_inside_themselves(target):
     assert torch.equal(kept, expected)
 
 
+@pytest.mark.usefixtures("same_bits")
 def test_same_seed_repeats_and_another_seed_does_not(target):
     case = Case(batch=1, heads=2, nq=60, head_dim=16, dropout_p=0.3)
     problem = inputs.problem(case, target.device)

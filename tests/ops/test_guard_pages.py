@@ -61,6 +61,7 @@ def test_the_pages_are_guarded(place):
     assert done.returncode != 0
 
 
+@pytest.mark.usefixtures("same_bits")
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_attention_keeps_within_its_tensors(target, case, place):

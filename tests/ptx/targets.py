@@ -53,7 +53,7 @@ def pytest_configure():
     found = [OnPtx("cuda_on_ptx", "cuda", _LOW, most_tiles=24, head_dims=(64, 128), repeats=False)]
     if find_spec("triton"):
         dtypes = (torch.float32, *_LOW)
-        found += [OnPtx(f"triton_sm_{n}_on_ptx", "triton", dtypes, most_tiles=24) for n in (80, 90)]
+        found += [OnPtx(f"triton_sm_{n}_on_ptx", "triton", dtypes, most_tiles=24, repeats=False) for n in (80, 90)]
     backends.TARGETS += tuple(found)
 
 

@@ -65,13 +65,15 @@ def build(launch: Launch) -> None:
 def build_side_by_side(launches: list[Launch]) -> None:
     """Compile the kernels of some launches for the current device, as many at once as there are cores.
 
-    Most of a compilation is outside of Python: of several threads each has a core to itself.
+    Most of a compilation is outside of Python: of several threads each has a core to itself. What fails here is left to
+    `build`, which says why: Python before 3.12 may also fail to parse a source while another thread does
+    (SystemError: AST constructor recursion depth mismatch).
     """
     distinct = {(launch.kernel.__name__, *launch.constants.values()): launch for launch in launches}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
     def compile_all() -> None:
-        with ThreadPoolExecutor(min(cores, len(distinct))) as pool, triton.AsyncCompileMode(pool):
+        with ThreadPoolExecutor(min(cores, len(distinct))) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
             for launch in distinct.values():
                 _compiled(launch)
 

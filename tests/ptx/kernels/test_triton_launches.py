@@ -1,5 +1,6 @@
 """How the Triton kernels are compiled and launched: side by side, ahead of time, and past Triton's binder."""
 
+import threading
 from dataclasses import replace
 from unittest import mock
 
@@ -115,3 +116,20 @@ def test_a_later_process_finds_what_was_compiled_ahead(device, capsys):
         for mask in ("none", "right_tokens"):
             results(replace(CASE, mask=mask, dropout_p=0.1))
             execute.forward(inputs.problem(replace(CASE, mask=mask)))
+
+
+def test_what_fails_side_by_side_is_compiled_by_itself(device):
+    problem, make, threads = inputs.problem(CASE), ASTSource.make_ir, []
+
+    def failing(*arguments, **named):
+        threads.append(threading.current_thread())
+        if threading.current_thread() is not threading.main_thread():
+            raise SystemError("AST constructor recursion depth mismatch")
+        return make(*arguments, **named)
+
+    with mock.patch.object(ASTSource, "make_ir", failing), knobs.compilation.scope():
+        knobs.compilation.always_compile = True
+        assert execute.compile_refusal(problem) is None
+    assert threading.main_thread() in threads
+    assert len(set(threads)) > 1
+    results(CASE)
