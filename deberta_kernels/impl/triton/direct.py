@@ -57,6 +57,7 @@ def form_of(launch: Launch) -> Hashable | None:
         return None
     return (
         function, driver.active.get_current_device(), launch.num_warps, launch.num_stages, *launch.constants.values(),
+        knobs.runtime.debug, knobs.runtime.add_stages_inspection_hook,
         *[given[name].dtype for name in parameters.pointers],
         *[given[name].data_ptr() % 16 == 0 for name in parameters.aligned],
     )  # fmt: skip
@@ -82,7 +83,7 @@ def _read(launch: Launch) -> _Parameters | None:
 
 
 def _is_watched(kernel: Any) -> bool:
-    """Tell whether somebody follows launches or changes how kernels are compiled; Triton knows what to tell them."""
+    """Tell whether somebody follows launches; Triton knows what to tell them."""
     runtime = knobs.runtime
     hooks = (runtime.launch_enter_hook, runtime.launch_exit_hook)
     return bool(

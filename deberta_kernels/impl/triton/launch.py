@@ -69,7 +69,10 @@ def build_side_by_side(launches: list[Launch]) -> None:
     `build`, which says why: Python before 3.12 may also fail to parse a source while another thread does
     (SystemError: AST constructor recursion depth mismatch).
     """
-    distinct = {(launch.kernel.__name__, *launch.constants.values()): launch for launch in launches}
+    distinct = {
+        (x.kernel.__name__, x.num_warps, x.num_stages, *x.constants.values(), *map(_dtype, x.arguments.values())): x
+        for x in launches
+    }
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
     def compile_all() -> None:
@@ -79,6 +82,10 @@ def build_side_by_side(launches: list[Launch]) -> None:
 
     # A context of its own: the caller may have one of Triton's modes active, of which there can be one.
     Context().run(compile_all)
+
+
+def _dtype(x: Any) -> torch.dtype | None:
+    return x.dtype if isinstance(x, Tensor) else None
 
 
 def _compiled(launch: Launch) -> Any:

@@ -133,3 +133,18 @@ def test_what_fails_side_by_side_is_compiled_by_itself(device):
     assert threading.main_thread() in threads
     assert len(set(threads)) > 1
     results(CASE)
+
+
+def test_no_length_of_a_mask_is_compiled_for(device):
+    results(replace(CASE, nq=128, mask="right_tokens"))
+    with mock.patch.object(JITFunction, "_do_compile", REFUSED):
+        for length in (100, 65, 1):
+            results(replace(CASE, nq=length, mask="right_tokens"))
+
+
+def test_a_setting_of_the_compiler_that_changes_asks_triton(device):
+    results(CASE)
+    with knobs.runtime.scope(), mock.patch.object(JITFunction, "run", REFUSED):
+        knobs.runtime.debug = not knobs.runtime.debug
+        with pytest.raises(AssertionError, match="Triton was asked"):
+            results(CASE)

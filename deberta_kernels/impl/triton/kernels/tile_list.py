@@ -70,7 +70,10 @@ def _append(base, size, tile, belongs, exists, found, KIND: tl.constexpr):
     return found + tl.sum(flag, 0)
 
 
-@triton.jit(do_not_specialize=("length", "prefix", "size", "all_partial"), do_not_specialize_on_alignment=("mask_ptr",))
+@triton.jit(
+    do_not_specialize=("stride_mb", "length", "prefix", "size", "all_partial"),
+    do_not_specialize_on_alignment=("mask_ptr",),
+)
 def _disentangled_tile_list_kernel(
     mask_ptr, tile_list_ptr, stride_mb: tl.int64, length, prefix, size, all_partial, TILE: tl.constexpr
 ):  # fmt: skip
