@@ -142,13 +142,18 @@ def _run_forward(problem: AttentionProblem, backend: str) -> tuple[Tensor, Tenso
 
 
 def _run_apart(compute: Callable[[AttentionProblem], Any], problem: AttentionProblem, row: Backend) -> Any:
-    with ExitStack() as stack:
-        if torch._C._is_any_autocast_enabled():
-            stack.enter_context(torch.autocast(problem.q.device.type, enabled=False))
-        if not row.own_graph:
-            # Below autograd and view tracking: `out` is then a plain result that may be modified in place like that of
-            # any operator, not a view that autograd remembers as made in no_grad mode.
-            stack.enter_context(torch._C._AutoDispatchBelowADInplaceOrView())
+    if torch._C._is_any_autocast_enabled():
+        with torch.autocast(problem.q.device.type, enabled=False):
+            return _run_below(compute, problem, row)
+    return _run_below(compute, problem, row)
+
+
+def _run_below(compute: Callable[[AttentionProblem], Any], problem: AttentionProblem, row: Backend) -> Any:
+    if row.own_graph:
+        return compute(problem)
+    # Below autograd and view tracking: `out` is then a plain result that may be modified in place like that of any
+    # operator, not a view that autograd remembers as made in no_grad mode.
+    with torch._C._AutoDispatchBelowADInplaceOrView():
         return compute(problem)
 
 

@@ -105,6 +105,14 @@ class AttentionProblem:
             self.seed, self.prepared,
         )  # fmt: skip
 
+    def with_tensors(self, tensors: Sequence[Any]) -> AttentionProblem:
+        """Return a copy with other tensors, in the order of `tensors`; more may follow them."""
+        q, k, v, pos_key, pos_query, key, query, pair, cu_seqlens, seed, prepared = tensors[:11]
+        return self.changed(
+            q=q, k=k, v=v, pos_key=pos_key, pos_query=pos_query, masks=Masks(key, query, pair), cu_seqlens=cu_seqlens,
+            seed=seed, prepared=prepared,
+        )  # fmt: skip
+
     def arguments(self) -> tuple[Any, ...]:
         """Return the values of `ARGUMENTS`."""
         position = self.position

@@ -29,6 +29,7 @@ __all__ = [
     "head_dim_refusal",
     "inputs",
     "masked",
+    "mean_value",
     "padded_row_value",
     "positioned_keys",
     "scale_refusal",
@@ -147,7 +148,12 @@ def empty_results(q: Tensor) -> tuple[Tensor, Tensor]:
 
 def padded_row_value(problem: AttentionProblem) -> Tensor | None:
     """Return what a padded row gets, (B, H, D) float32 contiguous; None without a mask, when there is no such row."""
-    return problem.v.mean(2, dtype=torch.float32).contiguous() if masked(problem) else None
+    return mean_value(problem.v) if masked(problem) else None
+
+
+def mean_value(v: Tensor) -> Tensor:
+    """Return the mean of v over its keys, (B, H, D) float32 contiguous."""
+    return v.mean(2, dtype=torch.float32).contiguous()
 
 
 def steps(x: Tensor) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from deberta_kernels.impl.triton.kernels.row_statistics import (
 from deberta_kernels.impl.triton.kernels.table_kernels import _disentangled_fold_kernel
 from deberta_kernels.impl.triton.plan import Call, Launch, Plan, rows_of_program
 from deberta_kernels.impl.triton.tables import near_reach
+from deberta_kernels.impl.triton.tensors import Tensors
 from deberta_kernels.types import AttentionProblem, Gradients
 
 __all__ = ["Backward"]
@@ -36,14 +38,20 @@ _FOLD_ROWS = 16
 _FOLD_CHUNK = 8
 
 
+def _as_tokens(x: Tensor) -> Tensor:
+    """Return (B, H, N, D) in (B, N, H, D) memory."""
+    inside = x.transpose(1, 2)
+    return x if inside.is_contiguous() else inside.contiguous()
+
+
 class Backward(Call):
     """The launches of one backward: statistics of the rows, dq, dk and dv, position gradients."""
 
     def __init__(
-        self, problem: AttentionProblem, config: tuning.TileConfig, precision: str, device_key: str, dout: Tensor,
-        needs: Needs,
+        self, problem: AttentionProblem, config: tuning.TileConfig, precision: str, device_key: str,
+        tensors: Tensors | None, dout: Tensor, needs: Needs,
     ) -> None:  # fmt: skip
-        super().__init__(problem, config, precision, device_key)
+        super().__init__(problem, config, precision, device_key, tensors)
         self.dout, self.needs = dout, needs
         self.wanted = wanted(problem, needs)
         self.wants_tables = has_positions(problem) and any(x is not None for x in self.wanted[3:])
@@ -54,8 +62,7 @@ class Backward(Call):
         self.features["FUSED"] = self.fused or (anyhow and self.masked > 0 and not self.biased)
 
     def plan(self, out: Tensor, lse: Tensor, dlse: Tensor | None) -> Plan:
-        # (B, N, H, D) in memory, as the kernels write them.
-        q, k, v = (empty_tokens(x).transpose(1, 2) for x in (self.problem.q, self.problem.k, self.problem.v))
+        q, k, v = (self.tensors.made(empty_tokens, (x,)) for x in (self.problem.q, self.problem.k, self.problem.v))
         shared = {**self.tokens("q", "k", "v"), **self.strided("dout", "o", self.dout), **self.tables()}
         shared.update(self.key_masks())
         self.preprocess(shared, out, lse, dlse)
@@ -68,25 +75,25 @@ class Backward(Call):
         if by_keys:
             self.key_pass(shared, k, v)
         tables = self.table_gradients(shared, far)
-        dq, dk, dv = (x.transpose(1, 2) if need else None for x, need in zip((q, k, v), self.needs))
-        return Plan(self.launches, Gradients(dq, dk, dv, *tables))
+        dq, dk, dv = (x if need else None for x, need in zip((q, k, v), self.needs))
+        return Plan(self.launches, Gradients(dq, dk, dv, *tables), self.tensors)
 
     def preprocess(self, shared: dict[str, Any], out: Tensor, lse: Tensor, dlse: Tensor | None) -> None:
         device = self.problem.q.device
         batch, heads, nq = lse.shape
-        stats = torch.empty(7, batch, heads, nq, dtype=torch.float32, device=device)
+        stats = self.tensors.empty(7, batch, heads, nq, dtype=torch.float32, device=device)
         groups = self.batch * heads
         partial = self.nothing(torch.float32)
         if self.masked:
-            partial = torch.empty(groups, self.row_tiles, self.block, dtype=torch.float32, device=device)
+            partial = self.tensors.empty(groups, self.row_tiles, self.block, dtype=torch.float32, device=device)
         shared.update(stats_ptr=stats, stats_size=batch * heads * nq, row_tiles=self.row_tiles)
-        out = out.transpose(1, 2).contiguous()
+        out, lse = self.tensors.readable(_as_tokens, out), self.tensors.readable(Tensor.contiguous, lse)
         strides = dlse.stride() if dlse is not None else (0, 0, 0)
         self.add(
             _disentangled_bwd_preprocess_kernel,
             (groups * self.row_tiles,),
             {
-                **shared, "out_ptr": out, "lse_ptr": lse.contiguous(), "dmean_ptr": partial,
+                **shared, "out_ptr": out, "lse_ptr": lse, "dmean_ptr": partial,
                 "dlse_ptr": self.nothing(torch.float32) if dlse is None else dlse, "has_dlse": int(dlse is not None),
                 "stride_lb": strides[0], "stride_lh": strides[1], "stride_ln": strides[2],
             },
@@ -96,7 +103,7 @@ class Backward(Call):
     def summed(self, parts: Tensor, groups: int) -> Tensor:
         """Plan the sum of (groups, n, block) over n."""
         n = parts.numel() // (groups * self.block)
-        total = torch.empty(groups, self.block, dtype=torch.float32, device=parts.device)
+        total = self.tensors.empty(groups, self.block, dtype=torch.float32, device=parts.device)
         arguments = {"parts_ptr": parts, "sum_ptr": total, "n": n}
         constants = {"BLOCK_D": self.block, "ROWS": _SUM_ROWS}
         self.launches.append(Launch(_disentangled_sum_kernel, (groups,), arguments, constants, 4, 1))
@@ -119,13 +126,13 @@ class Backward(Call):
         """Plan the gradients of the position tables; return them."""
         tables = self.wanted[3:]
         if not self.wants_tables or far is None:
-            return [None if x is None else torch.zeros_like(x, memory_format=torch.contiguous_format) for x in tables]
+            return [None if x is None else self.tensors.zeros(*x.shape, dtype=x.dtype, device=x.device) for x in tables]
         if self.fused:
             near, parts = shared["near_ptr"], 1
         else:
             far = self.summed(far, 4 * self.heads)
             near, parts = self.near_gradients(shared)
-        found = [None if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in tables]
+        found = [None if x is None else self.tensors.empty(*x.shape, dtype=x.dtype, device=x.device) for x in tables]
         self.fold(near, far, found, parts)
         return found
 
@@ -138,8 +145,9 @@ class Backward(Call):
         far_size = 1 if self.fused else self.batch * self.row_tiles
         far = 4 * self.heads * far_size * self.block if self.biased else 0
         near = 2 * self.heads * self.window.rows * self.block if self.fused else 0
-        both = torch.zeros(far + near, dtype=torch.float32, device=self.problem.q.device)
-        return {"far_ptr": both[:far], "near_ptr": both[far:], "far_size": far_size}
+        both = self.tensors.zeros(far + near, dtype=torch.float32, device=self.problem.q.device)
+        behind = self.tensors.made(torch.narrow, (both,), 0, far, near)
+        return {"far_ptr": self.tensors.same_start(both[:far], both), "near_ptr": behind, "far_size": far_size}
 
     def near_gradients(self, shared: dict[str, Any]) -> tuple[Tensor, int]:
         """Plan the gradients of the expanded tables: (2 tables, parts * 2, H, rows, block) float32."""
@@ -150,7 +158,7 @@ class Backward(Call):
         parts = min(_POSITION_PROGRAMS // (diagonals * self.heads), _MAX_PARTS, self.batch * self.row_tiles)
         parts = max(parts, 1)
         size = (2, parts * 2, self.heads, self.window.rows, self.block)
-        near = torch.zeros(size, dtype=torch.float32, device=self.problem.q.device)
+        near = self.tensors.zeros(*size, dtype=torch.float32, device=self.problem.q.device)
         arguments = {**shared, "near_ptr": near, "samples": self.batch, "first_diagonal": first, "parts": parts}
         self.add(_disentangled_bwd_position_kernel, (diagonals, self.heads, parts), arguments, stages=1)
         return near, parts * 2
@@ -162,7 +170,8 @@ class Backward(Call):
         arguments = {
             "near_ptr": near, "far_ptr": far, "dpos_key_ptr": key, "dpos_query_ptr": query,
             "has_key": int(gradients[0] is not None), "has_query": int(gradients[1] is not None),
-            "order_ptr": tables.order, "bounds_ptr": tables.bounds, "rows": self.window.rows,
+            "order_ptr": self.tensors.made(attrgetter("order"), (tables,)),
+            "bounds_ptr": self.tensors.made(attrgetter("bounds"), (tables,)), "rows": self.window.rows,
             "skipped": self.window.first - tables.first, "first_row": self.problem.position.first_row,
             "table_rows": some.shape[1], "parts": parts, "heads": self.heads, "low_row": tables.low_row,
             "high_row": tables.high_row, "scale": self.problem.scale,

@@ -18,7 +18,7 @@ from triton.runtime.jit import JITFunction
 
 from deberta_kernels.impl.triton.plan import Launch
 
-__all__ = ["form_of", "launched", "remember"]
+__all__ = ["form_of", "is_watched", "launched", "remember"]
 
 _INT32 = 2**31
 # Forms are few: dtypes, features, and pointers that lie on 16 bytes or not. Somebody who makes more starts anew.
@@ -50,7 +50,7 @@ def form_of(launch: Launch) -> Hashable | None:
     if function not in _parameters:
         _parameters[function] = _read(launch)
     parameters = _parameters[function]
-    if parameters is None or _is_watched(kernel):
+    if parameters is None or is_watched(kernel):
         return None
     numbers = [given[name] for name in parameters.integers]
     if not (min(numbers, default=0) >= -_INT32 and max(numbers, default=0) < _INT32):
@@ -82,22 +82,24 @@ def _read(launch: Launch) -> _Parameters | None:
     return _Parameters(tuple(pointers), tuple(aligned), tuple(integers))
 
 
-def _is_watched(kernel: Any) -> bool:
+def is_watched(*kernels: Any) -> bool:
     """Tell whether somebody follows launches; Triton knows what to tell them."""
-    runtime = knobs.runtime
-    hooks = (runtime.launch_enter_hook, runtime.launch_exit_hook)
-    return bool(
-        kernel.pre_run_hooks
-        or knobs.compilation.instrumentation_mode
-        or any(hook is not None and getattr(hook, "calls", True) for hook in hooks)
-    )
+    if knobs.compilation.instrumentation_mode:
+        return True
+    for hook in (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook):
+        if hook is not None and getattr(hook, "calls", True):
+            return True
+    for kernel in kernels:  # noqa: SIM110, a generator would be a frame for each kernel
+        if kernel.pre_run_hooks:
+            return True
+    return False
 
 
-def launched(launch: Launch, form: Hashable) -> bool:
-    """Launch a kernel that was launched in this form before; return whether it was."""
+def launched(launch: Launch, form: Hashable) -> Any:
+    """Launch a kernel that was launched in this form before, and return it compiled; None where none was."""
     compiled = _compiled.get(form)
     if compiled is None:
-        return False
+        return None
     arguments = {**launch.arguments, **launch.constants}
     x, y, z = (*launch.grid, 1, 1)[:3]
     device = driver.active.get_current_device()
@@ -106,7 +108,7 @@ def launched(launch: Launch, form: Hashable) -> bool:
         knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook,
         *[arguments[name] for name in launch.kernel.arg_names],
     )  # fmt: skip
-    return True
+    return compiled
 
 
 def remember(form: Hashable, compiled: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,10 +13,11 @@ from triton.runtime.errors import OutOfResources
 from deberta_kernels import notices
 from deberta_kernels.impl.attempts import Attempts, FailedError, LastingError, cause_of, is_passing
 from deberta_kernels.impl.common import Needs, has_positions, inputs
-from deberta_kernels.impl.triton import launch, tuning
+from deberta_kernels.impl.triton import launch, repeated, tuning
 from deberta_kernels.impl.triton.compiled_before import compiled_before
 from deberta_kernels.impl.triton.plan import mask_kind
 from deberta_kernels.impl.triton.tables import device_tables
+from deberta_kernels.impl.triton.tensors import Tensors
 from deberta_kernels.torch_state.captures import check_not_capturing
 from deberta_kernels.types import AttentionProblem, Gradients, Masks, PositionSpec
 
@@ -47,13 +48,18 @@ def variant(problem: AttentionProblem) -> tuple[Any, ...]:
     """Return what the kernels of a call are compiled for: calls of one variant run the same ones."""
     q = problem.q
     features = (mask_kind(problem), has_positions(problem), problem.dropout_p > 0)
-    gradients = _differentiated(problem), _needs(problem), torch.are_deterministic_algorithms_enabled()
-    return q.device, q.dtype, q.shape[-1], *features, *(gradients if gradients[0] else (False,)), _precision()
+    gradients = None
+    if _differentiated(problem):
+        gradients = _needs(problem), torch.are_deterministic_algorithms_enabled()
+    return q.device, q.dtype, q.shape[-1], *features, gradients, _precision(q.dtype)
 
 
 def _differentiated(problem: AttentionProblem) -> bool:
     # Whatever the mode: a compiled graph chooses without gradients what it will run with them.
-    return any(x is not None and x.requires_grad for x in inputs(problem))
+    for x in inputs(problem):  # noqa: SIM110, a generator would be a frame for each tensor
+        if x is not None and x.requires_grad:
+            return True
+    return False
 
 
 def _needs(problem: AttentionProblem) -> Needs:
@@ -66,7 +72,7 @@ def _needs(problem: AttentionProblem) -> Needs:
 def _compile(problem: AttentionProblem) -> bool:
     check_not_capturing(problem.q.device, "compile and load the Triton kernels")
     q, shapes = problem.q, _without_values(problem)
-    key, precision = tuning.device_key(q.device), _precision()
+    key, precision = tuning.device_key(q.device), _precision(q.dtype)
 
     def forward_plan() -> launch.Plan:
         return launch.forward_launches(shapes, key, precision=precision)
@@ -110,8 +116,12 @@ def _without_values(problem: AttentionProblem) -> AttentionProblem:
 
 def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     """Compute attention; see `deberta_kernels.impl.triton.forward`."""
-    key, precision = tuning.device_key(problem.q.device), _precision()
-    out, lse = _run(problem.q, key, "forward", lambda: launch.forward_launches(problem, key, precision=precision))
+
+    def plan(key: str, precision: str, given: Sequence[Tensor | None]) -> launch.Plan:
+        same = problem.with_tensors(given)
+        return launch.forward_launches(same, key, precision=precision, tensors=Tensors(given))
+
+    out, lse = _run(problem, "forward", (), None, plan)
     return out, lse
 
 
@@ -119,12 +129,14 @@ def backward(
     problem: AttentionProblem, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, needs: Needs
 ) -> Gradients:
     """Compute the gradients asked for; see `deberta_kernels.impl.triton.backward`."""
-    key, precision = tuning.device_key(problem.q.device), _precision()
 
-    def plan() -> launch.Plan:
-        return launch.backward_launches(problem, dout, dlse, out, lse, needs, key, precision=precision)
+    def plan(key: str, precision: str, given: Sequence[Any]) -> launch.Plan:
+        same, (dout, dlse, out, lse) = problem.with_tensors(given), given[-4:]
+        return launch.backward_launches(
+            same, dout, dlse, out, lse, needs, key, precision=precision, tensors=Tensors(given)
+        )
 
-    gradients: Gradients = _run(problem.q, key, "backward", plan)
+    gradients: Gradients = _run(problem, "backward", (dout, dlse, out, lse), needs, plan)
     return gradients
 
 
@@ -137,7 +149,7 @@ def prepare(pos_key: Tensor | None, pos_query: Tensor | None, position: Position
     covered = tables.full_window()
     if covered is None:
         return None
-    planned, expanded = launch.expand_launch(pos_key, pos_query, position, tables, covered)
+    planned, expanded = launch.expand_launch(pos_key, pos_query, position, tables, covered, Tensors())
     with _on(table.device), compiled_before(table.device):
         launch.run(planned)
     return expanded
@@ -147,13 +159,49 @@ class _TooLargeError(RuntimeError):
     """A device lacks the memory for the smallest tiles."""
 
 
-def _run(q: Tensor, key: str, direction: str, plan: Callable[[], launch.Plan]) -> Any:
-    """Plan and run; return the results."""
+def _run(
+    problem: AttentionProblem, direction: str, others: tuple[Tensor | None, ...], needs: Needs | None,
+    plan: Callable[[str, str, Sequence[Tensor | None]], launch.Plan],
+) -> Any:  # fmt: skip
+    """Plan and run, or repeat what was planned for a call of the same form; return the results.
+
+    Args:
+        problem: the call.
+        direction: as in `tuning`.
+        others: what a backward is given besides.
+        needs: which gradients.
+        plan: plans for a device and a precision, of the tensors of `problem` and `others`, no object twice.
+    """
+    q = problem.q
+    key, precision = tuning.device_key(q.device), _precision(q.dtype)
+    given = (*problem.tensors(), *others)
+    with _on(q.device):
+        known = repeated.known(_form_of(problem, given, direction, needs, key, precision))
+        if known is not None:
+            return known.run(given)
+    compiled: list[Any] = []
+    apart = repeated.told_apart(given)
+
+    def planned() -> launch.Plan:
+        compiled.clear()
+        return plan(key, precision, apart)
+
     try:
         with compiled_before(q.device):
-            return _fitted(q, key, direction, plan, launch.run).results
+            done = _fitted(q, key, direction, planned, lambda step: compiled.append(launch.run(step)))
+        with _on(q.device):  # tiles may have shrunk, and the first launch adds a hook to the compiler
+            repeated.keep(_form_of(problem, given, direction, needs, key, precision), done, compiled)
+        return done.results
     except _TooLargeError as error:
         raise RuntimeError(f"{error}; pass backend='torch'.") from error
+
+
+def _form_of(
+    problem: AttentionProblem, given: Sequence[Tensor | None], direction: str, needs: Needs | None, key: str,
+    precision: str,
+) -> Hashable | None:  # fmt: skip
+    config = tuning.config(key, problem.q.dtype, problem.q.shape[-1], direction)
+    return repeated.form_of(problem, given, direction, needs, config, precision)
 
 
 def _fitted(
@@ -182,6 +230,6 @@ def _on(device: torch.device) -> torch.cuda.device:
     return torch.cuda.device(device if device.type == "cuda" else -1)
 
 
-def _precision() -> str:
+def _precision(dtype: torch.dtype) -> str:
     """Return how float32 products are computed: as torch computes its own, whichever of its settings says so."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

@@ -12,11 +12,12 @@ import torch
 import triton
 from torch import Tensor
 
-from deberta_kernels.impl.common import Needs, empty_results, padded_row_value
+from deberta_kernels.impl.common import Needs, empty_tokens, masked, mean_value
 from deberta_kernels.impl.triton import direct, fences, tuning
 from deberta_kernels.impl.triton.backward_plan import Backward
 from deberta_kernels.impl.triton.kernels.forward_kernels import _disentangled_fwd_kernel
 from deberta_kernels.impl.triton.plan import Call, Launch, Plan, expand_launch
+from deberta_kernels.impl.triton.tensors import Tensors
 from deberta_kernels.types import AttentionProblem
 
 __all__ = [
@@ -32,15 +33,16 @@ __all__ = [
 ]
 
 
-def run(launch: Launch) -> None:
-    """Run one launch on the current stream."""
+def run(launch: Launch) -> Any:
+    """Run one launch on the current stream; return the compiled kernel, None in the interpreter."""
     form = direct.form_of(launch)
-    if form is not None and direct.launched(launch, form):
-        return
+    if form is not None and (known := direct.launched(launch, form)) is not None:
+        return known
     try:
         compiled = launch.kernel[launch.grid](**launch.arguments, **launch.constants, **options(launch))
         if form is not None:
             direct.remember(form, compiled)
+        return compiled
     except BaseException:
         with suppress(Exception):  # the first error is the one to report
             _forget_failed_loading(_compiled(launch))
@@ -107,8 +109,9 @@ def options(launch: Launch) -> dict[str, Any]:
 
 
 def forward_launches(
-    problem: AttentionProblem, device_key: str, config: tuning.TileConfig | None = None, precision: str = "ieee"
-) -> Plan:
+    problem: AttentionProblem, device_key: str, config: tuning.TileConfig | None = None, precision: str = "ieee",
+    tensors: Tensors | None = None,
+) -> Plan:  # fmt: skip
     """Plan a forward.
 
     Args:
@@ -116,31 +119,32 @@ def forward_launches(
         device_key: of the device that will run it, see `tuning.device_key`.
         config: tiles to use instead of the table's.
         precision: of float32 products: "ieee" or "tf32".
+        tensors: those of the problem, where it shall be noted how others are made of them.
 
     Returns:
         a plan whose results are out: (B, H, Nq, D), a view of (B, Nq, H, D) memory, and lse: (B, H, Nq) float32.
     """
     config = config or tuning.config(device_key, problem.q.dtype, problem.q.shape[-1], "forward")
-    call = Call(problem, config, precision, device_key)
+    call = Call(problem, config, precision, device_key, tensors)
     q = problem.q
-    out, lse = empty_results(q)
-    mean = padded_row_value(problem)
-    mean = call.nothing(torch.float32) if mean is None else mean
+    out = call.tensors.made(empty_tokens, (q,))
+    lse = call.tensors.empty(*q.shape[:3], dtype=torch.float32, device=q.device)
+    mean = call.tensors.made(mean_value, (problem.v,)) if masked(problem) else call.nothing(torch.float32)
     tables = call.tables()
     call.add(
         _disentangled_fwd_kernel,
         (call.batch * call.heads * call.row_tiles,),
         {
             **call.tokens("q", "k", "v"), **call.key_masks(), **call.query_mask(), **tables,
-            "out_ptr": out.transpose(1, 2), "lse_ptr": lse, "mean_ptr": mean, "row_tiles": call.row_tiles,
+            "out_ptr": out, "lse_ptr": lse, "mean_ptr": mean, "row_tiles": call.row_tiles,
         },
     )  # fmt: skip
-    return Plan(call.launches, (out, lse))
+    return Plan(call.launches, (out, lse), call.tensors)
 
 
 def backward_launches(
     problem: AttentionProblem, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, needs: Needs,
-    device_key: str, config: tuning.TileConfig | None = None, precision: str = "ieee",
+    device_key: str, config: tuning.TileConfig | None = None, precision: str = "ieee", tensors: Tensors | None = None,
 ) -> Plan:  # fmt: skip
     """Plan a backward.
 
@@ -154,9 +158,10 @@ def backward_launches(
         device_key: as in `forward_launches`.
         config: as there.
         precision: as there.
+        tensors: those of the problem, then dout, dlse, out and lse; as there.
 
     Returns:
         a plan whose results are `Gradients`.
     """
     config = config or tuning.config(device_key, problem.q.dtype, problem.q.shape[-1], "backward")
-    return Backward(problem, config, precision, device_key, dout, needs).plan(out, lse, dlse)
+    return Backward(problem, config, precision, device_key, tensors, dout, needs).plan(out, lse, dlse)

@@ -7,6 +7,7 @@ that compiles the kernels for a machine that is not there gets its signatures th
 from __future__ import annotations
 
 import inspect
+import operator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -21,6 +22,7 @@ from deberta_kernels.impl.triton import fences, tuning
 from deberta_kernels.impl.triton.kernels import tile_list
 from deberta_kernels.impl.triton.kernels.table_kernels import _disentangled_expand_kernel
 from deberta_kernels.impl.triton.tables import DeviceTables, device_tables
+from deberta_kernels.impl.triton.tensors import Tensors
 from deberta_kernels.types import AttentionProblem, PositionSpec
 
 __all__ = ["Call", "Launch", "Plan", "expand_launch", "mask_kind", "rows_of_program"]
@@ -59,15 +61,18 @@ class Plan:
     Attributes:
         launches: what to run.
         results: (out, lse) of a forward, `Gradients` of a backward.
+        tensors: how all tensors of these were made.
     """
 
     launches: list[Launch]
     results: Any
+    tensors: Tensors
 
 
 def expand_launch(
-    pos_key: Tensor | None, pos_query: Tensor | None, position: PositionSpec, tables: DeviceTables, covered: Window
-) -> tuple[Launch, Tensor]:
+    pos_key: Tensor | None, pos_query: Tensor | None, position: PositionSpec, tables: DeviceTables, covered: Window,
+    tensors: Tensors,
+) -> tuple[Launch, Tensor]:  # fmt: skip
     """Plan the expansion of the position tables over the distances `covered`.
 
     Returns:
@@ -78,10 +83,11 @@ def expand_launch(
         raise ValueError("pos_key or pos_query must be given to expand the tables; got neither.")
     heads, table_rows, head_dim = some.shape
     block = _block(head_dim)
-    expanded = torch.empty(2, heads, covered.rows, block, dtype=some.dtype, device=some.device)
-    key, query = (unit_stride(some if x is None else x) for x in (pos_key, pos_query))
+    expanded = tensors.empty(2, heads, covered.rows, block, dtype=some.dtype, device=some.device)
+    key, query = (tensors.readable(unit_stride, some if x is None else x) for x in (pos_key, pos_query))
+    delta = tensors.made(operator.attrgetter("delta"), (tables,))
     arguments = {
-        "pos_key_ptr": key, "pos_query_ptr": query, "expanded_ptr": expanded, "delta_ptr": tables.delta,
+        "pos_key_ptr": key, "pos_query_ptr": query, "expanded_ptr": expanded, "delta_ptr": delta,
         "stride_kh": key.stride(0), "stride_kn": key.stride(1), "stride_qh": query.stride(0),
         "stride_qn": query.stride(1), "rows": covered.rows, "skipped": covered.first - tables.first,
         "first_row": position.first_row, "table_rows": table_rows, "has_key": int(pos_key is not None),
@@ -97,9 +103,11 @@ class Call:
     """What the launches of one call have in common."""
 
     def __init__(
-        self, problem: AttentionProblem, config: tuning.TileConfig, precision: str, device_key: str
+        self, problem: AttentionProblem, config: tuning.TileConfig, precision: str, device_key: str,
+        tensors: Tensors | None,
     ) -> None:  # fmt: skip
         self.problem, self.config = problem, config
+        self.tensors = Tensors() if tensors is None else tensors
         q = problem.q
         _, self.heads, self.nq, self.head_dim = q.shape
         self.nk = problem.k.shape[2]
@@ -130,8 +138,8 @@ class Call:
         }  # fmt: skip
         self.sizes = {
             "heads": self.heads, "nq": self.nq, "nk": self.nk, "prefix": prefix, "packed": int(self.packed),
-            "cu_seqlens_ptr": problem.cu_seqlens.contiguous() if problem.cu_seqlens is not None
-            else self.nothing(torch.int32),
+            "cu_seqlens_ptr": self.nothing(torch.int32) if problem.cu_seqlens is None
+            else self.tensors.readable(Tensor.contiguous, problem.cu_seqlens),
             "seed_ptr": problem.seed if problem.seed is not None else self.nothing(torch.int64),
             "threshold": dropout.threshold(problem.dropout_p), "keep_scale": dropout.keep_scale(problem.dropout_p),
             "qk_scale": problem.scale * LOG2E, "scale": problem.scale,
@@ -139,7 +147,7 @@ class Call:
 
     def nothing(self, dtype: torch.dtype) -> Tensor:
         """Return an empty tensor to stand for a pointer that is never followed."""
-        return torch.empty(0, dtype=dtype, device=self.problem.q.device)
+        return self.tensors.nothing(dtype, self.problem.q.device)
 
     def add(self, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], stages: int | None = None) -> None:
         """Append a launch; of `arguments` and the shared sizes and features the kernel's own parameters are passed."""
@@ -157,7 +165,7 @@ class Call:
         return found
 
     def strided(self, name: str, letter: str, x: Tensor) -> dict[str, Any]:
-        x = _readable(x, self.unit)
+        x = self.tensors.readable(_readable, x, self.unit)
         b, h, n = (stride // self.unit for stride in x.stride()[:3])
         return {f"{name}_ptr": x, f"stride_{letter}b": b, f"stride_{letter}h": h, f"stride_{letter}n": n}
 
@@ -176,7 +184,7 @@ class Call:
         prefix = self.prefix if self.biased else self.nk
         found["tile_list_ptr"], found["list_size"] = self.tile_list(key, self.key_tiles, prefix, masks.pair is not None)
         if masks.pair is not None:
-            pair = masks.pair.view(torch.uint8)
+            pair = self.tensors.same_start(masks.pair.view(torch.uint8), masks.pair)
             b, h, m, n = pair.stride()
             found.update(pair_mask_ptr=pair, has_pair=1, stride_pb=b, stride_pm=m, stride_pn=n)
             found["stride_ph"] = h if pair.shape[1] > 1 else 0
@@ -192,13 +200,14 @@ class Call:
     def token_mask(self, mask: Tensor | None, length: int) -> Tensor:
         """Return a (B, length) mask as bytes that lie together; None is a mask of ones."""
         if mask is None:
-            return torch.ones(1, length, dtype=torch.uint8, device=self.problem.q.device).expand(self.batch, length)
-        return mask.view(torch.uint8) if mask.stride(1) == 1 or length == 1 else mask.contiguous().view(torch.uint8)
+            return self.tensors.made(_all_tokens, (), self.batch, length, self.problem.q.device)  # type: ignore[no-any-return]
+        mask = self.tensors.readable(_side_by_side, mask)
+        return self.tensors.same_start(mask.view(torch.uint8), mask)
 
     def tile_list(self, mask: Tensor, tiles: int, prefix: int, all_partial: bool) -> tuple[Tensor, int]:
         """Plan the list of a (B, length) mask, see `tile_list`; return it and its size."""
         size = tiles + 1
-        found = torch.empty(self.batch, tile_list.ROWS.value, size, dtype=torch.int32, device=mask.device)
+        found = self.tensors.empty(self.batch, tile_list.ROWS.value, size, dtype=torch.int32, device=mask.device)
         arguments = {
             "mask_ptr": mask, "tile_list_ptr": found, "stride_mb": mask.stride(0), "length": mask.shape[1],
             "prefix": prefix, "size": size, "all_partial": int(all_partial),
@@ -219,20 +228,22 @@ class Call:
                 "table_rows": 0,
             }  # fmt: skip
         positioned = self.longest_k - self.prefix
-        self.device_tables = device_tables(max(self.longest_q, positioned), problem.position, q.device)
+        length = max(self.longest_q, positioned)
+        self.device_tables = self.tensors.made(device_tables, (), length, problem.position, q.device)
         if problem.prepared is not None:
             expanded = problem.prepared
             self.window = check_prepared(expanded, q, self.device_tables.full_window(), self.block)
         else:
             self.window = self.device_tables.window(self.longest_q, positioned)
             launch, expanded = expand_launch(
-                problem.pos_key, problem.pos_query, problem.position, self.device_tables, self.window
+                problem.pos_key, problem.pos_query, problem.position, self.device_tables, self.window, self.tensors
             )
             self.launches.append(launch)
         return {
-            "pos_key_ptr": expanded[0], "pos_query_ptr": expanded[1], "low_end": self.device_tables.ends.low_end,
-            "high_start": self.device_tables.ends.high_start, "table_offset": self.window.offset,
-            "table_rows": self.window.rows,
+            "pos_key_ptr": self.tensors.same_start(expanded[0], expanded),
+            "pos_query_ptr": self.tensors.made(operator.getitem, (expanded,), 1),
+            "low_end": self.device_tables.ends.low_end, "high_start": self.device_tables.ends.high_start,
+            "table_offset": self.window.offset, "table_rows": self.window.rows,
         }  # fmt: skip
 
 
@@ -254,6 +265,16 @@ def rows_of_program(rows: int, device: torch.device) -> int:
 def _block(head_dim: int) -> int:
     """Return the power of two, at least 16, that a matrix product needs for a head size."""
     return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def _side_by_side(mask: Tensor) -> Tensor:
+    """Return a mask whose tokens lie together in memory."""
+    return mask if mask.stride(1) == 1 or mask.shape[1] == 1 else mask.contiguous()
+
+
+def _all_tokens(batch: int, length: int, device: torch.device) -> Tensor:
+    """Return a (B, length) mask of ones, in bytes."""
+    return torch.ones(1, length, dtype=torch.uint8, device=device).expand(batch, length)
 
 
 def _readable(x: Tensor, unit: int) -> Tensor:

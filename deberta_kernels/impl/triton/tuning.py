@@ -49,6 +49,7 @@ class TileConfig:
         return self.tile * self.groups
 
 
+@lru_cache(maxsize=32)
 def device_key(device: torch.device) -> str:
     """Return the name of a device in `configs/`: sm_90 for an NVIDIA GPU, gfx942 for an AMD one, else its type."""
     if device.type != "cuda":
@@ -71,7 +72,8 @@ def config(key: str, dtype: torch.dtype, head_dim: int, direction: str) -> TileC
     known = _shrunk.get((key, dtype, head_dim, direction))
     if known is not None:
         return known
-    entries = [e for e in _table(key) if e["direction"] == direction and e["dtype"] == dtypes.name(dtype)]
+    table = _table(key)
+    entries = [e for e in table if e["direction"] == direction and e["dtype"] == dtypes.name(dtype)] if table else None
     if entries:
         best = min(entries, key=lambda e: (abs(e["head_dim"] - head_dim), e["head_dim"]))
         if best["head_dim"] >= head_dim:  # a tile measured for smaller heads may not fit
