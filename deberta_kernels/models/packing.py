@@ -7,11 +7,10 @@ of it, in every layer. Only the draws of dropout would differ from one padded ro
 
 from __future__ import annotations
 
-from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deberta_kernels.torch_state.modes import is_mapped
 
@@ -51,8 +50,8 @@ class Packing:
         self._source = source  # (rows,) position in the flattened batch that each row is read from
         self._row_of = row_of  # (B * N,) row that each position of the flattened batch is read from
         self._sample = sample  # (rows,) sample that each row belongs to
-        paddings = [shape[1] - count for count in counts if count < shape[1]]
-        self._paddings = torch.tensor(paddings, device=sample.device)  # (rows - T,) positions a row stands for
+        real = cu_seqlens.diff().to(torch.int64).index_select(0, sample[self.tokens :])
+        self._paddings = shape[1] - real  # (rows - T,) positions a row stands for
         self._padding: Tensor | None = None
 
     def to(self, device: Any) -> Packing:
@@ -160,7 +159,7 @@ def _rows(source: Tensor, index: Tensor, shape: tuple[int, int]) -> Tensor:
 def find_packing(keep: Tensor, hidden_states: Tensor, fullest: float) -> Packing | None:
     """Find the packing of a batch; None where it would not pay, or where one row cannot stand for all padding.
 
-    Waits for the device once.
+    Waits for the device once: what is known to the host then is computed there anew, for a copy would be a wait too.
 
     Args:
         keep: (B, N) bool; True = real token.
@@ -170,14 +169,16 @@ def find_packing(keep: Tensor, hidden_states: Tensor, fullest: float) -> Packing
     batch, length = keep.shape
     runs = keep[:, 0] + (keep[:, 1:] > keep[:, :-1]).sum(1)  # of real tokens
     strays = ((hidden_states.detach().abs().amax(-1) != 0) > keep).sum(1)  # padding that is not zero
-    counts, runs_of_samples, strays_of_samples = torch.stack([keep.sum(1), runs, strays]).tolist()
+    real = keep.sum(1)
+    counts, runs_of_samples, strays_of_samples = torch.stack([real, runs, strays]).tolist()
     tokens = sum(counts)
     if tokens in (0, batch * length) or tokens > fullest * batch * length or any(strays_of_samples):
         return None
-    *row_of_padding, rows = accumulate((count < length for count in counts), initial=tokens)
+    rows = tokens + sum(count < length for count in counts)
+    row_of_padding = tokens - 1 + (real < length).cumsum(0)  # of no meaning where a sample has none
     positions = torch.arange(batch * length, device=keep.device)
-    row_of = torch.tensor(row_of_padding, device=keep.device)[:, None].expand(batch, length)
+    row_of = row_of_padding[:, None].expand(batch, length)
     row_of = row_of.masked_scatter(keep, positions).flatten()  # real tokens get 0, 1, ... in their order
     source = torch.full((rows,), batch * length, device=keep.device).scatter_reduce_(0, row_of, positions, "amin")
-    cu_seqlens = torch.tensor([*accumulate(counts, initial=0)], dtype=torch.int32, device=keep.device)
+    cu_seqlens = nn.functional.pad(real.cumsum(0), (1, 0)).to(torch.int32)
     return Packing((batch, length), counts, max(runs_of_samples) <= 1, cu_seqlens, source, row_of, source // length)
