@@ -348,7 +348,7 @@ class Consumer {
   const uint32_t shared_;
   const int consumer_, thread_;
   const Lane lane_;
-  BiasFrames<kFewRegisters> frames_;
+  BiasFrames<Staging<Element, Element::kRoundsBias ? 2 : 4>, kFewRegisters> frames_;
   const float qk_scale_;
   int rows_[2];
   RingPosition<L::kStages> stage_;  // of the current tile

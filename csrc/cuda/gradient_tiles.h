@@ -18,17 +18,21 @@ namespace dk {
 
 // Adds the term of the rows to `SharedFrame`, which holds that of the columns: (r, c) from both products of the rows, in
 // a second frame that is only read by the warp that wrote it. That frame lies in two halves, of two warps each.
-class TileBias : public SharedFrame<false> {
+template <class Element>
+class TileBias : public SharedFrame<Staging<Element, 4>, false> {
+  using S = Staging<Element, 4>;
+
  public:
   // `frame`: of the columns; the other one lies at `lower` for warps 0 and 1, at `upper` for the others.
   DK_DEVICE TileBias(const Lane& lane, uint32_t frame, uint32_t lower, uint32_t upper)
-      : SharedFrame<false>(lane, frame), own_((lane.w < 2 ? lower : upper) + (lane.w & 1) * 2 * kFrameRowBytes),
-        load_(own_ + lane.g * kBlockRowBytes + 2 * lane.t * 4) {
+      : SharedFrame<S, false>(lane, frame),
+        own_((lane.w < 2 ? lower : upper) + (lane.w & 1) * 2 * S::kFrameRowBytes),
+        load_(own_ + lane.g * S::kBlockRowBytes + 2 * lane.t * S::kNumber) {
     DK_UNROLL
     for (int e = 0; e < 2; e++) {
       const int column = query_of_row(lane.g) - 2 * lane.t - e;  // 16 w + 8 (h - n) come later
-      block_[e] = (2 * lane.w + (column >> 3)) * kBlockBytes;
-      store_[e] = own_ + lane.g * kBlockRowBytes + (column & 7) * 4;
+      block_[e] = (2 * lane.w + (column >> 3)) * S::kBlockBytes;
+      store_[e] = own_ + lane.g * S::kBlockRowBytes + (column & 7) * S::kNumber;
     }
   }
 
@@ -38,31 +42,23 @@ class TileBias : public SharedFrame<false> {
     for (int n = 0; n < 8; n++) {
       DK_UNROLL
       for (int h = 0; h < 2; h++) {
+        float value[2];
+        uint32_t address[2];
         DK_UNROLL
         for (int e = 0; e < 2; e++) {
-          const uint32_t block = block_[e] + (h - n) * kBlockBytes;  // below 0 where c > r
+          const uint32_t block = block_[e] + (h - n) * S::kBlockBytes;  // below 0 where c > r
           const int i = 4 * n + 2 * h + e;
-          const bool is_low = block & 8 * kBlockBytes;
-          store_shared(store_[e] + (block & 7 * kBlockBytes) + h * kFrameRowBytes, is_low ? low[i] : high[i]);
+          const bool is_low = block & 8 * S::kBlockBytes;
+          value[e] = is_low ? low[i] : high[i];
+          address[e] = store_[e] + (block & 7 * S::kBlockBytes) + h * S::kFrameRowBytes;
         }
+        S::store(address[0], address[1], value[0], value[1]);
       }
     }
   }
 
   // Load the sum of both terms in the place of the scores.
-  DK_DEVICE void load(float (&score)[32]) const {
-    DK_UNROLL
-    for (int n = 0; n < 8; n++) {
-      DK_UNROLL
-      for (int h = 0; h < 2; h++) {
-        float a, b, c, d;
-        load_shared_2(load_ + h * kFrameRowBytes + n * kBlockBytes, a, b);
-        load_shared_2(frame_load_ + h * kFrameRowBytes + n * kBlockBytes, c, d);
-        score[4 * n + 2 * h] = a + c;
-        score[4 * n + 2 * h + 1] = b + d;
-      }
-    }
-  }
+  DK_DEVICE void load(float (&score)[32]) const { S::load_sum(load_, S::kFrameRowBytes, this->frame_load_, score); }
 
  private:
   uint32_t own_, load_, block_[2], store_[2];

@@ -262,7 +262,7 @@ class KeyConsumer {
   // Load what both tables add to the scores of a near tile.
   DK_DEVICE void load_bias(float (&score)[32], int low) {
     sums_.await_all();
-    const TileBias bias(lane(), own_ + L::kFrame, own_ + L::kScores, begun());
+    const TileBias<Element> bias(lane(), own_ + L::kFrame, own_ + L::kScores, begun());
     {
       float high_rows[32], low_rows[32];
       product_fence();

@@ -36,7 +36,7 @@ struct Layout {
   static constexpr int kTableMargin = kRows + kTile;
 
   static constexpr int kTileBytes = kTile * D * 2;
-  static constexpr int kFrameBytes = kTile * kTile * 4;
+  static constexpr int kFrameBytes = kTile * kTile * 4;  // of the larger elements that bias.h stages
 
   static constexpr int kKeys = 0;
   static constexpr int kValues = kKeys + kStages * kTileBytes;

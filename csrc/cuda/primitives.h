@@ -208,7 +208,10 @@ DK_DEVICE void product_wait() {
 
 // ---- Elements: two of them share a register, the one with the lower index in the lower half
 
+// `kRoundsBias`: both bias terms are rounded, as eager code rounds them, and as every other kernel that forms a score does; in
+// float16 they could overflow where the score does not.
 struct BFloat16 {
+  static constexpr bool kRoundsBias = true;
   static DK_DEVICE uint32_t pack(float low, float high) {
     uint32_t pair;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
@@ -221,6 +224,7 @@ struct BFloat16 {
 };
 
 struct Float16 {
+  static constexpr bool kRoundsBias = false;
   static DK_DEVICE uint32_t pack(float low, float high) {
     uint32_t pair;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
