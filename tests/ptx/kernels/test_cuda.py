@@ -129,9 +129,8 @@ def test_a_deterministic_backward_gives_the_same_bits_in_every_order(device):
 def test_staging_meets_no_bank_twice(device, check, head_dim):
     check("cuda", replace(LATE[0], head_dim=head_dim), backward=False)
     machine = device.machines[f"disentangled_forward_bf16_d{head_dim}"]
-    rows = [
-        i for i, opcode in enumerate(machine.program.opcodes) if opcode.startswith(("st.shared.f32", "ld.shared.v2"))
-    ]
-    executed, wavefronts, needed, *_ = machine.counts[rows].sum(0)
-    assert executed > 0
-    assert wavefronts == needed
+    for access in ("st.shared.b16", "ld.shared.b32"):
+        rows = [i for i, opcode in enumerate(machine.program.opcodes) if opcode == access]
+        executed, wavefronts, needed, *_ = machine.counts[rows].sum(0)
+        assert executed > 0
+        assert wavefronts == needed
