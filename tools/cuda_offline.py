@@ -30,7 +30,7 @@ from deberta_kernels.demo.tables import aligned  # noqa: E402
 BOUNDS = ROOT / "tools" / "offline" / "cuda_bounds.json"
 # Promises that no measurement moves.
 SHARED = CHIPS["sm_90"].shared
-# Per warp and 128 x 128 pairs, without masks and dropout, at D = 64: no more than matrix units take cycles, and a tenth.
+# Per warp and 128 x 128 pairs at D = 64, without masks and dropout: no more cycles than matrix units take, and a tenth.
 NEAR_INSTRUCTIONS = 1400
 # How much a loop may grow before it is a regression: factor and absolute slack.
 SLACK = (1.03, 2)
