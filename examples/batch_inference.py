@@ -15,6 +15,7 @@ import os
 import sys
 import time
 import uuid
+from importlib.util import find_spec
 from os.path import expanduser
 from pathlib import Path
 from typing import Any
@@ -226,6 +227,9 @@ def run(options: argparse.Namespace, ray: Any, parts: list[tuple[Part, str]]) ->
 def main(arguments: list[str] | None = None) -> int:
     """Do the job, or the rest of it."""
     options = parse(arguments)
+    if absent := [name for name in ("ray", "pandas", "pyarrow") if find_spec(name) is None]:
+        print(f"batch_inference.py: error: no {', '.join(absent)}: pip install 'ray[data]' pandas", file=sys.stderr)
+        return 2
     try:
         parts = parts_of(options)
         job = check_job(options)
@@ -234,7 +238,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     done = {path.name for path in options.output.glob("part-*.parquet")}
     missing = [(part, name) for part, name in parts if name not in done]
-    print(f"{len(parts)} parts, {len(parts) - len(missing)} of them done by an earlier run", flush=True)
+    plural = "" if len(parts) == 1 else "s"
+    print(f"{len(parts)} part{plural}, {len(parts) - len(missing)} of them done by an earlier run", flush=True)
     if missing:
         try:
             ray = start_ray(options)
@@ -242,8 +247,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{options.actors} actors with {options.threads} threads each", flush=True)
             empty = run(options, ray, missing)
         except (ImportError, ValueError, ConnectionError) as error:
-            advice = ": pip install 'ray[data]' pandas" if isinstance(error, ImportError) else ""
-            print(f"batch_inference.py: error: {error}{advice}", file=sys.stderr)
+            print(f"batch_inference.py: error: {error}", file=sys.stderr)
             return 2
         if empty:
             print(f"{empty:,} rows have no text; their label is null")

@@ -188,6 +188,16 @@ def test_wrong_options_are_named(checkpoint, write, tmp_path, wrong, message, ca
     assert message in capsys.readouterr().err
 
 
+def test_packages_that_are_missing_are_named_before_the_input_is_read(checkpoint, write, tmp_path, capsys, monkeypatch):
+    import batch_inference
+
+    monkeypatch.setattr(batch_inference, "find_spec", lambda name: None if name == "ray" else name)
+    monkeypatch.setattr(batch_inference, "parts_of", pytest.fail)
+    job = ["--model", checkpoint, "--input", write("a.txt", "one\n"), "--output", str(tmp_path / "output")]
+    assert batch_inference.main(job) == 2
+    assert "error: no ray: pip install 'ray[data]' pandas" in capsys.readouterr().err
+
+
 def test_a_directory_of_others_is_not_written_into(checkpoint, write, tmp_path, capsys):
     import batch_inference
 
