@@ -27,7 +27,7 @@ class Unit(NamedTuple):
 
     Attributes:
         compiler: "triton", or one of `cuda_modules.compilers()`.
-        chip: "sm_80", "sm_90" or "sm_90a".
+        chip: "sm_80", "sm_86", "sm_90" or "sm_90a".
         dtype: short name.
         head_dim: D.
         features: as in `offline.variants.Variant`.
@@ -49,7 +49,9 @@ def triton_units(*, oldest: bool) -> list[Unit]:
     """Return the variants of the Triton kernels; for the oldest supported Triton the main dtype and head size alone."""
     found = [Unit("triton", chip, "bf16", 64, features) for chip in ("sm_80", "sm_90") for features in _FEATURES]
     if not oldest:
-        found += [Unit("triton", "sm_90", dtype, dim, "bias") for dtype, dim in (("fp32", 64), ("bf16", 128))]
+        sizes = ("fp32", 64), ("bf16", 96), ("bf16", 128), ("bf16", 256)
+        found += [Unit("triton", "sm_90", dtype, dim, "bias") for dtype, dim in sizes]
+        found += [Unit("triton", "sm_86", "bf16", 64, "bias")]
     return found
 
 

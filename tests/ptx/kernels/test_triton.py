@@ -71,6 +71,16 @@ def test_results_and_gradients_are_within_the_budget(device, check, case):
     check("triton", case)
 
 
+@pytest.mark.parametrize("case", named([
+    Case(batch=2, heads=1, nq=150, dtype=BF16, mask="holes", **SHORT),
+    Case(batch=1, heads=1, nq=330, dtype=BF16, **SHORT),
+    Case(batch=1, heads=1, nq=111, head_dim=128, dtype=BF16, **SHORT),
+]))  # fmt: skip
+def test_devices_with_little_shared_memory_are_within_the_budget(check, case):
+    with triton_driver.installed(triton_driver.Device(86)):
+        check("triton", case)
+
+
 @pytest.mark.parametrize("late", LATE, ids=str)
 @pytest.mark.parametrize("case", named([Case(batch=1, heads=1, nq=330, dtype=BF16, **SHORT)]))
 def test_a_warp_may_fall_behind(device, check, case, late):

@@ -24,7 +24,7 @@ from ptx.machine import Machine, Memory
 __all__ = ["Device", "installed", "laid_out", "memory_of", "standing_in"]
 
 # Bytes of shared memory that a block may have, by compute capability: Triton compares before it loads a kernel.
-_SHARED = {80: 163 << 10, 90: 227 << 10}
+_SHARED = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10}
 _NUMBERS = itertools.count()
 
 
@@ -32,7 +32,7 @@ class Device:
     """What has been compiled, and how it is to be run.
 
     Attributes:
-        architecture: 80 or 90.
+        architecture: 80, 86 or 90.
         seed: of the order of warps in the last launch; each launch takes the next one.
         late: warps that fall behind.
         machines: by the key that Triton gives a compiled kernel.
