@@ -16,6 +16,7 @@ namespace {
 struct FloatWord {
   static constexpr int kPerWord = 1;
   DK_INLINE Sum multiply_add(const float* a, vf b, Sum c) { return sum_product(set1(*a), b, c); }
+  DK_INLINE Sum multiply_add(vf a, vf b, Sum c) { return sum_product(a, b, c); }
   DK_INLINE vf scaled(vf words, vf factor) { return words * factor; }
 };
 
@@ -27,6 +28,7 @@ struct BFloat16Word {
     std::memcpy(&pair, a, sizeof pair);
     return dot_bf16_pairs(pair, b, c);
   }
+  DK_INLINE Sum multiply_add(vf a, vf b, Sum c) { return dot_bf16_pairs(a, b, c); }
   DK_INLINE vf scaled(vf words, vf factor) { return scale_bf16_pairs(words, factor); }
 };
 #endif

@@ -71,6 +71,8 @@ int linear(const LinearParams& p) {
     using Layer = Linear<decltype(word)>;
     if (!Layer::supports(p)) return kUnsupported;
     if (p.tokens == 0 || p.out_features == 0) return kOk;
+    using Few = FewTokens<decltype(word)>;
+    if (Few::supports(p)) return Few(p).run() ? kOk : kOutOfMemory;
     return Layer(p).run() ? kOk : kOutOfMemory;
   });
 }

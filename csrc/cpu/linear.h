@@ -7,18 +7,11 @@
 #pragma once
 #include <algorithm>
 
-#include "gelu.h"
+#include "few_tokens.h"
 #include "pack.h"
 #include "parallel.h"
 
 namespace {
-
-DK_INLINE void write_vector(FloatWord, vf x, char* to) { store(reinterpret_cast<float*>(to), x); }
-DK_INLINE vf gelu(FloatWord, vf x) { return gelu(x); }
-#ifdef DK_HAS_BF16_DOT
-DK_INLINE vf gelu(BFloat16Word, vf x) { return gelu_for_bfloat16(x); }
-DK_INLINE void write_vector(BFloat16Word, vf x, char* to) { store_bf16(reinterpret_cast<uint16_t*>(to), x); }
-#endif
 
 template <class Word>
 class Linear {

@@ -73,6 +73,19 @@ DK_INLINE void transpose(vf* r) {  // in place, kV x kV
   for (int i = 0; i < 8; i++) r[i] = t[i];
 }
 
+// The sum of the lanes of r[i] in lane i.
+DK_INLINE vf lane_sums(vf* r) {
+  DK_UNROLL
+  for (int i = 0; i < 4; i++)
+    r[i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]) + _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+  DK_UNROLL
+  for (int i = 0; i < 2; i++) {
+    const __m256d a = (__m256d)r[2 * i], b = (__m256d)r[2 * i + 1];
+    r[i] = (vf)_mm256_unpacklo_pd(a, b) + (vf)_mm256_unpackhi_pd(a, b);
+  }
+  return _mm256_permute2f128_ps(r[0], r[1], 0x20) + _mm256_permute2f128_ps(r[0], r[1], 0x31);
+}
+
 // Four 64-bit lanes, for the dropout generator.
 using vu64 = __m256i;
 constexpr int kV64 = 4;

@@ -96,6 +96,22 @@ DK_INLINE void transpose(vf* r) {  // in place, kV x kV
   }
 }
 
+// The sum of the lanes of r[i] in lane i.
+DK_INLINE vf lane_sums(vf* r) {
+  DK_UNROLL
+  for (int i = 0; i < 8; i++)
+    r[i] = _mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]) + _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+  DK_UNROLL
+  for (int i = 0; i < 4; i++) {
+    const __m512d a = (__m512d)r[2 * i], b = (__m512d)r[2 * i + 1];
+    r[i] = (vf)_mm512_unpacklo_pd(a, b) + (vf)_mm512_unpackhi_pd(a, b);
+  }
+  for (int count = 2; count > 0; count /= 2)
+    for (int i = 0; i < count; i++)
+      r[i] = _mm512_shuffle_f32x4(r[2 * i], r[2 * i + 1], 0x88) + _mm512_shuffle_f32x4(r[2 * i], r[2 * i + 1], 0xdd);
+  return r[0];
+}
+
 // Eight 64-bit lanes, for the dropout generator.
 using vu64 = __m512i;
 constexpr int kV64 = 8;
@@ -114,6 +130,9 @@ DK_INLINE void u64_store(uint64_t* p, vu64 a) { _mm512_storeu_si512(p, a); }
 #define DK_HAS_BF16_DOT 1
 DK_INLINE vf dot_bf16_pairs(uint32_t a, vf b, vf c) {
   return _mm512_dpbf16_ps(c, (__m512bh)_mm512_set1_epi32((int)a), (__m512bh)_mm512_castps_si512(b));
+}
+DK_INLINE vf dot_bf16_pairs(vf a, vf b, vf c) {
+  return _mm512_dpbf16_ps(c, (__m512bh)_mm512_castps_si512(a), (__m512bh)_mm512_castps_si512(b));
 }
 // pairs[c] = even[c] in the low half, odd[c] in the high half.
 DK_INLINE void interleave_bf16(const uint16_t* even, const uint16_t* odd, uint32_t* pairs) {

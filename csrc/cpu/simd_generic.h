@@ -78,6 +78,13 @@ DK_INLINE void transpose(vf* r) {  // in place, kV x kV
   for (int i = 0; i < kV; i++) r[i] = t[i];
 }
 
+// The sum of the lanes of r[i] in lane i.
+DK_INLINE vf lane_sums(vf* r) {
+  vf sums;
+  for (int i = 0; i < kV; i++) sums[i] = reduce_add(r[i]);
+  return sums;
+}
+
 // Two 64-bit lanes, for the dropout generator.
 using vu64 = uint64_t __attribute__((vector_size(16)));
 constexpr int kV64 = 2;

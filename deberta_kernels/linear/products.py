@@ -34,9 +34,8 @@ __all__ = [
     "widened_with_gradients",
 ]
 
-# The native library's variants with vector instructions are faster than PyTorch on some processors, from so many tokens
-# on: measured by python -m benchmarks linear.
-_FEWEST = 8
+# The native library's variants with vector instructions are faster than PyTorch on some processors, for any number of
+# tokens: measured by python -m benchmarks linear.
 _UNIT = 16  # the library computes so many outputs at a time
 
 
@@ -75,9 +74,9 @@ def suits(x: Tensor, weight: Tensor, bias: Tensor | None = None, everywhere: boo
         return False
     if x.is_neg() or weight.is_neg() or (bias is not None and bias.is_neg()):
         return False
-    library, tokens = native.opened(), x.numel() // weight.shape[1]
+    library = native.opened()
     uses = () if library is None else env.ISA_FEATURES.get(library.isa, ())
-    if not uses or weight.shape[0] % _UNIT or tokens < _FEWEST:
+    if not uses or weight.shape[0] % _UNIT:
         return False
     if x.dtype == torch.bfloat16:
         return "avx512_bf16" in uses and "amx_bf16" not in features() and weight.shape[1] % 2 == 0

@@ -57,6 +57,8 @@ def assert_exact(name, calls):
 # The longest sums of all sizes of DeBERTa, and lengths around the parts in which they are made.
 SHAPES = [(16, 8), (64, 40), (130, 100), (256, 64), (288, 200), (514, 50), (768, 8), (768, 500), (1024, 64)]
 SHAPES += [(1536, 33), (3072, 16), (3072, 1024), (6144, 130)]
+# Few tokens: of blocks that are full, and that are not; the first number that is not few.
+SHAPES += [(64, 1), (768, 6), (800, 7), (1600, 13), (3072, 31), (768, 56), (768, 57)]
 
 
 @pytest.mark.parametrize("gelu", [False, True])
@@ -175,8 +177,9 @@ def test_nothing_beside_the_result_is_written(dtype, monkeypatch):
     assert (memory[[0, 20]] == 7).all()
 
 
-def test_threads_change_no_bit(dtype):
-    layer, x = layer_of(96, 160, dtype), torch.randn(70, 96).to(dtype)
+@pytest.mark.parametrize("tokens", [1, 9, 70])
+def test_threads_change_no_bit(dtype, tokens):
+    layer, x = layer_of(96, 160, dtype), torch.randn(tokens, 96).to(dtype)
     before = torch.get_num_threads()
     try:
         found = []
@@ -278,13 +281,13 @@ def test_odd_shapes_and_pending_negations_are_answered_as_before(x, weight, bias
     assert taken == []
 
 
-def test_very_few_tokens_are_left_to_pytorch(monkeypatch):
+def test_any_number_of_tokens_is_taken(monkeypatch):
     weight = torch.ones(16, 32)
     wanted = STATUS["isa"] not in (None, "generic")
     for everywhere, wishes in ((False, True), (True, False)):
         monkeypatch.setattr(products, "_native_wanted", lambda wishes=wishes: wishes)
-        for tokens, expected in ((products._FEWEST - 1, False), (products._FEWEST, wanted), (5000, wanted)):
-            assert products.suits(torch.ones(1, tokens, 32), weight, None, everywhere) == expected
+        for tokens in (1, 8, 5000):
+            assert products.suits(torch.ones(1, tokens, 32), weight, None, everywhere) == wanted
     assert not products.suits(torch.ones(16, 32), weight)
 
 
