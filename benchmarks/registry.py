@@ -110,7 +110,8 @@ def _core() -> tuple[Figure, ...]:
 CORE_FIGURES = _core()
 
 # Whole models. A size without an entry is measured all the same and has no bound.
-MODEL_SIZES, RAGGED, RAGGED_FILL = ((1, 32), (1, 128), (1, 512), (1, 2048), (8, 128), (8, 512)), (8, 128), 0.6
+MODEL_SIZES = ((1, 8), (1, 16), (1, 32), (1, 64), (1, 128), (1, 512), (1, 2048), (8, 128), (8, 512))
+RAGGED, RAGGED_FILL = (8, 128), 0.6
 MODEL_EAGER: dict[str, dict[tuple[int, int], tuple[float | None, float | None]]] = {
     "float32": {(1, 128): (1.9, None), (1, 512): (1.6, None), (1, 2048): (4.5, None)},
     "bfloat16": {(1, 128): (2.0, 3.0)},
