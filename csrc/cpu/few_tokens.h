@@ -55,9 +55,9 @@ class FewTokens {
   static constexpr int kUnit = 16;                                        // outputs side by side
   static constexpr int kRows = 4;                                         // of them in registers
   static constexpr int kMostAtOnce = kMicroRows * kMicroVectors / kRows;  // tokens in registers
-  static constexpr int64_t kMostTokens = 56;  // from here on products of whole panels are faster
-  static constexpr int64_t kSlice = 768;      // words; those of the tokens in registers stay in the first-level cache
-  static constexpr int64_t kShares = 4;       // tasks of a thread, so that none waits long for another
+  static constexpr int64_t kMostTokens = 3 * kV / 2;  // products of whole panels are faster for more
+  static constexpr int64_t kSlice = 768;  // words; those of the tokens in registers stay in the first-level cache
+  static constexpr int64_t kShares = 4;   // tasks of a thread, so that none waits long for another
 
   int64_t scratch_bytes() const { return kUnit * p_.tokens * kV * (int64_t)sizeof(float); }
 

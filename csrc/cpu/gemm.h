@@ -41,10 +41,16 @@ struct ColumnSource {  // the B operand
 struct RowSource {  // the A operand, in words
   const float* data;
   ptrdiff_t row, step;
+  ptrdiff_t ahead = 0;  // words from a row to the one that kAhead asks for on the way
+
+  RowSource from(int r) const { return {data + r * row, row, step, ahead}; }
 };
 
-// sum[kRows][kVectors] = A * B, in registers.
-template <class Word, int kRows, int kVectors>
+constexpr int kLineWords = 64 / sizeof(float);
+
+// sum[kRows][kVectors] = A * B, in registers. kAhead: memory that is needed soon is asked for at an even pace, rows of A
+// being read from end to end.
+template <class Word, int kRows, int kVectors, bool kAhead = false>
 DK_INLINE void multiply(RowSource a, ColumnSource b, int words, Sum (&sum)[kRows][kVectors]) {
   DK_UNROLL
   for (int r = 0; r < kRows; r++) {
@@ -52,6 +58,10 @@ DK_INLINE void multiply(RowSource a, ColumnSource b, int words, Sum (&sum)[kRows
     for (int n = 0; n < kVectors; n++) sum[r][n] = zero_sum();
   }
   for (int w = 0; w < words; w++) {
+    if (kAhead && w % kLineWords == 0) {
+      DK_UNROLL
+      for (int r = 0; r < kRows; r++) __builtin_prefetch(a.data + r * a.row + w + a.ahead, 0, 2);
+    }
     vf column[kVectors];
     DK_UNROLL
     for (int n = 0; n < kVectors; n++) column[n] = load(b.data + w * b.step + n * b.panel);
@@ -64,10 +74,10 @@ DK_INLINE void multiply(RowSource a, ColumnSource b, int words, Sum (&sum)[kRows
   }
 }
 
-template <class Word, int kRows, int kVectors>
+template <class Word, int kRows, int kVectors, bool kAhead = false>
 DK_INLINE void micro_kernel(RowSource a, ColumnSource b, float* c, ptrdiff_t ldc, int words, bool accumulate) {
   Sum sum[kRows][kVectors];
-  multiply<Word>(a, b, words, sum);
+  multiply<Word, kRows, kVectors, kAhead>(a, b, words, sum);
   // C is read only now: its way from the L2 cache then overlaps with the products.
   if (accumulate) {
     DK_UNROLL
@@ -85,7 +95,7 @@ DK_INLINE void micro_kernel(RowSource a, ColumnSource b, float* c, ptrdiff_t ldc
 }
 
 // All rows of A against kVectors vectors of B. Row counts are multiples of kMicroRows except for single rows.
-template <class Word, int kVectors>
+template <class Word, int kVectors, bool kAhead = false>
 DK_NOINLINE static void gemm_rows(int rows, RowSource a, ColumnSource b, float* c, ptrdiff_t ldc, int words,
                                   bool accumulate) {
   constexpr int kRows = kVectors > kMicroVectors ? kMicroRows / 2 : kMicroRows;
@@ -94,12 +104,19 @@ DK_NOINLINE static void gemm_rows(int rows, RowSource a, ColumnSource b, float* 
   // multiple apart, compete for the same places in the cache.
   if (kVectors == 1 && a.row % 1024 != 0)
     for (; r + 2 * kMicroRows <= rows; r += 2 * kMicroRows)
-      micro_kernel<Word, 2 * kMicroRows, kVectors>({a.data + r * a.row, a.row, a.step}, b, c + r * ldc, ldc, words,
-                                                   accumulate);
+      micro_kernel<Word, 2 * kMicroRows, kVectors, kAhead>(a.from(r), b, c + r * ldc, ldc, words, accumulate);
   for (; r + kRows <= rows; r += kRows)
-    micro_kernel<Word, kRows, kVectors>({a.data + r * a.row, a.row, a.step}, b, c + r * ldc, ldc, words, accumulate);
-  for (; r < rows; r++)
-    micro_kernel<Word, 1, kVectors>({a.data + r * a.row, a.row, a.step}, b, c + r * ldc, ldc, words, accumulate);
+    micro_kernel<Word, kRows, kVectors, kAhead>(a.from(r), b, c + r * ldc, ldc, words, accumulate);
+  for (; r < rows; r++) micro_kernel<Word, 1, kVectors, kAhead>(a.from(r), b, c + r * ldc, ldc, words, accumulate);
+}
+
+template <class Word, bool kAhead>
+DK_INLINE void gemm_vectors(int take, int rows, RowSource a, ColumnSource b, float* c, ptrdiff_t ldc, int words,
+                            bool accumulate) {
+  if (kMicroRows >= 8 && take == 4) gemm_rows<Word, 4, kAhead>(rows, a, b, c, ldc, words, accumulate);
+  else if (take == 3) gemm_rows<Word, 3, kAhead>(rows, a, b, c, ldc, words, accumulate);
+  else if (take == 2) gemm_rows<Word, 2, kAhead>(rows, a, b, c, ldc, words, accumulate);
+  else gemm_rows<Word, 1, kAhead>(rows, a, b, c, ldc, words, accumulate);
 }
 
 // How many of the column vectors that are left the next step takes.
@@ -108,8 +125,8 @@ DK_INLINE int next_vectors(int left) {
   return left == 4 || left == 2 ? 2 : (left < kMicroVectors ? left : kMicroVectors);
 }
 
-// C[rows][vectors * kV] (+)= A[rows][words] * B[words][vectors * kV].
-template <class Word>
+// C[rows][vectors * kV] (+)= A[rows][words] * B[words][vectors * kV]. kAhead: as in `multiply`, each row once.
+template <class Word, bool kAhead = false>
 DK_NOINLINE static void gemm(int rows, int vectors, int words, RowSource a, ColumnSource b, float* c, ptrdiff_t ldc,
                              bool accumulate) {
   int n = 0;
@@ -117,10 +134,9 @@ DK_NOINLINE static void gemm(int rows, int vectors, int words, RowSource a, Colu
     // With registers for it 4 at once read plain rows of 4 vectors, the common head size, from end to end.
     const int left = vectors - n, take = kMicroRows >= 8 && left == 4 ? 4 : next_vectors(left);
     const ColumnSource columns{b.data + n * b.panel, b.panel, b.step};
-    if (kMicroRows >= 8 && take == 4) gemm_rows<Word, 4>(rows, a, columns, c + n * kV, ldc, words, accumulate);
-    else if (take == 3) gemm_rows<Word, 3>(rows, a, columns, c + n * kV, ldc, words, accumulate);
-    else if (take == 2) gemm_rows<Word, 2>(rows, a, columns, c + n * kV, ldc, words, accumulate);
-    else gemm_rows<Word, 1>(rows, a, columns, c + n * kV, ldc, words, accumulate);
+    float* to = c + n * kV;
+    if (kAhead && n == 0) gemm_vectors<Word, true>(take, rows, a, columns, to, ldc, words, accumulate);
+    else gemm_vectors<Word, false>(take, rows, a, columns, to, ldc, words, accumulate);
     n += take;
   }
 }

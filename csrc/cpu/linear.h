@@ -102,36 +102,38 @@ class Linear {
     for (int64_t s = 0; s < slices_; s++) {
       const ColumnSource tokens{packed + s * panels * kPanel, kPanel, kV};
       if (s == slices_ - 1) ask_for_results(output, count, panel, panels);
-      gemm<Word>(count, (int)panels, words_of<Word>(elements(s)), weight_rows(output, count, s, sums + kOutputs * row_),
-                 tokens, sums, row_, s > 0);
+      const RowSource weight = weight_rows(output, count, s, sums + kOutputs * row_);
+      const int words = words_of<Word>(elements(s));
+      if (weight.ahead) gemm<Word, true>(count, (int)panels, words, weight, tokens, sums, row_, s > 0);
+      else gemm<Word>(count, (int)panels, words, weight, tokens, sums, row_, s > 0);
     }
     for (int64_t t = 0; t < panels; t++) finish(output, count, panel + t, sums + t * kV);
   }
 
   // `count` rows of the weight; copied first where they lie across.
   RowSource weight_rows(int64_t output, int count, int64_t slice, float* copy) const {
-    if (p_.weight_transposed || Word::kPerWord > 1 || panels_ <= kFewPanels) ask_for_next(output, slice);
     if (!p_.weight_transposed) {
       const Rows weight = rows(p_.weight, p_.in_features, slice * kSlice);
-      return {reinterpret_cast<const float*>(weight.row(output)), weight.stride / 4, 1};
+      const ptrdiff_t row = weight.stride / (ptrdiff_t)sizeof(float);
+      // The next step's weights, this thread's: products of pairs, and of few tokens, are done before the processor has
+      // fetched them by itself.
+      const bool asks = Word::kPerWord > 1 || panels_ <= kFewPanels;
+      const ptrdiff_t ahead = slice + 1 < slices_ ? kWords : p_.threads * width_ * row - slice * kWords;
+      return {reinterpret_cast<const float*>(weight.row(output)), row, 1, asks ? ahead : 0};
     }
+    ask_for_next(output, slice);
     const Rows columns = rows(p_.weight, p_.out_features, output);
     for (int w = 0; w < elements(slice); w++) read_row(columns, slice * kSlice + w, count, count, copy + w * kOutputs);
     return {copy, 1, kOutputs};
   }
 
-  // Ask for the weights of the next step: products of pairs, and of few tokens, are done before the processor has
-  // fetched them by itself. Inlined, or gcc drops the call of what has no effect that it knows of.
+  // Ask for the transposed weights of the next step. Inlined, or gcc drops the call of what has no effect that it knows
+  // of.
   DK_INLINE_MEMBER void ask_for_next(int64_t output, int64_t slice) const {
     if (++slice == slices_) slice = 0, output += width_;
     const int count = (int)std::min(width_, p_.out_features - output);
-    if (p_.weight_transposed) {
-      const Rows columns = rows(p_.weight, p_.out_features, output);
-      for (int w = 0; w < elements(slice); w++) prefetch_row<1>(columns, slice * kSlice + w, count);
-      return;
-    }
-    const Rows weight = rows(p_.weight, p_.in_features, slice * kSlice);
-    for (int i = 0; i < count; i++) prefetch_row<1>(weight, output + i, elements(slice));
+    const Rows columns = rows(p_.weight, p_.out_features, output);
+    for (int w = 0; w < elements(slice); w++) prefetch_row<1>(columns, slice * kSlice + w, count);
   }
 
   // Ask for the memory of the results while the last slice is summed: a line or two of each row, which no processor
