@@ -75,7 +75,7 @@ SANITIZED = LD_PRELOAD="$(call CXX_FILE,libasan.so) $(call CXX_FILE,libstdc++.so
 	DEBERTA_KERNELS_LIBRARY=build/sanitized/libdeberta_kernels_cpu.so
 SANITIZED_TESTS = tests/sanitized tests/ops tests/integrations/test_fast_linears.py \
 	--ignore tests/ops/test_torch_tiled.py --ignore tests/ops/test_triton.py --ignore tests/ops/test_triton_rotation.py
-EMULATED_TESTS = tests/aarch64 $(filter-out tests/sanitized,$(SANITIZED_TESTS))
+EMULATED_TESTS ?= tests/aarch64 $(filter-out tests/sanitized,$(SANITIZED_TESTS))
 # The tests never ask the hub for anything.
 OFFLINE = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
@@ -111,7 +111,7 @@ test-sanitized: env-test ## run the operator tests and linear layers under Addre
 	@$(SANITIZED) $(OFFLINE) OMP_NUM_THREADS=1 $(RUN) $(PYTEST) --sanitized $(SANITIZED_TESTS) $(ARGS) \
 		|| { cat build/sanitized/report.* 2>/dev/null; exit 1; }
 
-test-aarch64: env-test ## run the operator tests and linear layers with the library for aarch64, under emulation
+test-aarch64: env-test ## run the tests of the native library for aarch64, under emulation; a sample of the cases
 	@$(OFFLINE) OMP_NUM_THREADS=1 $(RUN) tools/aarch64.py $(abspath $(RUN)) $(PYTEST) --emulated $(EMULATED_TESTS) $(ARGS)
 
 test-triton: env-triton ## test the source of the Triton kernels in Triton's interpreter, on the CPU

@@ -1,6 +1,7 @@
 """Run tests on this machine with the native library for aarch64, which an emulator executes.
 
-    make test-aarch64                                       every test of the native library
+    make test-aarch64                                       every test of the native library, on a sample of its cases
+    make test-aarch64 ARGS=--every-case                     on all of them: half an hour
     python tools/aarch64.py python -m pytest --emulated ... some of them
     python tools/aarch64.py --absence                       say what is missing for it; nothing where all is there
 

@@ -6,6 +6,9 @@ import pytest
 
 from tests import emulation, selection
 
+# Cases of one test that each variant runs: emulated bfloat16 products take a hundred times as long.
+_SAMPLE = 6
+
 
 def pytest_addoption(parser):
     parser.addoption(
@@ -26,7 +29,16 @@ def pytest_ignore_collect(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out the targets that compute elsewhere, and the one that is the fastest variant once more."""
-    if config.getoption("--emulated", False):
-        targets = {item: selection.target_of(item) for item in items}
-        selection.keep(config, items, [item for item, t in targets.items() if t is None or t.isa is not None])
+    """Leave out the targets that compute elsewhere, and the one that is the fastest variant once more; take samples."""
+    if not config.getoption("--emulated", False):
+        return
+    targets = {item: selection.target_of(item) for item in items}
+    kept = [item for item, target in targets.items() if target is None or target.isa is not None]
+    if not config.getoption("--every-case"):
+        kept = selection.sampled(kept, _test_of_a_variant, _SAMPLE)
+    selection.keep(config, items, kept)
+
+
+def _test_of_a_variant(item):
+    target, parameters = selection.target_of(item), getattr(getattr(item, "callspec", None), "params", {})
+    return getattr(item, "function", item), target, parameters.get("isa")
