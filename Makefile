@@ -75,6 +75,7 @@ SANITIZED = LD_PRELOAD="$(call CXX_FILE,libasan.so) $(call CXX_FILE,libstdc++.so
 	DEBERTA_KERNELS_LIBRARY=build/sanitized/libdeberta_kernels_cpu.so
 SANITIZED_TESTS = tests/sanitized tests/ops tests/integrations/test_fast_linears.py \
 	--ignore tests/ops/test_torch_tiled.py --ignore tests/ops/test_triton.py --ignore tests/ops/test_triton_rotation.py
+EMULATED_TESTS ?= tests/aarch64 $(filter-out tests/sanitized,$(SANITIZED_TESTS))
 # The tests never ask the hub for anything.
 OFFLINE = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
@@ -83,7 +84,7 @@ OFFLINE = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 .PHONY: test-serving env-serving
 .PHONY: env-demo env-test env-bench env-tf4 env-triton env-ecosystem env-gpu env-wheels clean kernels-offline cuda-offline count-ptx
 .PHONY: test-tensorflow bench-tensorflow env-tensorflow hf-kernel
-.PHONY: docs env-docs
+.PHONY: docs env-docs test-aarch64
 .PHONY: gpu gpu-smoke tune wheels bench-adapters test-fast test-ptx mutants test-versions test-oldest test-newest test-upstream env-oldest env-newest
 MAKEFLAGS += --no-print-directory
 
@@ -109,6 +110,9 @@ test-sanitized: env-test ## run the operator tests and linear layers under Addre
 	@rm -f build/sanitized/report.*
 	@$(SANITIZED) $(OFFLINE) OMP_NUM_THREADS=1 $(RUN) $(PYTEST) --sanitized $(SANITIZED_TESTS) $(ARGS) \
 		|| { cat build/sanitized/report.* 2>/dev/null; exit 1; }
+
+test-aarch64: env-test ## run the tests of the native library for aarch64, under emulation; a sample of the cases
+	@$(OFFLINE) OMP_NUM_THREADS=1 $(RUN) tools/aarch64.py $(abspath $(RUN)) $(PYTEST) --emulated $(EMULATED_TESTS) $(ARGS)
 
 test-triton: env-triton ## test the source of the Triton kernels in Triton's interpreter, on the CPU
 	@$(OFFLINE) $(INTERPRETED) $(RUN) $(PYTEST) $(INTERPRETED_TESTS) $(ARGS)

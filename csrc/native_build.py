@@ -39,6 +39,10 @@ SANITIZE_FLAGS = ("-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,u
 # A newer libstdc++ than the one torch brought along must not be needed, and ours must not be seen by others.
 STATIC_RUNTIME_FLAGS = ("-static-libstdc++", "-Wl,--exclude-libs,ALL")
 COMPILE_TIMEOUT_SECONDS = 600
+# What compilers call extensions of ARM processors that Linux names otherwise.
+ARM_EXTENSIONS = {"asimd": "simd", "atomics": "lse"}
+# For gcc, which otherwise moves loads of the products forward until registers run out, and spills sums.
+ARM_GCC_FLAGS = ("-fno-schedule-insns",)
 
 
 class BuildError(RuntimeError):
@@ -95,13 +99,18 @@ def variants_for(platform: str) -> dict[str, tuple[str, ...]]:
     Flags are named one by one and never -march=native: the library must run on machines other than the one it was built
     on, and picks its variant when it is loaded.
     """
-    features = package_file("env.py").ISA_FEATURES
-    is_x86 = platform.endswith(("x86_64", "amd64"))
-    return {
-        name: tuple(f"-m{feature.replace('_', '')}" for feature in features[name])
-        for name in reversed(features)
-        if is_x86 or not features[name]
-    }
+    env = package_file("env.py")
+    isas = env.isas_of(platform.rpartition("-")[2])
+    return {name: compiler_flags(env.ISA_FEATURES[name]) for name in reversed(isas)}
+
+
+def compiler_flags(features: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the compiler's flags for features of a processor, which Linux names."""
+    if "asimd" not in features:
+        return tuple(f"-m{feature.replace('_', '')}" for feature in features)
+    base = "armv8.2-a" if "bf16" in features else "armv8-a"
+    extensions = ("+" + ARM_EXTENSIONS.get(feature, feature) for feature in features)
+    return ("-march=" + base + "".join(extensions), "-DDK_NEON")
 
 
 def compiled_variants(names: Collection[str]) -> str:
@@ -201,6 +210,8 @@ def compile_variants(
     def compile_one(name: str, flags: tuple[str, ...]) -> Path:
         if flags and not accepts(compiler, flags):
             raise BuildError(f"the compiler does not know {' '.join(flags)}")
+        if "-DDK_NEON" in flags and accepts(compiler, ARM_GCC_FLAGS):
+            flags = (*flags, *ARM_GCC_FLAGS)
         target = folder / f"kernel_{name}.o"
         command = [*compiler, *COMMON_FLAGS, *layout.flags, *flags, f"-I{layout.include}", f"-DDK_VARIANT={name}"]
         run_compiler([*command, "-c", str(layout.sources / "kernel.cpp"), "-o", str(target)], f"variant {name}")

@@ -17,7 +17,9 @@ __all__ = [
     "cpu_isa",
     "forced_backend",
     "importing_from",
+    "isas_of",
     "library_path",
+    "multiplies_bfloat16",
     "self_tests",
     "settings_of_others",
     "triton_interpreted",
@@ -38,7 +40,11 @@ _held_key = os.fsencode(BACKEND) if os.name == "posix" else BACKEND
 # baseline, as Linux names them. The build makes the compiler's flags of this, and what the library asks the processor.
 _AVX2 = ("avx2", "fma", "f16c")
 _AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq", *_AVX2)
-ISA_FEATURES = {"avx512_bf16": (*_AVX512, "avx512_bf16"), "avx512": _AVX512, "avx2": _AVX2, "generic": ()}
+# Compilers know BF16 beside ARMv8.2 only, which has the atomics of ARMv8.1.
+ISA_FEATURES = {
+    "avx512_bf16": (*_AVX512, "avx512_bf16"), "avx512": _AVX512, "avx2": _AVX2,
+    "neon_bf16": ("asimd", "atomics", "bf16"), "neon": ("asimd",), "generic": (),
+}  # fmt: skip
 CPU_ISAS = tuple(ISA_FEATURES)
 
 VARIABLES = {
@@ -91,6 +97,23 @@ def cpu_isa() -> str | None:
     if isa is not None and isa not in CPU_ISAS:
         raise ValueError(f"{CPU_ISA} must be one of {', '.join(CPU_ISAS)}, got {isa!r}; unset it for the best variant.")
     return isa
+
+
+def isas_of(machine: str) -> tuple[str, ...]:
+    """Return the variants that a processor may have, fastest first.
+
+    Args:
+        machine: its family, as `platform.machine` names it.
+    """
+    if machine.lower() in ("x86_64", "amd64"):
+        return tuple(isa for isa in CPU_ISAS if "asimd" not in ISA_FEATURES[isa])
+    is_arm = machine.lower() in ("aarch64", "arm64")
+    return tuple(isa for isa in CPU_ISAS if not ISA_FEATURES[isa] or (is_arm and "asimd" in ISA_FEATURES[isa]))
+
+
+def multiplies_bfloat16(isa: str) -> bool:
+    """Tell whether a variant has instructions for products of bfloat16 numbers."""
+    return isa.endswith("_bf16")
 
 
 def library_path() -> str | None:

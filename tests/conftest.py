@@ -129,6 +129,8 @@ def pytest_report_header(config):
     here = ", ".join(reasons.pop(None))
     if not config.getoption("--sanitized", False):
         reasons["--sanitized is not set (make test-sanitized)"] = ["planted faults"]
+    if not config.getoption("--emulated", False):
+        reasons["--emulated is not set (make test-aarch64)"] = ["the native library for aarch64"]
     if absence := needs.machine_absence():
         count = len(list((Path(__file__).parent / "ptx").rglob("test_*.py")))
         reasons.setdefault(absence, []).append(f"the machine for PTX ({count} files of tests/ptx)")

@@ -28,7 +28,7 @@ PLATFORM = f"manylinux_2_{NEWEST_GLIBC}"
 LARGEST = 3 << 20
 # Compiler of each platform, and where Debian has it.
 COMPILERS = {"x86_64": ("x86_64-linux-gnu-g++", "g++"), "aarch64": ("aarch64-linux-gnu-g++", "g++-aarch64-linux-gnu")}
-VARIANTS = {"x86_64": ["generic", "avx2", "avx512", "avx512_bf16"], "aarch64": ["generic"]}
+VARIANTS = {"x86_64": ["generic", "avx2", "avx512", "avx512_bf16"], "aarch64": ["generic", "neon", "neon_bf16"]}
 
 
 def say(text: str) -> None:

@@ -26,7 +26,7 @@ from benchmarks.harness.process import note
 from benchmarks.harness.record import Progress, Run
 from benchmarks.harness.work import GEOMETRY, needed_flops
 from benchmarks.registry import LINEAR_FIGURES, LINEAR_TOKENS
-from deberta_kernels import dtypes, native
+from deberta_kernels import dtypes, env, native
 from deberta_kernels.linear import products
 from deberta_kernels.proof.budget import MEAN_FACTOR, allowance
 
@@ -59,7 +59,7 @@ def candidates(dtype: torch.dtype) -> dict[str, Callable[..., Tensor]]:
     found: dict[str, Callable[..., Tensor]] = {"pytorch": pytorch}
     if torch.backends.mkldnn.is_available():
         found["onednn"] = onednn
-    if dtype == torch.float32 or native.library_status()["isa"] == "avx512_bf16":
+    if dtype == torch.float32 or env.multiplies_bfloat16(native.library_status()["isa"]):
         found["native"] = products.natively
     return found
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import subprocess
 import tempfile
 from pathlib import Path
@@ -28,7 +29,7 @@ from benchmarks.harness.record import Progress, Run
 from benchmarks.harness.work import needed_flops
 from benchmarks.model.run import measure_lengths
 from benchmarks.registry import CANDIDATES, CORE_FIGURES, CORE_GROUPS, GROUPS, Shape
-from deberta_kernels.env import CPU_ISAS
+from deberta_kernels.env import CPU_ISAS, isas_of
 
 QUICK_SIZES = ((1, 128), (1, 512))
 MEMORY_MUST, MEMORY_AIM, GROWTH_MUST = 100.0, 60.0, 2.2
@@ -131,7 +132,8 @@ def measure_memory(run: Run) -> list[Line]:
 def every_isa(options: argparse.Namespace) -> int:
     """Measure each instruction set in a process of its own, since the library chooses once; print them side by side."""
     results, status = {}, 0
-    for isa in CPU_ISAS:
+    isas = isas_of(platform.machine())
+    for isa in isas:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(options.json or folder) if options.json and options.json != "-" else Path(folder)
             path = path / f"{isa}.json" if path.suffix != ".json" else path.with_name(f"{path.stem}-{isa}.json")
@@ -141,7 +143,7 @@ def every_isa(options: argparse.Namespace) -> int:
                 ",".join(options.only or ("sdpa32", "sdpa16", "peak")),
                 *(["--quick"] if options.quick else []),
             ]
-            note(f"instruction set {isa}, {CPU_ISAS.index(isa) + 1} of {len(CPU_ISAS)}")
+            note(f"instruction set {isa}, {isas.index(isa) + 1} of {len(isas)}")
             done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False, env=environment())
             if done.returncode or not path.exists():
                 note(f"{isa}: exit status {done.returncode}; left out")

@@ -32,7 +32,7 @@ __all__ = ["commit", "describe", "device_name", "library", "own_peak", "package_
 ROWS, INNER, COLUMNS = 512, GEOMETRY.hidden, GEOMETRY.intermediate
 PACKAGES = ("transformers", "numpy", "onnx", "onnxruntime", "openvino", "adapters", "peft")
 # What the variants of the native library use, and what else makes products faster: PyTorch's, or those of ARM.
-FLAGS = (*dict.fromkeys(itertools.chain(*env.ISA_FEATURES.values())), "avx512_vnni", "amx_bf16", "asimd", "bf16")
+FLAGS = (*dict.fromkeys(itertools.chain(*env.ISA_FEATURES.values())), "avx512_vnni", "amx_bf16")
 
 
 def describe() -> dict[str, Any]:

@@ -19,11 +19,11 @@
 namespace {
 
 constexpr int64_t kLine = 64, kBlockLines = 64;  // bytes, and lines of a block
-constexpr int kLineVectors = kLine / sizeof(vf);
+constexpr int kLineVectors = kLine / sizeof(vu64);
 static_assert(dk::kChecksumKeyBytes == (kBlockLines + 1) * kLine + 2 * sizeof(uint64_t), "");
 
-using Words = uint32_t __attribute__((vector_size(sizeof(vf))));
-using Products = uint64_t __attribute__((vector_size(sizeof(vf))));
+using Words = uint32_t __attribute__((vector_size(sizeof(vu64))));
+using Products = uint64_t __attribute__((vector_size(sizeof(vu64))));
 
 DK_INLINE Products products(const char* data, const char* key) {
   Words words, keys;
@@ -39,13 +39,13 @@ DK_INLINE void add_lines(const char* data, int64_t lines, const char* key, uint6
   for (int64_t at = 0; at < lines * kLine; at += kLine) {
     DK_UNROLL
     for (int i = 0; i < kLineVectors; i++) {
-      const int64_t vector = at + i * (int64_t)sizeof(vf);
+      const int64_t vector = at + i * (int64_t)sizeof(vu64);
       first[i] += products(data + vector, key + vector);
       second[i] += products(data + vector, key + kLine + vector);
     }
   }
   for (int i = 0; i < kLineVectors; i++)
-    for (int c = 0; c < (int)(sizeof(vf) / sizeof(uint64_t)); c++) sums[0] += first[i][c], sums[1] += second[i][c];
+    for (int c = 0; c < kV64; c++) sums[0] += first[i][c], sums[1] += second[i][c];
 }
 
 // value * point + coefficient, modulo 2^61 - 1; `value` and `point` are below that.

@@ -4,6 +4,10 @@
 // compiled, fastest first, the generic one last. A processor's features are asked for as DK_HAS(name), with Linux's names.
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 #include "layout.h"
@@ -37,7 +41,29 @@ bool has_f16c() {
 }
 #endif
 
+#if defined(__aarch64__) && defined(__linux__)
+// The bits of Linux's asm/hwcap.h, whose older copies lack the last.
+bool has_asimd() { return getauxval(AT_HWCAP) >> 1 & 1; }
+bool has_atomics() { return getauxval(AT_HWCAP) >> 8 & 1; }
+bool has_bf16() { return getauxval(AT_HWCAP2) >> 14 & 1; }
+#elif defined(__aarch64__) && defined(__APPLE__)
+bool has_asimd() { return true; }
+bool has_atomics() { return true; }
+bool has_bf16() {
+  int answer = 0;
+  size_t size = sizeof answer;
+  return !sysctlbyname("hw.optional.arm.FEAT_BF16", &answer, &size, nullptr, 0) && answer;
+}
+#elif defined(__aarch64__)
+bool has_asimd() { return true; }
+bool has_atomics() { return false; }
+bool has_bf16() { return false; }
+#endif
+
 #define DK_HAS(feature) DK_HAS_##feature
+#define DK_HAS_asimd has_asimd()
+#define DK_HAS_atomics has_atomics()
+#define DK_HAS_bf16 has_bf16()
 #define DK_HAS_avx2 __builtin_cpu_supports("avx2")
 #define DK_HAS_fma __builtin_cpu_supports("fma")
 #define DK_HAS_f16c has_f16c()

@@ -29,6 +29,10 @@ DK_INLINE float to_float(bfloat16 x) { return float_from_bits((uint32_t)x.bits <
 DK_INLINE float to_float(float16 x) {
 #ifdef __F16C__
   return _cvtsh_ss(x.bits);
+#elif defined(__aarch64__)
+  __fp16 half;
+  std::memcpy(&half, &x.bits, sizeof half);
+  return half;
 #else
   const uint32_t sign = (uint32_t)(x.bits & 0x8000u) << 16, magnitude = x.bits & 0x7fffu;
   if (magnitude >= 0x7c00u) return float_from_bits(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
@@ -44,6 +48,9 @@ DK_INLINE void from_float(float x, bfloat16* out) {  // to nearest, ties to even
 DK_INLINE void from_float(float x, float16* out) {  // to nearest, ties to even
 #ifdef __F16C__
   out->bits = (uint16_t)_cvtss_sh(x, 0);
+#elif defined(__aarch64__)
+  const __fp16 half = (__fp16)x;
+  std::memcpy(&out->bits, &half, sizeof half);
 #else
   const uint32_t bits = bits_from_float(x), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
   uint32_t half;

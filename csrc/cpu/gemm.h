@@ -7,6 +7,7 @@
 #pragma once
 #include <algorithm>
 #include <cstddef>
+#include <utility>
 
 #include "simd.h"
 
@@ -17,6 +18,12 @@ struct FloatWord {
   static constexpr int kPerWord = 1;
   DK_INLINE Sum multiply_add(const float* a, vf b, Sum c) { return sum_product(set1(*a), b, c); }
   DK_INLINE Sum multiply_add(vf a, vf b, Sum c) { return sum_product(a, b, c); }
+#ifdef DK_HAS_LANE_PRODUCTS
+  template <int kLane>
+  DK_INLINE Sum multiply_add_lane(quad a, vf b, Sum c) {
+    return fma_lane<kLane>(a, b, c);
+  }
+#endif
   DK_INLINE vf scaled(vf words, vf factor) { return words * factor; }
 };
 
@@ -29,6 +36,12 @@ struct BFloat16Word {
     return dot_bf16_pairs(pair, b, c);
   }
   DK_INLINE Sum multiply_add(vf a, vf b, Sum c) { return dot_bf16_pairs(a, b, c); }
+#ifdef DK_HAS_LANE_PRODUCTS
+  template <int kLane>
+  DK_INLINE Sum multiply_add_lane(quad a, vf b, Sum c) {
+    return dot_bf16_lane<kLane>(a, b, c);
+  }
+#endif
   DK_INLINE vf scaled(vf words, vf factor) { return scale_bf16_pairs(words, factor); }
 };
 #endif
@@ -48,6 +61,65 @@ struct RowSource {  // the A operand, in words
 
 constexpr int kLineWords = 64 / sizeof(float);
 
+// Ask for the line that comes `ahead` of each row's, once a line.
+template <int kRows>
+DK_INLINE void ask_ahead(RowSource a, int w) {
+  if (w % kLineWords) return;
+  DK_UNROLL
+  for (int r = 0; r < kRows; r++) __builtin_prefetch(a.data + r * a.row + w + a.ahead, 0, 2);
+}
+
+#ifdef DK_HAS_LANE_PRODUCTS
+// sum += A * B for the words w + kLane of four that `a` holds for each row.
+template <class Word, int kLane, int kRows, int kVectors>
+DK_INLINE void add_lane(const quad (&a)[kRows], const float* b, ptrdiff_t panel, Sum (&sum)[kRows][kVectors]) {
+  DK_UNROLL
+  for (int n = 0; n < kVectors; n++) {
+    const vf column = load(b + n * panel);
+    DK_UNROLL
+    for (int r = 0; r < kRows; r++) sum[r][n] = Word::template multiply_add_lane<kLane>(a[r], column, sum[r][n]);
+  }
+}
+// sum += A * B for one word, which `a` holds for four rows a register.
+template <class Word, int kRows, int kVectors, int... kRow>
+DK_INLINE void add_word(const quad (&a)[kRows / 4], const float* b, ptrdiff_t panel, Sum (&sum)[kRows][kVectors],
+                        std::integer_sequence<int, kRow...>) {
+  DK_UNROLL
+  for (int n = 0; n < kVectors; n++) {
+    const vf column = load(b + n * panel);
+    ((sum[kRow][n] = Word::template multiply_add_lane<kRow % 4>(a[kRow / 4], column, sum[kRow][n])), ...);
+  }
+}
+// The words of A read four at a time, along rows or across them; return how many were.
+template <class Word, int kRows, int kVectors, bool kAhead>
+DK_INLINE int multiply_lanes(RowSource a, ColumnSource b, int words, Sum (&sum)[kRows][kVectors]) {
+  int w = 0;
+  if (a.step == 1) {
+    for (; w + 4 <= words; w += 4) {
+      if (kAhead) ask_ahead<kRows>(a, w);
+      quad row[kRows];
+      DK_UNROLL
+      for (int r = 0; r < kRows; r++) row[r] = vld1q_f32(a.data + r * a.row + w);
+      const float* column = b.data + w * b.step;
+      add_lane<Word, 0>(row, column, b.panel, sum);
+      add_lane<Word, 1>(row, column + b.step, b.panel, sum);
+      add_lane<Word, 2>(row, column + 2 * b.step, b.panel, sum);
+      add_lane<Word, 3>(row, column + 3 * b.step, b.panel, sum);
+    }
+  } else if (a.row == 1) {
+    if constexpr (kRows % 4 == 0) {
+      for (; w < words; w++) {
+        quad rows[kRows / 4];
+        DK_UNROLL
+        for (int r = 0; r < kRows / 4; r++) rows[r] = vld1q_f32(a.data + w * a.step + 4 * r);
+        add_word<Word>(rows, b.data + w * b.step, b.panel, sum, std::make_integer_sequence<int, kRows>());
+      }
+    }
+  }
+  return w;
+}
+#endif
+
 // sum[kRows][kVectors] = A * B, in registers. kAhead: memory that is needed soon is asked for at an even pace, rows of A
 // being read from end to end.
 template <class Word, int kRows, int kVectors, bool kAhead = false>
@@ -57,11 +129,12 @@ DK_INLINE void multiply(RowSource a, ColumnSource b, int words, Sum (&sum)[kRows
     DK_UNROLL
     for (int n = 0; n < kVectors; n++) sum[r][n] = zero_sum();
   }
-  for (int w = 0; w < words; w++) {
-    if (kAhead && w % kLineWords == 0) {
-      DK_UNROLL
-      for (int r = 0; r < kRows; r++) __builtin_prefetch(a.data + r * a.row + w + a.ahead, 0, 2);
-    }
+  int w = 0;
+#ifdef DK_HAS_LANE_PRODUCTS
+  w = multiply_lanes<Word, kRows, kVectors, kAhead>(a, b, words, sum);
+#endif
+  for (; w < words; w++) {
+    if (kAhead) ask_ahead<kRows>(a, w);
     vf column[kVectors];
     DK_UNROLL
     for (int n = 0; n < kVectors; n++) column[n] = load(b.data + w * b.step + n * b.panel);

@@ -13,6 +13,8 @@
 #include "simd_avx512.h"
 #elif defined(__AVX2__) && defined(__FMA__)
 #include "simd_avx2.h"
+#elif defined(DK_NEON)
+#include "simd_neon.h"
 #else
 #include "simd_generic.h"
 #endif

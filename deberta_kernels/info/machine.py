@@ -13,7 +13,7 @@ from deberta_kernels.native import processor
 __all__ = ["gpus", "processor_found"]
 
 # The features that decide which variant of the native library runs.
-_CPU_FEATURES = (*dict.fromkeys(chain(*(env.ISA_FEATURES[isa] for isa in reversed(env.CPU_ISAS)))), "asimd", "sve")
+_CPU_FEATURES = (*dict.fromkeys(chain(*(env.ISA_FEATURES[isa] for isa in reversed(env.CPU_ISAS)))), "sve")
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 _NVIDIA = Path("/proc/driver/nvidia/gpus")
 

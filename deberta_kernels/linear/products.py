@@ -75,11 +75,10 @@ def suits(x: Tensor, weight: Tensor, bias: Tensor | None = None, everywhere: boo
     if x.is_neg() or weight.is_neg() or (bias is not None and bias.is_neg()):
         return False
     library = native.opened()
-    uses = () if library is None else env.ISA_FEATURES.get(library.isa, ())
-    if not uses or weight.shape[0] % _UNIT:
+    if library is None or library.isa == "generic" or weight.shape[0] % _UNIT:
         return False
     if x.dtype == torch.bfloat16:
-        return "avx512_bf16" in uses and "amx_bf16" not in features() and weight.shape[1] % 2 == 0
+        return env.multiplies_bfloat16(library.isa) and "amx_bf16" not in features() and weight.shape[1] % 2 == 0
     return x.dtype == torch.float32
 
 

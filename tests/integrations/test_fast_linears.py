@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import deberta_kernels as dk
-from deberta_kernels import native
+from deberta_kernels import env, native
 from deberta_kernels.linear import hidden_dropout
 from deberta_kernels.linear import products as ways
 from deberta_kernels.linear.layers import apply_linear, apply_linear_gelu
@@ -19,6 +19,7 @@ from tests.integrations.linears import LINEARS, TABLES, gradients_of, record_pro
 
 needs.vector_library()
 STATUS = native.library_status()
+MULTIPLIES_BFLOAT16 = STATUS["loaded"] and env.multiplies_bfloat16(STATUS["isa"])
 
 
 @pytest.fixture
@@ -304,7 +305,7 @@ def test_autocast_and_other_dtypes_use_the_modules(build, batch, products):
     assert products == []  # widened ones among them, where the processor has no others
 
 
-@pytest.mark.skipif(STATUS["isa"] != "avx512_bf16", reason="the processor has no bfloat16 products")
+@pytest.mark.skipif(not MULTIPLIES_BFLOAT16, reason="the processor has no bfloat16 products")
 def test_bfloat16_is_within_the_budget(build, batch, in_double, assert_within_budget, products):
     model, inputs = build().bfloat16(), batch(4, 41)
     truth, eager = states_of(in_double(model), inputs), states_of(model, inputs)

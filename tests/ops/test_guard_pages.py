@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from deberta_kernels import native
+from deberta_kernels import env, native
 from deberta_kernels.impl import cpu
 from deberta_kernels.linear import hidden_dropout, products
 from deberta_kernels.models.position_tables import content_key
@@ -23,7 +23,7 @@ STATUS = native.library_status()
 needs_library = pytest.mark.skipif(not STATUS["loaded"], reason=f"{STATUS['reason']}")
 ISAS = STATUS["variants"]
 # What multiplies linear layers: variants with the dtypes they have products for.
-WAYS = [(isa, torch.float32) for isa in ISAS] + [(isa, torch.bfloat16) for isa in ISAS if isa == "avx512_bf16"]
+WAYS = [(isa, torch.float32) for isa in ISAS] + [(isa, torch.bfloat16) for isa in ISAS if env.multiplies_bfloat16(isa)]
 
 CASES = [
     Case(batch=2, heads=2, nq=nq, nk=nk, head_dim=head_dim, dtype=dtype, **more)

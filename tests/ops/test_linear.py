@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from deberta_kernels import native
+from deberta_kernels import env, native
 from deberta_kernels.linear import products
 from deberta_kernels.linear.layers import apply_linear, apply_linear_gelu
 from deberta_kernels.proof.budget import MEAN_FACTOR, allowance
@@ -13,7 +13,7 @@ from tests import needs
 needs.native_library()
 STATUS = native.library_status()
 ISAS = STATUS["variants"]
-NARROW_ISAS = [isa for isa in ISAS if isa == "avx512_bf16"]
+NARROW_ISAS = [isa for isa in ISAS if env.multiplies_bfloat16(isa)]
 WAYS = [(isa, torch.float32) for isa in ISAS] + [(isa, torch.bfloat16) for isa in NARROW_ISAS]
 
 

@@ -27,7 +27,9 @@ extern "C" __attribute__((visibility("default"))) int JOIN(value_, DK_VARIANT)()
 VECTOR = {"-mavx2", "-mfma", "-mf16c"}
 WIDE = VECTOR | {"-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"}
 FLAGS = {"generic": set(), "avx2": VECTOR, "avx512": WIDE, "avx512_bf16": WIDE | {"-mavx512bf16"}}
-BITS = {name: 1 << i for i, name in enumerate(FLAGS)}
+NEON = {"-march=armv8-a+simd", "-DDK_NEON"}
+ARM_FLAGS = {"generic": set(), "neon": NEON, "neon_bf16": {"-march=armv8.2-a+simd+lse+bf16", "-DDK_NEON"}}
+BITS = {name: 1 << i for i, name in enumerate({**FLAGS, **ARM_FLAGS})}
 DISPATCH = "\n".join([
     *(f"#define BIT_{name} {bit}" for name, bit in BITS.items()),
     "#define BIT(name, runs) | BIT_##name",
@@ -153,13 +155,11 @@ def test_sanitizers_are_those_of_gcc(layout, tmp_path, monkeypatch):
 
 
 @needs_compiler
-def test_a_cross_compiler_decides_on_the_variants(tmp_path, monkeypatch):
+def test_a_cross_compiler_decides_on_the_platform(tmp_path, monkeypatch):
     cross = tmp_path / "aarch64-c++"
     cross.write_text("#!/bin/sh\necho aarch64-linux-gnu\n")
     cross.chmod(0o755)
-    platform = native_build.platform_of([str(cross)])
-    assert platform == "linux-aarch64"
-    assert list(native_build.variants_for(platform)) == ["generic"]
+    assert native_build.platform_of([str(cross)]) == "linux-aarch64"
     assert native_build.platform_of(native_build.find_compiler()) == native_build.sysconfig.get_platform()
 
 
@@ -247,20 +247,15 @@ def test_missing_sources_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("platform", "expected"),
     [
-        ("linux-x86_64", list(FLAGS)),
-        ("linux-aarch64", ["generic"]),
-        ("macosx-14.0-arm64", ["generic"]),
-        ("linux-riscv64", ["generic"]),
+        ("linux-x86_64", FLAGS),
+        ("linux-aarch64", ARM_FLAGS),
+        ("macosx-14.0-arm64", ARM_FLAGS),
+        ("linux-riscv64", {"generic": set()}),
     ],
 )
-def test_variants_per_platform(platform, expected):
-    assert list(native_build.variants_for(platform)) == expected
-    assert native_build.variants_for(platform)["generic"] == ()
-
-
-def test_every_variant_gets_the_flags_of_what_it_uses():
-    found = {name: set(flags) for name, flags in native_build.variants_for("linux-x86_64").items()}
-    assert found == FLAGS
+def test_every_variant_of_a_platform_gets_the_flags_of_what_it_uses(platform, expected):
+    found = native_build.variants_for(platform)
+    assert [(name, set(flags)) for name, flags in found.items()] == list(expected.items())
 
 
 @needs_compiler

@@ -76,3 +76,11 @@ def test_every_variable_is_documented():
         pytest.skip("docs are not part of an installed package")
     text = page.read_text()
     assert [name for name in (*env.VARIABLES, *env.CPU_ISAS) if f"`{name}`" not in text] == []
+
+
+def test_a_processor_may_have_the_variants_of_its_family():
+    assert env.isas_of("x86_64") == env.isas_of("AMD64") == ("avx512_bf16", "avx512", "avx2", "generic")
+    assert env.isas_of("aarch64") == env.isas_of("arm64") == ("neon_bf16", "neon", "generic")
+    assert env.isas_of("riscv64") == ("generic",)
+    assert {*env.isas_of("x86_64"), *env.isas_of("aarch64")} == {*env.CPU_ISAS}
+    assert [isa for isa in env.CPU_ISAS if env.multiplies_bfloat16(isa)] == ["avx512_bf16", "neon_bf16"]

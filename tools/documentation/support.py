@@ -111,7 +111,7 @@ def processors() -> Rows:
     """Return a row for each variant of the native library, and for the GPUs that kernels are compiled for."""
     rows = [["processor", "what is used", "backend"]]
     for name, features in env.ISA_FEATURES.items():
-        used = ", ".join(f"`{feature}`" for feature in features) or "nothing beyond the baseline; ARM too"
+        used = ", ".join(f"`{feature}`" for feature in features) or "nothing beyond the baseline"
         rows.append([f"CPU, variant `{name}`", used, "`cpu`"])
     capabilities = ", ".join(f"{major}.{minor}" for major, minor in triton._CAPABILITIES)
     rows.append([f"NVIDIA GPU, compute capability {capabilities}", "tensor cores", "`triton`"])
