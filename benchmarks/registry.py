@@ -245,7 +245,7 @@ def _train() -> tuple[Figure, ...]:
 TRAIN_FIGURES = _train()
 
 # Linear layers: the tokens at which those of one encoder layer are timed.
-LINEAR_TOKENS = (4, 8, 16, 32, 64, 128, 192, 256, 512, 1024, 2048)
+LINEAR_TOKENS = (1, 4, 8, 16, 32, 64, 128, 192, 256, 512, 1024, 2048)
 LINEAR_SHARE = {"float32": (75.0, 90.0), "bfloat16": (70.0, 85.0)}
 
 
