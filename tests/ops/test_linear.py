@@ -298,10 +298,11 @@ def test_rows_of_any_strides_are_taken(dtype):
     assert torch.equal(natively(layer, row.expand(11, 32)), natively(layer, row.repeat(11, 1)))
 
 
-@pytest.mark.parametrize("tokens", [192, 193, 400, 577])
-def test_the_number_of_tokens_changes_no_bit(dtype, tokens):
-    """However many there are, in whatever blocks they are computed, and on however many threads."""
-    layer, x = layer_of(300, 80, dtype), torch.randn(577, 300).to(dtype)
+@pytest.mark.parametrize(("most", "tokens"), [(577, 192), (577, 193), (577, 400), (577, 577), (6, 1), (6, 3), (6, 5)])
+def test_the_number_of_tokens_changes_no_bit(dtype, most, tokens):
+    """However many there are of many, or of few, in whatever blocks they are computed, and on however many threads."""
+    inputs = 1600 if most < 10 else 300
+    layer, x = layer_of(inputs, 80, dtype), torch.randn(most, inputs).to(dtype)
     before = torch.get_num_threads()
     try:
         found = []
