@@ -14,6 +14,7 @@ from deberta_kernels import env, native
 from deberta_kernels.linear import hidden_dropout
 from deberta_kernels.linear import products as ways
 from deberta_kernels.linear.layers import apply_linear, apply_linear_gelu
+from deberta_kernels.proof.budget import allowance
 from tests import needs
 from tests.integrations.linears import LINEARS, TABLES, gradients_of, record_products, states_of
 
@@ -137,14 +138,16 @@ def test_only_gradients_somebody_needs_are_computed(wanted, bias, products):
 
 def test_second_derivatives_are_right():
     layer, x = nn.Linear(16, 32), torch.randn(9, 16, requires_grad=True)
+    exact = copy.deepcopy(layer).double()
     found = []
-    for call in (layer, lambda x: apply_linear(layer, x, everywhere=True)):
-        inputs = (x, layer.weight, layer.bias)
-        first = torch.autograd.grad(call(x).sin().sum(), inputs, create_graph=True)
+    for call, like in ((exact, exact), (layer, layer), (lambda x: apply_linear(layer, x, everywhere=True), layer)):
+        inputs = (x.detach().to(like.weight.dtype).requires_grad_(), like.weight, like.bias)
+        first = torch.autograd.grad(call(inputs[0]).sin().sum(), inputs, create_graph=True)
         found.append(torch.autograd.grad(sum(g.square().sum() for g in first), inputs))
     assert found[0][0].abs().max() > 0
-    for expected, actual in zip(*found):
-        torch.testing.assert_close(actual, expected)
+    for truth, eager, actual in zip(*found):
+        allowed = allowance(torch.float32, float((eager - truth).abs().max()), float(truth.abs().max()))
+        assert float((actual - truth).abs().max()) <= allowed
 
 
 def test_gradients_of_many_outputs_at_once_are_right():
