@@ -1,4 +1,4 @@
-// Small matrix products C (+)= A * B on packed operands, all in cache: the only place with a GEMM loop.
+// Small matrix products C (+)= A * B on packed operands, all in cache: the only GEMM loop but that of few_tokens.h.
 //
 // A "word" is one float, or one pair of bfloat16 neighbours along the summed dimension (float32 accumulation). B is
 // read a vector of kV columns at a time; its vectors lie `panel` floats apart for the next kV columns and `step`
