@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 from deberta_kernels import __name__ as PACKAGE
 from deberta_kernels.backends import BACKENDS
@@ -38,6 +39,7 @@ _lock = threading.Lock()
 _calls: dict[str, int] = dict.fromkeys(BACKENDS, 0)
 _fallbacks: dict[str, int] = {}
 _warned: set[str] = set()
+_told: set[str] = set()  # by `slow`
 
 
 def _renew_lock() -> None:
@@ -111,11 +113,14 @@ def warn_once(message: str) -> None:
 
 @contextmanager
 def slow(seconds: float, what: str) -> Iterator[None]:
-    """Say what is going on, in one line of the error output, when what runs inside takes longer than this."""
+    """Log what is going on, once, when what runs inside takes longer than this."""
 
     def say() -> None:
-        with suppress(Exception):  # there may be no error output, or nobody who reads it
-            print(f"{PACKAGE}: {what}", file=sys.stderr, flush=True)
+        with _lock:
+            if what in _told or len(_told) >= _MAX_WARNED:
+                return
+            _told.add(what)
+        logging.getLogger(PACKAGE).warning("%s: %s", PACKAGE, what)
 
     timer = threading.Timer(seconds, say)
     timer.daemon = True
