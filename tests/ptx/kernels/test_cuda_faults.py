@@ -56,7 +56,7 @@ FAULTS = {
     "no barrier after masked values are zeroed": ("  sync_threads(kConsumersBarrier, kThreads);\n", "", RACE, HOLES),
     "shared memory out of range": (
         "kRings + consumer * 2 * L::kFrameBytes", "kRings + consumer * 20 * L::kFrameBytes",
-        "store out of range: 4 bytes at byte .* of shared memory", PLAIN,
+        "store out of range: 2 bytes at byte .* of shared memory", PLAIN,
     ),
     "a store behind the last row": (
         "if (rows_[h] >= place_.nq) continue;", "", "store out of range: .* of memory range", PLAIN,
