@@ -93,7 +93,7 @@ def rows_of(isa: str, word: str, listing: str) -> list[tuple[str, str, Loop, int
     found = []
     operand = "bfloat16" if word == "BFloat16Word" else "float32"
     for name, body in functions(listing):
-        shape = re.search(rf"\b(gemm_rows|score_panels)<(?:{word}, )?(\d)>", name)
+        shape = re.search(rf"\b(gemm_rows|score_panels)<(?:{word}, )?(\d)(?:, (true|false))?>", name)
         if shape is None or word not in name or "BFloat16Word" in name.replace(word, ""):
             continue
         loops = sorted(inner_loops(body), key=lambda loop: (-loop.products, loop.instructions))
@@ -101,8 +101,12 @@ def rows_of(isa: str, word: str, listing: str) -> list[tuple[str, str, Loop, int
         along = loops[0]
         rows = along.products * LANES // (WORDS * columns)
         title = f"{'scores' if shape[1] == 'score_panels' else 'others'}, {rows} x {columns}"
-        found.append((f"`{isa}`, {operand}", title, along, least(along.products, rows + WORDS * columns // LANES)))
-        if shape[1] == "gemm_rows":
+        asks_ahead = shape[3] == "true"
+        title += ", ahead" if asks_ahead else ""
+        asked = rows + 2 if asks_ahead else 0  # a test and a branch around them
+        fewest = least(along.products, rows + WORDS * columns // LANES) + asked
+        found.append((f"`{isa}`, {operand}", title, along, fewest))
+        if shape[1] == "gemm_rows" and not asks_ahead:
             products = along.products // WORDS
             across = min((one for one in loops if one.products == products), key=lambda one: one.instructions)
             loads = rows // LANES + columns // LANES

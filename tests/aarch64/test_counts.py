@@ -19,7 +19,7 @@ def rows():
 
 
 def test_every_product_of_both_variants_is_counted(rows):
-    assert len(rows) == 18
+    assert len(rows) == 24
     assert {variant.split("`")[1] for variant, *_ in rows} == {*native.library_status()["variants"]} - {"generic"}
     assert {loop.products for _, _, loop, _ in rows} == {16, 24, 32, 64, 96}
 
