@@ -84,14 +84,14 @@ def picture_of(kind: str, content: str) -> str | None:
 
 
 def newest(kind: str, threads: int = 1) -> dict[str, Any] | None:
-    """Return the newest whole result of a kind; a quick or interrupted one where there is no other."""
+    """Return the newest whole result of a kind; a quick, partial or interrupted one where there is no other."""
     part = None
     for path in sorted(RESULTS.glob(f"*/{kind}-*.json"), key=lambda path: _date(path.name), reverse=True):
         result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         settings = result.get("settings", {})
         if settings.get("threads", 1) != threads:
             continue
-        if not settings.get("quick", False) and result.get("complete", True):
+        if not (settings.get("quick", False) or settings.get("only")) and result.get("complete", True):
             return result
         part = part or result
     return part

@@ -88,6 +88,8 @@ class Run:
         with suppress(RuntimeError):  # work was given to them before
             torch.set_num_interop_threads(1)
         self.result = preamble(kind, self.threads, self.backend, quick=self.quick)
+        if part := getattr(given, "only", None):
+            self.result["settings"]["only"] = list(part)
         self.result["settings"] |= settings
 
     @property

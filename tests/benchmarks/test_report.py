@@ -50,6 +50,7 @@ def test_the_newest_whole_result_on_one_thread_is_taken(tmp_path: Path, monkeypa
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     for day, changes in (
         (1, {}), (2, {"threads": 1}), (3, {"quick": True}), (4, {"threads": 2}), (5, {"threads": 2, "quick": True}),
+        (6, {"only": ["float32"]}),
     ):  # fmt: skip
         made = result([], date=f"2026-01-0{day}T00:00:00+00:00")
         made["settings"] |= changes
