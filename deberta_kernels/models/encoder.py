@@ -32,7 +32,7 @@ __all__ = ["encode"]
 
 # Finding a packing takes a few passes over the states: it pays when a twentieth of them goes away.
 _FULLEST = 0.95
-# Up to about as many tokens a layer takes the time of reading its weights, padding or not: `benchmarks linear`.
+# Of fewer tokens the padding takes less time than leaving it out: layers mostly wait for their weights then.
 _FEWEST_TOKENS = 32
 _ITERATION = ("torch.nn.modules.container", "ModuleList.__iter__")
 
