@@ -9,8 +9,8 @@
 //   p2c  key c times row y belongs to query (c + y) mod 64, by the high block where c + y < 64, else by the low one.
 //        Two products, selected in registers, stored into one frame that all warps of the warpgroup share.
 //
-// A frame holds one number per pair, in the place of the pair: blocks of 8 queries by 8 keys, in a block rows of 8 keys. Rounded
-// terms take 16 bits in the forward; the backward has no registers for that.
+// A frame holds one number per pair, in the place of the pair: blocks of 8 queries by 8 keys, in a block rows of 8 keys.
+// Rounded terms take 16 bits in the forward; the backward has no registers for that.
 // Both stores scatter along diagonals; the load is then that of a plain tile. For no store or load to meet two words of
 // one bank, row g of an 8-row group of the accumulators is query `query_of_row(g)` of the group, and that is also the
 // order of rows in a block.
@@ -87,7 +87,6 @@ struct Staging {
 // `kFewRegisters`: compute addresses for each tile instead of keeping them.
 template <class S, bool kFewRegisters>
 class SharedFrame {
-
  public:
   DK_DEVICE SharedFrame(const Lane& lane, uint32_t frame_address)
       : frame_load_(frame_address + 2 * lane.w * S::kFrameRowBytes + lane.g * S::kBlockRowBytes +

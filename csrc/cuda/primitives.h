@@ -208,8 +208,8 @@ DK_DEVICE void product_wait() {
 
 // ---- Elements: two of them share a register, the one with the lower index in the lower half
 
-// `kRoundsBias`: both bias terms are rounded, as eager code rounds them, and as every other kernel that forms a score does; in
-// float16 they could overflow where the score does not.
+// `kRoundsBias`: both bias terms are rounded, as eager code rounds them, and as every other kernel that forms a score
+// does; in float16 they could overflow where the score does not.
 struct BFloat16 {
   static constexpr bool kRoundsBias = true;
   static DK_DEVICE uint32_t pack(float low, float high) {
