@@ -28,6 +28,7 @@ DOCUMENT = ROOT / "docs" / "notes" / "aarch64.md"
 OBJDUMP = "aarch64-linux-gnu-objdump"
 PRODUCTS = ("fmla", "bfdot", "bfmmla")
 LANES, WORDS = 4, 4  # numbers of a register; words of a row that are loaded at once
+VECTOR, FEW_ROWS = 8, 4  # numbers of a vector; rows of a weight that few tokens are multiplied with at once
 HEAD = ("variant, operand", "loop", "products", "loads", "stores", "other vector", "all", "least possible")
 Instruction = tuple[int, str, str]  # address, name, operands
 
@@ -93,6 +94,11 @@ def rows_of(isa: str, word: str, listing: str) -> list[tuple[str, str, Loop, int
     found = []
     operand = "bfloat16" if word == "BFloat16Word" else "float32"
     for name, body in functions(listing):
+        if few := re.search(rf"\bFewTokens<{word}>::add_rows<0, (\d)>", name):
+            loop = max(inner_loops(body), key=lambda one: one.products)
+            fewest = least(loop.products, (FEW_ROWS + int(few[1])) * VECTOR // LANES)
+            found.append((f"`{isa}`, {operand}", f"few tokens, {FEW_ROWS} x {few[1]}", loop, fewest))
+            continue
         shape = re.search(rf"\b(gemm_rows|score_panels)<(?:{word}, )?(\d)(?:, (true|false))?>", name)
         if shape is None or word not in name or "BFloat16Word" in name.replace(word, ""):
             continue
